@@ -1,0 +1,67 @@
+"""``attention``: M query rows over the KV cache, causal among the rows in flight.
+
+    out[m] = softmax(scale * q[m] @ K[:position + m + 1]^T) @ V[:position + m + 1]
+
+Grouped queries (GQA) are packed into the rows, so the cache is read once for all of a group.
+Bytes moved: ``2 * H_kv * (position + M) * D`` elements.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MANY_ROWS = 64
+"""From here on (prefill) the library's fused attention repays its overhead."""
+
+
+@lru_cache(maxsize=16)
+def _causal_mask(rows: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive: row m of the last ``rows`` positions sees ``length - rows + m + 1`` keys."""
+    mask = torch.full((rows, length), float("-inf"), dtype=dtype, device=device)
+    return mask.triu_(length - rows + 1)
+
+
+def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: int, *, scale: float) -> Tensor:
+    """Attend from M rows at ``position, position + 1, ...`` to every row of the cache up to each one's own.
+
+    Args:
+        q: ``[M, H, D]``, any strides.
+        k_cache: ``[H_kv, T, D]``, any strides; ``H`` is a multiple of ``H_kv``.
+        v_cache: likewise. Rows from ``position + M`` on are not read.
+        position: absolute position of the first query row.
+        scale: of the scores, ``D ** -0.5`` for Llama.
+
+    Returns:
+        ``[M, H * D]``, dtype of ``q``.
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads = k_cache.shape[0]
+    length = position + rows
+    keys, values = k_cache[:, :length], v_cache[:, :length]
+    if rows >= MANY_ROWS:
+        whole = position == 0
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=None if whole else _causal_mask(rows, length, q.dtype, q.device),
+            is_causal=whole,
+            scale=scale,
+            enable_gqa=heads != kv_heads,
+        )
+        return out[0].transpose(0, 1).reshape(rows, -1)
+    group = heads // kv_heads
+    packed = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * rows, head_dim)
+    keys = keys.transpose(1, 2)
+    if rows == 1:
+        scores = torch.baddbmm(q.new_empty(()), packed, keys, beta=0, alpha=scale)
+    elif group == 1:
+        scores = torch.baddbmm(_causal_mask(rows, length, q.dtype, q.device), packed, keys, alpha=scale)
+    else:
+        mask = _causal_mask(rows, length, q.dtype, q.device).repeat(group, 1)
+        scores = torch.baddbmm(mask, packed, keys, alpha=scale)
+    out = torch.bmm(torch.softmax(scores, dim=-1), values)
+    if group == 1:
+        return out.transpose(0, 1).reshape(rows, -1)
+    return out.view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, -1)

@@ -1,0 +1,64 @@
+"""Counter-based Gumbel noise: a pure function of seed, stream, position and token.
+
+    bits = philox4x32_10(key=seed, counter=(token // 4, position, stream, 0))[token % 4]
+    u = ((bits >> 8) + 0.5) / 2^24;  gumbel = -log(-log(u))
+
+Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11) is the generator of ``tl.philox``, so a
+kernel can make the same bits in registers. ``argmax(logits / T + gumbel)`` is a sample of ``softmax(logits / T)``
+(Gumbel-max), and the same noise for drafter and target makes them agree as often as their distributions allow it.
+"""
+
+import torch
+from torch import Tensor
+
+ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def philox4x32(counter: Tensor, seed: int) -> Tensor:
+    """Ten rounds of Philox-4x32.
+
+    Args:
+        counter: ``[4, ...]`` int64, each below 2^32.
+        seed: the 64-bit key.
+
+    Returns:
+        ``[4, ...]`` int64, each below 2^32.
+    """
+    multiplier = torch.tensor(_MULTIPLIERS, device=counter.device).view(2, *[1] * (counter.ndim - 1))
+    even, odd = counter[0::2], counter[1::2]
+    key = [seed & _MASK, (seed >> 32) & _MASK]
+    for _ in range(ROUNDS):
+        product = even * multiplier  # wraps modulo 2^64; the shift below copies the sign, the mask takes it off again
+        low, high = product & _MASK, (product >> 32) & _MASK
+        keys = torch.tensor(key, device=counter.device).view_as(multiplier)
+        even, odd = high.flip(0) ^ odd ^ keys, low.flip(0)
+        key = [(part + weyl) & _MASK for part, weyl in zip(key, _WEYL, strict=True)]
+    return torch.stack((even, odd), dim=1).flatten(0, 1)
+
+
+def uniform(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
+    """Uniform numbers in the open interval (0, 1), 24 bits each.
+
+    Args:
+        seed: 64-bit.
+        stream: tells apart the uses of one position.
+        positions: ``[P]`` int64.
+        count: numbers a position.
+
+    Returns:
+        ``[P, count]`` float32.
+    """
+    words = torch.arange((count + 3) // 4, device=positions.device).expand(len(positions), -1)
+    counter = torch.stack(
+        (words, positions[:, None].expand_as(words), torch.full_like(words, stream), torch.zeros_like(words))
+    )
+    bits = philox4x32(counter, seed).permute(1, 2, 0).flatten(1)[:, :count]
+    return ((bits >> 8).float() + 0.5) / (1 << 24)
+
+
+def gumbel(seed: int, stream: int, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise, ``[P, vocab_size]`` float32; arguments as for ``uniform``."""
+    return uniform(seed, stream, positions, vocab_size).log_().neg_().log_().neg_()

@@ -1,0 +1,110 @@
+"""A weight matrix ``[N, K]`` laid out once for the machine that will read it at every token.
+
+On a GPU it stays ``[N, K]`` row-major. On a CPU one of four layouts is chosen from the matrix alone (so that the same
+checkpoint always gives the same bits). Microseconds on one core of an AMD Zen 4 server, one row and four rows:
+
+    ==============  ===================  ===================  =========================================
+    layout          704 x 192 (1; 4)     4096 x 4096 (1; 4)   kept where
+    ==============  ===================  ===================  =========================================
+    ``FP16``        7; 14                997; 1709            every weight is exact in fp16 (FBGEMM)
+    ``ONEDNN``      21; 25               4191; 2984           fp32, from 128k weights on
+    ``TRANSPOSED``  10; 24               5387; 8538           fp32, smaller
+    ``ROWS``        -                    -                    everything else (bf16, fp16, GPU)
+    ==============  ===================  ===================  =========================================
+
+``bench/bench_packed_weight.py`` measures them again. FBGEMM keeps weights in half the bytes and multiplies in fp32, so
+``FP16`` is exact, and gives a row the same bits at any number of rows; a matrix that fp16 cannot hold exactly is never
+stored in it. It has no kernel for Arm; there the other layouts serve.
+"""
+
+import enum
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ONEDNN_MIN_WEIGHTS = 1 << 17
+THREADED_MIN_WEIGHTS = 1 << 20
+"""From here on FBGEMM's threaded entry point repays its 10 us of overhead."""
+
+
+class Layout(enum.Enum):
+    """How a ``PackedWeight`` stores its matrix; see the module's table."""
+
+    ROWS = enum.auto()
+    TRANSPOSED = enum.auto()
+    ONEDNN = enum.auto()
+    FP16 = enum.auto()
+
+
+def exact_in_fp16(weight: Tensor) -> bool:
+    """Whether every element of a float32 ``weight`` survives the way to fp16 and back."""
+    return bool(torch.equal(weight.half().to(weight.dtype), weight))
+
+
+def choose_layout(weight: Tensor) -> Layout:
+    """The layout for ``weight`` ``[N, K]`` on its device; a function of the matrix alone."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return Layout.ROWS
+    if "fbgemm" in torch.backends.quantized.supported_engines and exact_in_fp16(weight):
+        return Layout.FP16
+    if torch.backends.mkldnn.is_available() and weight.numel() >= ONEDNN_MIN_WEIGHTS:
+        return Layout.ONEDNN
+    return Layout.TRANSPOSED
+
+
+class PackedWeight:
+    """``x -> x @ weight.T + bias`` with the weight packed.
+
+    Args:
+        weight: ``[N, K]``, any float dtype.
+        bias: ``[N]`` or None.
+        layout: forces a layout; None lets ``choose_layout`` decide.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, layout: Layout | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self.layout = choose_layout(weight) if layout is None else layout
+        self.threaded = weight.numel() >= THREADED_MIN_WEIGHTS
+        self._zero_bias = weight.new_zeros(self.out_features) if bias is None else bias
+        self._packed: Any
+        if self.layout is Layout.FP16 and self.threaded:
+            self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+        elif self.layout is Layout.FP16:
+            with warnings.catch_warnings():  # announced for removal; the threaded entry point above would replace it
+                warnings.simplefilter("ignore", UserWarning)
+                self._packed = torch.fbgemm_pack_gemm_matrix_fp16(weight)
+                torch.fbgemm_linear_fp16_weight_fp32_activation(
+                    weight.new_zeros(1, self.in_features), self._packed, self._zero_bias
+                )
+        elif self.layout is Layout.ONEDNN:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        elif self.layout is Layout.TRANSPOSED:
+            self._packed = weight.t().contiguous()
+        else:
+            self._packed = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` ``[M, K]`` to a new ``[M, N]``, same dtype."""
+        if self.layout is Layout.FP16:
+            if self.threaded:
+                return torch.ops.quantized.linear_dynamic_fp16(x, self._packed)  # type: ignore[no-any-return]
+            return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self._packed, self._zero_bias)
+        if self.layout is Layout.ONEDNN:
+            linear = torch.ops.mkldnn._linear_pointwise
+            return linear(x, self._packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        if self.layout is Layout.TRANSPOSED:
+            return torch.mm(x, self._packed) if self.bias is None else torch.addmm(self.bias, x, self._packed)
+        return torch.nn.functional.linear(x, self._packed, self.bias)
+
+
+Weight = Tensor | PackedWeight
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """``x`` ``[M, K]`` times ``weight`` ``[N, K]`` (packed or plain), transposed: a new ``[M, N]``."""
+    if isinstance(weight, PackedWeight):
+        return weight(x)
+    return torch.nn.functional.linear(x, weight)

@@ -1,0 +1,422 @@
+"""``Kangaroo``: load a target with its adapter, then generate."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.top1_head_ref import lm_head
+
+from .adapter import (
+    PAPER_DRAFT_CONFIDENCE_THRESHOLD,
+    PAPER_NUM_SPECULATIVE_TOKENS,
+    Adapter,
+)
+from .config import load_config
+from .decode import MAX_SPECULATIVE_TOKENS, Commit, DecodeStats, check_tokens, kangaroo_steps, plain_steps, prefill
+from .draft import Drafter
+from .errors import KangarooError
+from .llama import Llama
+from .sampling import Chooser, Sampling
+from .state import TextState
+from .text import TextStream, load_tokenizer
+from .threads import fastest_thread_count, threads
+from .weights import find_folder, load_target
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a decode gave.
+
+    Attributes:
+        text: the new text, without special tokens, cut before a stop string.
+        tokens: the new tokens, a stop token included.
+        stats: counts and times.
+        finish_reason: ``length`` (``max_new_tokens`` reached), ``stop`` or ``context`` (the model can take no more).
+    """
+
+    text: str
+    tokens: list[int]
+    stats: DecodeStats
+    finish_reason: str
+
+
+@dataclass
+class Progress:
+    """One committed step as a caller sees it while it runs.
+
+    Attributes:
+        text: what the step added to the text; may be empty while a character is incomplete.
+        commit: its tokens and where they come from.
+    """
+
+    text: str
+    commit: Commit
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A checked call of ``generate``."""
+
+    tokens: list[int]
+    length: int
+    limited_by_context: bool
+    sampling: Sampling
+    num_speculative_tokens: int
+    draft_confidence_threshold: float
+    stop_tokens: frozenset[int]
+    stop_strings: tuple[str, ...]
+    plain: bool
+
+
+@dataclass
+class _Outcome:
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    finish_reason: str = "length"
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the GPU where there is one.
+
+    Raises:
+        KangarooError: a name that is none, or a GPU that is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise KangarooError(f"device {device!r} is unknown; use 'cpu' or 'cuda'.") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise KangarooError(f"device {device!r} is not supported; use 'cpu' or 'cuda'.")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise KangarooError("device 'cuda' was asked for, but PyTorch sees no CUDA GPU here.")
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype asked for; else float32 on a CPU and the checkpoint's own on a GPU."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else stored
+    resolved = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if resolved not in DTYPES.values():
+        raise KangarooError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
+    return resolved
+
+
+class Kangaroo:
+    """A Llama model that decodes plainly or, with an adapter, several tokens a pass; the tokens are the same.
+
+    Make one with ``from_pretrained``. An instance serves one text at a time.
+
+    Attributes:
+        target: the model.
+        drafter: the shallow layers with the adapter; None without one.
+        tokenizer: the checkpoint's tokenizer; None where it has none, and prompts are token lists.
+    """
+
+    def __init__(self, target: Llama, drafter: Drafter | None = None, tokenizer: Any = None) -> None:
+        self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
+        self._cache = target.new_cache()
+        self._adapter_cache = drafter.adapter.new_cache() if drafter is not None else None
+        self._threads: int | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        adapter: str | Path | None = None,
+        exit_layer: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> "Kangaroo":
+        """Load a Hugging Face Llama checkpoint and an adapter for it.
+
+        Args:
+            model: a folder or a hub name.
+            adapter: likewise; None allows plain decoding alone.
+            exit_layer: overrides the adapter's own; needed for adapters that do not name it.
+            device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
+            dtype: of the weights; None means float32 on a CPU and the checkpoint's own on a GPU.
+
+        Raises:
+            KangarooError: in one sentence, what is wrong with the files or the settings.
+        """
+        where = resolve_device(device)
+        if exit_layer is not None and adapter is None:
+            raise KangarooError("exit_layer was given without an adapter; give both or neither.")
+        folder = find_folder(model, "model")
+        config = load_config(folder)
+        adapter_folder = None if adapter is None else find_folder(adapter, "adapter")
+        if adapter_folder is not None:  # before the long work of loading the target
+            from .adapter import load_adapter_config
+
+            load_adapter_config(adapter_folder, config, exit_layer)
+        target = Llama(config, load_target(folder, config, where, resolve_dtype(dtype, where, config.dtype)))
+        drafter = None
+        if adapter_folder is not None:
+            drafter = Drafter(target, Adapter.load(adapter_folder, target, exit_layer))
+        return cls(target, drafter, load_tokenizer(folder))
+
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """The target's teacher-forced logits: ``[T, V]`` float32."""
+        hidden = self._run_all(tokens, self.target.config.num_hidden_layers)
+        return self.target.logits(hidden)
+
+    @torch.inference_mode()
+    def draft_logits(self, tokens: Sequence[int]) -> Tensor:
+        """The drafter's teacher-forced logits: ``[T, V]`` float32.
+
+        Raises:
+            KangarooError: without an adapter.
+        """
+        drafter = self._require_drafter()
+        adapter = drafter.adapter
+        exit_hidden = self._run_all(tokens, drafter.exit_layer)
+        adapter.rotary.reserve(len(tokens), len(tokens))
+        cache = adapter.new_cache()
+        cache.reserve(len(tokens))
+        hidden = adapter.run(exit_hidden, cache, 0)
+        return lm_head(hidden, adapter.norm, self.target.weights.head, eps=adapter.config.llama.rms_norm_eps)
+
+    def exit_hidden(self, tokens: Sequence[int], exit_layer: int) -> Tensor:
+        """The output of the first ``exit_layer`` layers: ``[T, hidden]``; what an adapter is trained on."""
+        with torch.inference_mode():
+            return self._run_all(tokens, exit_layer)
+
+    def _run_all(self, tokens: Sequence[int], layers: int) -> Tensor:
+        checked = self._check_prompt_tokens(tokens)
+        self.target.rotary.reserve(len(checked), len(checked))
+        cache = self.target.new_cache()
+        cache.reserve(len(checked))
+        return self.target.run(self.target.embed(checked), cache, 0, 0, layers)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        num_speculative_tokens: int | None = None,
+        draft_confidence_threshold: float | None = None,
+        acceptance: str = "coupled",
+        stop: Sequence[str | int] | str = (),
+        plain: bool = False,
+    ) -> Generation:
+        """Generate up to ``max_new_tokens`` tokens.
+
+        Args:
+            prompt: a text (needs the checkpoint's tokenizer) or its tokens.
+            max_new_tokens: reached exactly unless a stop or the context's end comes first.
+            temperature: 0 is greedy.
+            top_k: sample among this many tokens.
+            top_p: sample within this share of the probability.
+            seed: of the sampling noise; the same seed gives the same text, with Kangaroo and without.
+            num_speculative_tokens: the most drafts a step, 1 to 15; None takes the adapter's default.
+            draft_confidence_threshold: drafting stops below it, 0 to 1; None takes the adapter's default.
+            acceptance: ``coupled`` (same tokens as plain sampling) or ``rejection`` (same distribution).
+            stop: strings or token ids that end the text, besides the model's own end-of-text tokens.
+            plain: decode without drafting.
+
+        Raises:
+            KangarooError: a setting or prompt that cannot serve.
+        """
+        request = self._request(
+            prompt,
+            max_new_tokens,
+            Sampling(temperature, top_k, top_p, seed, acceptance),
+            num_speculative_tokens,
+            draft_confidence_threshold,
+            stop,
+            plain,
+        )
+        outcome = _Outcome()
+        for _ in self._decode(request, outcome):
+            pass
+        return Generation(outcome.text, outcome.tokens, outcome.stats, outcome.finish_reason)
+
+    def stream(self, prompt: str | Sequence[int], *, max_new_tokens: int, **settings: Any) -> Iterator[str]:
+        """As ``generate``, yielding pieces of text as they are committed; joined, they are its ``text``."""
+        for step in self.progress(prompt, max_new_tokens=max_new_tokens, **settings):
+            if step.text:
+                yield step.text
+
+    def progress(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int,
+        num_speculative_tokens: int | None = None,
+        draft_confidence_threshold: float | None = None,
+        stop: Sequence[str | int] | str = (),
+        plain: bool = False,
+        **sampling: Any,
+    ) -> Iterator[Progress]:
+        """As ``stream``, with the tokens and their origin beside each piece."""
+        request = self._request(
+            prompt,
+            max_new_tokens,
+            Sampling(**sampling),
+            num_speculative_tokens,
+            draft_confidence_threshold,
+            stop,
+            plain,
+        )
+        return self._decode(request, _Outcome())
+
+    def _require_drafter(self) -> Drafter:
+        if self.drafter is None:
+            raise KangarooError("no adapter is loaded; give from_pretrained an adapter, or decode with plain=True.")
+        return self.drafter
+
+    def _check_prompt_tokens(self, tokens: Sequence[int]) -> list[int]:
+        checked = check_tokens(tokens, self.target.config.vocab_size)
+        context = self.target.config.context_length
+        if not checked:
+            raise KangarooError("the prompt is empty; give at least one token.")
+        if len(checked) > context:
+            raise KangarooError(f"the prompt has {len(checked)} tokens, the model's context holds {context}.")
+        return checked
+
+    def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return self._check_prompt_tokens(prompt)
+        if self.tokenizer is None:
+            raise KangarooError("this checkpoint has no tokenizer; give the prompt as a list of tokens.")
+        if not prompt:
+            raise KangarooError("the prompt is empty; give at least one character.")
+        return self._check_prompt_tokens(self.tokenizer(prompt)["input_ids"])
+
+    def _request(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        num_speculative_tokens: int | None,
+        draft_confidence_threshold: float | None,
+        stop: Sequence[str | int] | str,
+        plain: bool,
+    ) -> _Request:
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise KangarooError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1.")
+        gamma, eta = PAPER_NUM_SPECULATIVE_TOKENS, PAPER_DRAFT_CONFIDENCE_THRESHOLD
+        if not plain:
+            defaults = self._require_drafter().adapter.config
+            gamma, eta = defaults.num_speculative_tokens, defaults.draft_confidence_threshold
+        if num_speculative_tokens is not None:
+            gamma = num_speculative_tokens
+        if draft_confidence_threshold is not None:
+            eta = draft_confidence_threshold
+        if not isinstance(gamma, int) or isinstance(gamma, bool) or not 1 <= gamma <= MAX_SPECULATIVE_TOKENS:
+            raise KangarooError(
+                f"num_speculative_tokens is {gamma!r}; it must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}."
+            )
+        if not isinstance(eta, int | float) or not 0 <= eta <= 1:
+            raise KangarooError(f"draft_confidence_threshold is {eta!r}; it must be a number from 0 to 1.")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        strings = tuple(entry for entry in stops if isinstance(entry, str))
+        if strings and self.tokenizer is None:
+            raise KangarooError("stop strings need a tokenizer, and this checkpoint has none; give token ids.")
+        if any(not entry for entry in strings):
+            raise KangarooError("a stop string is empty; give at least one character.")
+        config = self.target.config
+        stop_ids = check_tokens([entry for entry in stops if not isinstance(entry, str)], config.vocab_size)
+        tokens = self._prompt_tokens(prompt)
+        length = len(tokens) + max_new_tokens
+        return _Request(
+            tokens,
+            min(length, config.context_length),
+            length > config.context_length,
+            sampling,
+            gamma,
+            float(eta),
+            frozenset(stop_ids) | frozenset(config.eos_token_ids),
+            strings,
+            plain,
+        )
+
+    def _decode(self, request: _Request, outcome: _Outcome) -> Iterator[Progress]:
+        """Run a request to its end, keeping ``outcome`` up to date with every step."""
+        steps = self._steps(request, outcome)
+        text = TextStream(self.tokenizer, request.stop_strings)
+        outcome.finish_reason = "context" if request.limited_by_context else "length"
+        for commit in steps:
+            kept = len(commit.tokens)
+            piece = ""
+            for index, token in enumerate(commit.tokens):
+                piece += text.push(token)
+                if text.stopped:
+                    kept = index + 1
+                    break
+            if text.stopped or commit.stopped:
+                outcome.finish_reason = "stop"
+            if kept < len(commit.tokens):
+                commit = Commit(
+                    commit.tokens[:kept], min(commit.accepted, kept), commit.drafted, commit.agreed, stopped=True
+                )
+            outcome.tokens += commit.tokens
+            outcome.stats.count(commit)
+            if commit.stopped or text.stopped or len(request.tokens) + len(outcome.tokens) == request.length:
+                piece += text.finish()
+            outcome.text += piece
+            yield Progress(piece, commit)
+            if text.stopped:
+                return
+
+    def _steps(self, request: _Request, outcome: _Outcome) -> Iterator[Commit]:
+        """The commits of a request, timed; each step runs in inference mode with the fastest number of threads."""
+        drafter = None if request.plain else self._require_drafter()
+        state = TextState(list(request.tokens), self._cache, self._adapter_cache)
+        chooser = Chooser(request.sampling, self.target.config.vocab_size, self.target.device)
+        if self._threads is None and self.target.device.type == "cpu":
+            self._threads = self._measure_threads()
+        began = time.perf_counter()
+        with torch.inference_mode():
+            prefill(self.target, drafter, state, request.length, request.num_speculative_tokens)
+        outcome.stats.prefill_seconds = time.perf_counter() - began
+        if drafter is None:
+            steps = plain_steps(
+                self.target, state, chooser, length=request.length, stop_tokens=request.stop_tokens
+            )
+        else:
+            steps = kangaroo_steps(
+                self.target,
+                drafter,
+                state,
+                chooser,
+                length=request.length,
+                num_speculative_tokens=request.num_speculative_tokens,
+                draft_confidence_threshold=request.draft_confidence_threshold,
+                stop_tokens=request.stop_tokens,
+            )
+        while True:
+            began = time.perf_counter()
+            with torch.inference_mode(), threads(self._threads):
+                commit = next(steps, None)
+            outcome.stats.decode_seconds += time.perf_counter() - began
+            if commit is None:
+                return
+            yield commit
+
+    @torch.inference_mode()
+    def _measure_threads(self) -> int:
+        """The number of threads that runs a token through all layers fastest, over a scratch cache."""
+        target = self.target
+        cache = target.new_cache()
+        cache.reserve(1)
+        target.rotary.reserve(1, 1)
+        hidden = target.embed([0])
+        layers = target.config.num_hidden_layers
+        return fastest_thread_count(lambda: target.logits(target.run(hidden, cache, 0, 0, layers)))

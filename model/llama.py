@@ -1,0 +1,87 @@
+"""The target: a Llama model as a sequence of the operations of ``kangaroo_kernels``."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.attention_ref import attention
+from kangaroo_kernels.gate_up_ref import gate_up
+from kangaroo_kernels.linear_residual_ref import linear_residual
+from kangaroo_kernels.qkv_rope_ref import qkv_rope, rope_table
+from kangaroo_kernels.top1_head_ref import lm_head
+
+from .cache import KVCache
+from .config import LlamaConfig
+from .weights import AttentionWeights, TargetWeights
+
+
+class RotaryTable:
+    """RoPE's phases, made again only when a text needs more of them or other ones."""
+
+    def __init__(self, config: LlamaConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.scaled_for = 0
+        self.phases = torch.empty(0)
+
+    def reserve(self, rows: int, text_length: int) -> None:
+        """Make ``phases`` ``[>= rows, 1, head_dim / 2]`` complex64, for a text that may reach ``text_length`` tokens."""
+        scaled_for = text_length if self.config.rope.rope_type == "dynamic" else 0
+        if rows > len(self.phases) or scaled_for != self.scaled_for:
+            self.phases = rope_table(self.config.inv_freq(text_length).to(self.device), rows)
+            self.scaled_for = scaled_for
+
+
+class AttentionBlock:
+    """Pre-norm self-attention with its residual: all of an adapter, the first half of a decoder layer."""
+
+    def __init__(self, config: LlamaConfig, weights: AttentionWeights) -> None:
+        self.weights = weights
+        self.eps, self.scale = config.rms_norm_eps, config.head_dim**-0.5
+
+    def __call__(self, hidden: Tensor, keys: Tensor, values: Tensor, position: int, phases: Tensor) -> Tensor:
+        """``hidden + attention(rms_norm(hidden))``, ``[M, hidden]``; appends M rows to ``keys`` and ``values``."""
+        weights = self.weights
+        q = qkv_rope(hidden, weights.norm, weights.qkv, phases, keys, values, position, eps=self.eps)
+        mixed = attention(q, keys, values, position, scale=self.scale)
+        return linear_residual(mixed, weights.output, hidden)
+
+
+class Llama:
+    """A Llama model whose layers can be run a part at a time.
+
+    Attributes:
+        config: its shape.
+        device: where it lives.
+        dtype: of its weights and hidden states.
+    """
+
+    def __init__(self, config: LlamaConfig, weights: TargetWeights) -> None:
+        self.config, self.weights = config, weights
+        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.blocks = [AttentionBlock(config, layer.attention) for layer in weights.layers]
+        self.rotary = RotaryTable(config, self.device)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for all layers."""
+        return KVCache(self.config, self.config.num_hidden_layers, self.device, self.dtype)
+
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """Token embeddings: ``[M, hidden]``."""
+        if len(tokens) == 1:
+            return self.weights.embedding[tokens[0] : tokens[0] + 1]
+        return self.weights.embedding[torch.tensor(tokens, device=self.device)]
+
+    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
+        """Layers ``[first, last)`` on M tokens at ``position, position + 1, ...``: ``[M, hidden]`` to the same shape."""
+        phases, eps = self.rotary.phases, self.config.rms_norm_eps
+        for index in range(first, last):
+            layer = self.weights.layers[index]
+            hidden = self.blocks[index](hidden, cache.keys[index], cache.values[index], position, phases)
+            inner = gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=eps)
+            hidden = linear_residual(inner, layer.down, hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The LM head over the last layer's output: ``[M, V]`` float32."""
+        return lm_head(hidden, self.weights.norm, self.weights.head, eps=self.config.rms_norm_eps)

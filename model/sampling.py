@@ -1,0 +1,166 @@
+"""Which token a row of logits gives: one rule for target and drafter, greedy or sampled.
+
+The token at absolute position p is a pure function of (logits, seed, p). With ``coupled`` acceptance the drafter uses the
+target's noise, and what is accepted is what plain sampling with that seed would have said. ``rejection`` (Leviathan
+et al., arXiv 2211.17192) draws the drafts on their own and keeps the target's distribution, not its tokens.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.gumbel_ref import gumbel, uniform
+from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.sample_head_ref import filter_logits, sample_head
+from kangaroo_kernels.top1_head_ref import Top1, confidence_of, lm_head, top1_head
+
+from .errors import KangarooError
+
+ACCEPTANCES = ("coupled", "rejection")
+TARGET_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)
+NOISE_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are picked; ``temperature=0`` is greedy.
+
+    Raises:
+        KangarooError: a setting out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    acceptance: str = "coupled"
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.temperature) or not 0 <= self.temperature <= 100:
+            raise KangarooError(f"temperature is {self.temperature!r}; it must be a number from 0 to 100.")
+        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
+            raise KangarooError(f"top_k is {self.top_k!r}; it must be a whole number of at least 1.")
+        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise KangarooError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1.")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 1 << 64:
+            raise KangarooError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^64 - 1.")
+        if self.acceptance not in ACCEPTANCES:
+            raise KangarooError(f"acceptance is {self.acceptance!r}; it must be one of {', '.join(ACCEPTANCES)}.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+    @property
+    def rejects(self) -> bool:
+        """Whether drafts are accepted by rejection sampling; greedy decoding never needs it."""
+        return self.acceptance == "rejection" and not self.greedy
+
+    def filter(self, logits: Tensor) -> Tensor:
+        """Temperature, top-k and top-p: ``[M, V]`` to a new ``[M, V]``."""
+        return filter_logits(logits, self.temperature, self.top_k, self.top_p)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+class Noise:
+    """Gumbel noise of one stream, made for a block of positions at a time."""
+
+    def __init__(self, seed: int, stream: int, vocab_size: int, device: torch.device) -> None:
+        self.seed, self.stream, self.vocab_size, self.device = seed, stream, vocab_size, device
+        self.start = 0
+        self.block = torch.empty(0, vocab_size)
+
+    def at(self, position: int, rows: int) -> Tensor:
+        """Noise for the tokens at ``position, position + 1, ...``: ``[rows, V]``."""
+        if not self.start <= position <= position + rows <= self.start + len(self.block):
+            positions = torch.arange(position, position + max(rows, NOISE_BLOCK), device=self.device)
+            self.block = gumbel(self.seed, self.stream, positions, self.vocab_size)
+            self.start = position
+        return self.block[position - self.start : position - self.start + rows]
+
+
+class Chooser:
+    """Picks tokens for one text: the target's and, from the same noise or its own, the drafter's."""
+
+    def __init__(self, sampling: Sampling, vocab_size: int, device: torch.device) -> None:
+        self.sampling = sampling
+        self.target_noise = Noise(sampling.seed, TARGET_STREAM, vocab_size, device)
+        self.draft_noise = self.target_noise
+        if sampling.rejects:
+            self.draft_noise = Noise(sampling.seed, DRAFT_STREAM, vocab_size, device)
+
+    def target(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int) -> Tensor:
+        """The target's tokens at ``position, ...`` from the last layer's output ``[M, hidden]``: ``[M]`` int64."""
+        return self._pick(hidden, norm, head, eps, position, self.target_noise).token
+
+    def draft(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int) -> Top1:
+        """The drafter's token at ``position`` and its un-tempered top-1 probability."""
+        return self._pick(hidden, norm, head, eps, position, self.draft_noise)
+
+    def _pick(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int, noise: Noise) -> Top1:
+        sampling = self.sampling
+        if sampling.greedy:
+            return top1_head(hidden, norm, head, eps=eps)
+        rows = noise.at(position, hidden.shape[0])
+        return sample_head(
+            hidden,
+            norm,
+            head,
+            rows,
+            eps=eps,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
+
+    def draft_with_distribution(
+        self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int
+    ) -> tuple[Top1, Tensor]:
+        """For rejection sampling: a draft and the distribution it was drawn from, ``[1, V]``."""
+        logits = lm_head(hidden, norm, head, eps=eps)
+        filtered = self.sampling.filter(torch.nan_to_num(logits))
+        token = (filtered + self.draft_noise.at(position, 1)).argmax(dim=-1)
+        return Top1(token, confidence_of(logits)), torch.softmax(filtered, dim=-1)
+
+    def reject(self, draft: Tensor, draft_distribution: Tensor, target_logits: Tensor, position: int) -> Tensor:
+        """Rejection sampling, written as the tokens the target "would have said".
+
+        Draft i stands with probability ``min(1, p_i(d_i) / q_i(d_i))``; where it falls, a sample of
+        ``max(p_i - q_i, 0)`` (normalised) takes its place, which is never ``d_i``. So the rule for acceptance stays
+        prefix equality.
+
+        Args:
+            draft: ``[k]`` int64, the tokens at ``position, ...``.
+            draft_distribution: ``[k, V]`` float32, what each was drawn from.
+            target_logits: ``[k + 1, V]`` float32.
+            position: of the first draft.
+
+        Returns:
+            ``[k + 1]`` int64.
+        """
+        count = len(draft)
+        noise = self.target_noise.at(position, count + 1)
+        filtered = self.sampling.filter(target_logits)
+        tokens = (filtered + noise).argmax(dim=-1)
+        if count == 0:
+            return tokens
+        p = torch.softmax(filtered[:count], dim=-1)
+        residual = (p - draft_distribution).clamp_(min=0)
+        exhausted = residual.sum(dim=-1, keepdim=True) <= 0  # p equals q up to rounding: any rejection is rounding too
+        weights = torch.where(exhausted, p, residual)
+        replaced = (weights.log() + noise[:count]).argmax(dim=-1)
+        positions = torch.arange(position, position + count, device=draft.device)
+        u = uniform(self.sampling.seed, ACCEPT_STREAM, positions, 1)[:, 0]
+        p_draft = p.gather(1, draft[:, None])[:, 0]
+        q_draft = draft_distribution.gather(1, draft[:, None])[:, 0]
+        tokens[:count] = torch.where(u * q_draft < p_draft, draft, replaced)
+        return tokens

@@ -1,0 +1,82 @@
+"""Tokenizers, and turning a stream of tokens into a stream of text."""
+
+from pathlib import Path
+from typing import Any
+
+from .errors import KangarooError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer through transformers; None where the folder holds none."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each tokenizer library has its own kinds
+        raise KangarooError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}).") from error
+
+
+class TextStream:
+    """Tokens in, text out, holding back bytes that do not make a character yet and whatever may begin a stop string.
+
+    Attributes:
+        stopped: whether a stop string was completed.
+    """
+
+    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...] = ()) -> None:
+        self.tokenizer, self.stop_strings = tokenizer, stop_strings
+        self.tokens: list[int] = []
+        self.stopped = False
+        self._settled = 0  # tokens whose text is known
+        self._context = 0  # tokens before them that decoding needs for its spaces
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """Text that is certain now."""
+        if self.tokenizer is None:
+            return ""
+        self.tokens.append(token)
+        before = self._text(self._context, self._settled)
+        after = self._text(self._context, len(self.tokens))
+        if len(after) <= len(before) or after.endswith("\ufffd"):
+            return ""
+        self._context, self._settled = self._settled, len(self.tokens)
+        return self._release(after[len(before) :])
+
+    def finish(self) -> str:
+        """The rest, when no more tokens come."""
+        if self.tokenizer is None or self.stopped:
+            return ""
+        before = self._text(self._context, self._settled)
+        rest = self._text(self._context, len(self.tokens))[len(before) :]
+        self._context = self._settled = len(self.tokens)
+        piece = self._release(rest)
+        if self.stopped:
+            return piece
+        piece, self._held = piece + self._held, ""
+        return piece
+
+    def _text(self, first: int, last: int) -> str:
+        decoded = self.tokenizer.decode(
+            self.tokens[first:last], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(decoded)
+
+    def _release(self, text: str) -> str:
+        text = self._held + text
+        found = [place for stop in self.stop_strings if (place := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        hold = max((_overlap(text, stop) for stop in self.stop_strings), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest end of ``text`` that ``stop`` begins with."""
+    return next((size for size in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:size])), 0)
