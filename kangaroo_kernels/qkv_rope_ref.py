@@ -3,8 +3,9 @@
     n = rms_norm(x);  q, k, v = split(n @ W^T + b);  q, k = rope(q), rope(k);  cache[position:position + M] = k, v
 
 RoPE (Su et al., arXiv 2104.09864) turns the pair ``(x[2i], x[2i + 1])`` of every head by the angle
-``position * inv_freq[i]``: one complex product. Checkpoints in Hugging Face's order keep the pair at ``(i, i + D / 2)``;
-``interleave_rope`` reorders their rows once at load, after which a pair lies in one tile of the projection.
+``position * inv_freq[i]``: one complex product. Checkpoints in Hugging Face's order keep the pair at
+``(i, i + D / 2)``; ``interleave_rope`` reorders their rows once at load, after which a pair lies in one tile of the
+projection.
 
 Bytes moved: the weight, ``K * (H + 2 * H_kv) * D`` elements, once; everything else is M rows.
 """

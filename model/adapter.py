@@ -1,14 +1,13 @@
 """The adapter: the small trained network that turns the exit layer's hidden states into drafts.
 
-``h + attention(rms_norm(h))``, a norm, then the target's own LM head (arXiv 2404.18911, section 3.1). The folder holds a
-``config.json`` (a one-layer Llama configuration with ``exit_layer`` besides) and its weights.
+``h + attention(rms_norm(h))``, a norm, then the target's own LM head (arXiv 2404.18911, section 3.1). The folder holds
+a ``config.json`` (a one-layer Llama configuration with ``exit_layer`` besides) and its weights.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .cache import KVCache
@@ -40,7 +39,7 @@ class AdapterConfig:
 
 def _number(values: dict[str, Any], name: str, default: float, low: float, high: float, path: Path) -> float:
     value = values.get(name, default)
-    if not isinstance(value, int | float) or not low <= value <= high:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
         raise KangarooError(f"{path}: {name} is {value!r}; it must be a number from {low:g} to {high:g}.")
     return value
 
@@ -63,6 +62,8 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
         raise KangarooError(f"{path} names no exit_layer; give the one the adapter was trained with.")
     check_exit_layer(exit_layer, target)
     gamma = _number(values, "num_speculative_tokens", PAPER_NUM_SPECULATIVE_TOKENS, 1, 15, path)
+    if gamma != int(gamma):
+        raise KangarooError(f"{path}: num_speculative_tokens is {gamma!r}; it must be a whole number.")
     eta = _number(values, "draft_confidence_threshold", PAPER_DRAFT_CONFIDENCE_THRESHOLD, 0, 1, path)
     return AdapterConfig(config, exit_layer, int(gamma), float(eta))
 
@@ -70,7 +71,7 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
 def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:
     """Raise unless at least one layer lies on either side of the exit."""
     highest = target.num_hidden_layers - 1
-    if not isinstance(exit_layer, int) or not 1 <= exit_layer <= highest:
+    if not isinstance(exit_layer, int) or isinstance(exit_layer, bool) or not 1 <= exit_layer <= highest:
         raise KangarooError(f"exit_layer is {exit_layer!r}; this target allows 1 to {highest}.")
 
 

@@ -1,5 +1,6 @@
 """Read a checkpoint's ``config.json`` into the few numbers the runtime needs, refusing what it would decode wrongly."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,18 @@ from torch import Tensor
 from .errors import KangarooError
 
 SUPPORTED_MODEL_TYPES = ("llama", "mistral")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +73,9 @@ class LlamaConfig:
     def inv_freq(self, length: int) -> Tensor:
         """RoPE's inverse frequencies for texts of up to ``length`` tokens: ``[head_dim / 2]`` float32.
 
-        ``length`` matters for ``dynamic`` alone: a text that outgrows ``max_position_embeddings`` has its base stretched
-        once, for the longest it may become, so that every token sees the same angles (transformers stretches it again
-        at every step and leaves older keys as they were).
+        ``length`` matters for ``dynamic`` alone: a text that outgrows ``max_position_embeddings`` has its base
+        stretched once, for the longest it may become, so that every token sees the same angles (transformers stretches
+        it again at every step and leaves older keys as they were).
         """
         rope, size = self.rope, self.head_dim
         theta = rope.theta
@@ -88,38 +100,54 @@ class LlamaConfig:
         return (attention + mlp + 2 * self.hidden_size) * (self.num_hidden_layers if layers is None else layers)
 
 
-def _rope_config(values: Mapping[str, Any]) -> RopeConfig:
-    """``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (transformers 4, and older still)."""
+def _positive(value: object, name: str, path: Path | str) -> float:
+    """A finite number above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise KangarooError(f"{path}: {name} is {value!r}; it must be a number above 0.")
+    return float(value)
+
+
+def _size(value: object, name: str, path: Path | str) -> int:
+    """A whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise KangarooError(f"{path}: {name} is {value!r}; it must be a whole number of at least 1.")
+    return value
+
+
+def _rope_config(values: Mapping[str, Any], path: Path | str) -> RopeConfig:
+    """``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (transformers 4 and before)."""
     scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = float(scaling.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    theta = _positive(scaling.get("rope_theta") or values.get("rope_theta") or 10000.0, "rope_theta", path)
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     if rope_type not in SUPPORTED_ROPE_TYPES:
         raise KangarooError(
-            f"config.json: RoPE type {rope_type!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}."
+            f"{path}: RoPE type {rope_type!r} is not supported; supported are {', '.join(SUPPORTED_ROPE_TYPES)}."
         )
     if rope_type == "default":
         return RopeConfig(theta=theta)
-    wanted = ("factor",)
-    if rope_type == "llama3":
-        wanted += ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for name in wanted:
-        if not isinstance(scaling.get(name), int | float):
-            raise KangarooError(f"config.json: RoPE type {rope_type!r} needs a number for {name!r}.")
-    parameters = {name: float(scaling[name]) for name in wanted[1:]}
-    return RopeConfig(rope_type, theta, float(scaling["factor"]), parameters)
+    factor = _positive(scaling.get("factor"), "the RoPE scaling's factor", path)
+    if rope_type != "llama3":
+        return RopeConfig(rope_type, theta, factor)
+    further = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    parameters = {name: _positive(scaling.get(name), f"the RoPE scaling's {name}", path) for name in further}
+    if parameters["low_freq_factor"] >= parameters["high_freq_factor"]:
+        raise KangarooError(f"{path}: the RoPE scaling's low_freq_factor must be below its high_freq_factor.")
+    return RopeConfig(rope_type, theta, factor, parameters)
 
 
 def load_config_values(folder: Path, what: str) -> dict[str, Any]:
     """``folder/config.json`` as transformers' ``AutoConfig`` reads it, refusing checkpoints that bring code."""
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
 
     path = folder / "config.json"
     if not path.is_file():
         raise KangarooError(f"{what} folder {folder} has no config.json; it should hold a Hugging Face checkpoint.")
     try:
-        raw, _ = PretrainedConfig.get_config_dict(folder)
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise KangarooError(f"{path} is not readable JSON: {error}.") from error
+        raise KangarooError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(raw, dict):
+        raise KangarooError(f"{path} holds no JSON object; it should describe a model.")
     if raw.get("auto_map"):
         raise KangarooError(f"{path} asks to run the checkpoint's own code (auto_map), which is never done.")
     model_type = raw.get("model_type", "llama")
@@ -127,11 +155,19 @@ def load_config_values(folder: Path, what: str) -> dict[str, Any]:
         raise KangarooError(
             f"{path}: model type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}."
         )
+    if raw.get("quantization_config"):
+        raise KangarooError(
+            f"{path}: quantized checkpoints are not supported; use one in float32, float16 or bfloat16."
+        )
+    for name in SIZES:  # transformers computes with them before it looks at them
+        if raw.get(name) is not None:
+            _size(raw[name], name, path)
     raw["model_type"] = model_type
     try:
         values = AutoConfig.for_model(**raw).to_dict()
-    except Exception as error:  # transformers' validators raise many kinds
-        raise KangarooError(f"{path} is not a valid configuration: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # transformers' validators raise many kinds, some over several lines
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise KangarooError(f"{path} is not a valid configuration ({reason}).") from error
     # where transformers renames fields between versions, the file's own word is kept beside it
     return {**raw, **values}
 
@@ -145,10 +181,7 @@ def parse_config(values: Mapping[str, Any], path: Path | str = "config.json") ->
 
     def size(name: str, default: int | None = None) -> int:
         value = values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise KangarooError(f"{path}: {name} is {value!r}; it must be a whole number of at least 1.")
-        return value
+        return _size(default if value is None else value, name, path)
 
     if values.get("sliding_window") is not None and values.get("use_sliding_window", True):
         raise KangarooError(
@@ -167,7 +200,7 @@ def parse_config(values: Mapping[str, Any], path: Path | str = "config.json") ->
         raise KangarooError(f"{path}: head_dim is {head_dim}; rotary embeddings need an even one.")
     eos = values.get("eos_token_id")
     eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
-    dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
+    dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
     return LlamaConfig(
         vocab_size=size("vocab_size"),
         hidden_size=hidden,
@@ -176,14 +209,14 @@ def parse_config(values: Mapping[str, Any], path: Path | str = "config.json") ->
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_positive(values.get("rms_norm_eps", 1e-6), "rms_norm_eps", path),
         max_position_embeddings=size("max_position_embeddings", 2048),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
         attention_bias=bool(values.get("attention_bias", False)),
         mlp_bias=bool(values.get("mlp_bias", False)),
-        rope=_rope_config(values),
+        rope=_rope_config(values, path),
         eos_token_ids=eos_ids,
-        dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), torch.float32),
+        dtype=DTYPES.get(dtype, torch.float32),
     )
 
 

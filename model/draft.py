@@ -20,7 +20,7 @@ class Draft:
     Attributes:
         tokens: ``[k]`` int64.
         exit_hidden: ``[k + 1, hidden]``: the exit layer's output for the newest token and every draft.
-        distributions: ``[k, V]``, what each token was drawn from; None unless drafts are accepted by rejection sampling.
+        distributions: ``[k, V]``, what each token was drawn from, for rejection sampling; else None.
     """
 
     tokens: Tensor

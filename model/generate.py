@@ -15,8 +15,9 @@ from .adapter import (
     PAPER_DRAFT_CONFIDENCE_THRESHOLD,
     PAPER_NUM_SPECULATIVE_TOKENS,
     Adapter,
+    load_adapter_config,
 )
-from .config import load_config
+from .config import DTYPES, load_config
 from .decode import MAX_SPECULATIVE_TOKENS, Commit, DecodeStats, check_tokens, kangaroo_steps, plain_steps, prefill
 from .draft import Drafter
 from .errors import KangarooError
@@ -26,8 +27,6 @@ from .state import TextState
 from .text import TextStream, load_tokenizer
 from .threads import fastest_thread_count, threads
 from .weights import find_folder, load_target
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     if dtype is None:
         return torch.float32 if device.type == "cpu" else stored
     resolved = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if resolved not in DTYPES.values():
+    if resolved is None or resolved not in DTYPES.values():
         raise KangarooError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
     return resolved
 
@@ -157,8 +156,6 @@ class Kangaroo:
         config = load_config(folder)
         adapter_folder = None if adapter is None else find_folder(adapter, "adapter")
         if adapter_folder is not None:  # before the long work of loading the target
-            from .adapter import load_adapter_config
-
             load_adapter_config(adapter_folder, config, exit_layer)
         target = Llama(config, load_target(folder, config, where, resolve_dtype(dtype, where, config.dtype)))
         drafter = None
@@ -352,7 +349,8 @@ class Kangaroo:
         steps = self._steps(request, outcome)
         text = TextStream(self.tokenizer, request.stop_strings)
         outcome.finish_reason = "context" if request.limited_by_context else "length"
-        for commit in steps:
+        for step in steps:
+            commit = step
             kept = len(commit.tokens)
             piece = ""
             for index, token in enumerate(commit.tokens):
@@ -387,9 +385,7 @@ class Kangaroo:
             prefill(self.target, drafter, state, request.length, request.num_speculative_tokens)
         outcome.stats.prefill_seconds = time.perf_counter() - began
         if drafter is None:
-            steps = plain_steps(
-                self.target, state, chooser, length=request.length, stop_tokens=request.stop_tokens
-            )
+            steps = plain_steps(self.target, state, chooser, length=request.length, stop_tokens=request.stop_tokens)
         else:
             steps = kangaroo_steps(
                 self.target,

@@ -25,7 +25,7 @@ class RotaryTable:
         self.phases = torch.empty(0)
 
     def reserve(self, rows: int, text_length: int) -> None:
-        """Make ``phases`` ``[>= rows, 1, head_dim / 2]`` complex64, for a text that may reach ``text_length`` tokens."""
+        """Make ``phases`` ``[>= rows, 1, head_dim / 2]`` complex64, for a text of up to ``text_length`` tokens."""
         scaled_for = text_length if self.config.rope.rope_type == "dynamic" else 0
         if rows > len(self.phases) or scaled_for != self.scaled_for:
             self.phases = rope_table(self.config.inv_freq(text_length).to(self.device), rows)
@@ -73,7 +73,7 @@ class Llama:
         return self.weights.embedding[torch.tensor(tokens, device=self.device)]
 
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
-        """Layers ``[first, last)`` on M tokens at ``position, position + 1, ...``: ``[M, hidden]`` to the same shape."""
+        """Layers ``[first, last)`` on M tokens at ``position, position + 1, ...``: ``[M, hidden]`` to the same."""
         phases, eps = self.rotary.phases, self.config.rms_norm_eps
         for index in range(first, last):
             layer = self.weights.layers[index]

@@ -1,7 +1,7 @@
 """Which token a row of logits gives: one rule for target and drafter, greedy or sampled.
 
-The token at absolute position p is a pure function of (logits, seed, p). With ``coupled`` acceptance the drafter uses the
-target's noise, and what is accepted is what plain sampling with that seed would have said. ``rejection`` (Leviathan
+The token at absolute position p is a pure function of (logits, seed, p). With ``coupled`` acceptance the drafter uses
+the target's noise, and what is accepted is what plain sampling with that seed would have said. ``rejection`` (Leviathan
 et al., arXiv 2211.17192) draws the drafts on their own and keeps the target's distribution, not its tokens.
 """
 

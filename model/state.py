@@ -16,8 +16,8 @@ class TextState:
         cache: the target's keys and values; rows below ``n - 1`` are valid in every layer.
         adapter_cache: the adapter's; rows below ``adapter_length`` are valid.
         adapter_length: ``n - 1``, or ``n - 2`` after every draft was accepted: nobody ran the adapter on the last one.
-        exit_hidden: ``[1 + max drafts + 1, hidden]``, the exit layer's output. Row 0 belongs to position ``n - 2`` (for an
-            adapter that lags), row ``1 + j`` to position ``n - 1 + j``.
+        exit_hidden: ``[1 + max drafts + 1, hidden]``, the exit layer's output. Row 0 belongs to position ``n - 2`` (for
+            an adapter that lags), row ``1 + j`` to position ``n - 1 + j``.
     """
 
     tokens: list[int]

@@ -6,6 +6,7 @@ shard's mapping. ``pytorch_model.bin`` is read with ``weights_only``: no code of
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from kangaroo_kernels.qkv_rope_ref import interleave_rope
 from .config import LlamaConfig
 from .errors import KangarooError
 
+STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.model")
 
 
@@ -51,12 +53,13 @@ def _shards(folder: Path) -> list[Path]:
         if (folder / index).is_file():
             try:
                 names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
+                shards = [folder / name for name in names]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise KangarooError(f"{folder / index} is not a valid index of shards.") from error
-            missing = [name for name in names if not (folder / name).is_file()]
+            missing = [path.name for path in shards if not path.is_file()]
             if missing:
                 raise KangarooError(f"{folder}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}.")
-            return [folder / name for name in names]
+            return shards
     raise KangarooError(f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin.")
 
 
@@ -78,13 +81,15 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 raise KangarooError(f"{path} is truncated or not a safetensors file ({error}).") from error
         else:
             try:
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                mapped = zipfile.is_zipfile(path)  # the format before torch 1.6 cannot be
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-                reason = "it would run code" if "weights_only" in str(error).lower() else "truncated or not a checkpoint"
+                runs_code = "weights_only" in str(error).lower()
+                reason = "it would run code" if runs_code else "truncated or not a checkpoint"
                 raise KangarooError(f"{path} cannot be loaded: {reason}.") from error
             if not isinstance(tensors, Mapping):
                 raise KangarooError(f"{path} holds no dictionary of tensors.")
-            yield from ((name, tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor))
+            yield from ((str(name), tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor))
 
 
 class _Places:
@@ -111,19 +116,21 @@ class _Places:
             if name not in waiting:
                 if name in self.slots or name.endswith(ignored):
                     continue
-                raise KangarooError(f"{folder}: unexpected tensor {name!r}; this is not the checkpoint config.json names.")
+                raise KangarooError(f"{folder}: unexpected tensor {name!r}; config.json names another model.")
             slot, head_dim = waiting.pop(name)
             if tensor.shape != slot.shape:
-                raise KangarooError(
-                    f"{folder}: tensor {name!r} has shape {list(tensor.shape)}, config.json asks for {list(slot.shape)}."
-                )
-            if not tensor.is_floating_point():
-                raise KangarooError(f"{folder}: tensor {name!r} is {tensor.dtype}; quantized weights are not supported.")
-            if not bool(torch.isfinite(tensor).all()):
-                raise KangarooError(f"{folder}: tensor {name!r} holds values that are not finite.")
+                found, wanted = list(tensor.shape), list(slot.shape)
+                raise KangarooError(f"{folder}: tensor {name!r} has shape {found}; config.json asks for {wanted}.")
+            if tensor.dtype not in STORED_DTYPES:
+                raise KangarooError(f"{folder}: tensor {name!r} is {tensor.dtype}; it must be a float type.")
             slot.copy_(tensor if head_dim is None else interleave_rope(tensor, head_dim))
+            if not bool(
+                torch.isfinite(slot).all()
+            ):  # looked at in its place: float16 cannot hold all that bfloat16 can
+                raise KangarooError(f"{folder}: tensor {name!r} holds values that are not finite in {self.dtype}.")
         if waiting:
-            raise KangarooError(f"{folder}: {len(waiting)} tensors are missing, first {next(iter(waiting))!r}.")
+            first = next(iter(waiting))
+            raise KangarooError(f"{folder}: {len(waiting)} of {len(self.slots)} tensors are missing, first {first!r}.")
 
 
 @dataclass(frozen=True)
@@ -239,9 +246,7 @@ def load_target(folder: Path, config: LlamaConfig, device: torch.device, dtype: 
     places.fill(folder, read_tensors(folder), ignored)
     places.slots.clear()
     layers = [
-        LayerWeights(
-            _finish_attention(block), block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down")
-        )
+        LayerWeights(_finish_attention(block), block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down"))
         for block in blocks
     ]
     return TargetWeights(embedding, layers, norm, PackedWeight(head))

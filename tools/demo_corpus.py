@@ -18,10 +18,11 @@ MAX_FILE_CHARS = 400_000
 
 @dataclass(frozen=True)
 class Document:
-    """One source file or language-reference topic: its path below the standard library, and its text."""
+    """One source file or language-reference topic: its path below the standard library, its text, its file."""
 
     path: str
     text: str
+    file: Path | None = None
 
     @property
     def held_out(self) -> bool:
@@ -51,7 +52,7 @@ def stdlib_documents() -> list[Document]:
         except (SyntaxError, UnicodeDecodeError):  # the library's own tests of broken encodings
             continue
         if _is_prose_or_code(text):
-            documents.append(Document(name, text))
+            documents.append(Document(name, text, path))
     for topic, text in sorted(pydoc_data.topics.topics.items()):
         documents.append(Document(f"pydoc_data/topics/{topic}", text))
     return documents

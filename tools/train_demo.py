@@ -1,15 +1,19 @@
-"""Train the demo pair: a tokenizer and a small, deep Llama on the Python standard library.
+"""Train the demo pair on the Python standard library: a tokenizer, a small, deep Llama, and its adapter.
 
-    python tools/train_demo.py target --out runs/demo --minutes 80
+    python tools/train_demo.py target --out runs/demo --minutes 72
+    python tools/train_demo.py adapter --out runs/demo --minutes 20
+    python tools/train_demo.py ship --out runs/demo
 
-The learning rates follow the share of the time that has passed, so a run fits its ``--minutes`` on any machine.
-Muon (Jordan et al., 2024; the update scaled as in arXiv 2502.16982) turns the matrices, AdamW the rest. A stopped run
-goes on from its last checkpoint. Every setting and the learning curve land in ``OUT/target/training.json``.
+The target's learning rates follow the share of the time that has passed, so a run fits its ``--minutes`` on any
+machine. Muon (Jordan et al., 2024; the update scaled as in arXiv 2502.16982) turns the matrices, AdamW the rest. A
+stopped run goes on from its last checkpoint. Every setting and the learning curve land in ``training.json`` beside the
+weights.
 """
 
 import json
 import math
 import platform
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -20,8 +24,10 @@ import torch
 import torch.nn.functional as F
 import typer
 from demo_corpus import Document, stdlib_documents
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from kangaroo_kernels.model.train import TrainingSettings, train_adapter
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
@@ -56,7 +62,10 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTok
     tokenizer = Tokenizer(models.BPE())
     words = r" ?[A-Za-z_]+| ?[0-9]{1,3}|(?:\r?\n)+[ ]*| ?[^\sA-Za-z_0-9]+|\s+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -66,14 +75,16 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTok
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> torch.Tensor:
     """All documents as one row of tokens, each behind an end-of-text token: [N] int64."""
-    separator = tokenizer.bos_token_id
     rows = tokenizer.backend_tokenizer.encode_batch([document.text for document in documents])
-    return torch.tensor([token for row in rows for token in (separator, *row.ids)])
+    return torch.tensor([token for row in rows for token in row.ids])
 
 
 class Windows:
@@ -116,9 +127,9 @@ def learning_rate_factor(share: float, recipe: TargetRecipe) -> float:
     return min(share / recipe.warmup_share, 1.0, max(0.0, 1 - share) / (1 - recipe.decay_from))
 
 
-@app.callback()
-def main() -> None:
-    """Train the demo pair on the Python standard library."""
+def exact_in_both_halves(weight: torch.Tensor) -> torch.Tensor:
+    """Round to numbers that bf16 and fp16 both hold exactly, so that either may store the weights."""
+    return weight.bfloat16().half().to(weight.dtype)
 
 
 @app.command()
@@ -156,7 +167,7 @@ def target(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     for layer in model.model.layers:  # every block starts as the identity
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -203,7 +214,12 @@ def target(
     budget = minutes * 60
     next_probe = elapsed + 180
     losses: list[float] = []
-    columns = (SpinnerColumn(), *Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    columns = (
+        SpinnerColumn(),
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
     with Progress(*columns) as progress:
         bar = progress.add_task("target", total=int(budget), loss="")
         while elapsed < budget:
@@ -217,7 +233,7 @@ def target(
             with torch.autocast("cpu", torch.bfloat16):
                 logits = model(input_ids=batch[:, :-1], use_cache=False).logits
             loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             for optimizer in base_rates:
                 optimizer.step()
@@ -242,11 +258,102 @@ def target(
 
     record["steps"] = step
     record["tokens_trained"] = step * recipe.batch_tokens
+    for parameter in model.parameters():
+        parameter.data = exact_in_both_halves(parameter.data)
     model.to(torch.bfloat16).save_pretrained(folder)
     record["held_out"] = evaluate(model.float(), valid, valid_characters, recipe.context)
     record["curve"].append({"step": step, "minutes": round(elapsed / 60, 2), **record["held_out"]})
     checkpoint()
     typer.echo(json.dumps(record["held_out"]))
+
+
+def utf8_files(documents: list[Document]) -> tuple[Path, ...]:
+    """The documents that are files in UTF-8 (a few sources declare another encoding)."""
+    files = []
+    for document in documents:
+        if document.file is not None:
+            try:
+                document.file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            files.append(document.file)
+    return tuple(files)
+
+
+@app.command()
+def adapter(
+    out: Annotated[Path, typer.Option(help="Folder of the run; the adapter lands in OUT/adapter.")] = Path("runs/demo"),
+    minutes: Annotated[float, typer.Option(help="Time for the training steps.")] = 20.0,
+    exit_layer: Annotated[int, typer.Option(help="Layers of the target before the adapter.")] = 2,
+    name: Annotated[str, typer.Option(help="Folder of the adapter within OUT.")] = "adapter",
+    windows: Annotated[int, typer.Option(help="Windows of self-generated text.")] = 4096,
+) -> None:
+    """Train the adapter on text that the target wrote itself, from training files' beginnings."""
+    documents = stdlib_documents()
+    settings = TrainingSettings(
+        model=str(out / "target"),
+        data=utf8_files([document for document in documents if not document.held_out]),
+        held_out=utf8_files([document for document in documents if document.held_out]),
+        exit_layer=exit_layer,
+        out=out / name,
+        self_generated=True,
+        generated_windows=windows,
+        minutes=minutes,
+        sequence_length=256,
+    )
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=total, note=note)
+            progress.update(bars[stage], completed=done, note=note)
+
+        report = train_adapter(settings, show)
+    typer.echo(json.dumps({key: value for key, value in report.items() if key.startswith("top1")}))
+
+
+PROMPTS = {
+    "functools.py": "def _c3_merge(",
+    "multiprocessing/connection.py": "class Listener(",
+    "unittest/suite.py": "class TestSuite(",
+    "asyncio/events.py": "class TimerHandle(",
+    "distutils/version.py": "class StrictVersion ",
+    "lib2to3/pgen2/tokenize.py": "class Untokenizer:",
+    "test/test_fractions.py": "class FractionTest(",
+    "test/test_weakset.py": "class TestWeakSet(",
+}
+"""Held-out files and where in them the demo's prompts begin."""
+
+
+def cut_prompt(text: str, beginning: str, characters: int = 480) -> str:
+    """From ``beginning`` on, whole lines, about ``characters`` of them."""
+    start = text.index(beginning)
+    return text[start : text.index("\n", start + characters) + 1]
+
+
+@app.command()
+def ship(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    pair: Annotated[Path, typer.Option(help="Where the package keeps its pair.")] = Path("model/demo_pair"),
+) -> None:
+    """Copy target, adapter and prompts from held-out files into the package."""
+    documents = {document.path: document for document in stdlib_documents()}
+    prompts = []
+    for path, beginning in PROMPTS.items():
+        if not documents[path].held_out:
+            raise typer.BadParameter(f"{path} was trained on; prompts must come from held-out files.")
+        prompts.append({"name": path, "prompt": cut_prompt(documents[path].text, beginning)})
+    for part in ("target", "adapter"):
+        (pair / part).mkdir(parents=True, exist_ok=True)
+        for file in sorted((out / part).glob("*.json")):
+            shutil.copy(file, pair / part / file.name)
+        tensors = load_file(out / part / "model.safetensors")
+        rounded = {name: exact_in_both_halves(tensor).bfloat16().contiguous() for name, tensor in tensors.items()}
+        save_file(rounded, pair / part / "model.safetensors", metadata={"format": "pt"})
+    (pair / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n")
+    size = sum(file.stat().st_size for file in pair.rglob("*") if file.is_file())
+    typer.echo(f"{pair}: {size:,} bytes")
 
 
 if __name__ == "__main__":
