@@ -16,7 +16,7 @@ lint: .venv/installed
 	@rm -rf build/types && mkdir -p build/types && cp -r kangaroo_kernels build/types/ \
 	  && cp -r model build/types/kangaroo_kernels/model  # as installed: mypy cannot map a folder to another name
 	$(BIN)/mypy -p kangaroo_kernels
-	$(BIN)/mypy tools bench
+	$(BIN)/mypy tools
 
 bench: .venv/installed
 	$(BIN)/python -m pytest bench/ --benchmark-only

@@ -15,6 +15,12 @@ MANY_ROWS = 64
 """From here on (prefill) the library's fused attention repays its overhead."""
 
 
+@lru_cache(maxsize=8)
+def _unused(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What ``baddbmm`` takes where there is nothing to add."""
+    return torch.empty((), dtype=dtype, device=device)
+
+
 @lru_cache(maxsize=16)
 def _causal_mask(rows: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive: row m of the last ``rows`` positions sees ``length - rows + m + 1`` keys."""
@@ -52,16 +58,13 @@ def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: int, *, sca
         )
         return out[0].transpose(0, 1).reshape(rows, -1)
     group = heads // kv_heads
-    packed = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * rows, head_dim)
     keys = keys.transpose(1, 2)
-    if rows == 1:
-        scores = torch.baddbmm(q.new_empty(()), packed, keys, beta=0, alpha=scale)
-    elif group == 1:
-        scores = torch.baddbmm(_causal_mask(rows, length, q.dtype, q.device), packed, keys, alpha=scale)
-    else:
-        mask = _causal_mask(rows, length, q.dtype, q.device).repeat(group, 1)
-        scores = torch.baddbmm(mask, packed, keys, alpha=scale)
+    if rows == 1:  # most of decoding: nothing is masked, and the heads lie in order already
+        packed = q.view(kv_heads, group, head_dim)
+        scores = torch.baddbmm(_unused(q.dtype, q.device), packed, keys, beta=0, alpha=scale)
+        return torch.bmm(torch.softmax(scores, dim=-1), values).view(1, -1)
+    packed = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * rows, head_dim)
+    mask = _causal_mask(rows, length, q.dtype, q.device)
+    scores = torch.baddbmm(mask if group == 1 else mask.repeat(group, 1), packed, keys, alpha=scale)
     out = torch.bmm(torch.softmax(scores, dim=-1), values)
-    if group == 1:
-        return out.transpose(0, 1).reshape(rows, -1)
     return out.view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, -1)

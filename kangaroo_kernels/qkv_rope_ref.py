@@ -55,17 +55,17 @@ def qkv_rope(
     Returns:
         The turned queries, ``[M, H, D]``: a view of the projection's output.
     """
-    rows = x.shape[0]
+    rows, last = x.shape[0], position + x.shape[0]
     kv_heads, _, head_dim = k_cache.shape
     qkv = linear(rms_norm(x, norm_weight, eps), weight).view(rows, -1, head_dim)
-    turned = qkv[:, :-kv_heads]
-    phases = table[position : position + rows]
-    if turned.dtype == torch.float32:
-        torch.view_as_complex(turned.unflatten(-1, (-1, 2))).mul_(phases)
+    turned, new_values = qkv.split((qkv.shape[1] - kv_heads, kv_heads), dim=1)
+    phases = table[position:last]
+    if qkv.dtype == torch.float32:
+        torch.view_as_complex(turned.view(rows, -1, head_dim // 2, 2)).mul_(phases)
     else:
-        pairs = torch.view_as_complex(turned.float().unflatten(-1, (-1, 2)))
+        pairs = torch.view_as_complex(turned.float().view(rows, -1, head_dim // 2, 2))
         turned.copy_(torch.view_as_real(pairs * phases).flatten(-2))
-    key_heads = turned[:, -kv_heads:]
-    k_cache[:, position : position + rows].copy_(key_heads.transpose(0, 1))
-    v_cache[:, position : position + rows].copy_(qkv[:, -kv_heads:].transpose(0, 1))
-    return turned[:, :-kv_heads]
+    queries, new_keys = turned.split((turned.shape[1] - kv_heads, kv_heads), dim=1)
+    k_cache[:, position:last].copy_(new_keys.transpose(0, 1))
+    v_cache[:, position:last].copy_(new_values.transpose(0, 1))
+    return queries

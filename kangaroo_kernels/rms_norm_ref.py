@@ -33,4 +33,4 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     # sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(K * eps)) / sqrt(K): four small calls where F.rms_norm makes seven
     norm = torch.hypot(torch.linalg.vector_norm(values, dim=-1, keepdim=True), root_eps)
     normed = torch.addcdiv(zero, values, norm, value=sqrt(size))
-    return normed.to(x.dtype).mul_(weight)
+    return (normed if x.dtype == torch.float32 else normed.to(x.dtype)).mul_(weight)

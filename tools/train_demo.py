@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 import typer
 from demo_corpus import Document, stdlib_documents
-from kangaroo_kernels.model.train import TrainingSettings, train_adapter
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kangaroo_kernels.model.train import TrainingSettings, train_adapter
 
 END_OF_TEXT = "<|endoftext|>"
 
