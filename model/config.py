@@ -93,11 +93,18 @@ class LlamaConfig:
             frequencies = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
         return frequencies
 
-    def parameter_count(self, layers: int | None = None) -> int:
-        """Parameters of ``layers`` decoder layers (all of them by default), without embedding, final norm and head."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        return (attention + mlp + 2 * self.hidden_size) * (self.num_hidden_layers if layers is None else layers)
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one attention block with its norm: all of an adapter but its final norm."""
+        q_rows, kv_rows = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        biases = (q_rows + 2 * kv_rows + self.hidden_size) * self.attention_bias
+        return 2 * self.hidden_size * (q_rows + kv_rows) + biases + self.hidden_size
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Parameters of one MLP with its norm."""
+        biases = (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
+        return 3 * self.hidden_size * self.intermediate_size + biases + self.hidden_size
 
 
 def _positive(value: object, name: str, path: Path | str) -> float:

@@ -1,6 +1,6 @@
 """The decode loop: draft, verify, accept, commit (arXiv 2404.18911, algorithm 1), and plain decoding beside it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,12 +183,3 @@ def plain_steps(
         yield Commit([token], accepted=0, drafted=0, agreed=0, stopped=stopped)
         if stopped:
             return
-
-
-def check_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
-    """The tokens as a list, after making sure that each is one."""
-    tokens = list(tokens)
-    for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise ValueError(f"token {token!r} is not a whole number from 0 to {vocab_size - 1}.")
-    return tokens

@@ -1,7 +1,8 @@
 """``Kangaroo``: load a target with its adapter, then generate."""
 
+import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .adapter import (
     load_adapter_config,
 )
 from .config import DTYPES, load_config
-from .decode import MAX_SPECULATIVE_TOKENS, Commit, DecodeStats, check_tokens, kangaroo_steps, plain_steps, prefill
+from .decode import MAX_SPECULATIVE_TOKENS, Commit, DecodeStats, kangaroo_steps, plain_steps, prefill
 from .draft import Drafter
 from .errors import KangarooError
 from .llama import Llama
@@ -46,17 +47,24 @@ class Generation:
     finish_reason: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
     """One committed step as a caller sees it while it runs.
 
     Attributes:
-        text: what the step added to the text; may be empty while a character is incomplete.
         commit: its tokens and where they come from.
+        pieces: what each of its tokens added to the text; empty while a character is incomplete.
+        generation: everything so far, this step included; why it ended is known with the last step.
     """
 
-    text: str
     commit: Commit
+    pieces: list[str]
+    generation: Generation
+
+    @property
+    def text(self) -> str:
+        """What the step added to the text."""
+        return "".join(self.pieces)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,10 @@ class _Outcome:
     tokens: list[int] = field(default_factory=list)
     stats: DecodeStats = field(default_factory=DecodeStats)
     finish_reason: str = "length"
+
+    def generation(self) -> Generation:
+        """What there is by now."""
+        return Generation(self.text, self.tokens, self.stats, self.finish_reason)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -109,6 +121,24 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     if resolved is None or resolved not in DTYPES.values():
         raise KangarooError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
     return resolved
+
+
+def check_tokens(tokens: Iterable[object], vocab_size: int) -> list[int]:
+    """The tokens as a list of plain numbers.
+
+    Raises:
+        KangarooError: one that is not a whole number of the vocabulary.
+    """
+    checked = []
+    for token in tokens:
+        try:
+            value = operator.index(token)  # type: ignore[arg-type]
+        except TypeError:
+            value = -1
+        if not 0 <= value < vocab_size or isinstance(token, bool):
+            raise KangarooError(f"token {token!r} is not a whole number from 0 to {vocab_size - 1}.")
+        checked.append(value)
+    return checked
 
 
 class Kangaroo:
@@ -185,11 +215,6 @@ class Kangaroo:
         hidden = adapter.run(exit_hidden, cache, 0)
         return lm_head(hidden, adapter.norm, self.target.weights.head, eps=adapter.config.llama.rms_norm_eps)
 
-    def exit_hidden(self, tokens: Sequence[int], exit_layer: int) -> Tensor:
-        """The output of the first ``exit_layer`` layers: ``[T, hidden]``; what an adapter is trained on."""
-        with torch.inference_mode():
-            return self._run_all(tokens, exit_layer)
-
     def _run_all(self, tokens: Sequence[int], layers: int) -> Tensor:
         checked = self._check_prompt_tokens(tokens)
         self.target.rotary.reserve(len(checked), len(checked))
@@ -242,13 +267,12 @@ class Kangaroo:
         outcome = _Outcome()
         for _ in self._decode(request, outcome):
             pass
-        return Generation(outcome.text, outcome.tokens, outcome.stats, outcome.finish_reason)
+        return outcome.generation()
 
     def stream(self, prompt: str | Sequence[int], *, max_new_tokens: int, **settings: Any) -> Iterator[str]:
         """As ``generate``, yielding pieces of text as they are committed; joined, they are its ``text``."""
-        for step in self.progress(prompt, max_new_tokens=max_new_tokens, **settings):
-            if step.text:
-                yield step.text
+        steps = self.progress(prompt, max_new_tokens=max_new_tokens, **settings)
+        return (step.text for step in steps if step.text)
 
     def progress(
         self,
@@ -351,13 +375,12 @@ class Kangaroo:
         outcome.finish_reason = "context" if request.limited_by_context else "length"
         for step in steps:
             commit = step
-            kept = len(commit.tokens)
-            piece = ""
-            for index, token in enumerate(commit.tokens):
-                piece += text.push(token)
+            pieces = []
+            for token in commit.tokens:
+                pieces.append(text.push(token))
                 if text.stopped:
-                    kept = index + 1
                     break
+            kept = len(pieces)
             if text.stopped or commit.stopped:
                 outcome.finish_reason = "stop"
             if kept < len(commit.tokens):
@@ -367,9 +390,9 @@ class Kangaroo:
             outcome.tokens += commit.tokens
             outcome.stats.count(commit)
             if commit.stopped or text.stopped or len(request.tokens) + len(outcome.tokens) == request.length:
-                piece += text.finish()
-            outcome.text += piece
-            yield Progress(piece, commit)
+                pieces[-1] += text.finish()
+            outcome.text += "".join(pieces)
+            yield Progress(commit, pieces, outcome.generation())
             if text.stopped:
                 return
 

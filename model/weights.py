@@ -39,8 +39,8 @@ def find_folder(name_or_path: str | Path, what: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
     except Exception as error:  # the hub, its HTTP client and the file system each have their own kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise KangarooError(f"{what} {name!r} is neither a folder nor to be had from the hub: {reason[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise KangarooError(f"{what} {name!r} is neither a folder nor to be had from the hub ({reason}).") from error
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels import Kangaroo
 
 DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 8)
 THRESHOLDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -46,6 +46,22 @@ def measure(kangaroo: Kangaroo, prompts: list[str], length: int, threshold: floa
     }
 
 
+def calibrate(kangaroo: Kangaroo, prompts: list[str], new_tokens: int) -> list[dict[str, float]]:
+    """Every setting's figures, best first."""
+    kangaroo.generate(prompts[0], max_new_tokens=new_tokens)  # warms up
+    settings = [(length, threshold) for length in DRAFT_LENGTHS for threshold in THRESHOLDS]
+    rows = [measure(kangaroo, prompts, *setting, new_tokens) for setting in track(settings, "calibrating")]
+    return sorted(rows, key=lambda row: -row["mean_speedup"])
+
+
+def show(rows: list[dict[str, float]]) -> None:
+    """Print the table."""
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:g}" for value in row.values()))
+    Console().print(table)
+
+
 def write_defaults(adapter: Path, best: dict[str, float], table: list[dict[str, float]]) -> None:
     """Set the adapter's defaults and keep the table they come from."""
     path = adapter / "config.json"
@@ -69,16 +85,10 @@ def main(
     try:
         kangaroo = Kangaroo.from_pretrained(model, adapter)
         texts = json.loads(prompts.read_text())
-        kangaroo.generate(texts[0], max_new_tokens=new_tokens)  # warms up
-        settings = [(length, threshold) for length in DRAFT_LENGTHS for threshold in THRESHOLDS]
-        rows = [measure(kangaroo, texts, *setting, new_tokens) for setting in track(settings, "calibrating")]
-    except (KangarooError, OSError) as error:
+        rows = calibrate(kangaroo, texts, new_tokens)
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    rows.sort(key=lambda row: -row["mean_speedup"])
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:g}" for value in row.values()))
-    Console().print(table)
+    show(rows)
     if write:
         write_defaults(adapter, rows[0], rows)
 

@@ -2,6 +2,7 @@
 
     python tools/train_demo.py target --out runs/demo --minutes 72
     python tools/train_demo.py adapter --out runs/demo --minutes 20
+    python tools/train_demo.py calibrate --out runs/demo
     python tools/train_demo.py ship --out runs/demo
 
 The target's learning rates follow the share of the time that has passed, so a run fits its ``--minutes`` on any
@@ -23,12 +24,14 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from calibrate import calibrate, show, write_defaults
 from demo_corpus import Document, stdlib_documents
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model.train import TrainingSettings, train_adapter
 
 END_OF_TEXT = "<|endoftext|>"
@@ -305,12 +308,12 @@ def adapter(
     with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as progress:
         bars: dict[str, TaskID] = {}
 
-        def show(stage: str, done: int, total: int, note: str) -> None:
+        def report_step(stage: str, done: int, total: int, note: str) -> None:
             if stage not in bars:
                 bars[stage] = progress.add_task(stage, total=total, note=note)
             progress.update(bars[stage], completed=done, note=note)
 
-        report = train_adapter(settings, show)
+        report = train_adapter(settings, report_step)
     typer.echo(json.dumps({key: value for key, value in report.items() if key.startswith("top1")}))
 
 
@@ -331,6 +334,31 @@ def cut_prompt(text: str, beginning: str, characters: int = 480) -> str:
     """From ``beginning`` on, whole lines, about ``characters`` of them."""
     start = text.index(beginning)
     return text[start : text.index("\n", start + characters) + 1]
+
+
+CALIBRATION_PROMPTS = {
+    "argparse.py": "class HelpFormatter(",
+    "json/encoder.py": "class JSONEncoder(",
+    "tarfile.py": "class _Stream:",
+    "sched.py": "class scheduler:",
+    "test/test_queue.py": "class BaseQueueTestMixin(",
+    "logging/handlers.py": "class BaseRotatingHandler(",
+}
+"""Training files and where in them the calibration's prompts begin; the demo's prompts judge the result."""
+
+
+@app.command("calibrate")
+def calibrate_pair(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
+    name: Annotated[str, typer.Option(help="Folder of the adapter within OUT.")] = "adapter",
+    new_tokens: Annotated[int, typer.Option(help="Tokens a decode.")] = 128,
+) -> None:
+    """Set the adapter's default draft length and threshold by measuring on this machine."""
+    documents = {document.path: document for document in stdlib_documents()}
+    prompts = [cut_prompt(documents[path].text, beginning) for path, beginning in CALIBRATION_PROMPTS.items()]
+    rows = calibrate(Kangaroo.from_pretrained(out / "target", out / name), prompts, new_tokens)
+    show(rows[:12])
+    write_defaults(out / name, rows[0], rows)
 
 
 @app.command()
