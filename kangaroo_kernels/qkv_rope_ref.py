@@ -58,6 +58,7 @@ def qkv_rope(
     rows, last = x.shape[0], position + x.shape[0]
     kv_heads, _, head_dim = k_cache.shape
     qkv = linear(rms_norm(x, norm_weight, eps), weight).view(rows, -1, head_dim)
+    turned: Tensor
     turned, new_values = qkv.split((qkv.shape[1] - kv_heads, kv_heads), dim=1)
     phases = table[position:last]
     if qkv.dtype == torch.float32:
@@ -65,6 +66,7 @@ def qkv_rope(
     else:
         pairs = torch.view_as_complex(turned.float().view(rows, -1, head_dim // 2, 2))
         turned.copy_(torch.view_as_real(pairs * phases).flatten(-2))
+    queries: Tensor
     queries, new_keys = turned.split((turned.shape[1] - kv_heads, kv_heads), dim=1)
     k_cache[:, position:last].copy_(new_keys.transpose(0, 1))
     v_cache[:, position:last].copy_(new_values.transpose(0, 1))

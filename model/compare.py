@@ -1,6 +1,6 @@
 """Plain decoding and Kangaroo on the same prompt, timed in turns, so that a slow minute is slow for both."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import median
@@ -83,7 +83,13 @@ def compare(
     )
 
 
-def summarise(comparisons: Sequence[Comparison], name: str = "all prompts") -> Comparison:
+def compare_all(kangaroo: Kangaroo, prompts: Mapping[str, str], **settings: Any) -> Iterator[Comparison]:
+    """``compare`` for each of the named prompts, as soon as it is measured; ``settings`` are its own."""
+    for name, prompt in prompts.items():
+        yield compare(kangaroo, prompt, name=name, **settings)
+
+
+def summarise(comparisons: Sequence[Comparison], name: str = "all") -> Comparison:
     """At least one comparison as one: median speeds and speedup, summed counts, identical if all are."""
     return Comparison(
         name,
@@ -93,6 +99,14 @@ def summarise(comparisons: Sequence[Comparison], name: str = "all prompts") -> C
         identical=all(entry.identical for entry in comparisons),
         stats=_add([entry.stats for entry in comparisons]),
     )
+
+
+def report(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Each comparison and all together, for JSON."""
+    return {
+        "prompts": [comparison.as_dict() for comparison in comparisons],
+        "total": summarise(comparisons).as_dict() if comparisons else None,
+    }
 
 
 def _add(parts: Sequence[DecodeStats]) -> DecodeStats:

@@ -66,8 +66,8 @@ class LlamaConfig:
 
     @property
     def context_length(self) -> int:
-        """The most tokens a text may have. Only dynamic scaling goes beyond ``max_position_embeddings``."""
-        stretch = self.rope.factor if self.rope.rope_type == "dynamic" else 1.0
+        """The most tokens a text may have: linear and dynamic scaling stretch ``max_position_embeddings``."""
+        stretch = self.rope.factor if self.rope.rope_type in ("linear", "dynamic") else 1.0
         return int(self.max_position_embeddings * stretch)
 
     def inv_freq(self, length: int) -> Tensor:

@@ -1,24 +1,13 @@
-"""The bundled pair of target and adapter, and its held-out prompts decoded plainly and with Kangaroo."""
+"""The bundled pair: a small target with its adapter, and prompts from files that neither was trained on."""
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .compare import Comparison, compare, summarise
 from .errors import KangarooError
 from .generate import Kangaroo
 
 PAIR = Path(__file__).parent / "demo_pair"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The beginning of a text that the pair was not trained on."""
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -29,12 +18,12 @@ class DemoPair:
         KangarooError: where one of them is missing.
     """
 
-    folder: Path = PAIR
+    folder: Path
 
     def __post_init__(self) -> None:
         for path in (self.target, self.adapter, self.prompts_file):
             if not path.exists():
-                raise KangarooError(f"the demo pair is not complete: {path} does not exist.")
+                raise KangarooError(f"the demo pair is incomplete: {path} does not exist.")
 
     @property
     def target(self) -> Path:
@@ -48,31 +37,19 @@ class DemoPair:
 
     @property
     def prompts_file(self) -> Path:
-        """A JSON list of names and prompts."""
+        """A JSON list of objects with ``name`` and ``prompt``."""
         return self.folder / "prompts.json"
 
-    def prompts(self) -> list[Prompt]:
-        """The held-out prompts."""
+    def prompts(self) -> dict[str, str]:
+        """The held-out prompts by name."""
         entries = json.loads(self.prompts_file.read_text(encoding="utf-8"))
-        return [Prompt(entry["name"], entry["prompt"]) for entry in entries]
+        return {entry["name"]: entry["prompt"] for entry in entries}
 
     def load(self) -> Kangaroo:
         """The target with its adapter."""
         return Kangaroo.from_pretrained(self.target, self.adapter)
 
 
-def compare_prompts(
-    kangaroo: Kangaroo, prompts: Sequence[Prompt], *, rounds: int, **settings: Any
-) -> Iterator[Comparison]:
-    """One comparison a prompt, each as soon as it is measured."""
-    for prompt in prompts:
-        yield compare(kangaroo, prompt.text, name=prompt.name, rounds=rounds, **settings)
-
-
-def report(comparisons: Sequence[Comparison], *, finished: bool) -> dict[str, Any]:
-    """The demo's figures by name, for JSON."""
-    return {
-        "finish_reason": "complete" if finished else "interrupted",
-        "prompts": [comparison.as_dict() for comparison in comparisons],
-        "total": summarise(comparisons).as_dict() if comparisons else None,
-    }
+def bundled_pair() -> DemoPair:
+    """The pair that comes with the package."""
+    return DemoPair(PAIR)

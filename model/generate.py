@@ -3,7 +3,7 @@
 import operator
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .decode import MAX_SPECULATIVE_TOKENS, Commit, DecodeStats, kangaroo_steps,
 from .draft import Drafter
 from .errors import KangarooError
 from .llama import Llama
-from .sampling import Chooser, Sampling
+from .sampling import Chooser, Sampling, is_number, is_whole
 from .state import TextState
 from .text import TextStream, load_tokenizer
 from .threads import fastest_thread_count, threads
@@ -46,6 +46,15 @@ class Generation:
     stats: DecodeStats
     finish_reason: str
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything by name, for JSON."""
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "finish_reason": self.finish_reason,
+            "stats": self.stats.as_dict(),
+        }
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -54,12 +63,16 @@ class Progress:
     Attributes:
         commit: its tokens and where they come from.
         pieces: what each of its tokens added to the text; empty while a character is incomplete.
-        generation: everything so far, this step included; why it ended is known with the last step.
     """
 
     commit: Commit
     pieces: list[str]
-    generation: Generation
+    _outcome: "_Outcome"
+
+    @property
+    def generation(self) -> Generation:
+        """Everything by now; why it ended is known with the last step."""
+        return self._outcome.generation()
 
     @property
     def text(self) -> str:
@@ -90,8 +103,9 @@ class _Outcome:
     finish_reason: str = "length"
 
     def generation(self) -> Generation:
-        """What there is by now."""
-        return Generation(self.text, self.tokens, self.stats, self.finish_reason)
+        """What there is by now; later steps leave it as it is."""
+        stats = replace(self.stats, accepted_at=list(self.stats.accepted_at))
+        return Generation(self.text, list(self.tokens), stats, self.finish_reason)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -110,6 +124,10 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise KangarooError(f"device {device!r} is not supported; use 'cpu' or 'cuda'.")
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise KangarooError("device 'cuda' was asked for, but PyTorch sees no CUDA GPU here.")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise KangarooError(
+            f"device {device!r} does not exist; PyTorch sees {torch.cuda.device_count()} CUDA GPUs here."
+        )
     return resolved
 
 
@@ -121,6 +139,21 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     if resolved is None or resolved not in DTYPES.values():
         raise KangarooError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
     return resolved
+
+
+def check_lengths(max_new_tokens: int, num_speculative_tokens: int | None, threshold: float | None) -> None:
+    """Hold the settings of a decode against their ranges; None stands for an adapter's own.
+
+    Raises:
+        KangarooError: one that is out of its range.
+    """
+    if not is_whole(max_new_tokens) or max_new_tokens < 1:
+        raise KangarooError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1.")
+    gamma, eta, most = num_speculative_tokens, threshold, MAX_SPECULATIVE_TOKENS
+    if gamma is not None and (not is_whole(gamma) or not 1 <= gamma <= most):
+        raise KangarooError(f"num_speculative_tokens is {gamma!r}; it must be a whole number from 1 to {most}.")
+    if eta is not None and (not is_number(eta) or not 0 <= eta <= 1):
+        raise KangarooError(f"draft_confidence_threshold is {eta!r}; it must be a number from 0 to 1.")
 
 
 def check_tokens(tokens: Iterable[object], vocab_size: int) -> list[int]:
@@ -286,6 +319,9 @@ class Kangaroo:
         **sampling: Any,
     ) -> Iterator[Progress]:
         """As ``stream``, with the tokens and their origin beside each piece."""
+        unknown = sampling.keys() - {field.name for field in fields(Sampling)}
+        if unknown:
+            raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}; Kangaroo.generate lists them all.")
         request = self._request(
             prompt,
             max_new_tokens,
@@ -313,6 +349,8 @@ class Kangaroo:
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
+            if not isinstance(prompt, Iterable):
+                raise KangarooError(f"the prompt is {prompt!r}; it must be a text or a list of tokens.")
             return self._check_prompt_tokens(prompt)
         if self.tokenizer is None:
             raise KangarooError("this checkpoint has no tokenizer; give the prompt as a list of tokens.")
@@ -330,8 +368,6 @@ class Kangaroo:
         stop: Sequence[str | int] | str,
         plain: bool,
     ) -> _Request:
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise KangarooError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1.")
         gamma, eta = PAPER_NUM_SPECULATIVE_TOKENS, PAPER_DRAFT_CONFIDENCE_THRESHOLD
         if not plain:
             defaults = self._require_drafter().adapter.config
@@ -340,13 +376,12 @@ class Kangaroo:
             gamma = num_speculative_tokens
         if draft_confidence_threshold is not None:
             eta = draft_confidence_threshold
-        if not isinstance(gamma, int) or isinstance(gamma, bool) or not 1 <= gamma <= MAX_SPECULATIVE_TOKENS:
-            raise KangarooError(
-                f"num_speculative_tokens is {gamma!r}; it must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}."
-            )
-        if not isinstance(eta, int | float) or not 0 <= eta <= 1:
-            raise KangarooError(f"draft_confidence_threshold is {eta!r}; it must be a number from 0 to 1.")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        check_lengths(max_new_tokens, gamma, eta)
+        if isinstance(stop, str):
+            stop = (stop,)
+        if not isinstance(stop, Iterable):
+            raise KangarooError(f"stop is {stop!r}; it must be a list of strings and token ids.")
+        stops = tuple(stop)
         strings = tuple(entry for entry in stops if isinstance(entry, str))
         if strings and self.tokenizer is None:
             raise KangarooError("stop strings need a tokenizer, and this checkpoint has none; give token ids.")
@@ -381,8 +416,6 @@ class Kangaroo:
                 if text.stopped:
                     break
             kept = len(pieces)
-            if text.stopped or commit.stopped:
-                outcome.finish_reason = "stop"
             if kept < len(commit.tokens):
                 commit = Commit(
                     commit.tokens[:kept], min(commit.accepted, kept), commit.drafted, commit.agreed, stopped=True
@@ -391,8 +424,10 @@ class Kangaroo:
             outcome.stats.count(commit)
             if commit.stopped or text.stopped or len(request.tokens) + len(outcome.tokens) == request.length:
                 pieces[-1] += text.finish()
+            if text.stopped or commit.stopped:
+                outcome.finish_reason = "stop"
             outcome.text += "".join(pieces)
-            yield Progress(commit, pieces, outcome.generation())
+            yield Progress(commit, pieces, outcome)
             if text.stopped:
                 return
 
@@ -404,7 +439,7 @@ class Kangaroo:
         if self._threads is None and self.target.device.type == "cpu":
             self._threads = self._measure_threads()
         began = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), threads(self._threads):
             prefill(self.target, drafter, state, request.length, request.num_speculative_tokens)
         outcome.stats.prefill_seconds = time.perf_counter() - began
         if drafter is None:

@@ -37,13 +37,13 @@ class Sampling:
     acceptance: str = "coupled"
 
     def __post_init__(self) -> None:
-        if not _is_number(self.temperature) or not 0 <= self.temperature <= 100:
-            raise KangarooError(f"temperature is {self.temperature!r}; it must be a number from 0 to 100.")
-        if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
+        if not is_number(self.temperature) or not (self.temperature == 0 or 1e-3 <= self.temperature <= 100):
+            raise KangarooError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or from 0.001 to 100.")
+        if self.top_k is not None and (not is_whole(self.top_k) or self.top_k < 1):
             raise KangarooError(f"top_k is {self.top_k!r}; it must be a whole number of at least 1.")
-        if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):
+        if self.top_p is not None and (not is_number(self.top_p) or not 0 < self.top_p <= 1):
             raise KangarooError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1.")
-        if not _is_whole(self.seed) or not 0 <= self.seed < 1 << 64:
+        if not is_whole(self.seed) or not 0 <= self.seed < 1 << 64:
             raise KangarooError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^64 - 1.")
         if self.acceptance not in ACCEPTANCES:
             raise KangarooError(f"acceptance is {self.acceptance!r}; it must be one of {', '.join(ACCEPTANCES)}.")
@@ -63,11 +63,13 @@ class Sampling:
         return filter_logits(logits, self.temperature, self.top_k, self.top_p)
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is an int; True and False are none here."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether ``value`` is an int or a float; True and False are none here."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -17,7 +17,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each tokenizer library has its own kinds
-        raise KangarooError(f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}).") from error
+        raise KangarooError(
+            f"{folder}: the tokenizer cannot be loaded ({(str(error) or type(error).__name__).splitlines()[0]})."
+        ) from error
 
 
 class TextStream:

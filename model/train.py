@@ -1,8 +1,8 @@
 """Train an adapter: soft cross-entropy against the target's own distribution (arXiv 2404.18911, section 3.1).
 
 The target is frozen and runs through transformers, a batch of windows at a time; a hook takes the exit layer's hidden
-states as they pass. With ``self_generated`` the windows are the target's own continuations of the text, alternately
-greedy and sampled, which is what the drafter will meet when decoding.
+states as they pass. With ``self_generated`` half of the windows are the target's own continuations of the text, made
+alternately greedily and by sampling: what the drafter will meet when decoding.
 """
 
 import json
@@ -43,7 +43,7 @@ class TrainingSettings:
         data: text files.
         exit_layer: how many of the target's layers run before the adapter.
         out: the adapter's folder; a run that was stopped goes on from the state in it.
-        self_generated: train on the target's continuations of the text.
+        self_generated: half of every batch is the target's own continuations of the text.
         held_out: text files to measure on; without them, the last 3 % of the data.
         minutes: time for the steps; None runs exactly ``steps`` of them.
         steps: the number of steps where ``minutes`` is None.
@@ -185,6 +185,7 @@ class Teacher:
             max_new_tokens=length - prompts.shape[1],
             min_new_tokens=length - prompts.shape[1],
             pad_token_id=0,
+            cache_implementation="static",  # a growing cache is copied at every step
             **settings,
         )
         return written.cpu()
@@ -353,10 +354,10 @@ def train_adapter(settings: TrainingSettings, progress: ProgressReport = lambda 
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min(share / 0.02 + 0.01, 1 - share)
         generator = torch.Generator().manual_seed(settings.seed + 7919 * (step + 1))
-        if pool is None:
-            batch = random_windows(tokens, settings.batch_size, settings.sequence_length, generator)
-        else:
-            batch = pool[torch.randint(len(pool), (settings.batch_size,), generator=generator)]
+        own = 0 if pool is None else settings.batch_size // 2
+        batch = random_windows(tokens, settings.batch_size - own, settings.sequence_length, generator)
+        if pool is not None:
+            batch = torch.cat((batch, pool[torch.randint(len(pool), (own,), generator=generator)]))
         with _autocast(device):
             exit_hidden, logits = teacher(batch)
             guesses = F.linear(adapter(exit_hidden), teacher.head)

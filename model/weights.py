@@ -89,7 +89,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 raise KangarooError(f"{path} cannot be loaded: {reason}.") from error
             if not isinstance(tensors, Mapping):
                 raise KangarooError(f"{path} holds no dictionary of tensors.")
-            yield from ((str(name), tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor))
+            # detached, for some files hold parameters
+            yield from ((str(name), tensor.detach()) for name, tensor in tensors.items() if isinstance(tensor, Tensor))
 
 
 class _Places:
@@ -109,12 +110,17 @@ class _Places:
             start += shape[0]
         return packed
 
-    def fill(self, folder: Path, tensors: Iterator[tuple[str, Tensor]], ignored: tuple[str, ...]) -> None:
-        """Copy every tensor to its place; all must come, in the right shape, finite."""
-        waiting = dict(self.slots)
-        for name, tensor in tensors:
+    def fill(self, folder: Path, tied: Mapping[str, str]) -> None:
+        """Copy every tensor to its place; all must come, in the right shape, finite.
+
+        ``tied`` maps names that may come besides to the tensors they must equal.
+        """
+        waiting, twins = dict(self.slots), {}
+        for name, tensor in read_tensors(folder):
             if name not in waiting:
-                if name in self.slots or name.endswith(ignored):
+                if name in tied:
+                    twins[name] = tensor
+                if name in tied or name in self.slots or name.endswith("rotary_emb.inv_freq"):
                     continue
                 raise KangarooError(f"{folder}: unexpected tensor {name!r}; config.json names another model.")
             slot, head_dim = waiting.pop(name)
@@ -130,6 +136,10 @@ class _Places:
         if waiting:
             first = next(iter(waiting))
             raise KangarooError(f"{folder}: {len(waiting)} of {len(self.slots)} tensors are missing, first {first!r}.")
+        for name, tensor in twins.items():
+            original = self.slots[tied[name]][0]
+            if tensor.shape != original.shape or not torch.equal(original, tensor.to(original)):
+                raise KangarooError(f"{folder}: config.json ties {name!r} to {tied[name]!r}, but the two differ.")
 
 
 @dataclass(frozen=True)
@@ -228,13 +238,12 @@ def load_target(folder: Path, config: LlamaConfig, device: torch.device, dtype: 
         KangarooError: files or tensors missing, of another shape, or not finite.
     """
     places = _Places(device, dtype)
-    embedding = places.pack({"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)})
-    head = embedding
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    if config.tie_word_embeddings:
-        ignored += ("lm_head.weight",)
-    else:
-        head = places.pack({"lm_head.weight": (config.vocab_size, config.hidden_size)})
+    shape = (config.vocab_size, config.hidden_size)
+    head = embedding = places.pack({"model.embed_tokens.weight": shape})
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    if not config.tie_word_embeddings:
+        head = places.pack({"lm_head.weight": shape})
+        tied = {}
     norm = places.pack({"model.norm.weight": (config.hidden_size,)})
     blocks = []
     for index in range(config.num_hidden_layers):
@@ -242,7 +251,7 @@ def load_target(folder: Path, config: LlamaConfig, device: torch.device, dtype: 
         block = _attention_places(places, config, prefix)
         _mlp_places(places, config, prefix, block)
         blocks.append(block)
-    places.fill(folder, read_tensors(folder), ignored)
+    places.fill(folder, tied)
     places.slots.clear()
     layers = [
         LayerWeights(_finish_attention(block), block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down"))
@@ -260,6 +269,6 @@ def load_adapter(folder: Path, config: LlamaConfig, device: torch.device, dtype:
     places = _Places(device, dtype)
     norm = places.pack({"norm.weight": (config.hidden_size,)})
     block = _attention_places(places, config, "layers.0.")
-    places.fill(folder, read_tensors(folder), ("rotary_emb.inv_freq",))
+    places.fill(folder, {})
     places.slots.clear()
     return AdapterWeights(_finish_attention(block), norm)

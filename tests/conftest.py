@@ -1,0 +1,34 @@
+"""What every test shares: one thread, and one small pair of target and adapter."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import hypothesis
+import pytest
+import torch
+from pairs import make_adapter, make_target, make_tokenizer
+
+from kangaroo_kernels import Kangaroo
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+
+class Pair(NamedTuple):
+    """Folders of a target and of an adapter made for it."""
+
+    target: Path
+    adapter: Path
+
+    def load(self, exit_layer: int | None = None, **settings: object) -> Kangaroo:
+        """The pair as a user would load it."""
+        return Kangaroo.from_pretrained(self.target, self.adapter, exit_layer, **settings)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Four layers, exit after two, an adapter that is right now and then, and a character tokenizer. Read-only."""
+    folder = tmp_path_factory.mktemp("pair")
+    target = make_tokenizer(make_target(folder / "target", quiet_from=2, quiet=0.2))
+    return Pair(target, make_adapter(folder / "adapter", target, exit_layer=2, copy_layer=2))

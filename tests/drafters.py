@@ -1,0 +1,82 @@
+"""Drafters that stand in for the real one: they say what a test wants and record what the adapter would have said."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.model.draft import Draft, Drafter
+from kangaroo_kernels.model.sampling import Chooser
+from kangaroo_kernels.model.state import TextState
+from kangaroo_kernels.top1_head_ref import Top1
+
+Say = Callable[[int, int, int, float], tuple[int, float]]
+"""(position of the token, its place in this step's draft, the adapter's own token and confidence) to what is said."""
+
+
+class Scripted(Drafter):
+    """Runs the adapter as the real drafter does, then says what ``say`` wants.
+
+    Attributes:
+        states: the state seen by every step, the same object again and again.
+        drafts: every step's drafted tokens, with the length of the text before it.
+        own: ``(position, token, confidence)`` of every guess that the adapter itself made.
+    """
+
+    def __init__(self, real: Drafter, say: Say | None = None) -> None:
+        super().__init__(real.target, real.adapter)
+        self.say = say
+        self.states: list[TextState] = []
+        self.drafts: list[tuple[int, list[int]]] = []
+        self.own: list[tuple[int, int, float]] = []
+
+    def draft(self, state: TextState, chooser: Chooser, max_tokens: int, threshold: float) -> Draft:
+        self.states.append(state)
+        length = len(state.tokens)
+        draft = super().draft(state, chooser, max_tokens, threshold)
+        self.drafts.append((length, draft.tokens.tolist()))
+        return draft
+
+    def guess(
+        self, exit_hidden: Tensor, state: TextState, chooser: Chooser, position: int
+    ) -> tuple[Top1, Tensor | None]:
+        guess, distribution = super().guess(exit_hidden, state, chooser, position)
+        following = position + exit_hidden.shape[0]
+        token, confidence = int(guess.token), float(guess.confidence)
+        self.own.append((following, token, confidence))
+        if self.say is None:
+            return guess, distribution
+        token, confidence = self.say(following, following - len(state.tokens), token, confidence)
+        if distribution is not None:  # what is always said was drawn from a distribution that knows nothing else
+            distribution = torch.nn.functional.one_hot(torch.tensor([token]), distribution.shape[-1]).float()
+        return Top1(torch.tensor([token]), torch.tensor([confidence])), distribution
+
+
+class NotANumber(Drafter):
+    """An adapter whose output is NaN throughout."""
+
+    def guess(
+        self, exit_hidden: Tensor, state: TextState, chooser: Chooser, position: int
+    ) -> tuple[Top1, Tensor | None]:
+        return super().guess(torch.full_like(exit_hidden, float("nan")), state, chooser, position)
+
+
+def oracle(text: Sequence[int], confidence: float = 1.0) -> Say:
+    """Always right: ``text`` is the whole text, prompt included, as plain decoding gives it."""
+    return lambda position, place, token, sure: (text[position] if position < len(text) else 0, confidence)
+
+
+def right_until(text: Sequence[int], count: int, vocab_size: int) -> Say:
+    """Right for the first ``count`` drafts of every step, then wrong; 0 is always wrong."""
+
+    def say(position: int, place: int, token: int, sure: float) -> tuple[int, float]:
+        right = text[position] if position < len(text) else 0
+        return (right if place < count else (right + 1) % vocab_size), 1.0
+
+    return say
+
+
+def with_drafter(kangaroo: Kangaroo, drafter: Drafter) -> Kangaroo:
+    """The same target behind another drafter."""
+    return Kangaroo(kangaroo.target, drafter, kangaroo.tokenizer)

@@ -1,0 +1,270 @@
+"""The command as a user meets it: output, JSON, mistakes, Ctrl-C."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import Pair
+from pairs import make_target, make_tokenizer
+
+from kangaroo_kernels import Kangaroo, __version__
+from kangaroo_kernels.model import cli, compare
+
+PROMPT = "ABCabc"
+COMMAND = [sys.executable, "-c", "from kangaroo_kernels.model.cli import main; main()"]
+
+
+class Outcome(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+class Terminal(io.StringIO):
+    """A stdin that somebody sits at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process; ``stdin=None`` is a terminal."""
+
+    def run_command(*arguments: object, stdin: bytes | None = b"") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["kangaroo", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", Terminal() if stdin is None else io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        return Outcome(int(exit_info.value.code or 0), *capsys.readouterr())
+
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target that has room for far more tokens than a test waits for."""
+    folder = tmp_path_factory.mktemp("endless")
+    return make_tokenizer(make_target(folder, layers=2, max_position_embeddings=30000))
+
+
+def generate_arguments(pair: Pair, *more: object) -> list[object]:
+    return ["generate", "--model", pair.target, "--adapter", pair.adapter, "--max-new-tokens", 24, *more]
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let Ctrl-C come after ``count`` steps of a decode."""
+    progress = Kangaroo.progress
+
+    def interrupted(*arguments: Any, **settings: Any) -> Iterator[Any]:
+        for index, step in enumerate(progress(*arguments, **settings)):
+            if index == count:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(Kangaroo, "progress", interrupted)
+
+
+@pytest.mark.parametrize("command", ["", "demo", "generate", "train", "info"])
+def test_help_shows_an_example(run: Run, command: str) -> None:
+    code, out, err = run(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    assert "Usage:" in out
+    assert f"$ kangaroo {command}" in out
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"kangaroo-kernels {__version__}\n", "")
+
+
+def test_the_command_line_is_there_before_torch() -> None:
+    code = "import sys, kangaroo_kernels.model.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_prompt_file_and_stdin_give_the_text_of_generate(run: Run, pair: Pair, tmp_path: Path) -> None:
+    wanted = pair.load().generate(PROMPT, max_new_tokens=24).text
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT)
+    arguments = generate_arguments(pair)
+    outcomes = [
+        run(*arguments, "--prompt", PROMPT, stdin=b"not read"),
+        run(*arguments, "--prompt-file", file, stdin=b"not read"),
+        run(*arguments, stdin=PROMPT.encode()),
+        run(*arguments, "--plain", "--prompt", PROMPT),
+    ]
+    assert [outcome.code for outcome in outcomes] == [0] * 4
+    assert [outcome.out for outcome in outcomes] == [wanted] * 4
+    assert all(outcome.err.startswith("24 tokens in ") for outcome in outcomes)
+
+
+def test_settings_reach_the_decode(run: Run, pair: Pair) -> None:
+    settings = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3, "num_speculative_tokens": 2}
+    settings |= {"draft_confidence_threshold": 0.1, "acceptance": "rejection", "stop": "z"}
+    wanted = pair.load().generate(PROMPT, max_new_tokens=24, **settings)
+    options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+    answer = json.loads(run(*generate_arguments(pair, "--prompt", PROMPT, "--json", *options)).out)
+    assert answer["tokens"] == wanted.tokens
+    assert answer["finish_reason"] == wanted.finish_reason
+    assert answer["stats"]["drafted"] == wanted.stats.drafted
+
+
+def test_json_holds_the_generation(run: Run, pair: Pair) -> None:
+    code, out, err = run(*generate_arguments(pair, "--prompt", PROMPT, "--json"))
+    answer = json.loads(out)
+    assert (code, err) == (0, "")
+    assert set(answer) == {"text", "tokens", "finish_reason", "stats"}
+    assert len(answer["tokens"]) == answer["stats"]["new_tokens"] == 24
+    assert answer["finish_reason"] == "length"
+
+
+def test_compare_says_identical(run: Run, pair: Pair) -> None:
+    code, out, err = run(*generate_arguments(pair, "--prompt", PROMPT, "--compare"))
+    assert code == 0
+    assert out == pair.load().generate(PROMPT, max_new_tokens=24).text
+    assert "identical: yes" in err
+    answer = json.loads(run(*generate_arguments(pair, "--prompt", PROMPT, "--compare", "--json")).out)
+    assert answer["comparison"]["identical"] is True
+    assert answer["comparison"]["speedup"] > 0
+
+
+def test_a_difference_is_an_exit_code(run: Run, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    different = compare.Comparison(
+        "the prompt", 1.0, 1.0, 1.0, False, pair.load().generate("A", max_new_tokens=2).stats
+    )
+    monkeypatch.setattr(compare, "compare", lambda *_, **__: different)
+    arguments = generate_arguments(pair, "--prompt", PROMPT, "--compare")
+    code, _, err = run(*arguments)
+    assert code == cli.NOT_IDENTICAL
+    assert "identical: no" in err
+    assert run(*arguments, "--temperature", 1, "--acceptance", "rejection").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "A", "--prompt-file", "B"], "--prompt and --prompt-file exclude each other"),
+        (["--prompt-file", "no/such/file"], "prompt file no/such/file cannot be read: No such file or directory."),
+        (["--prompt", "A", "--temperature", "-1"], "temperature is -1.0"),
+        (["--prompt", "A", "--top-p", "nan"], "top_p is nan"),
+        (["--prompt", "A", "--num-speculative-tokens", "99"], "num_speculative_tokens is 99"),
+        (["--prompt", "A", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--prompt", "A", "--exit-layer", "4"], "exit_layer is 4"),
+        (["--prompt", "A", "--device", "tpu"], "device 'tpu' is unknown"),
+        (["--prompt", "A", "--dtype", "int8"], "dtype 'int8' is not supported"),
+        (["--prompt", "A", "--acceptance", "always"], "acceptance is 'always'"),
+        (["--prompt", "A", "--model", "./no-such-folder"], "model folder './no-such-folder' does not exist."),
+        (["--prompt", "A", "--adapter", "./no-such-folder"], "adapter folder './no-such-folder' does not exist."),
+        (["--prompt", "A", "--plain", "--compare"], "--plain and --compare exclude each other"),
+        (["--prompt", "\udcff"], "--prompt is not UTF-8 text"),
+    ],
+)
+def test_a_mistake_is_one_sentence(run: Run, pair: Pair, options: list[str], sentence: str) -> None:
+    code, out, err = run(*generate_arguments(pair, *options))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"kangaroo: {sentence}")
+    assert err.count("\n") == 1
+
+
+def test_mistakes_with_stdin_and_without_an_adapter(run: Run, pair: Pair, tmp_path: Path) -> None:
+    assert "stdin is not UTF-8 text" in run(*generate_arguments(pair), stdin=b"\xff").err
+    assert "no adapter was given" in run("generate", "--model", pair.target, "--prompt", "A").err
+    file = tmp_path / "latin"
+    file.write_bytes(b"\xe9")
+    assert f"prompt file {file} is not UTF-8 text" in run(*generate_arguments(pair, "--prompt-file", file)).err
+    assert "no prompt was given" in run(*generate_arguments(pair), stdin=None).err
+
+
+def test_usage_errors_have_their_exit_code(run: Run) -> None:
+    assert run("generate", "--prompt", "A").code == 2
+    assert run("generate", "--model", "m", "--max-new-tokens", "many").code == 2
+    assert run("no-such-command").code == 2
+
+
+def test_ctrl_c_keeps_the_json(run: Run, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(monkeypatch, 3)
+    code, out, _ = run(*generate_arguments(pair, "--prompt", PROMPT, "--json", "--plain"))
+    answer = json.loads(out)
+    assert code == cli.INTERRUPTED
+    assert answer["finish_reason"] == "interrupted"
+    assert len(answer["tokens"]) == answer["stats"]["new_tokens"] == 3
+
+
+def start_endless(endless: Path) -> "subprocess.Popen[bytes]":
+    arguments = ["generate", "--model", str(endless), "--plain", "--prompt", PROMPT, "--max-new-tokens", "29000"]
+    return subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_ctrl_c_keeps_the_text(endless: Path) -> None:
+    process = start_endless(endless)
+    assert process.stdout is not None
+    begun = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert begun + out
+    assert err.decode().endswith("interrupted.\n")
+    assert err.count(b"\n") == 1
+
+
+def test_a_closed_pipe_ends_quietly(endless: Path) -> None:
+    process = start_endless(endless)
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    with process.stderr as stderr:
+        assert stderr.read() == b""
+    process.wait(timeout=60)
+
+
+def test_info_as_table_and_as_json(run: Run, pair: Pair) -> None:
+    code, out, err = run("info")
+    assert (code, err) == (0, "")
+    assert __version__ in out
+    assert "no Triton kernels yet" in " ".join(out.split())
+    assert "plain step bytes" in run("info", "--model", pair.target).out
+    answer = json.loads(run("info", "--model", pair.target, "--adapter", pair.adapter, "--json").out)
+    assert set(answer) == {"versions", "devices", "operations", "supported", "model"}
+    assert answer["model"]["exit_layer"] == 2
+    assert json.loads(run("info", "--json").out)["model"] is None
+    assert run("info", "--adapter", pair.adapter).code == 2
+
+
+def test_train_writes_an_adapter_that_generates(run: Run, pair: Pair, tmp_path: Path) -> None:
+    data = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "held.txt"]
+    for file in data:
+        file.write_text("ABCDEFGHIJKLMNOPQRSTUVWXYZ" * 20)
+    files = ["--data", data[0], data[1], "--held-out", data[2]]
+    size = ["--steps", 2, "--batch-size", 2, "--sequence-length", 16]
+    out = tmp_path / "adapter"
+    trained = run("train", "--model", pair.target, *files, "--exit-layer", 2, "--out", out, *size, "--json")
+    report = json.loads(trained.out)
+    assert trained.code == 0
+    assert report["settings"]["data"] == [str(data[0]), str(data[1])]
+    assert report["settings"]["held_out"] == [str(data[2])]
+    arguments = ["generate", "--model", pair.target, "--adapter", out, "--max-new-tokens", 8, "--prompt", "A"]
+    assert run(*arguments, "--compare").code == 0
+    again = run("train", "--model", pair.target, *files, "--exit-layer", 2, "--out", out, *size)
+    assert again.code == 2
+    assert "already holds an adapter" in again.err
+
+
+def test_options_are_repeated_for_each_file() -> None:
+    given = ["--model", "m", "--data", "a", "b", "c", "--out", "o", "--held-out", "h", "--data", "d", "e"]
+    assert list(cli.repeat_options(given, {"--data", "--held-out"})) == [
+        *("--model", "m", "--data", "a", "--data", "b", "--data", "c"),
+        *("--out", "o", "--held-out", "h", "--data", "d", "--data", "e"),
+    ]

@@ -1,0 +1,97 @@
+"""The demo command on a scratch pair in the bundled pair's place."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Pair
+from typer.testing import CliRunner
+
+from kangaroo_kernels import KangarooError
+from kangaroo_kernels.model import cli, compare, demo
+
+PROMPTS = [{"name": "upper.py", "prompt": "ABCDEF"}, {"name": "lower.py", "prompt": "abcdef"}]
+QUICK = ["--max-new-tokens", "12", "--rounds", "1"]
+
+
+@pytest.fixture
+def bundled(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the package has it."""
+    (tmp_path / "target").symlink_to(pair.target)
+    (tmp_path / "adapter").symlink_to(pair.adapter)
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    monkeypatch.setattr(demo, "PAIR", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("bundled")
+def test_json_holds_the_figures_and_nothing_else() -> None:
+    result = CliRunner().invoke(cli.app, ["demo", "--json", *QUICK])
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert report["finish_reason"] == "complete"
+    assert [entry["name"] for entry in report["prompts"]] == ["upper.py", "lower.py"]
+    for entry in (*report["prompts"], report["total"]):
+        assert entry["identical"] is True
+        assert entry["plain_tokens_per_second"] > 0
+        assert entry["kangaroo_tokens_per_second"] > 0
+        assert entry["mean_acceptance_length"] >= 1
+    assert report["total"]["new_tokens"] == 24
+
+
+@pytest.mark.usefixtures("bundled")
+def test_the_text_is_that_of_generate() -> None:
+    pair = demo.bundled_pair()
+    result = CliRunner().invoke(cli.app, ["demo", *QUICK, "--temperature", "0.8", "--seed", "5"])
+    assert result.exit_code == 0
+    for name, prompt in pair.prompts().items():
+        assert name in result.output
+        assert prompt + pair.load().generate(prompt, max_new_tokens=12, temperature=0.8, seed=5).text in result.output
+    assert "identical: yes" in result.output
+    assert "\x1b" not in result.output
+
+
+@pytest.mark.usefixtures("bundled")
+def test_a_difference_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    kangaroo = demo.bundled_pair().load()
+    different = compare.Comparison("x", 1.0, 1.0, 1.0, False, kangaroo.generate("A", max_new_tokens=2).stats)
+    monkeypatch.setattr(compare, "compare_all", lambda *_, **__: [different])
+    result = CliRunner().invoke(cli.app, ["demo", "--json", *QUICK])
+    assert result.exit_code == cli.NOT_IDENTICAL
+
+
+@pytest.mark.usefixtures("bundled")
+def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = compare.compare
+
+    def interrupted(*arguments: object, name: str, **settings: object) -> compare.Comparison:
+        if name == "lower.py":
+            raise KeyboardInterrupt
+        return measure(*arguments, name=name, **settings)
+
+    monkeypatch.setattr(compare, "compare", interrupted)
+    result = CliRunner().invoke(cli.app, ["demo", "--json", *QUICK])
+    report = json.loads(result.stdout)
+    assert result.exit_code == cli.INTERRUPTED
+    assert report["finish_reason"] == "interrupted"
+    assert [entry["name"] for entry in report["prompts"]] == ["upper.py"]
+
+
+def test_the_name_demo_stands_for_the_pair(bundled: Path) -> None:
+    assert cli.find_pair("demo", None) == (str(bundled / "target"), str(bundled / "adapter"))
+    assert cli.find_pair("demo", "mine") == (str(bundled / "target"), "mine")
+    assert cli.find_pair("./demo", None) == ("./demo", None)
+
+
+def test_a_missing_pair_is_one_sentence(bundled: Path) -> None:
+    (bundled / "prompts.json").unlink()
+    with pytest.raises(KangarooError, match=r"the demo pair is incomplete: .*prompts.json does not exist"):
+        demo.bundled_pair()
+
+
+@pytest.mark.usefixtures("bundled")
+def test_mistakes_come_before_any_output() -> None:
+    result = CliRunner().invoke(cli.app, ["demo", "--max-new-tokens", "0"])
+    assert isinstance(result.exception, KangarooError)
+    assert result.output == ""
+    assert CliRunner().invoke(cli.app, ["demo", "--rounds", "0"]).exit_code == 2

@@ -1,0 +1,58 @@
+"""What ``kangaroo info`` says, against known models and against loaded ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Pair
+from pairs import make_adapter, make_target
+from safetensors.torch import load_file
+
+from kangaroo_kernels import KangarooError
+from kangaroo_kernels.model.info import environment, footprint
+
+
+def test_the_machine() -> None:
+    here = environment()
+    assert here.versions["torch"] == torch.__version__
+    assert "cpu" in here.devices
+    assert {"rows", "transposed"} <= set(here.supported["cpu_layouts"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_parameters_are_those_of_the_files(tmp_path: Path, tied: bool, biased: bool) -> None:
+    target = make_target(tmp_path / "t", tie_word_embeddings=tied, attention_bias=biased, mlp_bias=biased)
+    adapter = make_adapter(tmp_path / "a", target, exit_layer=2)
+    cost = footprint(target, adapter)
+    assert cost.target_parameters == sum(tensor.numel() for tensor in load_file(target / "model.safetensors").values())
+    assert cost.adapter_parameters == sum(
+        tensor.numel() for tensor in load_file(adapter / "model.safetensors").values()
+    )
+
+
+def test_the_paper_s_model(tmp_path: Path) -> None:
+    """Vicuna-7B with an exit after two layers: 13.21 GB a pass, 1.21 GB a draft step, 12.40 GB to verify."""
+    config = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config |= {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, "torch_dtype": "float16"}
+    for name, more in (("target", {}), ("adapter", {"num_hidden_layers": 1})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config | more))
+    cost = footprint(tmp_path / "target", tmp_path / "adapter", exit_layer=2, dtype="bfloat16")
+    assert cost.plain_step_bytes / 1e9 == pytest.approx(13.21, abs=0.01)
+    assert cost.draft_step_bytes is not None and cost.verify_pass_bytes is not None
+    assert cost.draft_step_bytes / 1e9 == pytest.approx(1.21, abs=0.01)
+    assert cost.verify_pass_bytes / 1e9 == pytest.approx(12.40, abs=0.01)
+    assert cost.target_parameters == 6_738_415_616
+    assert cost.kv_bytes_per_token == 33 * 2 * 4096 * 2
+
+
+def test_without_an_adapter_and_with_mistakes(pair: Pair) -> None:
+    cost = footprint(pair.target)
+    assert (cost.dtype, cost.device) == ("float32", "cuda" if torch.cuda.is_available() else "cpu")
+    assert cost.exit_layer is cost.draft_step_bytes is None
+    with pytest.raises(KangarooError, match="exit_layer was given without an adapter"):
+        footprint(pair.target, exit_layer=2)
+    with pytest.raises(KangarooError, match="exit_layer is 4"):
+        footprint(pair.target, pair.adapter, exit_layer=4)

@@ -1,0 +1,118 @@
+"""Tiny random targets, adapters and tokenizers, written as the folders a user would have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def make_target(
+    folder: Path,
+    *,
+    vocab_size: int = 67,
+    hidden_size: int = 48,
+    intermediate_size: int = 80,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+    std: float = 0.25,
+    seed: int = 0,
+    quiet_from: int | None = None,
+    quiet: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> Path:
+    """A random Llama checkpoint in ``folder``, written by transformers; ``config`` goes to its ``LlamaConfig``.
+
+    Args:
+        std: of every matrix but the embedding (1); from 0.15 on, greedy text does not fall into a loop at once.
+        quiet_from: layers from here on add only ``quiet`` times what they would, so that the next token is nearly
+            decided before them and a drafter can be right.
+        dtype: the weights are drawn in float32 and stored in this one.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config})).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                weight.copy_(1 + 0.2 * noise)
+            else:
+                weight.copy_(noise if "embed_tokens" in name else std * noise)
+        if quiet_from is not None:
+            for layer in model.model.layers[quiet_from:]:
+                layer.self_attn.o_proj.weight.mul_(quiet)
+                layer.mlp.down_proj.weight.mul_(quiet)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def make_adapter(
+    folder: Path,
+    target: Path,
+    *,
+    exit_layer: int | None,
+    copy_layer: int | None = None,
+    std: float = 0.25,
+    seed: int = 1,
+    **config: Any,
+) -> Path:
+    """An adapter folder for the checkpoint in ``target`` (a single ``model.safetensors``).
+
+    Args:
+        exit_layer: written to its ``config.json``; None writes none, as the paper's authors do.
+        copy_layer: takes this target layer's attention and the target's final norm, so that the adapter agrees with
+            the target now and then; None draws everything at random.
+        std: of the random matrices.
+        config: further entries of ``config.json``, such as ``num_speculative_tokens``; they win.
+    """
+    tensors = load_file(target / "model.safetensors")
+    source = f"model.layers.{copy_layer or 0}."
+    generator = torch.Generator().manual_seed(seed)
+    adapter = {"norm.weight": tensors["model.norm.weight"]}
+    for name, tensor in tensors.items():
+        if name.startswith((source + "self_attn.", source + "input_layernorm.")):
+            adapter["layers.0." + name.removeprefix(source)] = tensor
+    if copy_layer is None:
+        for name, tensor in adapter.items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            adapter[name] = (1 + 0.2 * noise if "norm" in name else std * noise).to(tensor.dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.clone() for name, tensor in adapter.items()}, folder / "model.safetensors")
+    values = json.loads((target / "config.json").read_text())
+    values.pop("architectures", None)
+    values["num_hidden_layers"] = 1
+    if exit_layer is not None:
+        values["exit_layer"] = exit_layer
+    (folder / "config.json").write_text(json.dumps(values | config, indent=2))
+    return folder
+
+
+def make_tokenizer(folder: Path, vocab_size: int = 67) -> Path:
+    """A character tokenizer beside a checkpoint: token 0 is unknown, then come the printable characters from '0' on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0} | {chr(ord("0") + index): index + 1 for index in range(vocab_size - 1)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder

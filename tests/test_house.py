@@ -1,0 +1,258 @@
+"""The house's order: imports run one way, and importing the kernels stays light."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
+
+# A module of model/ may import those of a line above its own, never of the same line: draft and verify do not see
+# each other.
+ORDER = (
+    {"errors", "threads"},
+    {"config", "sampling", "text"},
+    {"weights", "cache"},
+    {"llama", "state"},
+    {"adapter"},
+    {"draft", "verify"},
+    {"decode"},
+    {"generate"},
+    {"compare", "demo", "info", "train"},
+    {"show"},
+    {"cli"},
+)
+RANKS = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
+LIBRARIES = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"}
+TERMINAL = {"typer", "rich", "pynvml"}
+FOR_THE_TERMINAL = {"cli", "compare", "demo", "info", "show", "train"}
+
+
+class Import(NamedTuple):
+    """One imported module, dotted; relative ones begin with a dot."""
+
+    name: str
+    at_module_level: bool
+
+
+def imports(source: str) -> Iterator[Import]:
+    """Every import of a module, wherever it stands."""
+    tree = ast.parse(source)
+    inner = {node for function in ast.walk(tree) if isinstance(function, SCOPES) for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        level = node not in inner
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, level) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            dots = "." * node.level
+            if node.module is None:
+                yield from (Import(dots + alias.name, level) for alias in node.names)
+            else:
+                yield Import(dots + node.module, level)
+                # "from kangaroo_kernels import model" imports a module, too
+                if not dots and node.module == "kangaroo_kernels":
+                    yield from (Import(f"kangaroo_kernels.{alias.name}", level) for alias in node.names)
+
+
+SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def is_library(name: str) -> bool:
+    """Whether a module comes from a package that must be installed."""
+    return not name.startswith(".") and top(name) not in sys.stdlib_module_names
+
+
+def names_in(path: Path) -> set[str]:
+    return {found.name for found in imports(path.read_text(encoding="utf-8"))}
+
+
+def modules(folder: Path) -> list[Path]:
+    found = sorted(folder.rglob("*.py"))
+    assert found, f"{folder} holds no modules: this test looks in the wrong place"
+    return found
+
+
+def show(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# ---- the test's own eyes
+
+
+def test_the_reader_sees_every_kind_of_import() -> None:
+    source = """
+import os.path, torch as t
+from .config import LlamaConfig
+from . import errors
+from kangaroo_kernels import model
+if True:
+    import json
+def f():
+    from transformers import AutoConfig
+    def g():
+        import rich.table
+class C:
+    import math
+    method = lambda self: __import__("sys")
+"""
+    assert set(imports(source)) == {
+        Import("os.path", True),
+        Import("torch", True),
+        Import(".config", True),
+        Import(".errors", True),
+        Import("kangaroo_kernels", True),
+        Import("kangaroo_kernels.model", True),
+        Import("json", True),
+        Import("transformers", False),
+        Import("rich.table", False),
+        Import("math", True),
+    }
+
+
+# ---- kangaroo_kernels/
+
+
+@pytest.mark.parametrize("path", modules(KERNELS), ids=show)
+def test_kernels_import_torch_and_triton_only(path: Path) -> None:
+    for found in imports(path.read_text(encoding="utf-8")):
+        assert not found.name.startswith("."), "the kernels import each other by their full names"
+        allowed = {"torch", "triton", "kangaroo_kernels"}
+        assert not is_library(found.name) or top(found.name) in allowed, found.name
+        assert found.at_module_level, f"{found.name} is imported inside a function"
+
+
+@pytest.mark.parametrize("path", modules(KERNELS), ids=show)
+def test_kernels_do_not_know_the_model(path: Path) -> None:
+    """But for the names that ``__init__`` hands out lazily, and type checkers see."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path.name == "__init__.py":
+        guards = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+        assert len(guards) == 1
+        tree.body.remove(guards[0])
+    for found in imports(ast.unparse(tree)):
+        assert not found.name.startswith(("kangaroo_kernels.model", "model")), found.name
+
+
+def reached(path: Path, seen: set[Path]) -> set[str]:
+    """The libraries that importing a module of ``kangaroo_kernels`` takes."""
+    seen.add(path)
+    libraries = set()
+    for name in names_in(path):
+        inner = KERNELS / (name.removeprefix("kangaroo_kernels.") + ".py")
+        if name.startswith("kangaroo_kernels.") and inner.is_file():
+            if inner not in seen:
+                libraries |= reached(inner, seen)
+        elif is_library(name) and name != "kangaroo_kernels":
+            libraries.add(top(name))
+    return libraries
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*_ref.py")), ids=show)
+def test_references_work_without_triton(path: Path) -> None:
+    assert reached(path, set()) <= {"torch"}
+    for name in names_in(path):
+        if top(name) == "kangaroo_kernels":
+            assert name.endswith("_ref") or name == "kangaroo_kernels.packed_weight", name
+
+
+def test_every_kernel_has_its_reference() -> None:
+    """``x.py`` stands beside ``x_ref.py`` wherever it uses Triton."""
+    with_triton = [path for path in modules(KERNELS) if "triton" in {top(name) for name in names_in(path)}]
+    launchers = [path for path in with_triton if not path.stem.startswith("_")]
+    assert [show(path) for path in launchers if not path.with_name(f"{path.stem}_ref.py").is_file()] == []
+
+
+# ---- model/
+
+
+def test_every_module_has_its_place() -> None:
+    """A new module of model/ must be given a line in ``ORDER``."""
+    found = {path.stem for path in modules(MODEL)} - {"__init__"}
+    assert found <= set(RANKS), f"no place in ORDER for {sorted(found - set(RANKS))}"
+    assert set(RANKS) <= found, f"ORDER names {sorted(set(RANKS) - found)}, which model/ does not hold"
+
+
+@pytest.mark.parametrize("path", modules(MODEL), ids=show)
+def test_model_imports_run_one_way(path: Path) -> None:
+    if path.stem == "__init__":
+        assert names_in(path) == set(), "importing the package must not import all of it"
+        return
+    for name in names_in(path):
+        if name.startswith("."):
+            sibling = name.removeprefix(".")
+            assert sibling in RANKS, f"{name} is no module of model/"
+            assert RANKS[sibling] < RANKS[path.stem], f"{path.stem} must not import {sibling}"
+        else:
+            assert not name.startswith("kangaroo_kernels.model"), f"{name}: siblings are imported relatively"
+            assert top(name) not in {"model", "bench", "tests", "tools", "pairs"}, name
+
+
+@pytest.mark.parametrize("path", modules(MODEL), ids=show)
+def test_model_uses_few_libraries(path: Path) -> None:
+    allowed = LIBRARIES | {"kangaroo_kernels"} | (TERMINAL if path.stem in FOR_THE_TERMINAL else set())
+    assert {top(name) for name in names_in(path) if is_library(name)} <= allowed
+
+
+def test_libraries_are_declared() -> None:
+    """What model/ imports stands in ``pyproject.toml``."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = text.partition("dependencies = [")[2].partition("]")[0].replace("-", "_")
+    names = {top(name) for path in modules(MODEL) + modules(KERNELS) for name in names_in(path) if is_library(name)}
+    for name in names - {"kangaroo_kernels", "pynvml"}:  # nvidia-ml-py's own name for itself
+        assert f'"{name}' in declared, name
+
+
+# ---- what an import costs
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+LIGHT = """
+import sys
+import kangaroo_kernels
+{}
+heavy = ("kangaroo_kernels.model", "transformers", "tokenizers", "safetensors", "typer", "rich", "model")
+loaded = sorted(name for name in sys.modules if name.startswith(heavy))
+assert not loaded, loaded
+"""
+
+
+def test_importing_the_kernels_is_light() -> None:
+    references = "\n".join(f"import kangaroo_kernels.{path.stem}" for path in sorted(KERNELS.glob("*_ref.py")))
+    run(LIGHT.format(references))
+
+
+def test_importing_the_runtime_leaves_transformers_out() -> None:
+    """It takes seconds, and is fetched where it is used."""
+    run(
+        """
+import sys
+from kangaroo_kernels import DecodeStats, Generation, Kangaroo, KangarooError
+assert Kangaroo.__module__ == Generation.__module__ == "kangaroo_kernels.model.generate"
+assert issubclass(KangarooError, ValueError)
+assert "transformers" not in sys.modules
+assert "model" not in sys.modules
+"""
+    )
+
+
+def test_public_names() -> None:
+    import kangaroo_kernels
+
+    assert sorted(dir(kangaroo_kernels)) == sorted(kangaroo_kernels.__all__)
+    for name in kangaroo_kernels.__all__:
+        assert getattr(kangaroo_kernels, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = kangaroo_kernels.nothing
