@@ -319,8 +319,14 @@ def train(
         float | None, typer.Option(help="Train for so long, whatever the steps.", rich_help_panel=TRAINING)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows a step.", rich_help_panel=TRAINING)] = 16,
+    reuse: Annotated[
+        int, typer.Option(help="Steps that use a window; 4 to 8 suit a slow machine.", rich_help_panel=TRAINING)
+    ] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=TRAINING)] = 256,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, at its height.", rich_help_panel=TRAINING)] = 3e-3,
+    num_attention_heads: Annotated[
+        int | None, typer.Option(help="The adapter's heads; by default the model's own.", rich_help_panel=TRAINING)
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="At its height.", rich_help_panel=TRAINING)] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of the windows and the sampling.", rich_help_panel=TRAINING)] = 0,
     device: Device = None,
 ) -> None:
@@ -343,8 +349,10 @@ def train(
         minutes=minutes,
         steps=steps,
         batch_size=batch_size,
+        reuse=reuse,
         sequence_length=sequence_length,
         generated_windows=generated_windows,
+        num_attention_heads=num_attention_heads,
         learning_rate=learning_rate,
         seed=seed,
         device=device,

@@ -8,6 +8,7 @@ alternately greedily and by sampling: what the drafter will meet when decoding.
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,9 +49,13 @@ class TrainingSettings:
         minutes: time for the steps; None runs exactly ``steps`` of them.
         steps: the number of steps where ``minutes`` is None.
         batch_size: windows a step.
+        reuse: how many steps use a window on average. The target's pass costs more than the adapter's, so a slow
+            machine learns faster from 4 to 8; the latest ``64 * batch_size`` windows then stay in memory.
         sequence_length: tokens a window.
         generated_windows: how many windows the target writes.
-        learning_rate: of AdamW, at its height; it warms up over 2 % of the run and falls to zero in a straight line.
+        num_attention_heads: of the adapter (as many key-value heads); None takes the target's numbers.
+        learning_rate: of Muon (matrices) and AdamW (norms) at its height; it warms up over 2 % of the run and falls to
+            zero in a straight line.
         seed: of the windows and the sampling.
         device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
     """
@@ -64,8 +69,10 @@ class TrainingSettings:
     minutes: float | None = None
     steps: int = 1000
     batch_size: int = 16
+    reuse: int = 1
     sequence_length: int = 256
     generated_windows: int = 2048
+    num_attention_heads: int | None = None
     learning_rate: float = 3e-3
     seed: int = 0
     device: str | None = None
@@ -74,6 +81,7 @@ class TrainingSettings:
         for name, low in (
             ("steps", 1),
             ("batch_size", 1),
+            ("reuse", 1),
             ("sequence_length", 8),
             ("generated_windows", 1),
             ("seed", 0),
@@ -81,12 +89,20 @@ class TrainingSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise KangarooError(f"{name} is {value!r}; it must be a whole number of at least {low}.")
+        heads = self.num_attention_heads
+        if heads is not None and (not isinstance(heads, int) or heads < 1):
+            raise KangarooError(f"num_attention_heads is {heads!r}; it must be a whole number of at least 1.")
         if not 0 < self.learning_rate < 1:
             raise KangarooError(f"learning_rate is {self.learning_rate!r}; it must be above 0 and below 1.")
         if self.minutes is not None and not self.minutes > 0:
             raise KangarooError(f"minutes is {self.minutes!r}; it must be above 0.")
         if not self.data:
             raise KangarooError("no data files were given; give at least one text file.")
+
+    def summary(self) -> dict[str, Any]:
+        """The settings as they go into a record: how many files, but not where they lay."""
+        paths = {"model": Path(self.model).name, "data": len(self.data), "held_out": len(self.held_out)}
+        return {name: value for name, value in asdict(self).items() if name not in ("out", "device")} | paths
 
     def fingerprint(self) -> str:
         """What must be the same for a stopped run to go on."""
@@ -191,6 +207,23 @@ class Teacher:
         return written.cpu()
 
 
+class Lessons:
+    """What the target said of the latest ``capacity`` windows, kept to be learned from more than once."""
+
+    def __init__(self, capacity: int) -> None:
+        self.kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=capacity)
+
+    def draw(
+        self, exit_hidden: Tensor, logits: Tensor, count: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Take in the windows of a batch and draw ``count`` of all; a full batch comes back as it is."""
+        if len(exit_hidden) == count:
+            return exit_hidden, logits
+        self.kept.extend(zip(exit_hidden.bfloat16(), logits.bfloat16(), strict=True))
+        drawn = [self.kept[index] for index in torch.randint(len(self.kept), (count,), generator=generator).tolist()]
+        return torch.stack([pair[0] for pair in drawn]).float(), torch.stack([pair[1] for pair in drawn]).float()
+
+
 def read_tokens(files: tuple[Path, ...], tokenizer: Any) -> Tensor:
     """All files as one row of tokens: ``[N]`` int64.
 
@@ -210,7 +243,7 @@ def read_tokens(files: tuple[Path, ...], tokenizer: Any) -> Tensor:
 def random_windows(tokens: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
     """``[count, length]`` windows from random places of ``tokens``."""
     starts = torch.randint(len(tokens) - length + 1, (count,), generator=generator)
-    return torch.stack([tokens[start : start + length] for start in starts.tolist()])
+    return tokens.unfold(0, length, 1)[starts]
 
 
 def generate_windows(teacher: Teacher, tokens: Tensor, settings: TrainingSettings, progress: ProgressReport) -> Tensor:
@@ -266,8 +299,12 @@ def save_adapter(out: Path, values: dict[str, Any], adapter: TrainableAdapter, d
     os.replace(partial, out / "config.json")
 
 
-def adapter_config_values(target_values: dict[str, Any], exit_layer: int) -> dict[str, Any]:
+def adapter_config_values(target_values: dict[str, Any], settings: TrainingSettings) -> dict[str, Any]:
     """The adapter's ``config.json``: the target's, with one layer and without biases."""
+    own_heads = {}
+    if settings.num_attention_heads is not None:
+        heads, head_dim = settings.num_attention_heads, parse_config(target_values).head_dim
+        own_heads = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
     dropped = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "id2label", "label2id")
     kept = {name: value for name, value in target_values.items() if value is not None and name not in dropped}
     return {
@@ -276,7 +313,8 @@ def adapter_config_values(target_values: dict[str, Any], exit_layer: int) -> dic
         "num_hidden_layers": 1,
         "attention_bias": False,
         "mlp_bias": False,
-        "exit_layer": exit_layer,
+        "exit_layer": settings.exit_layer,
+        **own_heads,
     }
 
 
@@ -293,7 +331,7 @@ def train_adapter(settings: TrainingSettings, progress: ProgressReport = lambda 
     folder = find_folder(settings.model, "model")
     target_values = load_config_values(folder, "model")
     check_exit_layer(settings.exit_layer, parse_config(target_values, folder / "config.json"))
-    values = adapter_config_values(target_values, settings.exit_layer)
+    values = adapter_config_values(target_values, settings)
     config = parse_config(values)
     if settings.sequence_length > config.context_length:
         raise KangarooError(
@@ -337,13 +375,20 @@ def train_adapter(settings: TrainingSettings, progress: ProgressReport = lambda 
     torch.manual_seed(settings.seed)
     adapter = TrainableAdapter(config, settings.sequence_length).to(device)
     adapter.norm.load_state_dict(teacher.model.model.norm.state_dict())
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    matrices = [parameter for parameter in adapter.parameters() if parameter.ndim == 2]
+    gains = [parameter for parameter in adapter.parameters() if parameter.ndim == 1]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=settings.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(gains, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     step, elapsed, curve = 0, 0.0, []
     if saved is not None:
         adapter.load_state_dict(saved["adapter"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         step, elapsed, curve = saved["step"], saved["elapsed"], saved["curve"]
 
+    lessons = Lessons(64 * settings.batch_size)
     began = time.perf_counter() - elapsed
     saved_at, losses = time.perf_counter(), []
     total = settings.steps if settings.minutes is None else int(settings.minutes * 60)
@@ -351,21 +396,24 @@ def train_adapter(settings: TrainingSettings, progress: ProgressReport = lambda 
         share = (step if settings.minutes is None else time.perf_counter() - began) / total
         if share >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(share / 0.02 + 0.01, 1 - share)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * min(share / 0.02 + 0.01, 1 - share)
         generator = torch.Generator().manual_seed(settings.seed + 7919 * (step + 1))
-        own = 0 if pool is None else settings.batch_size // 2
-        batch = random_windows(tokens, settings.batch_size - own, settings.sequence_length, generator)
+        fresh = max(1, settings.batch_size // settings.reuse)
+        own = 0 if pool is None else (fresh + step % 2) // 2
+        batch = random_windows(tokens, fresh - own, settings.sequence_length, generator)
         if pool is not None:
             batch = torch.cat((batch, pool[torch.randint(len(pool), (own,), generator=generator)]))
         with _autocast(device):
-            exit_hidden, logits = teacher(batch)
+            exit_hidden, logits = lessons.draw(*teacher(batch), settings.batch_size, generator)
             guesses = F.linear(adapter(exit_hidden), teacher.head)
         loss = F.cross_entropy(guesses.float().flatten(0, 1), logits.softmax(-1).flatten(0, 1))
-        optimizer.zero_grad(set_to_none=True)
+        adapter.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
         step += 1
         done = step if settings.minutes is None else int(time.perf_counter() - began)
@@ -377,7 +425,7 @@ def train_adapter(settings: TrainingSettings, progress: ProgressReport = lambda 
             state = {
                 "fingerprint": settings.fingerprint(),
                 "adapter": adapter.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "step": step,
                 "elapsed": time.perf_counter() - began,
                 "curve": curve,
@@ -385,7 +433,7 @@ def train_adapter(settings: TrainingSettings, progress: ProgressReport = lambda 
             write_atomically(state_path, state)
 
     report = {
-        "settings": json.loads(settings.fingerprint()),
+        "settings": settings.summary(),
         "steps": step,
         "tokens": step * settings.batch_size * settings.sequence_length,
         "parameters": sum(parameter.numel() for parameter in adapter.parameters()),

@@ -11,6 +11,8 @@ from drafters import NotANumber, Scripted, oracle, right_until, with_drafter
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Generation, Kangaroo
+from kangaroo_kernels.gumbel_ref import gumbel
+from kangaroo_kernels.model.sampling import TARGET_STREAM
 
 VOCAB = 67
 PROMPTS = (
@@ -95,7 +97,9 @@ def check_counts(generation: Generation, gamma: int) -> None:
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("gamma", range(1, 16))
 def test_greedy_tokens_are_plain_tokens(kangaroos, plain, gamma, threshold):
-    for index, ((kind, exit_layer), kangaroo) in enumerate(kangaroos.items()):
+    half = (gamma + THRESHOLDS.index(threshold)) % 2  # of the pairs, in turns
+    for index, (kind, exit_layer) in list(enumerate(kangaroos))[half::2]:
+        kangaroo = kangaroos[kind, exit_layer]
         prompt = PROMPTS[(gamma + index) % len(PROMPTS)]
         generation = kangaroo.generate(
             prompt, max_new_tokens=30, num_speculative_tokens=gamma, draft_confidence_threshold=threshold
@@ -108,7 +112,7 @@ def test_greedy_tokens_are_plain_tokens(kangaroos, plain, gamma, threshold):
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
 @pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
 def test_sampled_tokens_are_plain_tokens(kangaroos, plain, sampling, seed):
-    for index, kangaroo in enumerate(kangaroos.values()):
+    for index, kangaroo in list(enumerate(kangaroos.values()))[seed % 2 :: 2]:
         prompt = PROMPTS[(seed + index) % len(PROMPTS)]
         generation = kangaroo.generate(
             prompt,
@@ -129,15 +133,20 @@ def test_the_copied_adapter_is_often_right(kangaroo):
     assert len(stats.accepted_at) == 6
 
 
-def test_sampling_is_coupled_to_the_drafter(kangaroo):
-    """The drafter uses the target's noise: it is right far more often than two independent samples would be."""
-    rates = {}
-    for acceptance in ("coupled", "rejection"):
-        stats = kangaroo.generate(
-            PROMPTS[1], max_new_tokens=300, temperature=1.0, draft_confidence_threshold=0.0, acceptance=acceptance
-        ).stats
-        rates[acceptance] = stats.draft_acceptance_rate
-    assert min(rates.values()) > 0.25, rates
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
+def test_sampling_is_coupled_to_the_drafter(kangaroo, temperature):
+    """The drafter uses the target's noise: it is right far more often than a draw of its own would be."""
+    generation = kangaroo.generate(
+        PROMPTS[1],
+        max_new_tokens=400,
+        temperature=temperature,
+        num_speculative_tokens=1,
+        draft_confidence_threshold=0.0,
+    )
+    text = PROMPTS[1] + generation.tokens
+    p, q = (torch.softmax(logits(text) / temperature, dim=-1) for logits in (kangaroo.logits, kangaroo.draft_logits))
+    assert generation.stats.draft_acceptance_rate > 1.7 * float((p * q).sum(dim=-1).mean())
+    assert generation.stats.draft_acceptance_rate < 1.2 * float(torch.minimum(p, q).sum(dim=-1).mean())
 
 
 def test_the_paper_defaults_serve_when_nothing_is_given(kangaroo, plain):
@@ -509,7 +518,7 @@ def poison(state: Any, kind: str) -> None:
 @pytest.mark.parametrize("gamma", [1, 3, 15])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_nothing_beyond_the_length_is_read(kangaroo, plain, kind, gamma, temperature):
-    for prompt in PROMPTS:
+    for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[4]):
         wanted = plain(prompt, 60, temperature=temperature)
         text = prompt + wanted
         for say in (None, oracle(text), right_until(text, 2, VOCAB)):
@@ -587,10 +596,13 @@ def test_the_cache_holds_what_one_pass_over_the_text_would_put_there(kangaroo, p
 # --- the adapter sees the right positions
 
 
-def check_guesses(kangaroo: Kangaroo, drafter: Scripted, text: list[int]) -> int:
+def check_guesses(kangaroo: Kangaroo, drafter: Scripted, text: list[int], temperature: float = 0.0) -> int:
     """Hold the adapter's own guesses against one teacher-forced pass, wherever their context is the text."""
-    probabilities = torch.softmax(kangaroo.draft_logits(text), dim=-1)
-    confidence, token = probabilities.max(dim=-1)
+    logits = kangaroo.draft_logits(text)
+    confidence = torch.softmax(logits, dim=-1).amax(dim=-1)
+    if temperature:  # the noise is that of the position that the token will have
+        logits = logits / temperature + gumbel(0, TARGET_STREAM, torch.arange(1, len(text) + 1), VOCAB)
+    token = logits.argmax(dim=-1)
     guesses = iter(drafter.own)
     checked = 0
     for length, drafted in drafter.drafts:
@@ -605,8 +617,8 @@ def check_guesses(kangaroo: Kangaroo, drafter: Scripted, text: list[int]) -> int
 
 
 @pytest.mark.parametrize("gamma", [1, 2, 3, 6, 15])
-@pytest.mark.parametrize("exit_layer", [1, 2, 3])
-def test_drafts_are_the_teacher_forced_drafter(kangaroos, plain, exit_layer, gamma):
+@pytest.mark.parametrize(("exit_layer", "temperature"), [(1, 0.0), (2, 0.0), (3, 0.0), (2, 0.9)])
+def test_drafts_are_the_teacher_forced_drafter(kangaroos, plain, exit_layer, temperature, gamma):
     """An adapter whose keys lag, or lie at another position, drafts something else from the next step on.
 
     The oracle forces full acceptance, after which nobody has run the adapter on the last draft; the others mix full
@@ -614,8 +626,8 @@ def test_drafts_are_the_teacher_forced_drafter(kangaroos, plain, exit_layer, gam
     """
     kangaroo = kangaroos["copied", exit_layer]
     dice = random.Random(gamma)
-    for prompt in PROMPTS:
-        text = prompt + plain(prompt, 60)
+    for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[4]):
+        text = prompt + plain(prompt, 60, temperature=temperature)
 
         def erratic(position: int, place: int, token: int, sure: float, text: list[int] = text) -> tuple[int, float]:
             right = text[position] if position < len(text) else 0
@@ -623,9 +635,15 @@ def test_drafts_are_the_teacher_forced_drafter(kangaroos, plain, exit_layer, gam
 
         for say in (None, oracle(text), right_until(text, 1, VOCAB), erratic):
             generation, drafter = decode_scripted(
-                kangaroo, say, prompt, max_new_tokens=60, num_speculative_tokens=gamma, draft_confidence_threshold=0.2
+                kangaroo,
+                say,
+                prompt,
+                max_new_tokens=60,
+                num_speculative_tokens=gamma,
+                draft_confidence_threshold=0.2,
+                temperature=temperature,
             )
             assert prompt + generation.tokens == text
             assert len(drafter.own) == generation.stats.drafted
-            checked = check_guesses(kangaroo, drafter, text)
+            checked = check_guesses(kangaroo, drafter, text, temperature)
             assert checked >= generation.stats.accepted

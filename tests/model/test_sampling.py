@@ -74,7 +74,7 @@ def test_another_temperature_is_noticed():
 @pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
 def test_every_decoded_token_follows_the_target(small, settings, plain):
     parts = []
-    for seed in range(4):
+    for seed in range(3):
         prompt = [seed]
         tokens = small.generate(prompt, max_new_tokens=400, seed=seed, plain=plain, **settings).tokens
         p = exact(small.logits(prompt + tokens)[:-1], **settings)
@@ -105,7 +105,7 @@ def test_narrow_settings_are_greedy(small):
         for plain in (True, False):
             tokens = small.generate([1], max_new_tokens=40, temperature=1.0, plain=plain, **settings).tokens
             assert tokens == wanted
-    assert small.generate([1], max_new_tokens=40, temperature=1e-4).tokens == wanted
+    assert small.generate([1], max_new_tokens=40, temperature=1e-3).tokens == wanted
 
 
 def test_wide_settings_change_nothing(small):

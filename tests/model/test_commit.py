@@ -1,0 +1,123 @@
+"""Rollback moves lengths and copies one row: property tests of the state from step to step, without a model."""
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kangaroo_kernels.accept_ref import Acceptance, accept
+from kangaroo_kernels.model.cache import KVCache
+from kangaroo_kernels.model.decode import commit
+from kangaroo_kernels.model.draft import Drafter
+from kangaroo_kernels.model.state import TextState
+from kangaroo_kernels.top1_head_ref import Top1
+
+STALE = -1.0
+
+
+class Paper:
+    """Stands in for target and adapter: "hidden states" and "keys" are the number of the text that made them."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.config = self
+        self.exit_layer = 1
+
+    def embed(self, tokens: list[int]) -> torch.Tensor:
+        return torch.tensor(tokens).float()[:, None]
+
+    def run(self, hidden: torch.Tensor, cache: "Ledger", position: int, first: int, last: int) -> torch.Tensor:
+        """A shallow "hidden state" names its position and its token."""
+        cache.write(position, hidden[:, 0].tolist())
+        return torch.tensor([[1000.0 * (position + row) + float(token)] for row, token in enumerate(hidden[:, 0])])
+
+
+@dataclass
+class Ledger(KVCache):
+    """A cache that remembers, for each position, what was written there last."""
+
+    rows: list[float] = field(default_factory=list)
+
+    def write(self, position: int, values: list[float]) -> None:
+        self.rows += [STALE] * (position + len(values) - len(self.rows))
+        self.rows[position : position + len(values)] = values
+
+
+class PaperDrafter(Drafter):
+    """Says what it is told and writes the adapter's "keys"."""
+
+    def __init__(self, paper: Paper) -> None:
+        self.target, self.exit_layer = paper, 1
+        self.script: list[tuple[int, float]] = []
+
+    def guess(self, exit_hidden, state, chooser, position):
+        state.adapter_cache.write(position, exit_hidden[:, 0].tolist())
+        token, confidence = self.script.pop(0)
+        return Top1(torch.tensor([token]), torch.tensor([confidence])), None
+
+
+@given(
+    prompt=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    gamma=st.integers(1, 6),
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, 6),  # drafts that are right
+            st.lists(st.sampled_from([0.2, 0.9]), min_size=6, max_size=6),
+            st.integers(1, 7),  # the limit
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    data=st.data(),
+)
+def test_every_row_is_that_of_the_committed_text(prompt, gamma, steps, data):
+    """After any run of drafts, acceptances, early ends and limits, what counts as valid belongs to the text."""
+    paper = Paper()
+    drafter = PaperDrafter(paper)
+    state = TextState(list(prompt), Ledger.__new__(Ledger), Ledger.__new__(Ledger))
+    state.cache.rows, state.adapter_cache.rows = [], []
+    state.exit_hidden = torch.full((gamma + 2, 1), STALE)
+    if len(prompt) > 1:  # as prefill leaves it
+        hidden = paper.run(paper.embed(prompt[:-1]), state.cache, 0, 0, 1)
+        state.adapter_cache.write(0, hidden[:, 0].tolist())
+    state.adapter_length = len(prompt) - 1
+    for right, confidences, limit in steps:
+        said = data.draw(st.lists(st.integers(0, 9), min_size=gamma, max_size=gamma))
+        drafter.script = list(zip(said, confidences, strict=False))
+        draft = drafter.draft(state, None, gamma, 0.5)
+        tokens = draft.tokens.tolist()
+        assert tokens == said[: len(tokens)]
+        assert len(tokens) == gamma or confidences[len(tokens) - 1] < 0.5
+        chain = [state.tokens[-1], *tokens]
+        assert draft.exit_hidden[:, 0].tolist() == [
+            1000.0 * (state.newest + row) + token for row, token in enumerate(chain)
+        ]
+        wanted = [token if place < right else (token + 1) % 10 for place, token in enumerate(tokens)] + [7]
+        acceptance = accept(draft.tokens, torch.tensor(wanted), frozenset(), limit)
+        before = list(state.tokens)
+        commit(state, acceptance)
+
+        text = state.tokens
+        assert text == before + acceptance.committed
+        assert state.newest - 1 <= state.adapter_length <= state.newest
+        assert state.cache.rows[: state.newest] == [float(token) for token in text[: state.newest]]
+        hidden = [1000.0 * position + token for position, token in enumerate(text)]
+        assert state.adapter_cache.rows[: state.adapter_length] == hidden[: state.adapter_length]
+        assert float(state.exit_hidden[0]) == hidden[state.newest - 1]
+        # the adapter lags after full acceptance and never else
+        full = acceptance.accepted == len(tokens) and len(acceptance.committed) == len(tokens) + 1
+        assert (state.adapter_length < state.newest) == full
+
+
+def test_by_hand():
+    state = TextState([1, 2, 3], Ledger.__new__(Ledger), adapter_length=6, exit_hidden=torch.arange(6.0)[:, None])
+    commit(state, Acceptance(2, [4, 5, 6], False))
+    assert state.tokens == [1, 2, 3, 4, 5, 6]
+    assert state.newest == 5
+    assert state.adapter_length == 5
+    assert state.exit_hidden[:, 0].tolist() == [3, 1, 2, 3, 4, 5]
+    commit(state, Acceptance(0, [9], False))
+    assert state.adapter_length == 5  # one behind: the row before the newest token has not been through the adapter
+    assert state.newest == 6

@@ -1,0 +1,35 @@
+"""Draw one of the demo's prompts continued by the demo pair, tokens coloured by origin, as an SVG for the README.
+
+    python tools/draw_demo.py --out docs/img/demo.svg
+
+It draws what ``kangaroo demo`` shows in a terminal.
+"""
+
+import io
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kangaroo_kernels.model.demo import bundled_pair
+from kangaroo_kernels.model.show import show_legend, show_steps
+
+
+def main(
+    name: Annotated[str, typer.Option(help="The prompt's name.")] = "unittest/suite.py",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 160,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("docs/img/demo.svg"),
+) -> None:
+    """Decode with Kangaroo and save what the terminal would show."""
+    pair = bundled_pair()
+    prompt = next(prompt for prompt in pair.prompts() if prompt.name == name)
+    console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
+    show_legend(console)
+    show_steps(console, prompt.name, prompt.text, pair.load().progress(prompt.text, max_new_tokens=new_tokens))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    console.save_svg(str(out), title="kangaroo demo")
+
+
+if __name__ == "__main__":
+    typer.run(main)
