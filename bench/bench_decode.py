@@ -4,31 +4,29 @@ The decoders take turns prompt by prompt, so a slow minute of the machine hits a
 same tokens before any is timed. The summary at the end has the medians over prompts.
 """
 
-import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
-import kangaroo_kernels.model
 from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.model.demo import bundled_pair
 
-PAIR = Path(kangaroo_kernels.model.__file__).parent / "demo_pair"
-PROMPTS = {entry["name"]: entry["prompt"] for entry in json.loads((PAIR / "prompts.json").read_text())}
+PAIR = bundled_pair()
+PROMPTS = PAIR.prompts()
 NEW_TOKENS = 128
 
 
 @pytest.fixture(scope="session")
 def kangaroo():
-    return Kangaroo.from_pretrained(PAIR / "target", PAIR / "adapter", device="cpu")
+    return Kangaroo.from_pretrained(PAIR.target, PAIR.adapter, device="cpu")
 
 
 @pytest.fixture(scope="session")
 def transformers_model():
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(PAIR / "target", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(PAIR.target, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,9 @@ import triton
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.pop("node", None)
     machine_info["kangaroo"] = {
+        "command": "pytest " + " ".join(config.invocation_params.args),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -1,7 +1,7 @@
 """Counter-based Gumbel noise: a pure function of seed, stream, position and token.
 
     bits = philox4x32_10(key=seed, counter=(token // 4, position, stream, 0))[token % 4]
-    u = ((bits >> 8) + 0.5) / 2^24;  gumbel = -log(-log(u))
+    u = ((bits >> 9) + 0.5) / 2^23;  gumbel = -log(-log(u))
 
 Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11) is the generator of ``tl.philox``, so a
 kernel can make the same bits in registers. ``argmax(logits / T + gumbel)`` is a sample of ``softmax(logits / T)``
@@ -40,7 +40,7 @@ def philox4x32(counter: Tensor, seed: int) -> Tensor:
 
 
 def uniform(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
-    """Uniform numbers in the open interval (0, 1), 24 bits each.
+    """Uniform numbers in the open interval (0, 1), 23 bits each.
 
     Args:
         seed: 64-bit.
@@ -56,7 +56,7 @@ def uniform(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
         (words, positions[:, None].expand_as(words), torch.full_like(words, stream), torch.zeros_like(words))
     )
     bits = philox4x32(counter, seed).permute(1, 2, 0).flatten(1)[:, :count]
-    return ((bits >> 8).float() + 0.5) / (1 << 24)
+    return ((bits >> 9).float() + 0.5) / (1 << 23)  # 23 bits and a half: one bit more would round up to 1
 
 
 def gumbel(seed: int, stream: int, positions: Tensor, vocab_size: int) -> Tensor:

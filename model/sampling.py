@@ -129,7 +129,7 @@ class Chooser:
     ) -> tuple[Top1, Tensor]:
         """For rejection sampling: a draft and the distribution it was drawn from, ``[1, V]``."""
         logits = lm_head(hidden, norm, head, eps=eps)
-        filtered = self.sampling.filter(torch.nan_to_num(logits))
+        filtered = self.sampling.filter(torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0))
         token = (filtered + self.draft_noise.at(position, 1)).argmax(dim=-1)
         return Top1(token, confidence_of(logits)), torch.softmax(filtered, dim=-1)
 

@@ -16,6 +16,7 @@ class TextState:
         cache: the target's keys and values; rows below ``n - 1`` are valid in every layer.
         adapter_cache: the adapter's; rows below ``adapter_length`` are valid.
         adapter_length: ``n - 1``, or ``n - 2`` after every draft was accepted: nobody ran the adapter on the last one.
+            (A last step, with room for one token alone, drafts nothing and leaves it as it was.)
         exit_hidden: ``[1 + max drafts + 1, hidden]``, the exit layer's output. Row 0 belongs to position ``n - 2`` (for
             an adapter that lags), row ``1 + j`` to position ``n - 1 + j``.
     """

@@ -23,10 +23,10 @@ def main(
 ) -> None:
     """Decode with Kangaroo and save what the terminal would show."""
     pair = bundled_pair()
-    prompt = next(prompt for prompt in pair.prompts() if prompt.name == name)
+    prompt = pair.prompts()[name]
     console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
     show_legend(console)
-    show_steps(console, prompt.name, prompt.text, pair.load().progress(prompt.text, max_new_tokens=new_tokens))
+    show_steps(console, name, prompt, pair.load().progress(prompt, max_new_tokens=new_tokens))
     out.parent.mkdir(parents=True, exist_ok=True)
     console.save_svg(str(out), title="kangaroo demo")
 
