@@ -156,7 +156,7 @@ def test_end_of_text_tokens_stop_the_text(tmp_path: Path) -> None:
     assert generation.finish_reason == "stop"
 
 
-@pytest.mark.parametrize(("rope_type", "length"), [("default", 512), ("linear", 512), ("dynamic", 1024)])
+@pytest.mark.parametrize(("rope_type", "length"), [("default", 512), ("linear", 1024), ("dynamic", 1024)])
 def test_context_length(rope_type: str, length: int, tmp_path: Path) -> None:
     rope = {"rope_type": rope_type, "rope_theta": 1e4}
     if rope_type != "default":
