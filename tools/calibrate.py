@@ -20,8 +20,8 @@ from rich.table import Table
 
 from kangaroo_kernels import Kangaroo
 
-DRAFT_LENGTHS = (1, 2, 3, 4, 5, 6, 8)
-THRESHOLDS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+DRAFT_LENGTHS = (2, 3, 4, 5, 6, 8)
+THRESHOLDS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def measure(kangaroo: Kangaroo, prompts: list[str], length: int, threshold: float, new_tokens: int) -> dict[str, float]:

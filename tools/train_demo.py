@@ -335,9 +335,13 @@ PROMPTS = {
 
 
 def cut_prompt(text: str, beginning: str, characters: int = 480) -> str:
-    """From ``beginning`` on, whole lines, about ``characters`` of them."""
+    """From ``beginning`` on, whole lines, about ``characters`` of them.
+
+    Without the last newline: a line's end and the next one's indentation are one token, and a newline alone is what
+    files end with.
+    """
     start = text.index(beginning)
-    return text[start : text.index("\n", start + characters) + 1]
+    return text[start : text.index("\n", start + characters)]
 
 
 CALIBRATION_PROMPTS = {
