@@ -42,13 +42,16 @@ def pytest_terminal_summary(terminalreporter, config):
     for bench in session.benchmarks if session else ():
         info = bench.extra_info
         if "decoder" in info:
-            speeds[bench.group][info["decoder"]] = info["tokens_per_second"]
+            row = speeds[bench.group]
+            row[info["decoder"]] = info["tokens_per_second"]
+            row["steps of " + info["decoder"]] = info.get("decode_tokens_per_second", 0.0)
     whole = [row for row in speeds.values() if {"plain", "kangaroo", "transformers"} <= row.keys()]
     if not whole:
         return
     terminalreporter.section("decoding, median over prompts")
     for decoder in ("plain", "kangaroo", "transformers"):
-        terminalreporter.line(f"{decoder:>14}  {median(row[decoder] for row in whole):7.0f} tokens/s")
-    for above, below in (("kangaroo", "plain"), ("plain", "transformers")):
+        terminalreporter.line(f"{decoder:>14}  {median(row[decoder] for row in whole):7.0f} tokens/s, prefill included")
+    ratios = (("kangaroo", "plain"), ("steps of kangaroo", "steps of plain"), ("plain", "transformers"))
+    for above, below in ratios:
         ratio = median(row[above] / row[below] for row in whole)
         terminalreporter.line(f"{above} / {below}: {ratio:.2f}")
