@@ -1,15 +1,16 @@
 """A weight matrix ``[N, K]`` laid out once for the machine that will read it at every token.
 
 On a GPU it stays ``[N, K]`` row-major. On a CPU one of four layouts is chosen from the matrix alone (so that the same
-checkpoint always gives the same bits). Microseconds on one core of an AMD Zen 4 server, one row and four rows:
+checkpoint always gives the same bits). Microseconds on two cores of an AMD Zen 4 server, one row and four rows, every
+matrix fresh from memory (``bench/results/cpu/packed_weight.json``):
 
     ==============  ===================  ===================  =========================================
     layout          704 x 192 (1; 4)     4096 x 4096 (1; 4)   kept where
     ==============  ===================  ===================  =========================================
-    ``FP16``        7; 14                997; 1709            every weight is exact in fp16 (FBGEMM)
-    ``ONEDNN``      21; 25               4191; 2984           fp32, from 128k weights on
-    ``TRANSPOSED``  10; 24               5387; 8538           fp32, smaller
-    ``ROWS``        -                    -                    everything else (bf16, fp16, GPU)
+    ``FP16``        11; 17               359; 789             every weight is exact in fp16 (FBGEMM)
+    ``ONEDNN``      38; 35               999; 1189            fp32, from 64k weights on
+    ``TRANSPOSED``  37; 64               2716; 8444           fp32, smaller
+    ``ROWS``        67; 93               2837; 6943           everything else (bf16, fp16, GPU)
     ==============  ===================  ===================  =========================================
 
 ``bench/bench_packed_weight.py`` measures them again. FBGEMM keeps weights in half the bytes and multiplies in fp32, so
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ONEDNN_MIN_WEIGHTS = 1 << 17
+ONEDNN_MIN_WEIGHTS = 1 << 16
 THREADED_MIN_WEIGHTS = 1 << 20
 """From here on FBGEMM's threaded entry point repays its 10 us of overhead."""
 
