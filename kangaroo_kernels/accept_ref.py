@@ -1,4 +1,4 @@
-"""``accept``: which drafted tokens stand, and what the verification step commits.
+"""``accept``: which drafted tokens stand, and how far the text has come.
 
     accepted = length of the longest prefix with draft[i] == target[i];  committed = target[:accepted + 1]
 
@@ -6,34 +6,44 @@ The last committed token is the target's own (the bonus token). A stop token or 
 The rule is Kangaroo's (arXiv 2404.18911, section 3) for greedy decoding; with coupled noise it serves sampling too.
 """
 
-from typing import NamedTuple
-
+import torch
 from torch import Tensor
 
 
-class Acceptance(NamedTuple):
-    """What one verification step decided.
+def accept(
+    draft: Tensor,
+    target: Tensor,
+    stop_tokens: Tensor,
+    length: int | Tensor,
+    limit: int | Tensor,
+    *,
+    drafted: int | Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Compare drafts with the target's tokens and commit what stands.
 
-    Attributes:
-        accepted: drafted tokens that the target agreed with, before any early end.
-        committed: tokens to append to the text, ``1 .. accepted + 1``, fewer only at a stop or the limit.
-        stopped: whether the last committed token is a stop token.
+    Args:
+        draft: ``[R]`` int64.
+        target: ``[R + 1]`` int64, the target's token after the newest one and after every draft.
+        stop_tokens: ``[S]`` int64, in any order; may be empty.
+        length: tokens of the text before this step.
+        limit: the most it may have, above ``length``.
+        drafted: how many of ``draft`` there are; None means all of them.
+        out: ``[3]`` int64, made if None.
+
+    Returns:
+        ``[3]`` int64: how many drafts the target agreed with (also beyond an early end), the new length, and 1 if the
+        last committed token is a stop token. The committed tokens are ``target[: new length - length]``.
     """
-
-    accepted: int
-    committed: list[int]
-    stopped: bool
-
-
-def accept(draft: Tensor, target: Tensor, stop_tokens: frozenset[int], limit: int) -> Acceptance:
-    """Compare ``draft`` ``[k]`` with ``target`` ``[k + 1]``, both int64, and commit at most ``limit >= 1`` tokens."""
-    drafted, wanted = draft.tolist(), target.tolist()
+    count, before = len(draft) if drafted is None else int(drafted), int(length)
+    guessed, wanted, stops = draft.tolist(), target.tolist(), stop_tokens.tolist()
     accepted = 0
-    while accepted < len(drafted) and drafted[accepted] == wanted[accepted]:
+    while accepted < count and guessed[accepted] == wanted[accepted]:
         accepted += 1
-    committed = []
-    for token in wanted[: min(accepted + 1, limit)]:
-        committed.append(token)
-        if token in stop_tokens:
-            return Acceptance(accepted, committed, stopped=True)
-    return Acceptance(accepted, committed, stopped=False)
+    committed, stopped = min(accepted + 1, int(limit) - before), 0
+    for index in range(committed):
+        if wanted[index] in stops:
+            committed, stopped = index + 1, 1
+            break
+    result = torch.tensor([accepted, before + committed, stopped], device=draft.device)
+    return result if out is None else out.copy_(result)

@@ -11,6 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.out_ref import deliver, is_down, unwritten
+from kangaroo_kernels.qkv_rope_ref import paged_rows
+
 MANY_ROWS = 64
 """From here on (prefill) the library's fused attention repays its overhead."""
 
@@ -28,23 +31,53 @@ def _causal_mask(rows: int, length: int, dtype: torch.dtype, device: torch.devic
     return mask.triu_(length - rows + 1)
 
 
-def attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, position: int, *, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: int | Tensor,
+    *,
+    scale: float,
+    max_length: int | None = None,
+    block_table: Tensor | None = None,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Attend from M rows at ``position, position + 1, ...`` to every row of the cache up to each one's own.
 
     Args:
         q: ``[M, H, D]``, any strides.
-        k_cache: ``[H_kv, T, D]``, any strides; ``H`` is a multiple of ``H_kv``.
-        v_cache: likewise. Rows from ``position + M`` on are not read.
-        position: absolute position of the first query row.
+        k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D); ``H`` is a multiple of ``H_kv``. With a block
+            table, ``[blocks, H_kv, block_size, D]``.
+        v_cache: likewise. Rows from ``position + M`` on have no effect.
+        position: absolute position of the first query row; a tensor ``[1]`` int64 for a kernel that must not ask the
+            host.
         scale: of the scores, ``D ** -0.5`` for Llama.
+        max_length: bound of ``position + M``, for the kernel's grid; None means the caches' capacity.
+        block_table: ``[T / block_size]`` int32, the blocks of a paged cache in the order of positions.
+        active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
+        out: ``[M, H * D]``, made if None.
 
     Returns:
-        ``[M, H * D]``, dtype of ``q``.
+        ``out``, ``[M, H * D]``, dtype of ``q``.
     """
+    if is_down(active):
+        return unwritten(out, (q.shape[0], q.shape[1] * q.shape[2]), q)
+    position = int(position)
+    length = position + q.shape[0]
+    if block_table is None:
+        keys, values = k_cache[:, :length], v_cache[:, :length]
+    else:
+        blocks, slots = paged_rows(block_table, 0, length, k_cache.shape[2])
+        keys, values = k_cache[blocks, :, slots].transpose(0, 1), v_cache[blocks, :, slots].transpose(0, 1)
+    result = _attend(q, keys, values, position, scale)
+    return deliver(result, out)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float) -> Tensor:
+    """``attention`` over the rows of the cache that there are: ``[H_kv, position + M, D]``."""
     rows, heads, head_dim = q.shape
-    kv_heads = k_cache.shape[0]
-    length = position + rows
-    keys, values = k_cache[:, :length], v_cache[:, :length]
+    kv_heads, length, _ = keys.shape
     if rows >= MANY_ROWS:
         whole = position == 0
         out = torch.nn.functional.scaled_dot_product_attention(

@@ -6,11 +6,20 @@ Bytes moved: the packed weight, ``2 * I * K`` elements, once.
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.packed_weight import Weight, linear
+from kangaroo_kernels.out_ref import deliver, is_down, unwritten
+from kangaroo_kernels.packed_weight import Weight, linear, out_features
 from kangaroo_kernels.rms_norm_ref import rms_norm
 
 
-def gate_up(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Tensor:
+def gate_up(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Weight,
+    *,
+    eps: float,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """The MLP up to its down projection.
 
     Args:
@@ -18,9 +27,13 @@ def gate_up(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Te
         norm_weight: ``[K]``, same dtype.
         weight: ``[2 * I, K]``, the gate's rows first.
         eps: of the norm.
+        active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
+        out: ``[M, I]``, made if None.
 
     Returns:
-        ``[M, I]``.
+        ``out``, ``[M, I]``.
     """
+    if is_down(active):
+        return unwritten(out, (x.shape[0], out_features(weight) // 2), x)
     gate, up = linear(rms_norm(x, norm_weight, eps), weight).chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate).mul_(up)
+    return deliver(torch.nn.functional.silu(gate).mul_(up), out)

@@ -8,10 +8,14 @@ kernel can make the same bits in registers. ``argmax(logits / T + gumbel)`` is a
 (Gumbel-max), and the same noise for drafter and target makes them agree as often as their distributions allow it.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 ROUNDS = 10
+BLOCK = 32
+"""Positions whose noise is made at a time."""
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
@@ -62,3 +66,22 @@ def uniform(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
 def gumbel(seed: int, stream: int, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise, ``[P, vocab_size]`` float32; arguments as for ``uniform``."""
     return uniform(seed, stream, positions, vocab_size).log_().neg_().log_().neg_()
+
+
+@lru_cache(maxsize=4)
+def _gumbel_block(seed: int, stream: int, block: int, vocab_size: int, device: torch.device) -> Tensor:
+    positions = torch.arange(block * BLOCK, (block + 1) * BLOCK, device=device)
+    return gumbel(seed, stream, positions, vocab_size)
+
+
+def gumbel_rows(seed: int, stream: int, position: int, rows: int, vocab_size: int, device: torch.device) -> Tensor:
+    """``gumbel`` for ``position, position + 1, ...``: ``[rows, vocab_size]``, not to be written to.
+
+    Made in blocks that are kept, since drafting, verification and rejected steps ask for the same positions again.
+    """
+    if rows > BLOCK:  # a prefill's, not asked for again
+        return gumbel(seed, stream, torch.arange(position, position + rows, device=device), vocab_size)
+    first, last = position // BLOCK, (position + rows - 1) // BLOCK
+    blocks = [_gumbel_block(seed, stream, block, vocab_size, device) for block in range(first, last + 1)]
+    noise = blocks[0] if first == last else torch.cat(blocks)
+    return noise[position - first * BLOCK : position - first * BLOCK + rows]

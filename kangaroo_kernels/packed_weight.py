@@ -87,6 +87,12 @@ class PackedWeight:
         else:
             self._packed = weight
 
+    @property
+    def rows(self) -> Tensor:
+        """The matrix ``[N, K]`` itself, for kernels; in the ``ROWS`` layout alone."""
+        assert self.layout is Layout.ROWS
+        return self._packed  # type: ignore[no-any-return]
+
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` ``[M, K]`` to a new ``[M, N]``, same dtype."""
         if self.layout is Layout.FP16:
@@ -102,6 +108,11 @@ class PackedWeight:
 
 
 Weight = Tensor | PackedWeight
+
+
+def out_features(weight: Weight) -> int:
+    """N of a weight ``[N, K]``."""
+    return weight.out_features if isinstance(weight, PackedWeight) else weight.shape[0]
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:

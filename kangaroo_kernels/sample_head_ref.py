@@ -7,26 +7,27 @@ it. Bytes moved: the head, ``V * K`` elements, once.
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.gumbel_ref import gumbel_rows
+from kangaroo_kernels.out_ref import is_down
 from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.top1_head_ref import Top1, confidence_of, lm_head
+from kangaroo_kernels.top1_head_ref import Top1, confidence_of, finish_step, lm_head, unwritten_top1
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """``logits / temperature`` with -inf outside of the top-k and top-p sets: ``[M, V]`` float32, a new tensor.
 
     Top-k keeps every token that ties with the k-th. Top-p keeps the fewest most likely tokens whose probabilities
-    reach ``top_p``, at least one.
+    reach ``top_p``, at least one, and every token that ties with the last of them.
     """
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth = torch.topk(logits, top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p is not None and top_p < 1.0:
-        descending, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+        descending = torch.sort(logits, dim=-1, descending=True).values
         probabilities = torch.softmax(descending, dim=-1)
-        dropped = probabilities.cumsum(dim=-1) - probabilities >= top_p
-        dropped[:, 0] = False
-        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+        kept = (probabilities.cumsum(dim=-1) - probabilities < top_p).sum(dim=-1, keepdim=True).clamp_(min=1)
+        logits = logits.masked_fill(logits < descending.gather(-1, kept - 1), float("-inf"))
     return logits
 
 
@@ -34,12 +35,19 @@ def sample_head(
     x: Tensor,
     norm_weight: Tensor,
     weight: Weight,
-    noise: Tensor,
+    position: int | Tensor,
     *,
     eps: float,
     temperature: float,
+    seed: int | Tensor,
+    stream: int = 0,
     top_k: int | None = None,
     top_p: float | None = None,
+    threshold: float | None = None,
+    active: Tensor | None = None,
+    embedding: Tensor | None = None,
+    embedded: Tensor | None = None,
+    out: Top1 | None = None,
 ) -> Top1:
     """Sample a token for each row; the confidence is that of the un-tempered, unfiltered distribution.
 
@@ -47,12 +55,18 @@ def sample_head(
         x: ``[M, K]`` hidden states before the final norm.
         norm_weight: ``[K]``, same dtype.
         weight: ``[V, K]``.
-        noise: ``[M, V]`` float32 from ``gumbel``.
+        position: of the first row's new token; a tensor ``[1]`` int64 for a kernel that must not ask the host.
         eps: of the norm.
         temperature: above 0.
+        seed: of the noise, from 0 to 2^64 - 1; as a tensor, ``[1]`` int64 of the same bits.
+        stream: of the noise; see ``gumbel_ref``.
         top_k: keep this many tokens; None keeps all.
         top_p: keep this share of the probability; None keeps all.
+        threshold, active, embedding, embedded, out: as for ``top1_head``.
     """
+    if is_down(active):
+        return unwritten_top1(out, x)
     logits = lm_head(x, norm_weight, weight, eps=eps)
+    noise = gumbel_rows(int(seed) % (1 << 64), stream, int(position), *logits.shape, logits.device)
     token = filter_logits(logits, temperature, top_k, top_p).add_(noise).argmax(dim=-1)
-    return Top1(token, confidence_of(logits))
+    return finish_step(Top1(token, confidence_of(logits)), threshold, active, embedding, embedded, out)

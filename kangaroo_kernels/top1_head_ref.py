@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.out_ref import is_down
 from kangaroo_kernels.packed_weight import Weight, linear
 from kangaroo_kernels.rms_norm_ref import rms_norm
 
@@ -34,7 +35,43 @@ def confidence_of(logits: Tensor) -> Tensor:
     return torch.softmax(logits, dim=-1).amax(dim=-1)
 
 
-def top1_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Top1:
+def finish_step(
+    found: Top1,
+    threshold: float | None,
+    active: Tensor | None,
+    embedding: Tensor | None,
+    embedded: Tensor | None,
+    out: Top1 | None,
+) -> Top1:
+    """What a drafting step does with what a head found: flag, next token's embedding, delivery."""
+    if threshold is not None:
+        assert active is not None
+        if not bool(found.confidence >= threshold):  # a NaN is unsure
+            active.zero_()
+    if embedding is not None:
+        assert embedded is not None
+        torch.index_select(embedding, 0, found.token, out=embedded)
+    return found if out is None else Top1(out.token.copy_(found.token), out.confidence.copy_(found.confidence))
+
+
+def unwritten_top1(out: Top1 | None, x: Tensor) -> Top1:
+    """The result of a head that did nothing."""
+    rows = x.shape[0]
+    return Top1(x.new_empty(rows, dtype=torch.int64), x.new_empty(rows, dtype=torch.float32)) if out is None else out
+
+
+def top1_head(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Weight,
+    *,
+    eps: float,
+    threshold: float | None = None,
+    active: Tensor | None = None,
+    embedding: Tensor | None = None,
+    embedded: Tensor | None = None,
+    out: Top1 | None = None,
+) -> Top1:
     """The most likely token of each row and how sure the head is of it.
 
     Args:
@@ -42,6 +79,14 @@ def top1_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> 
         norm_weight: ``[K]``, same dtype.
         weight: ``[V, K]``.
         eps: of the norm.
+        threshold: for a drafting step, M = 1: the flag ``active`` is lowered unless the confidence reaches it.
+        active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
+        embedding: ``[V, K]``, same dtype: the tokens' rows of it go to ``embedded``, where the next step begins.
+        embedded: ``[M, K]``.
+        out: made if None.
     """
+    if is_down(active):
+        return unwritten_top1(out, x)
     logits = lm_head(x, norm_weight, weight, eps=eps)
-    return Top1(logits.argmax(dim=-1), confidence_of(logits))
+    found = Top1(logits.argmax(dim=-1), confidence_of(logits))
+    return finish_step(found, threshold, active, embedding, embedded, out)

@@ -81,7 +81,7 @@ class Adapter:
     def __init__(self, config: AdapterConfig, weights: AdapterWeights, target: Llama) -> None:
         self.config, self.target = config, target
         self.norm = weights.norm
-        self.block = AttentionBlock(config.llama, weights.attention)
+        self.block = AttentionBlock(config.llama, weights.attention, target.operations)
         self.rotary = RotaryTable(config.llama, target.device)
 
     @classmethod
@@ -92,7 +92,8 @@ class Adapter:
             KangarooError: a folder that is damaged or made for another target.
         """
         config = load_adapter_config(folder, target.config, exit_layer)
-        return cls(config, load_adapter(folder, config.llama, target.device, target.dtype), target)
+        layout = target.operations.layout
+        return cls(config, load_adapter(folder, config.llama, target.device, target.dtype, layout), target)
 
     def new_cache(self) -> KVCache:
         """An empty cache for the one attention layer."""

@@ -42,6 +42,10 @@ Dtype = Annotated[
         rich_help_panel=LOADING,
     ),
 ]
+Kernels = Annotated[
+    str | None,
+    typer.Option(help="'triton' or 'reference'; by default 'triton' on a GPU alone.", rich_help_panel=LOADING),
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)]
 TopK = Annotated[int | None, typer.Option(help="Sample among so many tokens.", rich_help_panel=SAMPLING)]
 TopP = Annotated[
@@ -196,6 +200,7 @@ def generate(
     exit_layer: ExitLayer = None,
     device: Device = None,
     dtype: Dtype = None,
+    kernels: Kernels = None,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -241,7 +246,7 @@ def generate(
     comparison = None
     try:
         with console.status("loading the model"):
-            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype)
+            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels)
         for step in kangaroo.progress(text, plain=plain, **settings):
             generation = step.generation
             if not as_json:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kangaroo_kernels.accept_ref import Acceptance, accept
+import torch
 
 from .draft import Drafter
 from .llama import Llama
@@ -138,29 +138,26 @@ def kangaroo_steps(
     stop_tokens: frozenset[int],
 ) -> Iterator[Commit]:
     """Steps of Kangaroo decoding until the text has ``length`` tokens or a stop token."""
+    accept = target.operations.accept
+    stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=target.device)
     while (remaining := length - len(state.tokens)) > 0:
         draft = drafter.draft(state, chooser, min(num_speculative_tokens, remaining - 1), draft_confidence_threshold)
         wanted = verify(
             target, state, chooser, drafter.exit_layer, draft.exit_hidden, draft.tokens, draft.distributions
         )
-        acceptance = accept(draft.tokens, wanted, stop_tokens, remaining)
-        commit(state, acceptance)
-        yield Commit(
-            acceptance.committed,
-            accepted=min(acceptance.accepted, len(acceptance.committed)),
-            drafted=len(draft.tokens),
-            agreed=acceptance.accepted,
-            stopped=acceptance.stopped,
-        )
-        if acceptance.stopped:
+        agreed, reached, stopped = accept(draft.tokens, wanted, stops, len(state.tokens), length).tolist()
+        committed = wanted[: reached - len(state.tokens)].tolist()
+        commit(state, committed)
+        yield Commit(committed, min(agreed, len(committed)), len(draft.tokens), agreed, bool(stopped))
+        if stopped:
             return
 
 
-def commit(state: TextState, acceptance: Acceptance) -> None:
+def commit(state: TextState, committed: list[int]) -> None:
     """Append the committed tokens and roll everything back to them, by length alone."""
     assert state.exit_hidden is not None
-    state.tokens += acceptance.committed
-    state.exit_hidden[0] = state.exit_hidden[len(acceptance.committed)]
+    state.tokens += committed
+    state.exit_hidden[0] = state.exit_hidden[len(committed)]
     state.adapter_length = min(state.adapter_length, state.newest)
 
 

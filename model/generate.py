@@ -23,6 +23,7 @@ from .decode import MAX_SPECULATIVE_TOKENS, Commit, DecodeStats, kangaroo_steps,
 from .draft import Drafter
 from .errors import KangarooError
 from .llama import Llama
+from .operations import REFERENCES, load_operations
 from .sampling import Chooser, Sampling, is_number, is_whole
 from .state import TextState
 from .text import TextStream, load_tokenizer
@@ -199,6 +200,7 @@ class Kangaroo:
         exit_layer: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        kernels: str | None = None,
     ) -> "Kangaroo":
         """Load a Hugging Face Llama checkpoint and an adapter for it.
 
@@ -208,6 +210,8 @@ class Kangaroo:
             exit_layer: overrides the adapter's own; needed for adapters that do not name it.
             device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
             dtype: of the weights; None means float32 on a CPU and the checkpoint's own on a GPU.
+            kernels: ``triton`` or ``reference``; None means the Triton kernels on a GPU and the PyTorch references on a
+                CPU. (``triton`` on a CPU needs TRITON_INTERPRET=1 in the environment, and is for tests.)
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.
@@ -220,7 +224,10 @@ class Kangaroo:
         adapter_folder = None if adapter is None else find_folder(adapter, "adapter")
         if adapter_folder is not None:  # before the long work of loading the target
             load_adapter_config(adapter_folder, config, exit_layer)
-        target = Llama(config, load_target(folder, config, where, resolve_dtype(dtype, where, config.dtype)))
+        precision = resolve_dtype(dtype, where, config.dtype)
+        operations = load_operations(kernels, where, precision)
+        weights = load_target(folder, config, where, precision, operations.layout)
+        target = Llama(config, weights, operations)
         drafter = None
         if adapter_folder is not None:
             drafter = Drafter(target, Adapter.load(adapter_folder, target, exit_layer))
@@ -435,8 +442,8 @@ class Kangaroo:
         """The commits of a request, timed; each step runs in inference mode with the fastest number of threads."""
         drafter = None if request.plain else self._require_drafter()
         state = TextState(list(request.tokens), self._cache, self._adapter_cache)
-        chooser = Chooser(request.sampling, self.target.config.vocab_size, self.target.device)
-        if self._threads is None and self.target.device.type == "cpu":
+        chooser = Chooser(request.sampling, self.target.operations)
+        if self._threads is None and self.target.device.type == "cpu" and self.target.operations is REFERENCES:
             self._threads = self._measure_threads()
         began = time.perf_counter()
         with torch.inference_mode(), threads(self._threads):

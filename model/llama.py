@@ -5,14 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.attention_ref import attention
-from kangaroo_kernels.gate_up_ref import gate_up
-from kangaroo_kernels.linear_residual_ref import linear_residual
-from kangaroo_kernels.qkv_rope_ref import qkv_rope, rope_table
+from kangaroo_kernels.qkv_rope_ref import rope_table
 from kangaroo_kernels.top1_head_ref import lm_head
 
 from .cache import KVCache
 from .config import LlamaConfig
+from .operations import REFERENCES, Operations
 from .weights import AttentionWeights, TargetWeights
 
 
@@ -35,16 +33,16 @@ class RotaryTable:
 class AttentionBlock:
     """Pre-norm self-attention with its residual: all of an adapter, the first half of a decoder layer."""
 
-    def __init__(self, config: LlamaConfig, weights: AttentionWeights) -> None:
-        self.weights = weights
+    def __init__(self, config: LlamaConfig, weights: AttentionWeights, operations: Operations) -> None:
+        self.weights, self.operations = weights, operations
         self.eps, self.scale = config.rms_norm_eps, config.head_dim**-0.5
 
     def __call__(self, hidden: Tensor, keys: Tensor, values: Tensor, position: int, phases: Tensor) -> Tensor:
         """``hidden + attention(rms_norm(hidden))``, ``[M, hidden]``; appends M rows to ``keys`` and ``values``."""
-        weights = self.weights
-        q = qkv_rope(hidden, weights.norm, weights.qkv, phases, keys, values, position, eps=self.eps)
-        mixed = attention(q, keys, values, position, scale=self.scale)
-        return linear_residual(mixed, weights.output, hidden)
+        weights, operations = self.weights, self.operations.for_rows(hidden.shape[0])
+        q = operations.qkv_rope(hidden, weights.norm, weights.qkv, phases, keys, values, position, eps=self.eps)
+        mixed = operations.attention(q, keys, values, position, scale=self.scale)
+        return operations.linear_residual(mixed, weights.output, hidden)
 
 
 class Llama:
@@ -54,12 +52,13 @@ class Llama:
         config: its shape.
         device: where it lives.
         dtype: of its weights and hidden states.
+        operations: what it computes with.
     """
 
-    def __init__(self, config: LlamaConfig, weights: TargetWeights) -> None:
-        self.config, self.weights = config, weights
+    def __init__(self, config: LlamaConfig, weights: TargetWeights, operations: Operations = REFERENCES) -> None:
+        self.config, self.weights, self.operations = config, weights, operations
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        self.blocks = [AttentionBlock(config, layer.attention) for layer in weights.layers]
+        self.blocks = [AttentionBlock(config, layer.attention, operations) for layer in weights.layers]
         self.rotary = RotaryTable(config, self.device)
 
     def new_cache(self) -> KVCache:
@@ -75,11 +74,12 @@ class Llama:
     def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
         """Layers ``[first, last)`` on M tokens at ``position, position + 1, ...``: ``[M, hidden]`` to the same."""
         phases, eps = self.rotary.phases, self.config.rms_norm_eps
+        operations = self.operations.for_rows(hidden.shape[0])
         for index in range(first, last):
             layer = self.weights.layers[index]
             hidden = self.blocks[index](hidden, cache.keys[index], cache.values[index], position, phases)
-            inner = gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=eps)
-            hidden = linear_residual(inner, layer.down, hidden)
+            inner = operations.gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=eps)
+            hidden = operations.linear_residual(inner, layer.down, hidden)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.gumbel_ref import gumbel, uniform
+from kangaroo_kernels.gumbel_ref import gumbel_rows, uniform
 from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.sample_head_ref import filter_logits, sample_head
-from kangaroo_kernels.top1_head_ref import Top1, confidence_of, lm_head, top1_head
+from kangaroo_kernels.sample_head_ref import filter_logits
+from kangaroo_kernels.top1_head_ref import Top1, confidence_of, lm_head
 
 from .errors import KangarooError
+from .operations import REFERENCES, Operations
 
 ACCEPTANCES = ("coupled", "rejection")
 TARGET_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)
-NOISE_BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -73,56 +73,41 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class Noise:
-    """Gumbel noise of one stream, made for a block of positions at a time."""
-
-    def __init__(self, seed: int, stream: int, vocab_size: int, device: torch.device) -> None:
-        self.seed, self.stream, self.vocab_size, self.device = seed, stream, vocab_size, device
-        self.start = 0
-        self.block = torch.empty(0, vocab_size)
-
-    def at(self, position: int, rows: int) -> Tensor:
-        """Noise for the tokens at ``position, position + 1, ...``: ``[rows, V]``."""
-        if not self.start <= position <= position + rows <= self.start + len(self.block):
-            positions = torch.arange(position, position + max(rows, NOISE_BLOCK), device=self.device)
-            self.block = gumbel(self.seed, self.stream, positions, self.vocab_size)
-            self.start = position
-        return self.block[position - self.start : position - self.start + rows]
-
-
 class Chooser:
     """Picks tokens for one text: the target's and, from the same noise or its own, the drafter's."""
 
-    def __init__(self, sampling: Sampling, vocab_size: int, device: torch.device) -> None:
-        self.sampling = sampling
-        self.target_noise = Noise(sampling.seed, TARGET_STREAM, vocab_size, device)
-        self.draft_noise = self.target_noise
-        if sampling.rejects:
-            self.draft_noise = Noise(sampling.seed, DRAFT_STREAM, vocab_size, device)
+    def __init__(self, sampling: Sampling, operations: Operations = REFERENCES) -> None:
+        self.sampling, self.operations = sampling, operations
+        self.draft_stream = DRAFT_STREAM if sampling.rejects else TARGET_STREAM
 
     def target(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int) -> Tensor:
         """The target's tokens at ``position, ...`` from the last layer's output ``[M, hidden]``: ``[M]`` int64."""
-        return self._pick(hidden, norm, head, eps, position, self.target_noise).token
+        return self._pick(hidden, norm, head, eps, position, TARGET_STREAM).token
 
     def draft(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int) -> Top1:
         """The drafter's token at ``position`` and its un-tempered top-1 probability."""
-        return self._pick(hidden, norm, head, eps, position, self.draft_noise)
+        return self._pick(hidden, norm, head, eps, position, self.draft_stream)
 
-    def _pick(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int, noise: Noise) -> Top1:
-        sampling = self.sampling
+    def _pick(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int, stream: int) -> Top1:
+        sampling, operations = self.sampling, self.operations.for_rows(hidden.shape[0])
         if sampling.greedy:
-            return top1_head(hidden, norm, head, eps=eps)
-        rows = noise.at(position, hidden.shape[0])
-        return sample_head(
+            return operations.top1_head(hidden, norm, head, eps=eps)
+        return operations.sample_head(
             hidden,
             norm,
             head,
-            rows,
+            position,
             eps=eps,
             temperature=sampling.temperature,
+            seed=sampling.seed,
+            stream=stream,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
         )
+
+    def noise(self, stream: int, position: int, logits: Tensor) -> Tensor:
+        """Gumbel noise for rows of logits at ``position, ...``: ``[rows, V]``."""
+        return gumbel_rows(self.sampling.seed, stream, position, *logits.shape, logits.device)
 
     def draft_with_distribution(
         self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int
@@ -130,7 +115,7 @@ class Chooser:
         """For rejection sampling: a draft and the distribution it was drawn from, ``[1, V]``."""
         logits = lm_head(hidden, norm, head, eps=eps)
         filtered = self.sampling.filter(torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0))
-        token = (filtered + self.draft_noise.at(position, 1)).argmax(dim=-1)
+        token = (filtered + self.noise(DRAFT_STREAM, position, logits)).argmax(dim=-1)
         return Top1(token, confidence_of(logits)), torch.softmax(filtered, dim=-1)
 
     def reject(self, draft: Tensor, draft_distribution: Tensor, target_logits: Tensor, position: int) -> Tensor:
@@ -150,7 +135,7 @@ class Chooser:
             ``[k + 1]`` int64.
         """
         count = len(draft)
-        noise = self.target_noise.at(position, count + 1)
+        noise = self.noise(TARGET_STREAM, position, target_logits)
         filtered = self.sampling.filter(target_logits)
         tokens = (filtered + noise).argmax(dim=-1)
         if count == 0:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.packed_weight import PackedWeight
+from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.qkv_rope_ref import interleave_rope
 
 from .config import LlamaConfig
@@ -180,18 +180,19 @@ class AdapterWeights:
 
 
 class _Unpacked:
-    """A block's matrices while they are being filled; ``finish`` packs them and lets the originals go."""
+    """A block's matrices while they are being filled; ``packed`` packs one and lets the original go."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout | None) -> None:
+        self.layout = layout
         self.matrices: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.vectors: dict[str, Tensor] = {}
 
     def packed(self, name: str) -> PackedWeight:
-        return PackedWeight(*self.matrices.pop(name))
+        return PackedWeight(*self.matrices.pop(name), self.layout)
 
 
-def _attention_places(places: _Places, config: LlamaConfig, prefix: str) -> _Unpacked:
-    block = _Unpacked()
+def _attention_places(places: _Places, config: LlamaConfig, prefix: str, layout: Layout | None) -> _Unpacked:
+    block = _Unpacked(layout)
     hidden, head_dim = config.hidden_size, config.head_dim
     q_rows, kv_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
@@ -231,8 +232,10 @@ def _mlp_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpac
     block.vectors["mlp_norm"] = places.pack({f"{prefix}post_attention_layernorm.weight": (hidden,)})
 
 
-def load_target(folder: Path, config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> TargetWeights:
-    """Read a Llama checkpoint.
+def load_target(
+    folder: Path, config: LlamaConfig, device: torch.device, dtype: torch.dtype, layout: Layout | None = None
+) -> TargetWeights:
+    """Read a Llama checkpoint; ``layout`` is its matrices', each the fastest for its machine if None.
 
     Raises:
         KangarooError: files or tensors missing, of another shape, or not finite.
@@ -248,7 +251,7 @@ def load_target(folder: Path, config: LlamaConfig, device: torch.device, dtype: 
     blocks = []
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        block = _attention_places(places, config, prefix)
+        block = _attention_places(places, config, prefix, layout)
         _mlp_places(places, config, prefix, block)
         blocks.append(block)
     places.fill(folder, tied)
@@ -257,18 +260,20 @@ def load_target(folder: Path, config: LlamaConfig, device: torch.device, dtype: 
         LayerWeights(_finish_attention(block), block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down"))
         for block in blocks
     ]
-    return TargetWeights(embedding, layers, norm, PackedWeight(head))
+    return TargetWeights(embedding, layers, norm, PackedWeight(head, layout=layout))
 
 
-def load_adapter(folder: Path, config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> AdapterWeights:
-    """Read an adapter, ours or the paper's authors' (same names, ``pytorch_model.bin``).
+def load_adapter(
+    folder: Path, config: LlamaConfig, device: torch.device, dtype: torch.dtype, layout: Layout | None = None
+) -> AdapterWeights:
+    """Read an adapter, ours or the paper's authors' (same names, ``pytorch_model.bin``); ``layout`` as above.
 
     Raises:
         KangarooError: as for ``load_target``.
     """
     places = _Places(device, dtype)
     norm = places.pack({"norm.weight": (config.hidden_size,)})
-    block = _attention_places(places, config, "layers.0.")
+    block = _attention_places(places, config, "layers.0.", layout)
     places.fill(folder, {})
     places.slots.clear()
     return AdapterWeights(_finish_attention(block), norm)

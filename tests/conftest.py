@@ -1,18 +1,38 @@
 """What every test shares: one thread, and one small pair of target and adapter."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: its interpreter runs the kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from pairs import make_adapter, make_target, make_tokenizer
 
 from kangaroo_kernels import Kangaroo
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if DEVICE.type == "cpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels are tested: the GPU if there is one, else the CPU, in Triton's interpreter."""
+    return DEVICE
 
 
 class Pair(NamedTuple):

@@ -16,8 +16,8 @@ KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 # each other.
 ORDER = (
     {"errors", "threads"},
-    {"config", "sampling", "text"},
-    {"weights", "cache"},
+    {"config", "operations", "text"},
+    {"sampling", "weights", "cache"},
     {"llama", "state"},
     {"adapter"},
     {"draft", "verify"},
@@ -28,7 +28,7 @@ ORDER = (
     {"cli"},
 )
 RANKS = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
-LIBRARIES = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"}
+LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"}
 TERMINAL = {"typer", "rich", "pynvml"}
 FOR_THE_TERMINAL = {"cli", "compare", "demo", "info", "show", "train"}
 

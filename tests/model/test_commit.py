@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kangaroo_kernels.accept_ref import Acceptance, accept
+from kangaroo_kernels.accept_ref import accept
 from kangaroo_kernels.model.cache import KVCache
 from kangaroo_kernels.model.decode import commit
 from kangaroo_kernels.model.draft import Drafter
@@ -95,29 +95,33 @@ def test_every_row_is_that_of_the_committed_text(prompt, gamma, steps, data):
             1000.0 * (state.newest + row) + token for row, token in enumerate(chain)
         ]
         wanted = [token if place < right else (token + 1) % 10 for place, token in enumerate(tokens)] + [7]
-        acceptance = accept(draft.tokens, torch.tensor(wanted), frozenset(), limit)
         before = list(state.tokens)
-        commit(state, acceptance)
+        none = torch.empty(0, dtype=torch.int64)
+        accepted, length, _ = accept(
+            draft.tokens, torch.tensor(wanted), none, len(before), len(before) + limit
+        ).tolist()
+        committed = wanted[: length - len(before)]
+        commit(state, committed)
 
         text = state.tokens
-        assert text == before + acceptance.committed
+        assert text == before + committed
         assert state.newest - 1 <= state.adapter_length <= state.newest
         assert state.cache.rows[: state.newest] == [float(token) for token in text[: state.newest]]
         hidden = [1000.0 * position + token for position, token in enumerate(text)]
         assert state.adapter_cache.rows[: state.adapter_length] == hidden[: state.adapter_length]
         assert float(state.exit_hidden[0]) == hidden[state.newest - 1]
         # the adapter lags after full acceptance and never else
-        full = acceptance.accepted == len(tokens) and len(acceptance.committed) == len(tokens) + 1
+        full = accepted == len(tokens) and len(committed) == len(tokens) + 1
         assert (state.adapter_length < state.newest) == full
 
 
 def test_by_hand():
     state = TextState([1, 2, 3], Ledger.__new__(Ledger), adapter_length=6, exit_hidden=torch.arange(6.0)[:, None])
-    commit(state, Acceptance(2, [4, 5, 6], False))
+    commit(state, [4, 5, 6])
     assert state.tokens == [1, 2, 3, 4, 5, 6]
     assert state.newest == 5
     assert state.adapter_length == 5
     assert state.exit_hidden[:, 0].tolist() == [3, 1, 2, 3, 4, 5]
-    commit(state, Acceptance(0, [9], False))
+    commit(state, [9])
     assert state.adapter_length == 5  # one behind: the row before the newest token has not been through the adapter
     assert state.newest == 6

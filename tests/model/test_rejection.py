@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.gumbel_ref import uniform
-from kangaroo_kernels.model.sampling import ACCEPT_STREAM, Chooser, Sampling
+from kangaroo_kernels.model.sampling import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, Chooser, Sampling
 
 CPU = torch.device("cpu")
 DRAWS = 60_000
@@ -36,7 +36,7 @@ def wrong_reject(residual: Callable[[Tensor, Tensor], Tensor], accept: float | N
 
     def reject(chooser: Chooser, draft: Tensor, q: Tensor, target_logits: Tensor, position: int) -> Tensor:
         count = len(draft)
-        noise = chooser.target_noise.at(position, count + 1)
+        noise = chooser.noise(TARGET_STREAM, position, target_logits)
         filtered = chooser.sampling.filter(target_logits)
         tokens = (filtered + noise).argmax(dim=-1)
         if count == 0:
@@ -65,9 +65,9 @@ WRONG = {
 def draw(case: str, seed: int, reject: Reject = Chooser.reject) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Drafts from q, and what rejection makes of them, each at its own position; with p and q."""
     p, q = (torch.tensor(values) for values in CASES[case])
-    chooser = Chooser(Sampling(temperature=1.0, seed=seed, acceptance="rejection"), len(p), CPU)
+    chooser = Chooser(Sampling(temperature=1.0, seed=seed, acceptance="rejection"))
     position = 17
-    drafts = (q.log() + chooser.draft_noise.at(position, DRAWS)).argmax(dim=-1)
+    drafts = (q.log() + chooser.noise(DRAFT_STREAM, position, q.expand(DRAWS, -1))).argmax(dim=-1)
     tokens = reject(chooser, drafts, q.expand(DRAWS, -1), p.log().expand(DRAWS + 1, -1), position)
     return drafts, tokens[:DRAWS], p, q
 
@@ -125,7 +125,7 @@ def test_the_control_with_the_right_residual_is_the_rule(case):
 def test_the_bonus_token_follows_the_target():
     p = torch.tensor(CASES["eight"][0])
     counts = torch.zeros(len(p))
-    chooser = Chooser(Sampling(temperature=1.0, acceptance="rejection"), len(p), CPU)
+    chooser = Chooser(Sampling(temperature=1.0, acceptance="rejection"))
     none, nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, len(p))
     draft, q = torch.tensor([1]), p[None]
     for position in range(0, 8000, 2):
@@ -142,8 +142,8 @@ def test_filters_apply_to_the_target(settings):
     p, q = (torch.tensor(values) for values in CASES["eight"])
     logits = p.log() + torch.linspace(0, 0.1, len(p))
     wanted = torch.softmax(sampling.filter(logits[None]), dim=-1)[0]
-    chooser = Chooser(sampling, len(p), CPU)
-    drafts = (q.log() + chooser.draft_noise.at(0, DRAWS)).argmax(dim=-1)
+    chooser = Chooser(sampling)
+    drafts = (q.log() + chooser.noise(DRAFT_STREAM, 0, q.expand(DRAWS, -1))).argmax(dim=-1)
     tokens = chooser.reject(drafts, q.expand(DRAWS, -1), logits.expand(DRAWS + 1, -1), 0)[:DRAWS]
     assert p_value(tokens.bincount(minlength=len(p)), wanted) > REJECTED
 
@@ -158,7 +158,7 @@ def test_a_draft_comes_from_the_distribution_it_names(spoiled, everywhere, tempe
     column[slice(None) if everywhere else 2] = spoiled
     head, hidden, norm = torch.zeros(size, 4), torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.ones(4)
     head[:, 0] = column / 2
-    chooser = Chooser(Sampling(temperature=temperature, acceptance="rejection"), size, CPU)
+    chooser = Chooser(Sampling(temperature=temperature, acceptance="rejection"))
     counts = torch.zeros(size)
     for position in range(1500):
         guess, q = chooser.draft_with_distribution(hidden, norm, head, 1e-6, position)

@@ -8,7 +8,8 @@ from chi_square import REJECTED, p_value, transform, uniform_p_value
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.sampling import DRAFT_STREAM, NOISE_BLOCK, TARGET_STREAM, Chooser, Noise, Sampling
+from kangaroo_kernels.gumbel_ref import BLOCK, gumbel_rows
+from kangaroo_kernels.model.sampling import DRAFT_STREAM, TARGET_STREAM, Chooser, Sampling
 from kangaroo_kernels.top1_head_ref import lm_head
 
 CPU = torch.device("cpu")
@@ -53,7 +54,7 @@ def exact(logits: torch.Tensor, temperature: float, top_k: int | None = None, to
 def test_the_chooser_follows_the_distribution(settings, seed):
     torch.manual_seed(seed % 1000)
     hidden, norm, head = torch.randn(1, 12), 1 + 0.1 * torch.randn(12), 0.4 * torch.randn(SIZE, 12)
-    chooser = Chooser(Sampling(**settings, seed=seed), SIZE, CPU)
+    chooser = Chooser(Sampling(**settings, seed=seed))
     tokens = chooser.target(hidden.expand(DRAWS, -1), norm, head, 1e-6, position=9)
     wanted = exact(lm_head(hidden, norm, head, eps=1e-6), **settings)[0]
     assert p_value(tokens.bincount(minlength=SIZE), wanted) > REJECTED
@@ -64,7 +65,7 @@ def test_the_chooser_follows_the_distribution(settings, seed):
 def test_another_temperature_is_noticed():
     torch.manual_seed(0)
     hidden, norm, head = torch.randn(1, 12), torch.ones(12), 0.4 * torch.randn(SIZE, 12)
-    chooser = Chooser(Sampling(temperature=1.05), SIZE, CPU)
+    chooser = Chooser(Sampling(temperature=1.05))
     tokens = chooser.target(hidden.expand(DRAWS, -1), norm, head, 1e-6, position=0)
     wanted = exact(lm_head(hidden, norm, head, eps=1e-6), 1.0)[0]
     assert p_value(tokens.bincount(minlength=SIZE), wanted) < REJECTED
@@ -119,8 +120,8 @@ def test_a_token_depends_on_its_position_and_not_on_how_it_was_reached():
     torch.manual_seed(1)
     hidden, norm, head = torch.randn(150, 12), torch.ones(12), torch.randn(33, 12)
     sampling = Sampling(temperature=1.0, top_k=20, seed=5)
-    whole = Chooser(sampling, 33, CPU).target(hidden, norm, head, 1e-6, position=3)
-    single, stepping, backwards = (Chooser(sampling, 33, CPU) for _ in range(3))
+    whole = Chooser(sampling).target(hidden, norm, head, 1e-6, position=3)
+    single, stepping, backwards = (Chooser(sampling) for _ in range(3))
     for row in range(150):
         assert int(single.target(hidden[row : row + 1], norm, head, 1e-6, 3 + row)) == int(whole[row])
     for row in range(0, 140, 7):
@@ -134,7 +135,7 @@ def test_the_drafter_draws_with_the_targets_noise_when_coupled():
     hidden, norm, head = torch.randn(1, 12), torch.ones(12), 0.3 * torch.randn(33, 12)
     same = {}
     for acceptance in ("coupled", "rejection"):
-        chooser = Chooser(Sampling(temperature=1.0, acceptance=acceptance), 33, CPU)
+        chooser = Chooser(Sampling(temperature=1.0, acceptance=acceptance))
         same[acceptance] = sum(
             int(chooser.draft(hidden, norm, head, 1e-6, position).token)
             == int(chooser.target(hidden, norm, head, 1e-6, position))
@@ -145,19 +146,18 @@ def test_the_drafter_draws_with_the_targets_noise_when_coupled():
 
 
 def test_the_streams_of_one_position_are_unrelated():
-    target = Noise(0, TARGET_STREAM, 50, CPU).at(0, 400)
-    draft = Noise(0, DRAFT_STREAM, 50, CPU).at(0, 400)
+    target, draft = (gumbel_rows(0, stream, 0, 400, 50, CPU) for stream in (TARGET_STREAM, DRAFT_STREAM))
     assert abs(float(torch.corrcoef(torch.stack((target.flatten(), draft.flatten())))[0, 1])) < 0.03
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 67, 1000, 1003])
 def test_noise_is_the_same_however_its_blocks_fall(vocab_size):
-    reference = torch.cat([Noise(7, TARGET_STREAM, vocab_size, CPU).at(p, 1) for p in range(3 * NOISE_BLOCK)])
-    noise = Noise(7, TARGET_STREAM, vocab_size, CPU)
+    reference = torch.cat([gumbel_rows(7, TARGET_STREAM, p, 1, vocab_size, CPU) for p in range(3 * BLOCK)])
     for start in (0, 1, 30, 31, 32, 33, 63, 64, 5, 0, 79):
         for rows in (1, 2, 16):
-            assert torch.equal(noise.at(start, rows), reference[start : start + rows]), (start, rows)
-    assert torch.equal(Noise(7, TARGET_STREAM, vocab_size, CPU).at(0, 3 * NOISE_BLOCK), reference)
+            noise = gumbel_rows(7, TARGET_STREAM, start, rows, vocab_size, CPU)
+            assert torch.equal(noise, reference[start : start + rows]), (start, rows)
+    assert torch.equal(gumbel_rows(7, TARGET_STREAM, 0, 3 * BLOCK, vocab_size, CPU), reference)
 
 
 @pytest.mark.parametrize(("position", "token"), [(1229, 2648), (5043, 2766), (6880, 2054)])
@@ -168,5 +168,5 @@ def test_the_largest_noise_does_not_beat_a_filter(position, token):
     head = torch.zeros(size, 2)
     head[100, 0] = 30.0  # softmax: one to within 1e-14
     for settings in ({}, {"top_k": 1}, {"top_p": 0.9}):
-        chooser = Chooser(Sampling(temperature=1.0, **settings), size, CPU)
+        chooser = Chooser(Sampling(temperature=1.0, **settings))
         assert int(chooser.target(hidden, norm, head, 1e-6, position)) == 100, (token, settings)

@@ -1,0 +1,198 @@
+"""What the two heads share: the merge of the vocabulary's tiles, and what a drafting step does with the winner.
+
+Every tile of the vocabulary leaves, for each row, its best score with the lowest index that has it, its largest logit
+and the sum of exp(logit - largest). The merge takes tiles in order, ``CHUNK`` at a time. A NaN counts as the largest
+score, as ``torch.argmax`` has it, and makes the confidence NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kangaroo_kernels.top1_head_ref import Top1
+
+CHUNK = tl.constexpr(1024)
+NO_TOKEN = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def nan_wins(values):
+    """``values`` with infinity for every NaN."""
+    is_nan = values != values  # noqa: PLR0124 (a NaN differs from itself)
+    return tl.where(is_nan, float("inf"), values)
+
+
+@triton.jit
+def first_best(scores, indices, axis: tl.constexpr):
+    """The largest of ``scores`` along ``axis`` and the lowest of ``indices`` that has it."""
+    best = tl.max(scores, axis=axis)
+    is_best = scores == tl.expand_dims(best, axis)
+    return best, tl.min(tl.where(is_best, indices, NO_TOKEN), axis=axis)
+
+
+@triton.jit
+def exponential_sum(logits, largest, axis: tl.constexpr):
+    """Sum of exp(logits - largest) along ``axis``; 0 where every logit is -inf."""
+    pivot = tl.where(largest == float("-inf"), 0.0, largest)
+    return tl.sum(tl.exp(logits - tl.expand_dims(pivot, axis)), axis=axis)
+
+
+@triton.jit
+def finish_row(
+    row,
+    token,
+    confidence,
+    token_ptr,  # [M] int64
+    confidence_ptr,  # [M] float32
+    active_ptr,  # [1] int32 or None
+    threshold,  # float or None
+    embedding_ptr,  # [V, K] or None
+    embedded_ptr,  # [M, K] or None
+    embedding_row_stride,
+    embedded_row_stride,
+    K,
+):
+    """Write what a head found; lower the flag below the threshold; fetch the token's embedding for the next step."""
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(confidence_ptr + row, confidence)
+    if threshold is not None:
+        sure = confidence >= threshold  # a NaN is unsure
+        tl.store(active_ptr, 0, mask=sure == 0)
+    if embedding_ptr is not None:
+        source = embedding_ptr + token.to(tl.int64) * embedding_row_stride
+        for first in range(0, K, CHUNK):
+            offs = first + tl.arange(0, CHUNK)
+            values = tl.load(source + offs, mask=offs < K)
+            tl.store(embedded_ptr + row * embedded_row_stride + offs, values, mask=offs < K)
+
+
+@triton.jit
+def merge_tiles_kernel(
+    score_ptr,  # [M, tiles] float32, each tile's best score
+    index_ptr,  # [M, tiles] int32, its lowest index
+    largest_ptr,  # [M, tiles] float32, each tile's largest logit; the scores themselves for a greedy head
+    sum_ptr,  # [M, tiles] float32
+    token_ptr,  # [M] int64
+    confidence_ptr,  # [M] float32
+    active_ptr,  # [1] int32 or None
+    threshold,  # float or None
+    embedding_ptr,  # [V, K] or None
+    embedded_ptr,  # [M, K] or None
+    TILES,
+    embedding_row_stride,
+    embedded_row_stride,
+    K,
+):
+    """One program owns one row."""
+    if active_ptr is not None:
+        if tl.load(active_ptr) == 0:
+            return
+    row = tl.program_id(0)
+    score = tl.full((), float("-inf"), dtype=tl.float32)
+    token = tl.full((), NO_TOKEN, dtype=tl.int32)
+    largest = tl.full((), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((), dtype=tl.float32)
+    for first in range(0, TILES, CHUNK):
+        offs = first + tl.arange(0, CHUNK)
+        there = offs < TILES
+        scores = tl.load(score_ptr + row * TILES + offs, mask=there, other=float("-inf"))
+        indices = tl.load(index_ptr + row * TILES + offs, mask=there, other=NO_TOKEN)
+        tops = tl.load(largest_ptr + row * TILES + offs, mask=there, other=float("-inf"))
+        sums = tl.load(sum_ptr + row * TILES + offs, mask=there, other=0.0)
+        best, index = first_best(scores, indices, 0)
+        token = tl.where(best > score, index, tl.where(best == score, tl.minimum(token, index), token))
+        score = tl.maximum(score, best)
+        higher = tl.maximum(largest, tl.max(tops, axis=0))
+        pivot = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(largest - pivot) + tl.sum(sums * tl.exp(tops - pivot), axis=0)
+        largest = higher
+    finish_row(
+        row,
+        token,
+        1.0 / total,
+        token_ptr,
+        confidence_ptr,
+        active_ptr,
+        threshold,
+        embedding_ptr,
+        embedded_ptr,
+        embedding_row_stride,
+        embedded_row_stride,
+        K,
+    )
+
+
+class TileResults:
+    """The workspace between the two launches of a head: one value a row and tile each."""
+
+    def __init__(self, rows: int, tiles: int, device: torch.device, sampled: bool) -> None:
+        self.rows, self.tiles = rows, tiles
+        floats = torch.empty((3 if sampled else 2, rows, tiles), dtype=torch.float32, device=device)
+        self.largest, self.sums = floats[0], floats[1]
+        self.scores = floats[2] if sampled else floats[0]
+        self.indices = torch.empty((rows, tiles), dtype=torch.int32, device=device)
+
+
+def check_head(
+    op: str,
+    x: Tensor,
+    out: Top1 | None,
+    threshold: float | None,
+    active: Tensor | None,
+    embedding: Tensor | None,
+    embedded: Tensor | None,
+) -> Top1:
+    """``out``, made if need be; raises where the settings of a drafting step do not fit each other."""
+    rows = x.shape[0]
+    if threshold is not None and (active is None or rows != 1):
+        raise ValueError(f"{op}: a threshold lowers the flag of one drafted row; give active, and x of one row.")
+    if (embedding is None) != (embedded is None):
+        raise ValueError(f"{op}: give both embedding and embedded, or neither.")
+    for name, table in (("embedding", embedding), ("embedded", embedded)):
+        if table is not None and (table.shape[1] != x.shape[1] or table.stride(1) != 1 or table.dtype != x.dtype):
+            raise ValueError(
+                f"{op}: {name} is {list(table.shape)} {table.dtype}; "
+                f"it must be [.., {x.shape[1]}] {x.dtype} with contiguous rows."
+            )
+    if embedded is not None and embedded.shape[0] != rows:
+        raise ValueError(f"{op}: embedded has {embedded.shape[0]} rows, x {rows}; they must agree.")
+    if out is None:
+        return Top1(
+            torch.empty(rows, dtype=torch.int64, device=x.device),
+            torch.empty(rows, dtype=torch.float32, device=x.device),
+        )
+    if (out.token.dtype, out.confidence.dtype) != (torch.int64, torch.float32) or not (
+        out.token.shape == out.confidence.shape == (rows,)
+    ):
+        raise ValueError(f"{op}: out must be Top1([{rows}] int64, [{rows}] float32).")
+    return out
+
+
+def merge_tiles(
+    tiles: TileResults,
+    out: Top1,
+    active: Tensor | None,
+    threshold: float | None,
+    embedding: Tensor | None,
+    embedded: Tensor | None,
+) -> Top1:
+    """Launch the merge."""
+    merge_tiles_kernel[(tiles.rows,)](
+        tiles.scores,
+        tiles.indices,
+        tiles.largest,
+        tiles.sums,
+        out.token,
+        out.confidence,
+        active,
+        threshold,
+        embedding,
+        embedded,
+        tiles.tiles,
+        0 if embedding is None else embedding.stride(0),
+        0 if embedded is None else embedded.stride(0),
+        0 if embedding is None else embedding.shape[1],
+        num_warps=8,
+    )
+    return out

@@ -1,0 +1,86 @@
+"""``accept`` in Triton: prefix match, bonus token, stop tokens, the limit and the new length, all on the device.
+
+One program owns the step; it moves bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kangaroo_kernels._launch import MAX_ROWS, device_scalar, require_interpreter
+
+
+@triton.jit(
+    do_not_specialize=["STOPS"],
+    do_not_specialize_on_alignment=["draft_ptr", "target_ptr", "stop_ptr", "drafted_ptr", "length_ptr", "limit_ptr"],
+)
+def accept_kernel(
+    draft_ptr,  # [R] int64
+    target_ptr,  # [R + 1] int64
+    stop_ptr,  # [STOPS] int64
+    drafted_ptr,  # [1] int64: how many of draft there are
+    length_ptr,  # [1] int64
+    limit_ptr,  # [1] int64
+    out_ptr,  # [3] int64: accepted, new length, stopped
+    STOPS,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One program owns the step."""
+    offs = tl.arange(0, BLOCK_M)
+    drafted, length = tl.load(drafted_ptr), tl.load(length_ptr)
+    room = tl.load(limit_ptr) - length
+    there = offs < drafted
+    draft = tl.load(draft_ptr + offs, mask=there, other=-1)
+    target = tl.load(target_ptr + offs, mask=offs <= drafted, other=-1)
+    agrees = there & (draft == target)
+    accepted = tl.min(tl.where(agrees, BLOCK_M, offs), axis=0).to(tl.int64)
+    committed = tl.minimum(accepted + 1, room)
+    stop_offs = tl.arange(0, BLOCK_S)
+    stops = tl.load(stop_ptr + stop_offs, mask=stop_offs < STOPS, other=-2)
+    stops_here = tl.max((target[:, None] == stops[None, :]).to(tl.int32), axis=1) > 0
+    stop = tl.min(tl.where(stops_here & (offs < committed), offs, BLOCK_M), axis=0).to(tl.int64)
+    stopped = stop < BLOCK_M
+    tl.store(out_ptr, accepted)
+    tl.store(out_ptr + 1, length + tl.where(stopped, stop + 1, committed))
+    tl.store(out_ptr + 2, stopped.to(tl.int64))
+
+
+def accept(
+    draft: Tensor,
+    target: Tensor,
+    stop_tokens: Tensor,
+    length: int | Tensor,
+    limit: int | Tensor,
+    *,
+    drafted: int | Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Compare drafts with the target's tokens; arguments and result as for ``accept_ref.accept``."""
+    most, device = draft.shape[0], draft.device
+    require_interpreter("accept", draft)
+    if most >= MAX_ROWS or target.shape != (most + 1,):
+        raise ValueError(
+            f"accept: draft is {list(draft.shape)}, target {list(target.shape)}; they must be [R] and [R + 1], "
+            f"R below {MAX_ROWS}."
+        )
+    for name, tokens in (("draft", draft), ("target", target), ("stop_tokens", stop_tokens)):
+        if tokens.dtype != torch.int64 or tokens.ndim != 1 or not tokens.is_contiguous():
+            raise TypeError(f"accept: {name} is {list(tokens.shape)} {tokens.dtype}; it must be one row of int64.")
+    if out is None:
+        out = torch.empty(3, dtype=torch.int64, device=device)
+    accept_kernel[(1,)](
+        draft,
+        target,
+        stop_tokens,
+        device_scalar(most if drafted is None else drafted, device),
+        device_scalar(length, device),
+        device_scalar(limit, device),
+        out,
+        stop_tokens.shape[0],
+        BLOCK_M=MAX_ROWS,
+        BLOCK_S=triton.next_power_of_2(max(1, stop_tokens.shape[0])),
+        num_warps=1,
+    )
+    return out

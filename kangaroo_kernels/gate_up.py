@@ -1,0 +1,93 @@
+"""``gate_up`` in Triton: RMSNorm, the gate and up projections, ``silu(gate) * up``; the reference has the formula.
+
+A program owns ``BLOCK_N`` columns of the output and streams their gate and up rows together, so the product never
+leaves it. Bytes moved: ``2 * I * K`` elements of weight, once; ``x`` comes from the L2.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kangaroo_kernels._launch import aligned_rows, check_operands, check_out, step_of, weight_and_bias
+from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
+from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.packed_weight import Weight
+
+
+@triton.jit(do_not_specialize=["M"])
+def gate_up_kernel(
+    x_ptr,  # [M, K]
+    norm_ptr,  # [K]
+    w_ptr,  # [2 * I, K], gate rows first
+    bias_ptr,  # [2 * I] or None
+    out_ptr,  # [M, I]
+    active_ptr,  # [1] int32 or None
+    M,
+    I,
+    K,
+    x_row_stride,
+    w_row_stride,
+    out_row_stride,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns all rows of ``BLOCK_N`` columns of ``out``."""
+    if active_ptr is not None:
+        if tl.load(active_ptr) == 0:
+            return
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # gate and up rows in turns: one tile, one product, and both halves of a column in the same thread
+    pairs = tl.arange(0, 2 * BLOCK_N)
+    owned = tl.minimum(tl.program_id(0) * BLOCK_N + pairs // 2, I - 1) + pairs % 2 * I
+    acc = norm_project(
+        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, 2 * BLOCK_N, BLOCK_K
+    )
+    gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
+    if bias_ptr is not None:
+        gate = add_bias(gate, bias_ptr, cols, I)
+        up = add_bias(up, bias_ptr + I, cols, I)
+    rows = tl.arange(0, BLOCK_M)
+    mask = (rows[:, None] < M) & (cols[None, :] < I)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + rows[:, None] * out_row_stride + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def gate_up(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Weight,
+    *,
+    eps: float,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The MLP up to its down projection; arguments and result as for ``gate_up_ref.gate_up``."""
+    matrix, bias = weight_and_bias(weight)
+    inner = matrix.shape[0] // 2
+    x = aligned_rows(x)
+    check_operands("gate_up", x, norm_weight, matrix)
+    out = check_out("gate_up", out, (x.shape[0], inner), x)
+    config = launch_config("gate_up", inner, matrix.shape[1], x)
+    gate_up_kernel[(triton.cdiv(inner, config.block_n),)](
+        x,
+        norm_weight,
+        matrix,
+        bias,
+        out,
+        active,
+        x.shape[0],
+        inner,
+        matrix.shape[1],
+        x.stride(0),
+        matrix.stride(0),
+        out.stride(0),
+        eps,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=config.block_n,
+        BLOCK_K=step_of(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out

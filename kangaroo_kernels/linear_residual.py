@@ -1,0 +1,87 @@
+"""``linear_residual`` in Triton: the output or down projection plus the residual stream.
+
+A program owns ``BLOCK_N`` columns of the output. Bytes moved: ``N * K`` elements of weight, once.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kangaroo_kernels._launch import aligned_rows, check_operands, check_out, step_of, weight_and_bias
+from kangaroo_kernels._stream import BLOCK_M, add_bias, project
+from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.packed_weight import Weight
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_residual_kernel(
+    x_ptr,  # [M, K]
+    w_ptr,  # [N, K]
+    bias_ptr,  # [N] or None
+    residual_ptr,  # [M, N]
+    out_ptr,  # [M, N], may be the residual itself
+    active_ptr,  # [1] int32 or None
+    M,
+    N,
+    K,
+    x_row_stride,
+    w_row_stride,
+    residual_row_stride,
+    out_row_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns all rows of ``BLOCK_N`` columns of ``out``."""
+    if active_ptr is not None:
+        if tl.load(active_ptr) == 0:
+            return
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    owned = tl.minimum(cols, N - 1)  # the last tile's columns beyond the end repeat the last one
+    acc = project(x_ptr, x_row_stride, w_ptr, w_row_stride, owned, M, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    if bias_ptr is not None:
+        acc = add_bias(acc, bias_ptr, cols, N)
+    rows = tl.arange(0, BLOCK_M)
+    mask = (rows[:, None] < M) & (cols[None, :] < N)
+    residual = tl.load(residual_ptr + rows[:, None] * residual_row_stride + cols[None, :], mask=mask, other=0.0)
+    out = acc + residual.to(tl.float32)
+    tl.store(out_ptr + rows[:, None] * out_row_stride + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Weight,
+    residual: Tensor,
+    *,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Project and add; arguments and result as for ``linear_residual_ref.linear_residual``."""
+    matrix, bias = weight_and_bias(weight)
+    x = aligned_rows(x)
+    check_operands("linear_residual", x, None, matrix)
+    shape = (x.shape[0], matrix.shape[0])
+    check_out("linear_residual", residual, shape, x)
+    out = check_out("linear_residual", out, shape, x)
+    config = launch_config("linear_residual", *matrix.shape, x)
+    linear_residual_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
+        x,
+        matrix,
+        bias,
+        residual,
+        out,
+        active,
+        x.shape[0],
+        matrix.shape[0],
+        matrix.shape[1],
+        x.stride(0),
+        matrix.stride(0),
+        residual.stride(0),
+        out.stride(0),
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=config.block_n,
+        BLOCK_K=step_of(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out

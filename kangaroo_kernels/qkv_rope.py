@@ -1,0 +1,175 @@
+"""``qkv_rope`` in Triton: RMSNorm, the QKV projection, RoPE, and the append of K and V to the cache.
+
+A program owns ``BLOCK_N`` columns of the packed projection, whatever mix of q, k and v they are. The two halves of a
+rotated pair are adjacent columns (``interleave_rope``), so they are in one tile, in one thread even. Bytes moved:
+``K * (H + 2 * H_kv) * D`` elements of weight, once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kangaroo_kernels._cache import cache_layout, row_offsets
+from kangaroo_kernels._launch import (
+    aligned_rows,
+    check_operands,
+    check_out,
+    device_scalar,
+    step_of,
+    weight_and_bias,
+)
+from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
+from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.packed_weight import Weight
+
+
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr"])
+def qkv_rope_kernel(
+    x_ptr,  # [M, K]
+    norm_ptr,  # [K]
+    w_ptr,  # [(H + 2 * H_kv) * D, K]
+    bias_ptr,  # [(H + 2 * H_kv) * D] or None
+    phases_ptr,  # [T, D / 2, 2] float32: cosine, sine
+    q_ptr,  # [M, H, D]
+    k_ptr,  # [H_kv, T, D] or [blocks, H_kv, block_size, D]
+    v_ptr,  # likewise
+    table_ptr,  # [T / block_size] int32 or None
+    position_ptr,  # [1] int64
+    active_ptr,  # [1] int32 or None
+    M,
+    N,
+    K,
+    H,
+    H_KV,
+    x_row_stride,
+    w_row_stride,
+    q_row_stride,
+    k_block_stride,
+    k_head_stride,
+    k_row_stride,
+    v_block_stride,
+    v_head_stride,
+    v_row_stride,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns all rows of ``BLOCK_N`` columns of the packed q, k and v."""
+    if active_ptr is not None:
+        if tl.load(active_ptr) == 0:
+            return
+    position = tl.load(position_ptr).to(tl.int32)  # early: it arrives while the weight streams
+    first = tl.program_id(0) * BLOCK_N
+    cols = first + tl.arange(0, BLOCK_N)
+    owned = tl.minimum(cols, N - 1)  # the last tile's columns beyond the end repeat the last one
+    acc = norm_project(x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, BLOCK_N, BLOCK_K)
+    if bias_ptr is not None:
+        acc = add_bias(acc, bias_ptr, cols, N)
+
+    rows = tl.arange(0, BLOCK_M)
+    positions = position + rows
+    evens = first + 2 * tl.arange(0, BLOCK_N // 2)
+    turned = (rows[:, None] < M) & (evens[None, :] < (H + H_KV) * HEAD_DIM)
+    phase_ptrs = phases_ptr + positions[:, None] * HEAD_DIM + (evens % HEAD_DIM)[None, :]
+    cosine = tl.load(phase_ptrs, mask=turned, other=1.0)
+    sine = tl.load(phase_ptrs + 1, mask=turned, other=0.0)
+    even, odd = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+    out = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (BLOCK_M, BLOCK_N))
+    out = out.to(q_ptr.dtype.element_ty)
+
+    row_mask = rows < M
+    tl.store(
+        q_ptr + rows[:, None] * q_row_stride + cols[None, :],
+        out,
+        mask=row_mask[:, None] & (cols[None, :] < H * HEAD_DIM),
+    )
+    heads, dims = cols // HEAD_DIM, cols % HEAD_DIM
+    k_rows = row_offsets(positions, row_mask, table_ptr, k_block_stride, k_row_stride, BLOCK_SIZE)
+    k_cols = (heads - H).to(tl.int64) * k_head_stride + dims
+    is_key = (heads >= H) & (heads < H + H_KV)
+    tl.store(k_ptr + k_rows[:, None] + k_cols[None, :], out, mask=row_mask[:, None] & is_key[None, :])
+    v_rows = row_offsets(positions, row_mask, table_ptr, v_block_stride, v_row_stride, BLOCK_SIZE)
+    v_cols = (heads - H - H_KV).to(tl.int64) * v_head_stride + dims
+    is_value = (heads >= H + H_KV) & (cols < N)
+    tl.store(v_ptr + v_rows[:, None] + v_cols[None, :], out, mask=row_mask[:, None] & is_value[None, :])
+
+
+def qkv_rope(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Weight,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: int | Tensor,
+    *,
+    eps: float,
+    block_table: Tensor | None = None,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Project M tokens and append their keys and values; arguments and result as for ``qkv_rope_ref.qkv_rope``."""
+    matrix, bias = weight_and_bias(weight)
+    x = aligned_rows(x)
+    check_operands("qkv_rope", x, norm_weight, matrix)
+    keys = cache_layout("qkv_rope", k_cache, block_table, x)
+    values = cache_layout("qkv_rope", v_cache, block_table, x)
+    head_dim = k_cache.shape[-1]
+    heads = matrix.shape[0] // head_dim - 2 * keys.kv_heads
+    if heads < 1 or matrix.shape[0] % head_dim or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"qkv_rope: the weight has {matrix.shape[0]} rows, the caches are {list(k_cache.shape)} and "
+            f"{list(v_cache.shape)}; they must be (H + 2 * H_kv) * D rows and two caches of H_kv heads of size D."
+        )
+    out = check_out("qkv_rope", out, (x.shape[0], heads, head_dim), x)
+    if out.stride(1) != head_dim:
+        raise ValueError(f"qkv_rope: out has stride {out.stride(1)} from head to head; it must be {head_dim}.")
+    config = launch_config("qkv_rope", *matrix.shape, x)
+    qkv_rope_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
+        x,
+        norm_weight,
+        matrix,
+        bias,
+        phases_of("qkv_rope", table, head_dim),
+        out,
+        k_cache,
+        v_cache,
+        block_table,
+        device_scalar(position, x.device),
+        active,
+        x.shape[0],
+        matrix.shape[0],
+        matrix.shape[1],
+        heads,
+        keys.kv_heads,
+        x.stride(0),
+        matrix.stride(0),
+        out.stride(0),
+        keys.block_stride,
+        keys.head_stride,
+        keys.row_stride,
+        values.block_stride,
+        values.head_stride,
+        values.row_stride,
+        eps,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=keys.block_size,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=config.block_n,
+        BLOCK_K=step_of(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+def phases_of(op: str, table: Tensor, head_dim: int) -> Tensor:
+    """The table of ``rope_table`` as ``[T, 1, D / 2, 2]`` float32."""
+    phases = torch.view_as_real(table) if table.is_complex() else table
+    if phases.shape[1:] != (1, head_dim // 2, 2) or not phases.is_contiguous():
+        raise ValueError(f"{op}: the table is {list(table.shape)} {table.dtype}; make it with rope_table.")
+    return phases

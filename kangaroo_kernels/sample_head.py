@@ -1,0 +1,297 @@
+"""``sample_head`` in Triton: RMSNorm, LM head, and a sample by Gumbel-max, the noise made in registers.
+
+Without a filter it is ``top1_head`` with a score beside every logit, and the logits are never written. Top-k and top-p
+need to see a whole row: then the head's tiles write their logits (``4 * M * V`` bytes, which stay in the L2), and a
+program a row finds the smallest logit that is kept, bit by bit from the highest (a count or a sum over the row each, 32
+of them a filter), and samples. Bytes moved: the head, ``V * K`` elements, once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kangaroo_kernels._gumbel import gumbel_tile
+from kangaroo_kernels._head import (
+    NO_TOKEN,
+    TileResults,
+    check_head,
+    exponential_sum,
+    finish_row,
+    first_best,
+    merge_tiles,
+    nan_wins,
+)
+from kangaroo_kernels._launch import (
+    aligned_rows,
+    check_operands,
+    device_scalar,
+    device_seed,
+    step_of,
+    weight_and_bias,
+)
+from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
+from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.top1_head_ref import Top1
+
+CHUNK = tl.constexpr(4096)
+"""Logits of a row that the filter takes at a time."""
+
+
+@triton.jit(do_not_specialize=["M", "stream"], do_not_specialize_on_alignment=["position_ptr", "seed_ptr"])
+def sample_head_kernel(
+    x_ptr,  # [M, K]
+    norm_ptr,  # [K]
+    w_ptr,  # [V, K]
+    bias_ptr,  # [V] or None
+    logits_ptr,  # [M, V] float32, or None: then the four below are written
+    score_ptr,  # [M, tiles] float32
+    index_ptr,  # [M, tiles] int32
+    largest_ptr,  # [M, tiles] float32
+    sum_ptr,  # [M, tiles] float32
+    position_ptr,  # [1] int64: of the first row's new token
+    seed_ptr,  # [1] int64
+    active_ptr,  # [1] int32 or None
+    stream,
+    temperature,
+    M,
+    V,
+    K,
+    x_row_stride,
+    w_row_stride,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns all rows of ``BLOCK_N`` tokens."""
+    if active_ptr is not None:
+        if tl.load(active_ptr) == 0:
+            return
+    position = tl.load(position_ptr)  # early: they arrive while the weight streams
+    seed = tl.load(seed_ptr)
+    tile = tl.program_id(0)
+    first = tile * BLOCK_N
+    cols = first + tl.arange(0, BLOCK_N)
+    owned = tl.minimum(cols, V - 1)  # the last tile's columns beyond the end repeat the last one
+    logits = norm_project(
+        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    if bias_ptr is not None:
+        logits = add_bias(logits, bias_ptr, cols, V)
+    rows = tl.arange(0, BLOCK_M)
+    if logits_ptr is not None:
+        mask = (rows[:, None] < M) & (cols[None, :] < V)
+        tl.store(logits_ptr + rows[:, None].to(tl.int64) * V + cols[None, :], logits, mask=mask)
+    else:
+        logits = tl.where(cols[None, :] < V, logits, float("-inf"))
+        scores = logits / temperature + gumbel_tile(seed, stream, position + rows, first, BLOCK_M, BLOCK_N)
+        score, index = first_best(nan_wins(scores), tl.broadcast_to(cols[None, :], (BLOCK_M, BLOCK_N)), 1)
+        largest = tl.max(nan_wins(logits), axis=1)
+        total = exponential_sum(logits, largest, 1)
+        slots = rows * tl.num_programs(0) + tile
+        tl.store(score_ptr + slots, score, mask=rows < M)
+        tl.store(index_ptr + slots, index, mask=rows < M)
+        tl.store(largest_ptr + slots, largest, mask=rows < M)
+        tl.store(sum_ptr + slots, total, mask=rows < M)
+
+
+@triton.jit
+def order_bits(values):
+    """Float32 to uint32 that sort the same way; a NaN sorts highest, -0 as 0."""
+    bits = tl.where(values == 0.0, 0.0, nan_wins(values)).to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def load_chunk(row_ptr, first, V):
+    """``CHUNK`` logits of a row from ``first``, -inf beyond V."""
+    offs = first + tl.arange(0, CHUNK)
+    return tl.load(row_ptr + offs, mask=offs < V, other=float("-inf"))
+
+
+@triton.jit
+def kept_by_top_k(row_ptr, V, top_k):
+    """The order bits of the k-th largest logit."""
+    kept = tl.zeros((), dtype=tl.uint32)
+    for step in range(32):
+        candidate = kept | (tl.full((), 1, dtype=tl.uint32) << (31 - step))
+        count = tl.zeros((), dtype=tl.int32)
+        for first in range(0, V, CHUNK):
+            count += tl.sum((order_bits(load_chunk(row_ptr, first, V)) >= candidate).to(tl.int32), axis=0)
+        kept = tl.where(count >= top_k, candidate, kept)
+    return kept
+
+
+@triton.jit
+def mass_from(row_ptr, V, largest, temperature, kept):
+    """Sum of exp((logit - largest) / T) over the logits whose order bits are at least ``kept``."""
+    mass = tl.zeros((), dtype=tl.float32)
+    for first in range(0, V, CHUNK):
+        logits = load_chunk(row_ptr, first, V)
+        share = tl.where(order_bits(logits) >= kept, tl.exp((logits - largest) / temperature), 0.0)
+        mass += tl.sum(share, axis=0)
+    return mass
+
+
+@triton.jit
+def kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept):
+    """The order bits of the smallest logit among the fewest that reach ``top_p`` of the mass from ``kept`` on."""
+    wanted = top_p * mass_from(row_ptr, V, largest, temperature, kept)
+    smallest = tl.zeros((), dtype=tl.uint32)
+    for step in range(32):
+        candidate = smallest | (tl.full((), 1, dtype=tl.uint32) << (31 - step))
+        reached = mass_from(row_ptr, V, largest, temperature, tl.maximum(candidate, kept)) >= wanted
+        smallest = tl.where(reached, candidate, smallest)
+    return tl.maximum(smallest, kept)
+
+
+@triton.jit(do_not_specialize=["stream", "top_k"], do_not_specialize_on_alignment=["position_ptr", "seed_ptr"])
+def filtered_sample_kernel(
+    logits_ptr,  # [M, V] float32
+    position_ptr,  # [1] int64
+    seed_ptr,  # [1] int64
+    token_ptr,  # [M] int64
+    confidence_ptr,  # [M] float32
+    active_ptr,  # [1] int32 or None
+    threshold,  # float or None
+    embedding_ptr,  # [V, K] or None
+    embedded_ptr,  # [M, K] or None
+    stream,
+    temperature,
+    top_k,  # int or None
+    top_p,  # float or None
+    V,
+    embedding_row_stride,
+    embedded_row_stride,
+    K,
+):
+    """One program owns one row."""
+    if active_ptr is not None:
+        if tl.load(active_ptr) == 0:
+            return
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row.to(tl.int64) * V
+    largest = tl.full((), float("-inf"), dtype=tl.float32)
+    for first in range(0, V, CHUNK):
+        largest = tl.maximum(largest, tl.max(nan_wins(load_chunk(row_ptr, first, V)), axis=0))
+    total = tl.zeros((), dtype=tl.float32)
+    for first in range(0, V, CHUNK):
+        total += exponential_sum(load_chunk(row_ptr, first, V), largest, 0)
+    kept = tl.zeros((), dtype=tl.uint32)
+    if top_k is not None:
+        kept = kept_by_top_k(row_ptr, V, top_k)
+    if top_p is not None:
+        kept = kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept)
+
+    positions = tl.load(position_ptr) + row + tl.zeros((1,), dtype=tl.int64)
+    seed = tl.load(seed_ptr)
+    score = tl.full((), float("-inf"), dtype=tl.float32)
+    token = tl.full((), NO_TOKEN, dtype=tl.int32)
+    for first in range(0, V, CHUNK):
+        logits = load_chunk(row_ptr, first, V)
+        noise = tl.reshape(gumbel_tile(seed, stream, positions, first, 1, CHUNK), (CHUNK,))
+        scores = tl.where(order_bits(logits) >= kept, nan_wins(logits / temperature + noise), float("-inf"))
+        best, index = first_best(scores, first + tl.arange(0, CHUNK), 0)
+        token = tl.where(best > score, index, tl.where(best == score, tl.minimum(token, index), token))
+        score = tl.maximum(score, best)
+    finish_row(
+        row,
+        token,
+        1.0 / total,
+        token_ptr,
+        confidence_ptr,
+        active_ptr,
+        threshold,
+        embedding_ptr,
+        embedded_ptr,
+        embedding_row_stride,
+        embedded_row_stride,
+        K,
+    )
+
+
+def sample_head(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Weight,
+    position: int | Tensor,
+    *,
+    eps: float,
+    temperature: float,
+    seed: int | Tensor,
+    stream: int = 0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    threshold: float | None = None,
+    active: Tensor | None = None,
+    embedding: Tensor | None = None,
+    embedded: Tensor | None = None,
+    out: Top1 | None = None,
+) -> Top1:
+    """Sample a token for each row; arguments and result as for ``sample_head_ref.sample_head``."""
+    matrix, bias = weight_and_bias(weight)
+    x = aligned_rows(x)
+    check_operands("sample_head", x, norm_weight, matrix)
+    out = check_head("sample_head", x, out, threshold, active, embedding, embedded)
+    rows, vocab_size = x.shape[0], matrix.shape[0]
+    top_k = None if top_k is not None and top_k >= vocab_size else top_k
+    top_p = None if top_p is not None and top_p >= 1.0 else top_p
+    filtered = top_k is not None or top_p is not None
+    where = device_scalar(position, x.device)
+    key = seed if isinstance(seed, Tensor) else device_seed(seed, x.device)
+    config = launch_config("sample_head", *matrix.shape, x)
+    tiles = triton.cdiv(vocab_size, config.block_n)
+    logits = torch.empty((rows, vocab_size), dtype=torch.float32, device=x.device) if filtered else None
+    results = None if filtered else TileResults(rows, tiles, x.device, sampled=True)
+    sample_head_kernel[(tiles,)](
+        x,
+        norm_weight,
+        matrix,
+        bias,
+        logits,
+        results and results.scores,
+        results and results.indices,
+        results and results.largest,
+        results and results.sums,
+        where,
+        key,
+        active,
+        stream,
+        temperature,
+        rows,
+        vocab_size,
+        matrix.shape[1],
+        x.stride(0),
+        matrix.stride(0),
+        eps,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=config.block_n,
+        BLOCK_K=step_of(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if results is not None:
+        return merge_tiles(results, out, active, threshold, embedding, embedded)
+    filtered_sample_kernel[(rows,)](
+        logits,
+        where,
+        key,
+        out.token,
+        out.confidence,
+        active,
+        threshold,
+        embedding,
+        embedded,
+        stream,
+        temperature,
+        top_k,
+        top_p,
+        vocab_size,
+        0 if embedding is None else embedding.stride(0),
+        0 if embedded is None else embedded.stride(0),
+        0 if embedding is None else embedding.shape[1],
+        num_warps=8,
+    )
+    return out

@@ -1,0 +1,103 @@
+"""``top1_head`` in Triton: RMSNorm, LM head, top-1 token and its softmax probability; the logits are never written.
+
+Two launches: a program owns ``BLOCK_N`` tokens of the vocabulary and leaves three numbers a row; then a program a row
+merges them. In a drafting step the merge also lowers the flag ``active`` when the confidence is below the threshold,
+and copies the token's embedding to where the next step begins. Bytes moved: the head, ``V * K`` elements, once, and
+``24 * M`` bytes a tile.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kangaroo_kernels._head import TileResults, check_head, exponential_sum, first_best, merge_tiles, nan_wins
+from kangaroo_kernels._launch import aligned_rows, check_operands, step_of, weight_and_bias
+from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
+from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.top1_head_ref import Top1
+
+
+@triton.jit(do_not_specialize=["M"])
+def top1_head_kernel(
+    x_ptr,  # [M, K]
+    norm_ptr,  # [K]
+    w_ptr,  # [V, K]
+    bias_ptr,  # [V] or None
+    largest_ptr,  # [M, tiles] float32
+    index_ptr,  # [M, tiles] int32
+    sum_ptr,  # [M, tiles] float32
+    active_ptr,  # [1] int32 or None
+    M,
+    V,
+    K,
+    x_row_stride,
+    w_row_stride,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns all rows of ``BLOCK_N`` tokens."""
+    if active_ptr is not None:
+        if tl.load(active_ptr) == 0:
+            return
+    tile = tl.program_id(0)
+    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    owned = tl.minimum(cols, V - 1)  # the last tile's columns beyond the end repeat the last one
+    logits = norm_project(
+        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    if bias_ptr is not None:
+        logits = add_bias(logits, bias_ptr, cols, V)
+    logits = tl.where(cols[None, :] < V, logits, float("-inf"))
+    largest, index = first_best(nan_wins(logits), tl.broadcast_to(cols[None, :], (BLOCK_M, BLOCK_N)), 1)
+    total = exponential_sum(logits, largest, 1)
+    rows = tl.arange(0, BLOCK_M)
+    slots = rows * tl.num_programs(0) + tile
+    tl.store(largest_ptr + slots, largest, mask=rows < M)
+    tl.store(index_ptr + slots, index, mask=rows < M)
+    tl.store(sum_ptr + slots, total, mask=rows < M)
+
+
+def top1_head(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Weight,
+    *,
+    eps: float,
+    threshold: float | None = None,
+    active: Tensor | None = None,
+    embedding: Tensor | None = None,
+    embedded: Tensor | None = None,
+    out: Top1 | None = None,
+) -> Top1:
+    """The most likely token of each row; arguments and result as for ``top1_head_ref.top1_head``."""
+    matrix, bias = weight_and_bias(weight)
+    x = aligned_rows(x)
+    check_operands("top1_head", x, norm_weight, matrix)
+    out = check_head("top1_head", x, out, threshold, active, embedding, embedded)
+    config = launch_config("top1_head", *matrix.shape, x)
+    tiles = TileResults(x.shape[0], triton.cdiv(matrix.shape[0], config.block_n), x.device, sampled=False)
+    top1_head_kernel[(tiles.tiles,)](
+        x,
+        norm_weight,
+        matrix,
+        bias,
+        tiles.largest,
+        tiles.indices,
+        tiles.sums,
+        active,
+        x.shape[0],
+        matrix.shape[0],
+        matrix.shape[1],
+        x.stride(0),
+        matrix.stride(0),
+        eps,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=config.block_n,
+        BLOCK_K=step_of(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return merge_tiles(tiles, out, active, threshold, embedding, embedded)
