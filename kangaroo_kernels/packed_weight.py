@@ -69,11 +69,11 @@ class PackedWeight:
         self.bias = bias
         self.layout = choose_layout(weight) if layout is None else layout
         self.threaded = weight.numel() >= THREADED_MIN_WEIGHTS
-        self._zero_bias = weight.new_zeros(self.out_features) if bias is None else bias
         self._packed: Any
         if self.layout is Layout.FP16 and self.threaded:
             self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         elif self.layout is Layout.FP16:
+            self._zero_bias = weight.new_zeros(self.out_features) if bias is None else bias
             with warnings.catch_warnings():  # announced for removal; the threaded entry point above would replace it
                 warnings.simplefilter("ignore", UserWarning)
                 self._packed = torch.fbgemm_pack_gemm_matrix_fp16(weight)
