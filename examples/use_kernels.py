@@ -1,6 +1,6 @@
 """One kernel in someone else's model: greedy decoding with transformers, its head replaced by ``top1_head``.
 
-transformers computes the final norm, then a logit for every token, then an argmax. ``top1_head`` does all three while it
+transformers computes the final norm, then a logit for every token, then an argmax. ``top1_head`` does all three as it
 reads the head once, writes no logits, and says how sure the model is besides. Run it with
 
     python examples/use_kernels.py                          # a tiny random Llama

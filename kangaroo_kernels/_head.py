@@ -1,8 +1,8 @@
 """What the two heads share: the merge of the vocabulary's tiles, and what a drafting step does with the winner.
 
 Every tile of the vocabulary leaves, for each row, its best score with the lowest index that has it, its largest logit
-and the sum of exp(logit - largest). The merge takes tiles in order, ``CHUNK`` at a time. A NaN counts as the largest
-score, as ``torch.argmax`` has it, and makes the confidence NaN.
+and the sum of exp(logit - largest). The merge takes tiles in order, ``CHUNK`` at a time. A NaN counts as infinity, so the
+first of them is the token as ``torch.argmax`` has it, and makes the confidence NaN.
 """
 
 import torch
@@ -36,6 +36,12 @@ def exponential_sum(logits, largest, axis: tl.constexpr):
     """Sum of exp(logits - largest) along ``axis``; 0 where every logit is -inf."""
     pivot = tl.where(largest == float("-inf"), 0.0, largest)
     return tl.sum(tl.exp(logits - tl.expand_dims(pivot, axis)), axis=axis)
+
+
+@triton.jit
+def confidence_from(total):
+    """The largest probability from the sum of exp(logit - largest); NaN where a logit was NaN, or every one -inf."""
+    return 1.0 / tl.where(total > 0.0, total, float("nan"))
 
 
 @triton.jit
@@ -110,7 +116,7 @@ def merge_tiles_kernel(
     finish_row(
         row,
         token,
-        1.0 / total,
+        confidence_from(total),
         token_ptr,
         confidence_ptr,
         active_ptr,

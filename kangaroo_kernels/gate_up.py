@@ -66,8 +66,8 @@ def gate_up(
     """The MLP up to its down projection; arguments and result as for ``gate_up_ref.gate_up``."""
     matrix, bias = weight_and_bias(weight)
     inner = matrix.shape[0] // 2
-    x = aligned_rows(x)
     check_operands("gate_up", x, norm_weight, matrix)
+    x = aligned_rows(x)
     out = check_out("gate_up", out, (x.shape[0], inner), x)
     config = launch_config("gate_up", inner, matrix.shape[1], x)
     gate_up_kernel[(triton.cdiv(inner, config.block_n),)](

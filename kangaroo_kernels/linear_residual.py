@@ -58,8 +58,8 @@ def linear_residual(
 ) -> Tensor:
     """Project and add; arguments and result as for ``linear_residual_ref.linear_residual``."""
     matrix, bias = weight_and_bias(weight)
-    x = aligned_rows(x)
     check_operands("linear_residual", x, None, matrix)
+    x = aligned_rows(x)
     shape = (x.shape[0], matrix.shape[0])
     check_out("linear_residual", residual, shape, x)
     out = check_out("linear_residual", out, shape, x)

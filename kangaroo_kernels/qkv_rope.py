@@ -114,8 +114,8 @@ def qkv_rope(
 ) -> Tensor:
     """Project M tokens and append their keys and values; arguments and result as for ``qkv_rope_ref.qkv_rope``."""
     matrix, bias = weight_and_bias(weight)
-    x = aligned_rows(x)
     check_operands("qkv_rope", x, norm_weight, matrix)
+    x = aligned_rows(x)
     keys = cache_layout("qkv_rope", k_cache, block_table, x)
     values = cache_layout("qkv_rope", v_cache, block_table, x)
     head_dim = k_cache.shape[-1]

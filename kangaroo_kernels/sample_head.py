@@ -16,6 +16,7 @@ from kangaroo_kernels._head import (
     NO_TOKEN,
     TileResults,
     check_head,
+    confidence_from,
     exponential_sum,
     finish_row,
     first_best,
@@ -37,6 +38,9 @@ from kangaroo_kernels.top1_head_ref import Top1
 
 CHUNK = tl.constexpr(4096)
 """Logits of a row that the filter takes at a time."""
+
+SMALLEST_TOP_P = 1e-30
+"""Far below any token's share, and far enough from 0 for its product with the sum to be a normal float32."""
 
 
 @triton.jit(do_not_specialize=["M", "stream"], do_not_specialize_on_alignment=["position_ptr", "seed_ptr"])
@@ -199,7 +203,7 @@ def filtered_sample_kernel(
     finish_row(
         row,
         token,
-        1.0 / total,
+        confidence_from(total),
         token_ptr,
         confidence_ptr,
         active_ptr,
@@ -232,12 +236,12 @@ def sample_head(
 ) -> Top1:
     """Sample a token for each row; arguments and result as for ``sample_head_ref.sample_head``."""
     matrix, bias = weight_and_bias(weight)
-    x = aligned_rows(x)
     check_operands("sample_head", x, norm_weight, matrix)
+    x = aligned_rows(x)
     out = check_head("sample_head", x, out, threshold, active, embedding, embedded)
     rows, vocab_size = x.shape[0], matrix.shape[0]
     top_k = None if top_k is not None and top_k >= vocab_size else top_k
-    top_p = None if top_p is not None and top_p >= 1.0 else top_p
+    top_p = None if top_p is None or top_p >= 1.0 else max(top_p, SMALLEST_TOP_P)
     filtered = top_k is not None or top_p is not None
     where = device_scalar(position, x.device)
     key = seed if isinstance(seed, Tensor) else device_seed(seed, x.device)

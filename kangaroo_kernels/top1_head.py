@@ -74,8 +74,8 @@ def top1_head(
 ) -> Top1:
     """The most likely token of each row; arguments and result as for ``top1_head_ref.top1_head``."""
     matrix, bias = weight_and_bias(weight)
-    x = aligned_rows(x)
     check_operands("top1_head", x, norm_weight, matrix)
+    x = aligned_rows(x)
     out = check_head("top1_head", x, out, threshold, active, embedding, embedded)
     config = launch_config("top1_head", *matrix.shape, x)
     tiles = TileResults(x.shape[0], triton.cdiv(matrix.shape[0], config.block_n), x.device, sampled=False)
