@@ -1,8 +1,8 @@
 """What the two heads share: the merge of the vocabulary's tiles, and what a drafting step does with the winner.
 
 Every tile of the vocabulary leaves, for each row, its best score with the lowest index that has it, its largest logit
-and the sum of exp(logit - largest). The merge takes tiles in order, ``CHUNK`` at a time. A NaN counts as infinity, so the
-first of them is the token as ``torch.argmax`` has it, and makes the confidence NaN.
+and the sum of exp(logit - largest). The merge takes tiles in order, ``CHUNK`` at a time. A NaN counts as infinity: the
+first of them is the token, as with ``torch.argmax``, and the confidence is NaN.
 """
 
 import torch
