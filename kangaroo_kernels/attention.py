@@ -230,7 +230,8 @@ def attention(
     where = device_scalar(position, q.device)
     block_rows = min(MAX_PACKED_ROWS[q.element_size()], triton.next_power_of_2(MAX_ROWS * group))
     block_d = max(16, triton.next_power_of_2(head_dim))
-    config = launch_config("attention", head_dim, block_rows, q)
+    # a block table is loaded a stage ahead of what it points to
+    config = launch_config("attention" if block_table is None else "attention_paged", head_dim, block_rows, q)
     attention_kernel[(triton.cdiv(rows * group, block_rows), keys.kv_heads, splits)](
         q,
         k_cache,

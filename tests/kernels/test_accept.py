@@ -1,11 +1,28 @@
+from collections.abc import Callable
+from itertools import product
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from triton import knobs
 
-from kangaroo_kernels.accept_ref import Acceptance, accept
+from kangaroo_kernels.accept import accept as kernel
+from kangaroo_kernels.accept_ref import accept as reference
 
 FEW = st.integers(0, 3)  # few different tokens, so that drafts agree and stop tokens turn up
+GARBAGE = -99
+EITHER = pytest.mark.parametrize("accept", [reference, kernel], ids=["reference", "kernel"])
+
+
+class Step(NamedTuple):
+    """What a step says: how many drafts stand, the tokens that it commits, and whether the text ends there."""
+
+    accepted: int
+    committed: list[int]
+    stopped: bool
 
 
 @st.composite
@@ -17,69 +34,208 @@ def steps(draw: st.DrawFn) -> tuple[list[int], list[int], frozenset[int], int]:
     return draft, target, frozenset(draw(st.sets(FEW, max_size=2))), draw(st.integers(1, 20))
 
 
-def call(draft: list[int], target: list[int], stop: frozenset[int] = frozenset(), limit: int = 99) -> Acceptance:
-    return accept(torch.tensor(draft, dtype=torch.int64), torch.tensor(target), stop, limit)
+def row(tokens: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(tokens, dtype=torch.int64, device=device)
 
 
-@given(steps())
-def test_accepted_is_the_longest_common_prefix(step):
-    draft, target, stop, limit = step
-    accepted = call(draft, target, stop, limit).accepted
+def call(
+    accept: Callable[..., Tensor],
+    device: torch.device,
+    draft: list[int],
+    target: list[int],
+    stop: frozenset[int] = frozenset(),
+    room: int = 99,
+    length: int = 7,
+    **settings: int | Tensor,
+) -> Step:
+    result = accept(
+        row(draft, device), row(target, device), row(sorted(stop), device), length, length + room, **settings
+    )
+    assert result.shape == (3,)
+    assert result.dtype == torch.int64
+    accepted, new_length, stopped = result.tolist()
+    assert stopped in {0, 1}
+    return Step(accepted, target[: new_length - length], stopped == 1)
+
+
+def plain_decoding(draft: list[int], target: list[int], stop: frozenset[int], room: int) -> Step:
+    """One token at a time: take the target's, go on while it was the draft, end at a stop or the limit."""
+    text: list[int] = []
+    for index, token in enumerate(target):
+        text.append(token)
+        if token in stop or len(text) == room or index == len(draft) or draft[index] != token:
+            break
+    agree = [index for index, token in enumerate(draft) if token != target[index]]
+    return Step(agree[0] if agree else len(draft), text, text[-1] in stop)
+
+
+@EITHER
+@given(step=steps())
+def test_accepted_is_the_longest_common_prefix(device, accept, step):
+    draft, target, stop, room = step
+    accepted = call(accept, device, draft, target, stop, room).accepted
     assert draft[:accepted] == target[:accepted]
     assert accepted == len(draft) or draft[accepted] != target[accepted]
 
 
-@given(steps())
-def test_commits_are_a_prefix_of_what_the_target_said(step):
-    draft, target, stop, limit = step
-    acceptance = call(draft, target, stop, limit)
-    committed = acceptance.committed
+@EITHER
+@given(step=steps())
+def test_commits_are_a_prefix_of_what_the_target_said(device, accept, step):
+    draft, target, stop, room = step
+    decided = call(accept, device, draft, target, stop, room)
+    committed = decided.committed
     assert committed == target[: len(committed)]
-    assert 1 <= len(committed) <= min(acceptance.accepted + 1, limit)
+    assert 1 <= len(committed) <= min(decided.accepted + 1, room)
     # every committed token but the last was drafted: nothing depends on a token that was not there
     assert committed[:-1] == draft[: len(committed) - 1]
 
 
-@given(steps())
-def test_only_a_stop_or_the_limit_shortens_a_commit(step):
-    draft, target, stop, limit = step
-    acceptance = call(draft, target, stop, limit)
-    assert acceptance.stopped == (acceptance.committed[-1] in stop)
-    assert not set(acceptance.committed[:-1]) & stop
-    if not acceptance.stopped:
-        assert len(acceptance.committed) == min(acceptance.accepted + 1, limit)
+@EITHER
+@given(step=steps())
+def test_only_a_stop_or_the_limit_shortens_a_commit(device, accept, step):
+    draft, target, stop, room = step
+    decided = call(accept, device, draft, target, stop, room)
+    assert decided.stopped == (decided.committed[-1] in stop)
+    assert not set(decided.committed[:-1]) & stop
+    if not decided.stopped:
+        assert len(decided.committed) == min(decided.accepted + 1, room)
 
 
-@given(steps())
-def test_it_is_plain_decoding_in_disguise(step):
-    """One token at a time: take the target's, go on while it was the draft, end at a stop or the limit."""
-    draft, target, stop, limit = step
-    text: list[int] = []
-    for row, token in enumerate(target):
-        text.append(token)
-        if token in stop or len(text) == limit or row == len(draft) or draft[row] != token:
-            break
-    assert call(draft, target, stop, limit).committed == text
+@EITHER
+@given(step=steps())
+def test_it_is_plain_decoding_in_disguise(device, accept, step):
+    draft, target, stop, room = step
+    assert call(accept, device, draft, target, stop, room) == plain_decoding(draft, target, stop, room)
 
 
+@EITHER
 @pytest.mark.parametrize(
-    ("draft", "target", "stop", "limit", "wanted"),
+    ("draft", "target", "stop", "room", "wanted"),
     [
-        ([], [5], set(), 9, Acceptance(0, [5], False)),
-        ([1, 2, 3], [1, 2, 3, 4], set(), 9, Acceptance(3, [1, 2, 3, 4], False)),
-        ([1, 2, 3], [9, 2, 3, 4], set(), 9, Acceptance(0, [9], False)),
-        ([1, 2, 3], [1, 9, 3, 4], set(), 9, Acceptance(1, [1, 9], False)),
-        ([1, 2, 3], [1, 2, 3, 4], set(), 4, Acceptance(3, [1, 2, 3, 4], False)),
-        ([1, 2, 3], [1, 2, 3, 4], set(), 3, Acceptance(3, [1, 2, 3], False)),
-        ([1, 2, 3], [1, 2, 3, 4], set(), 1, Acceptance(3, [1], False)),
-        ([1, 2, 3], [1, 2, 3, 4], {2}, 9, Acceptance(3, [1, 2], True)),
-        ([1, 2, 3], [1, 2, 3, 4], {4}, 9, Acceptance(3, [1, 2, 3, 4], True)),
-        ([1, 2, 3], [1, 2, 3, 4], {4}, 3, Acceptance(3, [1, 2, 3], False)),
-        ([1, 2, 3], [1, 9, 3, 4], {3, 4}, 9, Acceptance(1, [1, 9], False)),
-        ([1, 2, 3], [1, 9, 3, 4], {2}, 9, Acceptance(1, [1, 9], False)),
-        ([1, 2, 3], [1, 9, 3, 4], {9}, 9, Acceptance(1, [1, 9], True)),
-        ([], [5], {5}, 1, Acceptance(0, [5], True)),
+        ([], [5], set(), 9, Step(0, [5], False)),
+        ([1, 2, 3], [1, 2, 3, 4], set(), 9, Step(3, [1, 2, 3, 4], False)),
+        ([1, 2, 3], [9, 2, 3, 4], set(), 9, Step(0, [9], False)),
+        ([1, 2, 3], [1, 9, 3, 4], set(), 9, Step(1, [1, 9], False)),
+        ([1, 2, 3], [1, 2, 3, 4], set(), 4, Step(3, [1, 2, 3, 4], False)),
+        ([1, 2, 3], [1, 2, 3, 4], set(), 3, Step(3, [1, 2, 3], False)),
+        ([1, 2, 3], [1, 2, 3, 4], set(), 1, Step(3, [1], False)),
+        ([1, 2, 3], [1, 2, 3, 4], {2}, 9, Step(3, [1, 2], True)),
+        ([1, 2, 3], [1, 2, 3, 4], {4}, 9, Step(3, [1, 2, 3, 4], True)),
+        ([1, 2, 3], [1, 2, 3, 4], {4}, 3, Step(3, [1, 2, 3], False)),
+        ([1, 2, 3], [1, 9, 3, 4], {3, 4}, 9, Step(1, [1, 9], False)),
+        ([1, 2, 3], [1, 9, 3, 4], {2}, 9, Step(1, [1, 9], False)),
+        ([1, 2, 3], [1, 9, 3, 4], {9}, 9, Step(1, [1, 9], True)),
+        ([], [5], {5}, 1, Step(0, [5], True)),
+        ([0], [0, 0], {0}, 9, Step(1, [0], True)),
+        ([2**40, 7], [2**40 + 1, 7, 8], set(), 9, Step(0, [2**40 + 1], False)),
     ],
 )
-def test_by_hand(draft, target, stop, limit, wanted):
-    assert call(draft, target, frozenset(stop), limit) == wanted
+def test_by_hand(device, accept, draft, target, stop, room, wanted):
+    assert call(accept, device, draft, target, frozenset(stop), room) == wanted
+
+
+@EITHER
+def test_every_small_case(device, accept):
+    """Two drafts or fewer of two tokens: every draft, target, number drafted, room and set of stop tokens."""
+    for draft in product((0, 1), repeat=2):
+        for target in product((0, 1), repeat=3):
+            for drafted, room, stop in product((0, 1, 2), (1, 2, 3), (frozenset(), frozenset({1}), frozenset({0, 1}))):
+                wanted = plain_decoding(list(draft[:drafted]), list(target[: drafted + 1]), stop, room)
+                decided = call(accept, device, list(draft), list(target), stop, room, drafted=drafted)
+                assert decided == wanted, (draft, target, drafted, room, stop)
+
+
+@EITHER
+@pytest.mark.parametrize("most", range(16))
+def test_what_was_not_drafted_is_garbage(device, accept, most):
+    """Buffers are as long as the longest draft: beyond lie the tokens of another step, which may well agree."""
+    for drafted in {0, most // 2, max(most - 1, 0), most}:
+        right = list(range(100, 100 + most + 1))
+        wanted = Step(drafted, right[: drafted + 1], False)
+        assert call(accept, device, right[:most], right, drafted=drafted) == wanted
+        spoiled = right[:drafted] + [GARBAGE] * (most - drafted)
+        beyond = right[: drafted + 1] + [GARBAGE] * (most - drafted)
+        assert call(accept, device, spoiled, beyond, drafted=drafted) == wanted
+        # a stop token out there ends nothing
+        assert call(accept, device, right[:most], right, frozenset(right[drafted + 1 :]), drafted=drafted) == wanted
+        for wrong in {0, drafted // 2, drafted - 1} & set(range(drafted)):
+            missed = [*right[:wrong], GARBAGE, *right[wrong + 1 : most]]
+            assert call(accept, device, missed, right, drafted=drafted) == Step(wrong, right[: wrong + 1], False)
+
+
+@EITHER
+@pytest.mark.parametrize("count", range(10))
+def test_any_number_of_stop_tokens(device, accept, count):
+    """Also where it is no power of two: what pads them is no token."""
+    stops = list(range(50, 50 + count))
+    for place in range(4):
+        for stop in stops:
+            target = [1, 2, 3, 4]
+            target[place] = stop
+            wanted = Step(3, target[: place + 1], True)
+            assert call(accept, device, target[:3], target, frozenset(stops)) == wanted
+    for token in (0, 49, 50 + count, 128_000):
+        assert call(accept, device, [1], [1, token], frozenset(stops)) == Step(1, [1, token], False)
+
+
+@EITHER
+@pytest.mark.parametrize("order", [[8, 3, 5, 2], [2, 3, 5, 8], [3, 3, 3]])
+def test_stop_tokens_come_in_any_order(device, accept, order):
+    draft, target = row([1, 3, 8], device), row([1, 3, 8, 2], device)
+    assert accept(draft, target, row(order, device), 10, 20).tolist() == [3, 12, 1]
+
+
+@EITHER
+@pytest.mark.parametrize(("length", "limit"), [(0, 1), (1, 3), (2**16 - 1, 2**16 + 1), (2**17, 2**17 + 2)])
+def test_numbers_may_lie_on_the_device(device, accept, length, limit):
+    """The same result from Python's integers and from ``[1]`` tensors, wherever in a buffer these begin."""
+    draft, target, stop = row([1, 2, 3], device), row([1, 2, 9, 4], device), row([4], device)
+    wanted = [2, min(limit, length + 3), 0]
+    assert accept(draft, target, stop, length, limit, drafted=3).tolist() == wanted
+    numbers = row([GARBAGE, length, limit, 3], device)
+    on_device = accept(draft, target, stop, numbers[1:2], numbers[2:3], drafted=numbers[3:])
+    assert on_device.tolist() == wanted
+    assert numbers.tolist() == [GARBAGE, length, limit, 3]
+
+
+@EITHER
+@pytest.mark.parametrize("first", [1, 2, 3])
+def test_slices_may_begin_anywhere(device, accept, first):
+    draft, target, stop = ([GARBAGE] * first + tokens for tokens in ([1, 2, 3], [1, 2, 3, 4], [7, 3]))
+    parts = [row(tokens, device)[first:] for tokens in (draft, target, stop)]
+    assert accept(*parts, 10, 20).tolist() == [3, 13, 1]
+
+
+@EITHER
+def test_out_is_written_in_place_and_nothing_beside_it(device, accept):
+    buffer = torch.full((5,), GARBAGE, dtype=torch.int64, device=device)
+    out = buffer[1:4]
+    draft, target, stop = row([1, 2], device), row([1, 2, 3], device), row([3], device)
+    assert accept(draft, target, stop, 4, 90, out=out).data_ptr() == out.data_ptr()
+    assert buffer.tolist() == [GARBAGE, 2, 7, 1, GARBAGE]
+    assert (draft.tolist(), target.tolist(), stop.tolist()) == ([1, 2], [1, 2, 3], [3])
+
+
+@pytest.mark.parametrize(("most", "targets"), [(16, 17), (3, 3), (3, 5), (0, 2)])
+def test_shapes_that_do_not_fit(device, most, targets):
+    tokens = torch.zeros(20, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match=r"\[R\] and \[R \+ 1\], R below 16"):
+        kernel(tokens[:most], tokens[:targets], tokens[:1], 0, 9)
+
+
+@pytest.mark.parametrize("name", ["draft", "target", "stop_tokens"])
+def test_tokens_that_are_no_row_of_int64(device, name):
+    right = {"draft": row([1, 2], device), "target": row([1, 2, 3], device), "stop_tokens": row([3, 4], device)}
+    faults = [right[name].int(), right[name].repeat_interleave(2)[::2]]
+    if name == "stop_tokens":  # two dimensions of the others are another shape
+        faults.append(right[name][None])
+    for fault in faults:
+        with pytest.raises(TypeError, match=f"accept: {name} is"):
+            kernel(**(right | {name: fault}), length=0, limit=9)
+
+
+def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    cpu = torch.device("cpu")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        kernel(row([1], cpu), row([1, 2], cpu), row([], cpu), 0, 9)

@@ -2,11 +2,16 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from chi_square import REJECTED, p_value, uniform_p_value
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from kangaroo_kernels.gumbel_ref import gumbel, philox4x32, uniform
+from kangaroo_kernels._gumbel import gumbel_tile
+from kangaroo_kernels._launch import device_seed
+from kangaroo_kernels.gumbel_ref import BLOCK, gumbel, gumbel_rows, philox4x32, uniform
 
 WORD = 1 << 32
 
@@ -123,3 +128,88 @@ def test_the_interval_is_open_at_the_smallest_number():
     numbers = uniform(0, 0, torch.arange(2048, 4096), 4096)
     assert 0 < float(numbers.min()) < 2.0**-21
     assert torch.isfinite(gumbel(0, 0, torch.arange(2048, 2100), 4096)).all()
+
+
+# ---- the blocks that are kept
+
+
+@given(
+    seed=st.sampled_from([0, 5, 2**63]),
+    stream=st.integers(0, 2),
+    position=st.integers(0, 3 * BLOCK) | st.integers(2**16, 2**31 - 100),
+    rows=st.integers(1, 2 * BLOCK + 3),
+    count=st.sampled_from([1, 5, 12]),
+)
+def test_kept_blocks_hold_the_same_noise(seed, stream, position, rows, count):
+    """Whatever was asked before: a row of a block, rows of two, more than a block."""
+    wanted = gumbel(seed, stream, torch.arange(position, position + rows), count)
+    assert torch.equal(gumbel_rows(seed, stream, position, rows, count, torch.device("cpu")), wanted)
+
+
+@pytest.mark.parametrize("position", [0, 1, BLOCK - 1, BLOCK, 3 * BLOCK - 7])
+@pytest.mark.parametrize("rows", [1, 7, 8, 16, BLOCK, BLOCK + 1])
+def test_rows_may_cross_blocks(position, rows):
+    wanted = gumbel(3, 1, torch.arange(position, position + rows), 9)
+    for _ in range(2):  # made, and kept
+        assert torch.equal(gumbel_rows(3, 1, position, rows, 9, torch.device("cpu")), wanted)
+
+
+def test_keys_of_kept_blocks_are_told_apart():
+    seen = [
+        gumbel_rows(seed, stream, position, 1, count, torch.device("cpu"))
+        for seed in (0, 1)
+        for stream in (0, 1)
+        for position in (0, BLOCK)
+        for count in (6, 7)
+    ]
+    assert len({tuple(noise[0, :6].tolist()) for noise in seen}) == 8
+    assert [noise.shape[1] for noise in seen] == [6, 7] * 8
+
+
+# ---- in registers
+
+
+@triton.jit(do_not_specialize=["stream"])
+def gumbel_kernel(out_ptr, seed_ptr, position_ptr, stream, first, rows: tl.constexpr, cols: tl.constexpr):
+    positions = tl.load(position_ptr) + tl.arange(0, rows)
+    noise = gumbel_tile(tl.load(seed_ptr), stream, positions, first, rows, cols)
+    tl.store(out_ptr + tl.arange(0, rows)[:, None] * cols + tl.arange(0, cols)[None, :], noise)
+
+
+def in_registers(
+    device: torch.device, seed: int, stream: int, position: int, first: int, rows: int = 16, count: int = 32
+) -> Tensor:
+    out = torch.full((rows, count), float("nan"), device=device)
+    where = torch.tensor([position], device=device)
+    gumbel_kernel[(1,)](out, device_seed(seed, device), where, stream, first, rows, count)
+    return out.cpu()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32 + 5, 2**63 - 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize(
+    ("stream", "position", "first"),
+    [(0, 0, 0), (1, 25, 32), (2, 2**16 - 8, 4096), (7, 2**16 + 3, 128_000), (0, 2**31 - 40, 4)],
+)
+def test_a_kernel_makes_the_same_noise(device, seed, stream, position, first):
+    noise = in_registers(device, seed, stream, position, first)
+    wanted = gumbel(seed, stream, torch.arange(position, position + 16), first + 32)[:, first:]
+    torch.testing.assert_close(noise, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("position", "token"), [(749, 1981), (3016, 357), (1229, 2648), (5043, 2766), (6880, 2054)])
+def test_a_kernel_makes_the_ends_of_the_interval(device, position, token):
+    """Where all 23 bits are 0 or 1, a last bit of the uniform number is much of its noise."""
+    first = token // 32 * 32
+    noise = in_registers(device, 0, 0, position, first, rows=1)[0, token - first]
+    wanted = gumbel(0, 0, torch.tensor([position]), token + 1)[0, token]
+    assert not -2.8 < float(wanted) < 16
+    torch.testing.assert_close(noise, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_kernels_noise_does_not_depend_on_its_tile(device):
+    """A token's noise is the same bits in a tile of a drafting head, of a verifying one, and of the filter."""
+    whole = in_registers(device, 9, 1, 100, 0, rows=16, count=128)
+    for rows, first, count in ((1, 0, 128), (1, 64, 32), (4, 32, 64), (16, 4, 8)):
+        tile = in_registers(device, 9, 1, 100, first, rows=rows, count=count)
+        assert torch.equal(tile, whole[:rows, first : first + count])
+    assert torch.equal(in_registers(device, 9, 1, 107, 0, rows=1, count=128)[0], whole[7])

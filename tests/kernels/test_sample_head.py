@@ -1,14 +1,33 @@
 import pytest
 import torch
+import triton
+import triton.language as tl
 from budget import assert_within_budget
+from chi_square import REJECTED, p_value
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from kangaroo_kernels.gumbel_ref import gumbel
-from kangaroo_kernels.packed_weight import PackedWeight
-from kangaroo_kernels.sample_head_ref import filter_logits, sample_head
-from kangaroo_kernels.top1_head_ref import confidence_of, lm_head, top1_head
+from kangaroo_kernels._launch import device_seed
+from kangaroo_kernels.gumbel_ref import gumbel, gumbel_rows
+from kangaroo_kernels.packed_weight import Layout, PackedWeight
+from kangaroo_kernels.sample_head import (
+    filtered_sample_kernel,
+    kept_by_top_k,
+    kept_by_top_p,
+    order_bits,
+)
+from kangaroo_kernels.sample_head import sample_head as kernel
+from kangaroo_kernels.sample_head_ref import filter_logits
+from kangaroo_kernels.sample_head_ref import sample_head as reference
+from kangaroo_kernels.top1_head_ref import Top1, confidence_of, lm_head, top1_head
+
+NAN, INFINITY = float("nan"), float("inf")
+NANS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy, which warns of them
+HALF = torch.float16
+DTYPES = [torch.float32, HALF, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]  # the interpreter has no bf16 dot
+EITHER = pytest.mark.parametrize("sample_head", [reference, kernel], ids=["reference", "kernel"])
 
 
 def warped(logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
@@ -75,13 +94,15 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p, top_k):
         assert kept.min() >= row[~finite].max()
 
 
-def test_ties():
-    """All that tie with the k-th stay; at the edge of top_p the lowest index stays."""
+def test_all_that_tie_with_the_last_stay():
     logits = torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.0]])
-    assert torch.isfinite(filter_logits(logits, 1.0, 2, None)).tolist() == [[True, True, True, True, False]]
-    alike = torch.zeros(1, 8)
-    kept = torch.isfinite(filter_logits(alike, 1.0, None, 0.25))
-    assert kept.tolist() == [[True, True] + [False] * 6]
+    for top_k, top_p in ((2, None), (4, None), (None, 0.75), (2, 0.8), (None, 0.9)):
+        kept = torch.isfinite(filter_logits(logits, 1.0, top_k, top_p))
+        assert kept.tolist() == [[True, True, True, True, False]]
+    for top_k, top_p in ((1, None), (None, 0.6), (4, 0.1), (1, 0.99)):
+        kept = torch.isfinite(filter_logits(logits, 1.0, top_k, top_p))
+        assert kept.tolist() == [[False, True, False, False, False]]
+    assert torch.isfinite(filter_logits(torch.zeros(1, 8), 1.0, None, 0.25)).all()
 
 
 def test_no_filter_is_the_tempered_logits():
@@ -92,28 +113,553 @@ def test_no_filter_is_the_tempered_logits():
         assert ours.data_ptr() != logits.data_ptr()
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}])
+SETTINGS = [{}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.9}]
+PATHS = SETTINGS[:2]
+"""One for each way through the kernels: without a filter, with one."""
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("rows", [1, 4, 16])
-def test_the_token_is_the_largest_of_filtered_logits_and_noise(rows, settings):
+@pytest.mark.parametrize(("seed", "stream", "position"), [(0, 0, 0), (2**64 - 1, 2, 25)])
+def test_the_token_is_the_largest_of_filtered_logits_and_noise(seed, stream, position, rows, settings):
     torch.manual_seed(0)
     x, norm, head = torch.randn(rows, 48), 1 + 0.1 * torch.randn(48), torch.randn(67, 48)
-    noise = gumbel(0, 0, torch.arange(rows), 67)
-    before = noise.clone()
+    noise = gumbel(seed, stream, position + torch.arange(rows), 67)
     packed = PackedWeight(head)
-    top = sample_head(x, norm, packed, noise, eps=1e-5, temperature=1.3, **settings)
-    logits = lm_head(x, norm, packed, eps=1e-5)
-    filtered = warped(logits, 1.3, settings.get("top_k"), settings.get("top_p"))
-    assert torch.equal(top.token, (filtered + noise).argmax(dim=-1))
-    assert torch.equal(noise, before)  # a block of it serves many steps
-    # the confidence is that of the head itself, whatever the temperature and the filters
-    assert_within_budget(
-        top.confidence, torch.softmax(logits.double(), dim=-1).amax(dim=-1), confidence_of(logits), slack=2
-    )
-    assert torch.equal(top.confidence, top1_head(x, norm, packed, eps=1e-5).confidence)
+    for _ in range(2):  # a block of the noise serves many steps
+        top = reference(x, norm, packed, position, eps=1e-5, temperature=1.3, seed=seed, stream=stream, **settings)
+        logits = lm_head(x, norm, packed, eps=1e-5)
+        filtered = warped(logits, 1.3, settings.get("top_k"), settings.get("top_p"))
+        assert torch.equal(top.token, (filtered + noise).argmax(dim=-1))
+        # the confidence is that of the head itself, whatever the temperature and the filters
+        assert_within_budget(
+            top.confidence, torch.softmax(logits.double(), dim=-1).amax(dim=-1), confidence_of(logits), slack=2
+        )
+        assert torch.equal(top.confidence, top1_head(x, norm, packed, eps=1e-5).confidence)
+    kept = gumbel_rows(seed, stream, position, rows, 67, x.device)
+    assert torch.equal(kept, noise)
 
 
-def test_without_noise_it_is_the_top1():
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-6}, {"temperature": 0.8, "top_k": 1}, {"temperature": 0.8, "top_p": 1e-9}]
+)
+def test_where_one_token_is_left_it_is_the_top1(settings):
     torch.manual_seed(1)
     x, norm, head = torch.randn(7, 48), torch.ones(48), torch.randn(67, 48)
-    sampled = sample_head(x, norm, head, torch.zeros(7, 67), eps=1e-5, temperature=0.8, top_k=9, top_p=0.4)
+    sampled = reference(x, norm, head, 5, eps=1e-5, seed=3, **settings)
     assert torch.equal(sampled.token, top1_head(x, norm, head, eps=1e-5).token)
+
+
+# ---- the kernel
+
+
+def problem(
+    device: torch.device, rows: int, vocab_size: int, inner: int = 48, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, norm and head; logits that leave a choice."""
+    generator = torch.Generator().manual_seed(seed)
+    x, head = (torch.randn(count, inner, generator=generator) for count in (rows, vocab_size))
+    norm = 1 + 0.1 * torch.randn(inner, generator=generator)
+    return x.to(device, dtype), norm.to(device, dtype), (2 * inner**-0.5 * head).to(device, dtype)
+
+
+def with_logits(logits: Tensor, device: torch.device, rows: int = 1) -> tuple[Tensor, Tensor, PackedWeight]:
+    """Arguments of a head that says so in every row, bit for bit: all of it is bias."""
+    zeros = torch.zeros(len(logits), 4, device=device)
+    weight = PackedWeight(zeros, logits.float().to(device), Layout.ROWS)
+    return torch.ones(rows, 4, device=device), torch.ones(4, device=device), weight
+
+
+def poisoned_out(rows: int, device: torch.device) -> Top1:
+    return Top1(torch.full((rows,), -7, device=device), torch.full((rows,), NAN, device=device))
+
+
+def same(ours: Top1, theirs: Top1) -> bool:
+    """Bit for bit; a NaN is a NaN."""
+    return torch.equal(ours.token, theirs.token) and torch.equal(
+        ours.confidence.view(torch.int32), theirs.confidence.view(torch.int32)
+    )
+
+
+def hold(x: Tensor, norm: Tensor, head: Tensor | PackedWeight, position: int, **settings: object) -> Top1:
+    """The reference's tokens, and the confidence of the float64 logits."""
+    out = poisoned_out(len(x), x.device)
+    assert kernel(x, norm, head, position, eps=1e-5, out=out, **settings) is out
+    x, norm, bias = x.cpu(), norm.cpu(), isinstance(head, PackedWeight)
+    head = PackedWeight(head.rows.cpu(), head.bias.cpu(), Layout.ROWS) if bias else head.cpu()
+    assert out.token.tolist() == reference(x, norm, head, position, eps=1e-5, **settings).token.tolist()
+    logits = lm_head(x, norm, head, eps=1e-5)
+    wanted = torch.softmax(logits.double(), dim=-1).amax(dim=-1)
+    torch.testing.assert_close(out.confidence.cpu().double(), wanted, rtol=2e-5, atol=0)
+    return out
+
+
+@pytest.mark.parametrize("seeds", [(0, 2**63), (7, 2**32 + 1, 2**64 - 1)])
+@pytest.mark.parametrize(
+    ("stream", "position", "temperature"),
+    [(0, 0, 1.0), (1, 25, 0.3), (2, 31, 2.5), (0, 2**16 - 5, 0.9), (3, 2**16 + 9, 5.0), (1, 2**20 + 30, 0.05)],
+)
+def test_kernel_samples_the_same_tokens(device, seeds, stream, position, temperature):
+    """Sixteen rows, the positions of which cross the reference's blocks of noise."""
+    seed = seeds[position % len(seeds)]
+    hold(*problem(device, 16, 67), position, temperature=temperature, seed=seed, stream=stream)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 16])
+@pytest.mark.parametrize(("vocab_size", "inner"), [(1, 48), (2, 48), (31, 48), (33, 1), (128, 300), (301, 48)])
+def test_kernel_shapes(device, vocab_size, inner, rows):
+    hold(*problem(device, rows, vocab_size, inner), 100, temperature=1.2, seed=5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"top_k": top_k} for top_k in (1, 3, 66, 67, 500)),
+        *({"top_p": top_p} for top_p in (1e-46, 1e-9, 0.3, 0.5, 0.9, 0.999, 1.0)),
+        {"top_k": 3, "top_p": 0.5},
+        {"top_k": 1, "top_p": 0.9},
+        {"top_k": 30, "top_p": 0.9},
+        {"top_k": 500, "top_p": 0.7},
+        {"top_k": 20, "top_p": 1.0},
+    ],
+)
+def test_kernel_filters(device, settings):
+    for position, temperature in ((31, 1.3), (70_000, 0.6)):
+        hold(*problem(device, 2, 67), position, temperature=temperature, seed=11, stream=1, **settings)
+
+
+@pytest.mark.parametrize("settings", SETTINGS[1:3])
+@pytest.mark.parametrize(("vocab_size", "inner"), [(1, 48), (33, 130), (200, 1)])
+def test_kernel_filters_in_odd_shapes(device, settings, vocab_size, inner):
+    hold(*problem(device, 2, vocab_size, inner), 9, temperature=1.5, seed=2, **settings)
+
+
+@pytest.mark.parametrize("settings", PATHS)
+def test_kernel_bias(device, settings):
+    x, norm, head = problem(device, 3, 67)
+    bias = 2 * torch.randn(67, generator=torch.Generator().manual_seed(1)).to(device)
+    hold(x, norm, PackedWeight(head, bias, Layout.ROWS), 4, temperature=1.0, seed=3, **settings)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("settings", PATHS)
+def test_kernel_low_precision(device, settings, dtype):
+    """As far as the logits' own rounding allows: no token scores more, and none is far below the k-th."""
+    x, norm, head = problem(device, 4, 67, dtype=dtype)
+    top = kernel(x, norm, head, 40, eps=1e-5, temperature=1.0, seed=1, **settings)
+    x, norm, head = x.cpu(), norm.cpu(), head.cpu()
+    truth = torch.nn.functional.rms_norm(x.double(), (48,), norm.double(), 1e-5) @ head.double().t()
+    budget = (lm_head(x, norm, head, eps=1e-5) - truth).abs().max() + 4 * torch.finfo(dtype).eps * truth.abs().max()
+    assert budget < (0.1 if dtype == HALF else 0.5)
+    scores = truth + gumbel(1, 0, 40 + torch.arange(4), 67)
+    token = top.token.cpu()[:, None]
+    least = torch.topk(truth, settings.get("top_k", 67)).values[:, -1:]
+    assert (truth.gather(1, token) >= least - 2 * budget).all()
+    best = scores.masked_fill(truth < least + 2 * budget, -INFINITY).amax(dim=1, keepdim=True)
+    assert (scores.gather(1, token) >= best - 2 * budget).all()
+    wanted = torch.softmax(truth, dim=-1).amax(dim=-1)
+    assert ((top.confidence.cpu() - wanted).abs() <= wanted * (2 * budget + 1e-6)).all()
+
+
+# ---- the order of logits, and the sets that the filters keep
+
+
+SPECIAL = [0.0, 1.0, 2.0**-126, 1e-30, 0.1, 1.5, 3.0, 65504.0, 1e30, 3.4028235e38, INFINITY]
+
+
+@triton.jit
+def order_kernel(value_ptr, out_ptr, count: tl.constexpr):
+    offs = tl.arange(0, count)
+    tl.store(out_ptr + offs, order_bits(tl.load(value_ptr + offs)).to(tl.int64))
+
+
+def order_of(values: Tensor, device: torch.device) -> Tensor:
+    out = torch.full((len(values),), -1, device=device)
+    order_kernel[(1,)](values.to(device), out, len(values))
+    return out.cpu()
+
+
+def random_floats(count: int, seed: int) -> Tensor:
+    """Of any exponent: random bits, NaN and subnormal numbers (which a GPU may flush) taken out."""
+    bits = torch.randint(-(2**31), 2**31, (count,), generator=torch.Generator().manual_seed(seed))
+    values = bits.to(torch.int32).view(torch.float32)
+    return torch.where(values.isnan() | (values.abs() < 2.0**-126), 0.0, values)
+
+
+def test_order_bits_sort_as_the_numbers_do(device):
+    specials = torch.tensor([sign * value for value in SPECIAL for sign in (1, -1)])
+    close = torch.nextafter(specials[specials.abs() > 2.0**-126], torch.tensor(0.0))  # differ in the last bit
+    values = torch.cat((specials, close, random_floats(4096 - len(specials) - len(close), 0)))
+    order = order_of(values, device)
+    assert 0 <= int(order.min()) <= int(order.max()) < 2**32
+    by_value = values.argsort(stable=True)
+    rises = values[by_value].diff() > 0
+    rises |= (values[by_value][1:] == INFINITY) & (values[by_value][:-1] < INFINITY)
+    rises |= (values[by_value][:-1] == -INFINITY) & (values[by_value][1:] > -INFINITY)
+    assert torch.equal(order[by_value].diff() > 0, rises)
+    assert torch.equal(order[by_value].diff() == 0, ~rises)
+
+
+def test_order_bits_of_zeros_and_nans(device):
+    """The two zeros are one number; a NaN, of either sign and any payload, is as large as infinity."""
+    assert len(set(order_of(torch.tensor([0.0, -0.0]), device).tolist())) == 1
+    bits = [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -0x00400000, -0x007FFFFF, -1]  # a negative one has its sign bit set
+    nans = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    assert nans.isnan().all()
+    values = torch.cat((nans, torch.tensor([INFINITY, 3.4028235e38])))
+    order = order_of(values, device)
+    assert len(set(order[:7].tolist())) == 1
+    assert order[0] > order[7]
+    assert order_of(torch.tensor([-INFINITY, -3.4028235e38]), device).diff() > 0
+
+
+@triton.jit(do_not_specialize=["top_k"])
+def kept_kernel(logits_ptr, out_ptr, largest, temperature, top_k, top_p, size):
+    kept = tl.zeros((), dtype=tl.uint32)
+    if top_k is not None:
+        kept = kept_by_top_k(logits_ptr, size, top_k)
+    if top_p is not None:
+        kept = kept_by_top_p(logits_ptr, size, largest, temperature, top_p, kept)
+    tl.store(out_ptr, kept.to(tl.int64))
+
+
+def kept_of(
+    logits: Tensor, device: torch.device, top_k: int | None, top_p: float | None, temperature: float = 1.0
+) -> Tensor:
+    """Which of ``logits`` [V] the kernel's filters keep."""
+    padded = torch.cat((logits, torch.full((9,), INFINITY))).to(device)  # what follows a row is another row
+    out = torch.full((1,), -1, device=device)
+    kept_kernel[(1,)](padded, out, float(logits.max()), temperature, top_k, top_p, len(logits))
+    count = triton.next_power_of_2(len(logits))
+    order = order_of(torch.cat((logits, torch.zeros(count - len(logits)))), device)[: len(logits)]
+    return order >= int(out)
+
+
+def kept_by_reference(logits: Tensor, top_k: int | None, top_p: float | None, temperature: float = 1.0) -> Tensor:
+    return filter_logits(logits[None], temperature, top_k, top_p)[0] > -INFINITY
+
+
+def coarse(logits: Tensor) -> Tensor:
+    """On a grid with many ties, zeros of both signs among them."""
+    return (logits * 2).round() / 2
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "change", "top_k"),
+    [
+        *((67, change, top_k) for change in (torch.clone, coarse) for top_k in (1, 2, 20, 66)),
+        *((67, change, 5) for change in (lambda logits: -logits.abs(), lambda logits: 1e-30 * logits)),
+        *((size, coarse, top_k) for size in (4096, 4097) for top_k in (1, 4095)),
+        *((9000, coarse, top_k) for top_k in (3, 4500, 8999)),
+        (2, torch.clone, 1),
+    ],
+)
+def test_top_k_keeps_what_the_reference_keeps(device, vocab_size, change, top_k):
+    logits = change(draw_logits(1, vocab_size, 2.0, vocab_size)[0])
+    assert torch.equal(kept_of(logits, device, top_k, None), kept_by_reference(logits, top_k, None))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "change", "top_k", "top_p", "temperature"),
+    [
+        *((67, change, None, top_p, 0.7) for change in (torch.clone, coarse) for top_p in (1e-30, 0.2, 0.5, 0.93)),
+        *(
+            (67, change, top_k, top_p, 3.0)
+            for change in (torch.clone, coarse)
+            for top_k, top_p in ((10, 0.8), (2, 0.6))
+        ),
+        *((4097, change, None, 0.5, 1.0) for change in (torch.clone, coarse)),
+        (9000, coarse, 6000, 0.9, 2.0),
+        *((size, torch.clone, None, top_p, 1.0) for size in (1, 2) for top_p in (0.4, 0.99)),
+    ],
+)
+def test_top_p_keeps_what_the_reference_keeps(device, vocab_size, change, top_k, top_p, temperature):
+    logits = change(draw_logits(1, vocab_size, 2.0, vocab_size)[0])
+    kept = kept_of(logits, device, top_k, top_p, temperature)
+    assert torch.equal(kept, kept_by_reference(logits, top_k, top_p, temperature))
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_kernel_keeps_all_that_tie_with_the_last(device, chosen):
+    logits = torch.tensor([1.0, 3.0, 1.0, 1.0, 0.0])
+    settings = [(2, None), (4, None), (None, 0.75), (2, 0.8), (None, 0.9)]
+    alone = [(1, None), (None, 0.6), (4, 0.1), (1, 0.99)]
+    for top_k, top_p in (settings, alone)[chosen]:
+        kept = kept_of(logits, device, top_k, top_p).tolist()
+        assert kept == ([True] * 4 + [False], [False, True, False, False, False])[chosen]
+    assert kept_of(torch.zeros(8), device, None, 0.25).all()
+    assert kept_of(torch.tensor([-0.0, 0.0, -1.0]), device, 1, None).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 5, 50])
+def test_top_k_among_infinite_logits(device, top_k):
+    """As many as are finite, fewer than k, or more: what pads the last chunk of a row is none of them."""
+    logits = torch.full((67,), -INFINITY)
+    logits[[3, 9, 40]] = torch.tensor([1.0, -2.0, 0.5])
+    kept = kept_of(logits, device, top_k, None)
+    assert torch.equal(kept & (logits > -INFINITY), kept_by_reference(logits, top_k, None))
+    logits[[5, 66]] = INFINITY
+    for fewest in (1, 2, 4):
+        kept = kept_of(logits, device, fewest, None)
+        assert torch.equal(kept, kept_by_reference(logits, fewest, None))
+
+
+def filtered(
+    logits: Tensor, device: torch.device, position: int, seed: int, temperature: float, **filters: float
+) -> Top1:
+    """The second kernel alone, on logits ``[M, V]``."""
+    rows, vocab_size = logits.shape
+    out = poisoned_out(rows, device)
+    filtered_sample_kernel[(rows,)](
+        logits.to(device),
+        torch.tensor([position], device=device),
+        device_seed(seed, device),
+        *out,
+        None,
+        None,
+        None,
+        None,
+        0,
+        temperature,
+        filters.get("top_k"),
+        filters.get("top_p"),
+        vocab_size,
+        0,
+        0,
+        0,
+        num_warps=8,
+    )
+    return Top1(*(part.cpu() for part in out))
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 4000}, {"top_p": 0.97}, {"top_k": 3000, "top_p": 0.999}])
+@pytest.mark.parametrize("vocab_size", [4096, 9001])
+def test_rows_of_many_chunks(device, vocab_size, filters):
+    """Winners of any chunk; each row has its own position."""
+    logits = draw_logits(3, vocab_size, 1.0, 4)
+    top = filtered(logits, device, 77, 8, 2.0, **filters)
+    scores = filter_logits(logits, 2.0, filters.get("top_k"), filters.get("top_p"))
+    scores += gumbel(8, 0, torch.arange(77, 80), vocab_size)
+    assert torch.equal(top.token, scores.argmax(dim=-1))
+    if vocab_size == 9001:
+        assert int(top.token.max()) >= 4096
+    torch.testing.assert_close(top.confidence, confidence_of(logits.double()).float(), rtol=2e-5, atol=0)
+
+
+@NANS
+@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.6}])
+@pytest.mark.parametrize("places", [[0], [5, 40, 66], list(range(67))])
+def test_kernel_nan_logits(device, settings, places):
+    """The first NaN's token, a confidence that is NaN, and a flag that is lowered."""
+    logits = draw_logits(1, 67, 2.0, 3)[0]
+    logits[places] = NAN
+    arguments = with_logits(logits, device)
+    for sample_head in (reference, kernel):
+        flag = torch.ones(1, dtype=torch.int32, device=device)
+        drafting = {"threshold": 0.0, "active": flag}
+        top = sample_head(*arguments, 3, eps=1e-5, temperature=0.8, seed=1, **drafting, **settings)
+        assert top.token.tolist() == [places[0]]
+        assert top.confidence.isnan().all()
+        assert flag.tolist() == [0]
+
+
+@NANS
+@pytest.mark.parametrize("settings", PATHS)
+def test_kernel_a_nan_makes_its_row_unsure_and_no_other(device, settings):
+    x, norm, head = problem(device, 3, 67)
+    clean = kernel(x, norm, head, 8, eps=1e-5, temperature=1.0, seed=1, **settings)
+    x[1, 7] = NAN
+    top = kernel(x, norm, head, 8, eps=1e-5, temperature=1.0, seed=1, **settings)
+    assert top.confidence.isnan().tolist() == [False, True, False]
+    assert int(top.token[1]) == 0
+    for row in (0, 2):
+        assert same(Top1(*(part[row : row + 1] for part in top)), Top1(*(part[row : row + 1] for part in clean)))
+
+
+@NANS
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.6}])
+@pytest.mark.parametrize(
+    ("places", "level", "confidence"), [([], 0.0, NAN), ([4], INFINITY, NAN), ([40], -5.0, 1.0), ([0, 66], 1.0, 0.5)]
+)
+def test_kernel_infinite_logits(device, places, level, confidence, settings):
+    """-inf but for a few: these alone are drawn; with none of them nothing is sure."""
+    logits = torch.full((67,), -INFINITY)
+    logits[places] = level
+    for sample_head in (reference, kernel):
+        for position in (3, 4):
+            top = sample_head(*with_logits(logits, device), position, eps=1e-5, temperature=0.8, seed=1, **settings)
+            assert int(top.token) in (places or [0])
+            assert float(top.confidence) == pytest.approx(confidence, rel=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-6}, {"temperature": 0.8, "top_k": 1}, {"temperature": 0.8, "top_p": 1e-9}]
+)
+def test_kernel_where_one_token_is_left_it_is_the_top1(device, settings):
+    x, norm, head = problem(device, 4, 67)
+    sampled = kernel(x, norm, head, 5, eps=1e-5, seed=3, **settings)
+    assert torch.equal(sampled.token, top1_head(x, norm, head, eps=1e-5).token)
+
+
+def counts_of(device: torch.device, logits: Tensor, launches: int, temperature: float, **settings: float) -> Tensor:
+    """How often each token comes, sixteen positions a launch."""
+    tokens = [
+        kernel(
+            *with_logits(logits, device, rows=16), 16 * launch, eps=1e-5, temperature=temperature, seed=9, **settings
+        ).token
+        for launch in range(launches)
+    ]
+    return torch.cat(tokens).cpu().bincount(minlength=len(logits))
+
+
+def test_distribution(device):
+    """Tokens come as often as the tempered softmax says; the test would see another temperature, or other logits."""
+    logits = torch.tensor([0.0, 1.0, -0.5, 0.3, 1.7, -2.0, 0.9])
+    counts = counts_of(device, logits, 32, temperature=1.5)
+    assert p_value(counts, torch.softmax(logits / 1.5, dim=0)) > REJECTED
+    assert p_value(counts, torch.softmax(logits / 1.0, dim=0)) < REJECTED
+    assert p_value(counts, torch.softmax(logits.roll(1) / 1.5, dim=0)) < REJECTED
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_distribution_on_a_gpu(device, settings):
+    logits = draw_logits(1, 300, 1.5, 2)[0]
+    counts = counts_of(device, logits, 4000, temperature=1.2, **settings)
+    wanted = filter_logits(logits[None], 1.2, settings.get("top_k"), settings.get("top_p"))[0]
+    assert p_value(counts, torch.softmax(wanted, dim=0)) > REJECTED
+    assert p_value(counts, torch.softmax(logits / 1.0, dim=0)) < REJECTED
+
+
+# ---- a drafting step
+
+
+@EITHER
+@pytest.mark.parametrize("settings", PATHS)
+def test_position_and_seed_may_lie_on_the_device(device, sample_head, settings):
+    """Wherever in a buffer; a seed from 2^63 on is a negative number of the same bits."""
+    x, norm, head = problem(device, 2, 67)
+    for seed, position in ((5, 3), (2**63 + 5, 2**17)):
+        wanted = sample_head(x, norm, head, position, eps=1e-5, temperature=1.0, seed=seed, **settings)
+        numbers = torch.tensor([99, position, seed - 2**64 if seed >= 2**63 else seed, 99], device=device)
+        drawn = sample_head(x, norm, head, numbers[1:2], eps=1e-5, temperature=1.0, seed=numbers[2:3], **settings)
+        assert same(drawn, wanted)
+
+
+@EITHER
+@pytest.mark.parametrize("settings", PATHS)
+def test_a_flag_that_is_down(device, sample_head, settings):
+    """Nothing is written, and the flag stays down."""
+    x, norm, head = problem(device, 1, 67)
+    flag = torch.zeros(1, dtype=torch.int32, device=device)
+    out, embedded = poisoned_out(1, device), torch.full((1, 48), NAN, device=device)
+    step = {"threshold": 0.0, "active": flag, "embedding": head, "embedded": embedded, "seed": 1, "temperature": 1.0}
+    assert sample_head(x, norm, head, 4, eps=1e-5, out=out, **step, **settings) is out
+    assert same(out, poisoned_out(1, device))
+    assert embedded.isnan().all()
+    assert flag.tolist() == [0]
+    made = sample_head(x, norm, head, 4, eps=1e-5, **step, **settings)
+    assert [part.shape for part in made] == [(1,), (1,)]
+
+
+@EITHER
+@pytest.mark.parametrize("settings", PATHS)
+def test_a_flag_that_is_up(device, sample_head, settings):
+    """The bits of a call without one, lowered below the threshold alone; the token's embedding is fetched."""
+    x, norm, head = problem(device, 1, 67)
+    draw = {"eps": 1e-5, "temperature": 1.0, "seed": 1, **settings}
+    wanted = sample_head(x, norm, head, 4, **draw)
+    sure = float(wanted.confidence)
+    above = float(torch.nextafter(wanted.confidence.cpu(), torch.tensor(INFINITY)))
+    for threshold, up in ((None, 1), (sure, 1), (above, 0)):
+        flag = torch.tensor([9, 1, 9], dtype=torch.int32, device=device)
+        out, buffer = poisoned_out(1, device), torch.full((3, 60), NAN, device=device)
+        embedded = buffer[1:2, 5:53]
+        step = {"threshold": threshold, "active": flag[1:2], "embedding": head, "embedded": embedded, "out": out}
+        sample_head(x, norm, head, 4, **draw, **step)
+        assert flag.tolist() == [9, up, 9]
+        assert same(out, wanted)
+        assert torch.equal(embedded, head[wanted.token])
+        embedded.fill_(NAN)
+        assert buffer.isnan().all()
+
+
+@EITHER
+@pytest.mark.parametrize("settings", PATHS)
+def test_embeddings_of_many_rows(device, sample_head, settings):
+    """More of each than a chunk."""
+    x, norm, head = problem(device, 2, 9, 1030)
+    embedded = torch.full((2, 1100), NAN, device=device)
+    step = {"embedding": head, "embedded": embedded[:, :1030], "temperature": 1.0, "seed": 1}
+    top = sample_head(x, norm, head, 4, eps=1e-5, **step, **settings)
+    assert torch.equal(embedded[:, :1030], head[top.token])
+    assert embedded[:, 1030:].isnan().all()
+
+
+@pytest.mark.parametrize("settings", SETTINGS[::3])
+def test_kernel_rows_are_rows_one_by_one(device, settings):
+    """The same bits for a row of a pass as for the row alone at its own position."""
+    x, norm, head = problem(device, 3, 67)
+    draw = {"eps": 1e-5, "temperature": 1.0, "seed": 1, **settings}
+    whole = kernel(x, norm, head, 30, **draw)
+    for row in range(3):
+        alone = kernel(x[row : row + 1], norm, head, 30 + row, **draw)
+        assert same(alone, Top1(*(part[row : row + 1] for part in whole)))
+
+
+@pytest.mark.parametrize("settings", PATHS)
+@pytest.mark.parametrize("inner", [48, 37])
+def test_kernel_strides(device, settings, inner):
+    x, norm, head = problem(device, 3, 67, inner)
+    wanted = hold(x, norm, head, 5, temperature=1.0, seed=1, **settings)
+    rows = torch.full((5, inner + 9), NAN, device=device)
+    rows[1:4, 5 : 5 + inner] = x
+    wide = torch.full((67, inner + 9), NAN, device=device)
+    wide[:, :inner] = head
+    found = hold(rows[1:4, 5 : 5 + inner], norm, wide[:, :inner], 5, temperature=1.0, seed=1, **settings)
+    assert same(found, wanted)
+
+
+def test_arguments_that_do_not_fit(device):
+    """The rest is ``top1_head``'s, and held there."""
+    x, norm, head = problem(device, 2, 67)
+    flag = torch.ones(1, dtype=torch.int32, device=device)
+    for message, arguments, settings in [
+        ("sample_head takes 1 to 16 rows, got 17", (x.repeat(9, 1)[:17], norm, head), {}),
+        ("sample_head: x is", (x[:, :40], norm, head), {}),
+        ("sample_head: a threshold lowers the flag", (x, norm, head), {"threshold": 0.5, "active": flag}),
+        ("sample_head: give both embedding and embedded", (x, norm, head), {"embedding": head}),
+        ("sample_head: out must be Top1", (x[:1], norm, head), {"out": poisoned_out(2, device)}),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kernel(*arguments, 3, eps=1e-5, temperature=1.0, seed=1, **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 200, "top_p": 0.8}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, HALF])
+@pytest.mark.parametrize(("vocab_size", "inner"), [(32_000, 4096), (128_256, 2048), (32_003, 2050)])
+def test_a_rows_bits_on_a_gpu(device, vocab_size, inner, dtype, settings):
+    """In a pass of any number of rows, at any place, beside random rows: token and confidence of the row alone."""
+    x, norm, head = problem(device, 1, vocab_size, inner, dtype)
+    generator = torch.Generator().manual_seed(1)
+    flag = torch.ones(1, dtype=torch.int32, device=device)
+    for position in (20, 2**16 + 5):
+        where = torch.tensor([position], device=device)
+        draw = {"eps": 1e-5, "temperature": 0.9, "seed": 2**63 + 1, "stream": 1, **settings}
+        alone = kernel(x, norm, head, position, **draw)
+        assert same(kernel(x, norm, head, where, threshold=0.0, active=flag, **draw), alone)
+        for rows in range(1, 17):
+            for place in range(rows):
+                many = torch.randn(rows, inner, generator=generator).to(device, dtype)
+                many[place] = x[0]
+                found = kernel(many, norm, head, position - place, active=flag if place % 2 else None, **draw)
+                assert same(Top1(*(part[place : place + 1] for part in found)), alone), (rows, place)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"top_k": 50}, {"top_p": 0.9}])
+@pytest.mark.parametrize(("vocab_size", "inner"), [(32_000, 4096), (128_256, 2048)])
+def test_real_shapes(device, vocab_size, inner, settings):
+    for position in (0, 1000):
+        hold(*problem(device, 16, vocab_size, inner), position, temperature=0.8, seed=4, **settings)

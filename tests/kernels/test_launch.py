@@ -1,0 +1,393 @@
+"""What the launchers share: one signature with the reference, and one clear sentence for what a kernel cannot take."""
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_inputs import ROW_STRIDES, drawer, framed, same_bits
+from torch import Tensor
+
+from kangaroo_kernels._launch import aligned_rows, device_scalar, device_seed, step_of
+from kangaroo_kernels.packed_weight import Layout, PackedWeight
+from kangaroo_kernels.qkv_rope_ref import rope_table
+
+OPERATIONS = ("qkv_rope", "attention", "linear_residual", "gate_up", "top1_head", "sample_head", "accept")
+TESTS = Path(__file__).resolve().parent.parent
+
+ROWS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CAPACITY, OUTPUTS, INNER, VOCAB = 3, 24, 4, 2, 8, 20, 17, 22, 37
+
+
+def launcher(name: str) -> Callable[..., Any]:
+    return getattr(import_module(f"kangaroo_kernels.{name}"), name)
+
+
+def reference(name: str) -> Callable[..., Any]:
+    return getattr(import_module(f"kangaroo_kernels.{name}_ref"), name)
+
+
+def arguments(name: str, device: torch.device, rows: int = ROWS) -> dict[str, Any]:
+    """What an operation takes, by name."""
+    draw = drawer(0, torch.float32, device)
+    caches = {part: draw(KV_HEADS, CAPACITY, HEAD_DIM) for part in ("k_cache", "v_cache")}
+    normed = {"x": draw(rows, HIDDEN), "norm_weight": draw(HIDDEN), "eps": 1e-5}
+    if name == "qkv_rope":
+        weight = draw((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN)
+        table = rope_table(1e4 ** -torch.linspace(0, 1, HEAD_DIM // 2, device=device), CAPACITY)
+        return {**normed, **caches, "weight": weight, "table": table, "position": 2}
+    if name == "attention":
+        return {"q": draw(rows, HEADS, HEAD_DIM), **caches, "position": 2, "scale": 0.3}
+    if name == "linear_residual":
+        return {"x": normed["x"], "weight": draw(OUTPUTS, HIDDEN), "residual": draw(rows, OUTPUTS)}
+    if name == "gate_up":
+        return {**normed, "weight": draw(2 * INNER, HIDDEN)}
+    if name == "top1_head":
+        return {**normed, "weight": draw(VOCAB, HIDDEN)}
+    if name == "sample_head":
+        return {**normed, "weight": draw(VOCAB, HIDDEN), "position": 2, "temperature": 0.7, "seed": 5}
+    drafts, targets = torch.arange(rows, device=device), torch.arange(rows + 1, device=device)
+    return {"draft": drafts, "target": targets, "stop_tokens": targets[:0], "length": 4, "limit": 40}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_launcher_and_reference_have_one_signature(name):
+    ours, theirs = (
+        [(part.name, part.kind, part.default) for part in inspect.signature(function).parameters.values()]
+        for function in (launcher(name), reference(name))
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_launcher_and_reference_take_these_arguments(name, device):
+    """Or the refusals below would say nothing."""
+    ours, theirs = (function(**arguments(name, device)) for function in (launcher(name), reference(name)))
+    ours, theirs = (out if isinstance(out, tuple) else (out,) for out in (ours, theirs))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
+        torch.testing.assert_close(mine, other)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("rows", [0, 17, 40])
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "accept"])
+def test_one_to_sixteen_rows(name, rows, device):
+    with pytest.raises(ValueError, match=rf"^{name} takes 1 to 16 rows, got {rows}; its reference takes any number\.$"):
+        launcher(name)(**arguments(name, device, rows))
+
+
+@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "accept"])
+def test_dtypes(name, device):
+    given = arguments(name, device)
+    first = next(iter(set(given) & {"x", "q"}))
+    given[first] = given[first].double()
+    with pytest.raises(TypeError, match=rf"^{name} takes float32, float16 or bfloat16, got torch.float64.$"):
+        launcher(name)(**given)
+
+
+def every_other(x: Tensor) -> Tensor:
+    """The same numbers, with a stride of 2 along the last dimension."""
+    return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def on_meta(x: Tensor) -> Tensor:
+    return x.to("meta")
+
+
+def transposed(weight: Tensor) -> PackedWeight:
+    return PackedWeight(weight, None, Layout.TRANSPOSED)
+
+
+Refusal = tuple[str, Callable[[Any], Any], type[Exception], str]
+"""Which argument, what is done to it, the error, and its words."""
+
+PROJECTIONS: list[Refusal] = [
+    (
+        "x",
+        lambda x: x[:, 1:],
+        ValueError,
+        r"x is \[3, 23\] and the weight \[\d+, 24\]; they must be \[M, K\], \[N, K\]",
+    ),
+    ("x", lambda x: x[..., None], ValueError, r"x is \[3, 24, 1\] and the weight"),
+    ("x", lambda x: x[0, :12], ValueError, r"x is \[12\] and the weight"),
+    ("weight", lambda weight: weight[None], ValueError, r"and the weight \[1, \d+, 24\]; they must be"),
+    ("weight", every_other, ValueError, "the weight's rows have stride 2 along K; it must be 1"),
+    ("weight", Tensor.half, TypeError, r"x is torch.float32 on .*, the weight torch.float16 on .*; they must agree"),
+    ("weight", on_meta, TypeError, "the weight torch.float32 on meta; they must agree"),
+    ("weight", transposed, ValueError, r"packed as TRANSPOSED; the kernels read Layout\.ROWS"),
+]
+NORMS: list[Refusal] = [
+    ("norm_weight", lambda norm: norm[1:], ValueError, r"the norm's weight is \[23\]; it must be \[24\], contiguous"),
+    ("norm_weight", lambda norm: norm[None], ValueError, r"the norm's weight is \[1, 24\]; it must be \[24\]"),
+    ("norm_weight", every_other, ValueError, r"the norm's weight is \[24\]; it must be \[24\], contiguous"),
+    ("norm_weight", Tensor.half, TypeError, "the norm's weight torch.float16 on .*; they must agree"),
+    ("norm_weight", on_meta, TypeError, "the norm's weight torch.float32 on meta; they must agree"),
+]
+OUTPUTS_OF_TWO_DIMENSIONS: list[Refusal] = [
+    (
+        "out",
+        lambda out: out[:2],
+        ValueError,
+        r"out is \[2, (\d+)\] .*; it must be \[3, \1\] torch.float32, last stride 1",
+    ),
+    ("out", lambda out: out[:, 1:], ValueError, r"; it must be \[3, (17|22)\] torch.float32"),
+    ("out", lambda out: out[None], ValueError, r"out is \[1, 3, (\d+)\] .*; it must be \[3, \1\]"),
+    ("out", Tensor.half, ValueError, "torch.float16, last stride 1; it must be .* torch.float32"),
+    ("out", every_other, ValueError, "last stride 2; it must be .* last stride 1"),
+]
+RESIDUALS: list[Refusal] = [
+    ("residual", lambda residual: residual[:2], ValueError, r"\[2, 17\].* must be \[3, 17\]"),
+    ("residual", lambda residual: residual[:, 1:], ValueError, r"\[3, 16\].* must be \[3, 17\]"),
+    ("residual", Tensor.half, ValueError, "torch.float16.* must be .* torch.float32"),
+    ("residual", every_other, ValueError, "last stride 2; it must be .* last stride 1"),
+]
+CACHES: list[Refusal] = [
+    refusal
+    for part in ("k_cache", "v_cache")
+    for refusal in (
+        (part, Tensor.half, TypeError, "x is torch.float32 on .*, the cache torch.float16 on .*; they must agree"),
+        (part, on_meta, TypeError, "the cache torch.float32 on meta; they must agree"),
+        (part, every_other, ValueError, "the cache has stride 2 along its last dimension; it must be 1"),
+        (part, lambda cache: cache[None], ValueError, r"\[1, 2, 20, 8\]; without a block table .* \[H_kv, T, D\]"),
+        (part, lambda cache: cache[:, 1:], ValueError, r"\[2, 19, 8\].* two caches of H_kv heads of size D"),
+        (part, lambda cache: cache[1:], ValueError, r"\[1, 20, 8\].* two caches of H_kv heads of size D"),
+    )
+]
+HEADS_OF_ROWS: list[Refusal] = [
+    ("weight", lambda weight: weight[1:], ValueError, r"the weight has 63 rows.* must be \(H \+ 2 \* H_kv\) \* D rows"),
+    ("weight", lambda weight: weight[: 2 * KV_HEADS * HEAD_DIM], ValueError, "the weight has 32 rows"),
+    ("out", lambda out: out[:, 1:], ValueError, r"out is \[3, 3, 8\].* must be \[3, 4, 8\] torch.float32"),
+    ("out", lambda out: out.flatten(1), ValueError, r"out is \[3, 32\].* must be \[3, 4, 8\]"),
+    ("out", Tensor.half, ValueError, "torch.float16.* must be .* torch.float32"),
+    ("out", every_other, ValueError, "last stride 2; it must be .* last stride 1"),
+    ("out", lambda out: torch.cat((out, out), 2)[..., :8], ValueError, "out has stride 16 from head to head; .* be 8"),
+    ("table", lambda table: table[..., 1:], ValueError, r"the table is \[20, 1, 3\] .*; make it with rope_table"),
+    ("table", every_other, ValueError, r"the table is \[20, 1, 4\] torch.complex64; make it with rope_table"),
+    ("table", torch.angle, ValueError, r"the table is \[20, 1, 4\] torch.float32; make it with rope_table"),
+]
+CASES = [
+    *(("qkv_rope", *case) for case in PROJECTIONS + NORMS + CACHES + HEADS_OF_ROWS),
+    *(("gate_up", *case) for case in PROJECTIONS + NORMS + OUTPUTS_OF_TWO_DIMENSIONS),
+    *(("linear_residual", *case) for case in PROJECTIONS + RESIDUALS + OUTPUTS_OF_TWO_DIMENSIONS),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "change", "error", "message"), CASES, ids=[f"{c[0]}: {c[4]}" for c in CASES])
+def test_refusals(name, part, change, error, message, device):
+    given = arguments(name, device)
+    given["out"] = launcher(name)(**given)
+    given[part] = change(given[part])
+    with pytest.raises(error, match=f"^the weight is {message}" if "Layout" in message else f"^{name}: .*{message}"):
+        launcher(name)(**given)
+
+
+BLOCKS: list[Refusal] = [
+    ("k_cache", lambda cache: cache[0], ValueError, r"\[2, 4, 8\]; with a block .* \[blocks, H_kv, block_size, D\]"),
+    ("v_cache", lambda cache: cache[0], ValueError, r"\[2, 4, 8\]; with a block .* \[blocks, H_kv, block_size, D\]"),
+    ("v_cache", lambda cache: cache[:, :, 1:], ValueError, r"\[5, 2, 4, 8\] and \[5, 2, 3, 8\]; they must be"),
+    ("block_table", Tensor.long, TypeError, r"the block table is \[5\] torch.int64; .* one contiguous row of int32"),
+    ("block_table", lambda table: table[None], TypeError, r"the block table is \[1, 5\] torch.int32; it must be one"),
+    ("block_table", every_other, TypeError, r"the block table is \[5\] torch.int32; it must be one contiguous row"),
+    ("block_table", lambda _: None, ValueError, r"the cache is \[5, 2, 4, 8\]; without a block table it must be"),
+]
+
+
+@pytest.mark.parametrize("name", ["qkv_rope", "attention"])
+@pytest.mark.parametrize(("part", "change", "error", "message"), BLOCKS, ids=[c[3] for c in BLOCKS])
+def test_refusals_of_paged_caches(part, change, error, message, name, device):
+    given = arguments(name, device)
+    draw = drawer(1, torch.float32, device)
+    given |= {"k_cache": draw(5, KV_HEADS, 4, HEAD_DIM), "v_cache": draw(5, KV_HEADS, 4, HEAD_DIM)}
+    given["block_table"] = torch.arange(5, dtype=torch.int32, device=device)
+    launcher(name)(**given)
+    given[part] = change(given[part])
+    with pytest.raises(error, match=f"^{name}: .*{message}"):
+        launcher(name)(**given)
+
+
+# ---- where kernels run
+
+
+def run(code: str, **environment: str | None) -> None:
+    """Run ``code`` in a new Python that finds the tests' modules; a variable that is None is taken away."""
+    inherited = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    merged = {name: value for name, value in {**inherited, **environment}.items() if value is not None}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=merged, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"exit status {done.returncode} after:\n{done.stdout}\n{done.stderr[-3000:]}"
+
+
+def test_without_the_interpreter_tensors_on_the_cpu_are_refused():
+    run(
+        """
+import sys
+import torch
+sys.path.insert(0, "tests/kernels")
+from test_launch import OPERATIONS, arguments, launcher
+for name in OPERATIONS:
+    print(name, flush=True)
+    try:
+        launcher(name)(**arguments(name, torch.device("cpu")))
+    except RuntimeError as error:
+        assert str(error).startswith(f"{name} got tensors on the CPU"), error
+        assert "set TRITON_INTERPRET=1" in str(error), error
+    else:
+        raise AssertionError(f"{name} ran")
+""",
+        TRITON_INTERPRET=None,
+    )
+
+
+def test_nothing_beyond_an_operand_is_touched():
+    """Every operand lies at an edge of the memory there is, in turns at its end and at its start."""
+    run(
+        """
+import torch
+from kernel_inputs import drawer, guarded
+from kangaroo_kernels.gate_up import gate_up
+from kangaroo_kernels.linear_residual import linear_residual
+from kangaroo_kernels.packed_weight import Layout, PackedWeight
+from kangaroo_kernels.qkv_rope import qkv_rope
+
+def kept(part):
+    return guarded(part, at_end)
+
+def number(value, dtype):
+    return kept(torch.tensor([value], dtype=dtype))
+
+# a width of x that is whole words of 16 bytes: the launcher passes x itself on
+for dtype, at_end, (rows, hidden) in [
+    (dtype, at_end, size)
+    for dtype in (torch.float32, torch.float16)
+    for at_end in (True, False)
+    for size in ((3, 72), (16, 264))
+]:
+    draw = drawer(0, dtype, torch.device("cpu"))
+    active = number(1, torch.int32)
+    x, norm = kept(draw(rows, hidden)), kept(draw(hidden))
+    for outputs in (1, 16, 33):
+        print(dtype, at_end, rows, hidden, outputs, flush=True)
+        weight = PackedWeight(kept(draw(outputs, hidden)), kept(draw(outputs)), Layout.ROWS)
+        linear_residual(x, weight, kept(draw(rows, outputs)), active=active, out=kept(draw(rows, outputs)))
+        print("linear_residual", flush=True)
+        weight = PackedWeight(kept(draw(2 * outputs, hidden)), kept(draw(2 * outputs)), Layout.ROWS)
+        gate_up(x, norm, weight, eps=1e-5, active=active, out=kept(draw(rows, outputs)))
+        print("gate_up", flush=True)
+    for block_size in (0, 4):  # exactly as many positions as there are
+        heads, kv_heads, size, capacity = 3, 2, 10, 16
+        first = capacity - rows if at_end else 0
+        count = (heads + 2 * kv_heads) * size
+        weight = PackedWeight(kept(draw(count, hidden)), kept(draw(count)), Layout.ROWS)
+        shape = (4, kv_heads, 4, size) if block_size else (kv_heads, capacity, size)
+        angles = torch.rand(first + rows, 1, size // 2)
+        phases = kept(torch.view_as_real(torch.polar(torch.ones_like(angles), angles)))
+        blocks = torch.tensor([1, 2, 0, 3] if at_end else [0, 2, 3, 1], dtype=torch.int32)
+        if not at_end:
+            blocks = blocks[: -(-rows // 4)]
+        qkv_rope(
+            x, norm, weight, phases, kept(draw(*shape)), kept(draw(*shape)), number(first, torch.int64), eps=1e-5,
+            block_table=kept(blocks) if block_size else None, active=active, out=kept(draw(rows, heads, size)),
+        )
+        print("qkv_rope", block_size, flush=True)
+""",
+        CUDA_VISIBLE_DEVICES="",
+        TRITON_INTERPRET="1",
+    )
+
+
+def test_the_edge_of_the_memory_is_one():
+    """What the test above rests on: a read one element further ends the process, and nothing nearer does."""
+    run(
+        """
+import ctypes
+import os
+import signal
+import torch
+from kernel_inputs import guarded
+
+for at_end, beyond in ((True, 12), (False, -1)):
+    x = guarded(torch.arange(12.0).view(3, 4), at_end)
+    assert x.sum() == 66
+    child = os.fork()
+    if child == 0:
+        ctypes.c_float.from_address(x.data_ptr() + 4 * beyond).value
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status), (at_end, status)
+    assert os.WTERMSIG(status) in (signal.SIGSEGV, signal.SIGBUS), (at_end, status)
+"""
+    )
+
+
+# ---- rows for one binary
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("hidden", [80, 257])
+@pytest.mark.parametrize("layout", ROW_STRIDES)
+def test_aligned_rows_keep_their_numbers(layout, hidden, dtype, device):
+    x = drawer(0, dtype, device)(4, hidden)
+    rows = aligned_rows(ROW_STRIDES[layout](x))
+    assert same_bits(rows, x)
+    assert rows.data_ptr() % 16 == 0
+    assert rows.stride(1) == 1
+    # Triton compiles for strides that are multiples of 16 and for others
+    assert (rows.stride(0) % 16 == 0) == (hidden % 16 == 0)
+
+
+def test_aligned_rows_are_not_copied_for_nothing(device):
+    wide = drawer(0, torch.float16, device)(8, 160)
+    for x in (wide, wide[2:5], wide[:, 80:], wide[::2], wide[3:4], wide[:, 16:17].contiguous()):
+        assert aligned_rows(x) is x
+    odd = drawer(0, torch.float16, device)(8, 72)
+    assert aligned_rows(odd) is odd
+    assert aligned_rows(odd[1:]) is not odd
+    assert aligned_rows(odd[1:]).data_ptr() == odd[1:].data_ptr()
+
+
+def test_a_step_is_512_bytes():
+    """The order of the sums, and so every bit, hangs on it."""
+    assert [step_of(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)] == [128, 256, 256]
+
+
+# ---- numbers for the device
+
+
+@pytest.mark.parametrize("value", [0, 1, 17, 65535, 65536, 131071, 131072, 1 << 20])
+def test_an_int_becomes_a_tensor_on_the_device(value, device):
+    scalar = device_scalar(value, device)
+    assert (scalar.dtype, scalar.shape, scalar.device.type) == (torch.int64, (1,), device.type)
+    assert int(scalar) == value
+    assert device_scalar(value, device).data_ptr() == scalar.data_ptr()  # nothing is uploaded again
+
+
+def test_a_tensor_stays_the_callers_own(device):
+    position = torch.tensor([5], device=device)
+    assert device_scalar(position, device) is position
+
+
+@pytest.mark.parametrize("seed", [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 0xDEADBEEFCAFEF00D])
+def test_a_seed_keeps_its_64_bits(seed, device):
+    scalar = device_seed(seed, device)
+    assert (scalar.dtype, scalar.shape, scalar.device.type) == (torch.int64, (1,), device.type)
+    assert int(scalar) % (1 << 64) == seed
+
+
+def test_frames_notice(device):
+    """What the kernels' tests rest on."""
+    frame = framed(torch.ones(2, 3, device=device))
+    assert frame.frame_is_untouched()
+    frame.inner.fill_(7)
+    assert frame.frame_is_untouched()
+    for row, column in ((0, 0), (1, 4), (1, 8), (3, 5)):
+        touched = framed(torch.ones(2, 3, device=device))
+        touched.buffer[row, column] = 1
+        assert not touched.frame_is_untouched(), (row, column)
