@@ -41,6 +41,8 @@ def require_interpreter(op: str, x: Tensor) -> None:
 
 def check_operands(op: str, x: Tensor, norm_weight: Tensor | None, matrix: Tensor) -> None:
     """Raise unless ``x`` ``[M, K]``, the norm's ``[K]`` and the matrix ``[N, K]`` fit each other and the kernels."""
+    if x.ndim < 1:
+        raise ValueError(f"{op}: x has no dimensions; it must be [M, K].")
     check_rows(op, x)
     if x.ndim != 2 or matrix.ndim != 2 or x.shape[1] != matrix.shape[1]:
         raise ValueError(
@@ -71,14 +73,14 @@ def aligned_rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def check_out(op: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """``out`` if it has ``shape`` and the dtype of ``like``, a new tensor if it is None."""
+def check_out(op: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor, name: str = "out") -> Tensor:
+    """``out`` if it has ``shape`` and the dtype and device of ``like``, a new tensor if it is None."""
     if out is None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-    if out.shape != shape or out.dtype != like.dtype or out.stride(-1) != 1:
+    if out.shape != shape or out.dtype != like.dtype or out.stride(-1) != 1 or out.device != like.device:
         raise ValueError(
-            f"{op}: out is {list(out.shape)} {out.dtype}, last stride {out.stride(-1)}; "
-            f"it must be {list(shape)} {like.dtype}, last stride 1."
+            f"{op}: {name} is {list(out.shape)} {out.dtype} on {out.device}, last stride {out.stride(-1)}; "
+            f"it must be {list(shape)} {like.dtype} on {like.device}, last stride 1."
         )
     return out
 
@@ -89,7 +91,23 @@ def weight_and_bias(weight: Weight) -> tuple[Tensor, Tensor | None]:
         return weight, None
     if weight.layout is not Layout.ROWS:
         raise ValueError(f"the weight is packed as {weight.layout.name}; the kernels read Layout.ROWS.")
-    return weight.rows, weight.bias
+    matrix, bias = weight.rows, weight.bias
+    if bias is not None:
+        wanted = (matrix.shape[0],)
+        if bias.shape != wanted or bias.stride(0) != 1 or (bias.dtype, bias.device) != (matrix.dtype, matrix.device):
+            raise ValueError(
+                f"the bias is {list(bias.shape)} {bias.dtype} on {bias.device}, stride {bias.stride()}; "
+                f"for this weight it must be {list(wanted)} {matrix.dtype} on {matrix.device}, stride 1."
+            )
+    return matrix, bias
+
+
+def check_position(op: str, position: int | Tensor, rows: int, room: int) -> None:
+    """Raise where a position that the host knows leaves no room for ``rows``; on the device, kernels mask."""
+    if isinstance(position, int) and not 0 <= position <= room - rows:
+        raise ValueError(
+            f"{op}: position {position} with {rows} rows is outside of the {room} positions that the cache holds."
+        )
 
 
 @lru_cache(maxsize=8)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels._cache import cache_layout, row_offsets
-from kangaroo_kernels._launch import MAX_ROWS, check_out, check_rows, device_scalar
+from kangaroo_kernels._launch import MAX_ROWS, check_out, check_position, check_rows, device_scalar
 from kangaroo_kernels.launch_config import launch_config
 
 # Where the splits lie is part of the contract (docs/kernels.md) and never tuned.
@@ -77,6 +77,7 @@ def attention_kernel(
     out_ptr,  # [M, H * D]
     M,
     H,
+    T,  # positions that the cache holds
     scale,  # times log2(e): the exponentials are powers of two
     q_row_stride,
     q_head_stride,
@@ -100,7 +101,7 @@ def attention_kernel(
         if tl.load(active_ptr) == 0:
             return
     position = tl.load(position_ptr).to(tl.int32)
-    length = position + M
+    length = tl.minimum(position + M, T)
     split = tl.num_programs(2) - 1 - tl.program_id(2)  # the long splits first
     start = first_position(split)
     if start >= length:
@@ -160,6 +161,7 @@ def attention_reduce_kernel(
     out_ptr,  # [M, H * D]
     M,
     H,
+    SPLITS,
     out_row_stride,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -169,7 +171,7 @@ def attention_reduce_kernel(
         if tl.load(active_ptr) == 0:
             return
     row, head = tl.program_id(1), tl.program_id(0)
-    splits = count_splits_of(tl.load(position_ptr).to(tl.int32) + row + 1)
+    splits = tl.minimum(count_splits_of(tl.load(position_ptr).to(tl.int32) + row + 1), SPLITS)
     dims = tl.arange(0, BLOCK_D)
     dim_mask = dims < HEAD_DIM
     best = tl.full((), float("-inf"), dtype=tl.float32)
@@ -222,6 +224,7 @@ def attention(
         )
     out = check_out("attention", out, (rows, heads * head_dim), q)
     splits = count_splits(keys.capacity if max_length is None else min(max_length, keys.capacity))
+    check_position("attention", position, rows, keys.capacity)
     whole = splits == 1
     sums = stats = None
     if not whole:
@@ -244,6 +247,7 @@ def attention(
         out,
         rows,
         heads,
+        keys.capacity,
         scale * math.log2(math.e),
         q.stride(0),
         q.stride(1),
@@ -266,6 +270,17 @@ def attention(
     )
     if not whole:
         attention_reduce_kernel[(heads, rows)](
-            sums, stats, where, active, out, rows, heads, out.stride(0), HEAD_DIM=head_dim, BLOCK_D=block_d, num_warps=4
+            sums,
+            stats,
+            where,
+            active,
+            out,
+            rows,
+            heads,
+            splits,
+            out.stride(0),
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            num_warps=4,
         )
     return out

@@ -65,8 +65,10 @@ def gate_up(
 ) -> Tensor:
     """The MLP up to its down projection; arguments and result as for ``gate_up_ref.gate_up``."""
     matrix, bias = weight_and_bias(weight)
-    inner = matrix.shape[0] // 2
     check_operands("gate_up", x, norm_weight, matrix)
+    if matrix.shape[0] % 2:
+        raise ValueError(f"gate_up: the weight has {matrix.shape[0]} rows; it must be as many of gate as of up.")
+    inner = matrix.shape[0] // 2
     x = aligned_rows(x)
     out = check_out("gate_up", out, (x.shape[0], inner), x)
     config = launch_config("gate_up", inner, matrix.shape[1], x)

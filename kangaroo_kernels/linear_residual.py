@@ -61,7 +61,7 @@ def linear_residual(
     check_operands("linear_residual", x, None, matrix)
     x = aligned_rows(x)
     shape = (x.shape[0], matrix.shape[0])
-    check_out("linear_residual", residual, shape, x)
+    check_out("linear_residual", residual, shape, x, name="residual")
     out = check_out("linear_residual", out, shape, x)
     config = launch_config("linear_residual", *matrix.shape, x)
     linear_residual_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](

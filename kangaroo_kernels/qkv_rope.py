@@ -15,6 +15,7 @@ from kangaroo_kernels._launch import (
     aligned_rows,
     check_operands,
     check_out,
+    check_position,
     device_scalar,
     step_of,
     weight_and_bias,
@@ -42,6 +43,7 @@ def qkv_rope_kernel(
     K,
     H,
     H_KV,
+    T,  # positions that caches and phases hold; rows outside of them are not written
     x_row_stride,
     w_row_stride,
     q_row_stride,
@@ -73,20 +75,19 @@ def qkv_rope_kernel(
     rows = tl.arange(0, BLOCK_M)
     positions = position + rows
     evens = first + 2 * tl.arange(0, BLOCK_N // 2)
-    turned = (rows[:, None] < M) & (evens[None, :] < (H + H_KV) * HEAD_DIM)
+    row_mask = (rows < M) & (positions >= 0) & (positions < T)
+    is_turned = evens < (H + H_KV) * HEAD_DIM
+    turned = row_mask[:, None] & is_turned[None, :]
     phase_ptrs = phases_ptr + positions[:, None] * HEAD_DIM + (evens % HEAD_DIM)[None, :]
     cosine = tl.load(phase_ptrs, mask=turned, other=1.0)
     sine = tl.load(phase_ptrs + 1, mask=turned, other=0.0)
     even, odd = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
-    out = tl.reshape(tl.join(even * cosine - odd * sine, even * sine + odd * cosine), (BLOCK_M, BLOCK_N))
-    out = out.to(q_ptr.dtype.element_ty)
+    new_even = tl.where(is_turned[None, :], even * cosine - odd * sine, even)  # not times 0: it may be infinite
+    new_odd = tl.where(is_turned[None, :], even * sine + odd * cosine, odd)
+    out = tl.reshape(tl.join(new_even, new_odd), (BLOCK_M, BLOCK_N)).to(q_ptr.dtype.element_ty)
 
-    row_mask = rows < M
-    tl.store(
-        q_ptr + rows[:, None] * q_row_stride + cols[None, :],
-        out,
-        mask=row_mask[:, None] & (cols[None, :] < H * HEAD_DIM),
-    )
+    q_mask = (rows[:, None] < M) & (cols[None, :] < H * HEAD_DIM)
+    tl.store(q_ptr + rows[:, None] * q_row_stride + cols[None, :], out, mask=q_mask)
     heads, dims = cols // HEAD_DIM, cols % HEAD_DIM
     k_rows = row_offsets(positions, row_mask, table_ptr, k_block_stride, k_row_stride, BLOCK_SIZE)
     k_cols = (heads - H).to(tl.int64) * k_head_stride + dims
@@ -128,13 +129,16 @@ def qkv_rope(
     out = check_out("qkv_rope", out, (x.shape[0], heads, head_dim), x)
     if out.stride(1) != head_dim:
         raise ValueError(f"qkv_rope: out has stride {out.stride(1)} from head to head; it must be {head_dim}.")
+    phases = phases_of("qkv_rope", table, head_dim)
+    room = min(keys.capacity, phases.shape[0])
+    check_position("qkv_rope", position, x.shape[0], room)
     config = launch_config("qkv_rope", *matrix.shape, x)
     qkv_rope_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
         x,
         norm_weight,
         matrix,
         bias,
-        phases_of("qkv_rope", table, head_dim),
+        phases,
         out,
         k_cache,
         v_cache,
@@ -146,6 +150,7 @@ def qkv_rope(
         matrix.shape[1],
         heads,
         keys.kv_heads,
+        room,
         x.stride(0),
         matrix.stride(0),
         out.stride(0),
@@ -170,6 +175,6 @@ def qkv_rope(
 def phases_of(op: str, table: Tensor, head_dim: int) -> Tensor:
     """The table of ``rope_table`` as ``[T, 1, D / 2, 2]`` float32."""
     phases = torch.view_as_real(table) if table.is_complex() else table
-    if phases.shape[1:] != (1, head_dim // 2, 2) or not phases.is_contiguous():
+    if phases.shape[1:] != (1, head_dim // 2, 2) or phases.dtype != torch.float32 or not phases.is_contiguous():
         raise ValueError(f"{op}: the table is {list(table.shape)} {table.dtype}; make it with rope_table.")
     return phases

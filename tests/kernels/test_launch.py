@@ -136,11 +136,11 @@ OUTPUTS_OF_TWO_DIMENSIONS: list[Refusal] = [
         "out",
         lambda out: out[:2],
         ValueError,
-        r"out is \[2, (\d+)\] .*; it must be \[3, \1\] torch.float32, last stride 1",
+        r"out is \[2, (\d+)\] .*; it must be \[3, \1\] torch.float32 on \S+, last stride 1",
     ),
     ("out", lambda out: out[:, 1:], ValueError, r"; it must be \[3, (17|22)\] torch.float32"),
     ("out", lambda out: out[None], ValueError, r"out is \[1, 3, (\d+)\] .*; it must be \[3, \1\]"),
-    ("out", Tensor.half, ValueError, "torch.float16, last stride 1; it must be .* torch.float32"),
+    ("out", Tensor.half, ValueError, r"torch.float16 on \S+, last stride 1; it must be .* torch.float32"),
     ("out", every_other, ValueError, "last stride 2; it must be .* last stride 1"),
 ]
 RESIDUALS: list[Refusal] = [
@@ -391,3 +391,61 @@ def test_frames_notice(device):
         touched = framed(torch.ones(2, 3, device=device))
         touched.buffer[row, column] = 1
         assert not touched.frame_is_untouched(), (row, column)
+
+
+@pytest.mark.parametrize("name", ["qkv_rope", "attention"])
+@pytest.mark.parametrize("position", [-1, CAPACITY - 2, CAPACITY, 1 << 40])
+def test_a_position_without_room_is_refused(name, position, device):
+    """Beyond the cache lies the next head's first row."""
+    given = arguments(name, device)
+    given["position"] = position
+    with pytest.raises(ValueError, match=f"position {position} with 3 rows is outside of the {CAPACITY} positions"):
+        launcher(name)(**given)
+
+
+def test_a_position_on_the_device_beyond_the_cache_writes_nothing(device):
+    given = arguments("qkv_rope", device)
+    before = given["k_cache"].clone(), given["v_cache"].clone()
+    for position in (CAPACITY, CAPACITY + 5, -3):
+        launcher("qkv_rope")(**given | {"position": torch.tensor([position], device=device)})
+    assert torch.equal(given["k_cache"], before[0])
+    assert torch.equal(given["v_cache"], before[1])
+
+
+def bad_biases(rows: int) -> dict[str, torch.Tensor]:
+    return {
+        "strided": torch.randn(2 * rows)[::2],
+        "short": torch.randn(rows - 1),
+        "of another dtype": torch.randn(rows).half(),
+        "of two dimensions": torch.randn(rows, 1),
+    }
+
+
+@pytest.mark.parametrize("name", ["qkv_rope", "linear_residual", "gate_up"])
+@pytest.mark.parametrize("kind", bad_biases(2))
+def test_a_bias_that_does_not_fit_is_refused(name, kind, device):
+    given = arguments(name, device)
+    weight = given["weight"]
+    given["weight"] = PackedWeight(weight, bad_biases(weight.shape[0])[kind].to(device), Layout.ROWS)
+    with pytest.raises(ValueError, match=r"the bias is .* it must be \[\d+\] torch.float32 on \S+, stride 1"):
+        launcher(name)(**given)
+
+
+def test_gate_and_up_are_as_many(device):
+    given = arguments("gate_up", device)
+    given["weight"] = given["weight"][:-1]
+    with pytest.raises(ValueError, match="as many of gate as of up"):
+        launcher("gate_up")(**given)
+
+
+def test_an_infinite_value_stays_alone(device):
+    """Values are not turned: an infinity among them must not reach its neighbour as 0 times infinity."""
+    given = arguments("qkv_rope", device)
+    bias = torch.zeros(given["weight"].shape[0], device=device)
+    bias[-1] = float("inf")  # the last value's
+    given["weight"] = PackedWeight(given["weight"], bias, Layout.ROWS)
+    launcher("qkv_rope")(**given)
+    position = int(given["position"])
+    written = given["v_cache"][-1, position : position + 3]
+    assert torch.isinf(written[:, -1]).all()
+    assert torch.isfinite(written[:, :-1]).all()

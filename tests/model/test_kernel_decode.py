@@ -75,7 +75,9 @@ def test_a_long_prompt_is_the_references_work(pairs):
 def test_half_precision(folders, device):
     kangaroo = Kangaroo.from_pretrained(*folders, device=device, dtype="float16", kernels="triton")
     settings = {"max_new_tokens": 8, "draft_confidence_threshold": 0.0, "num_speculative_tokens": 3}
-    assert kangaroo.generate(PROMPT, **settings).tokens == kangaroo.generate(PROMPT, max_new_tokens=8, plain=True).tokens
+    assert (
+        kangaroo.generate(PROMPT, **settings).tokens == kangaroo.generate(PROMPT, max_new_tokens=8, plain=True).tokens
+    )
 
 
 @pytest.mark.gpu
