@@ -82,8 +82,9 @@ def qkv_rope_kernel(
     cosine = tl.load(phase_ptrs, mask=turned, other=1.0)
     sine = tl.load(phase_ptrs + 1, mask=turned, other=0.0)
     even, odd = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
-    new_even = tl.where(is_turned[None, :], even * cosine - odd * sine, even)  # not times 0: it may be infinite
-    new_odd = tl.where(is_turned[None, :], even * sine + odd * cosine, odd)
+    x_even, x_odd = tl.where(is_turned[None, :], even, 0.0), tl.where(is_turned[None, :], odd, 0.0)
+    new_even = tl.where(is_turned[None, :], x_even * cosine - x_odd * sine, even)  # a value times 0 may be NaN
+    new_odd = tl.where(is_turned[None, :], x_even * sine + x_odd * cosine, odd)
     out = tl.reshape(tl.join(new_even, new_odd), (BLOCK_M, BLOCK_N)).to(q_ptr.dtype.element_ty)
 
     q_mask = (rows[:, None] < M) & (cols[None, :] < H * HEAD_DIM)
