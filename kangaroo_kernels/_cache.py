@@ -74,4 +74,5 @@ def cache_layout(op: str, cache: Tensor, block_table: Tensor | None, x: Tensor) 
             "it must be one contiguous row of int32."
         )
     size = cache.shape[2]
-    return CacheLayout(cache.shape[1], len(block_table) * size, *cache.stride()[:3], size)
+    blocks, heads, rows = cache.stride()[:3]
+    return CacheLayout(cache.shape[1], len(block_table) * size, blocks, heads, rows, size)

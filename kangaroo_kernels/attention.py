@@ -38,7 +38,8 @@ TILE = {2: 64, 4: 32}
 
 def count_splits(length: int) -> int:
     """How many splits the first ``length`` positions take."""
-    short, middle = SHORT.value * SHORT_SPLITS.value, MIDDLE.value * MIDDLE_SPLITS.value
+    short: int = SHORT.value * SHORT_SPLITS.value
+    middle: int = MIDDLE.value * MIDDLE_SPLITS.value
     return (
         math.ceil(min(length, short) / SHORT.value)
         + math.ceil(max(0, min(length - short, middle)) / MIDDLE.value)

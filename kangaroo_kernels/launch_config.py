@@ -42,7 +42,7 @@ def file_name(gpu: str) -> str:
 @lru_cache(maxsize=16)
 def rules(name: str) -> dict[str, list[dict[str, Any]]]:
     """The rules of one file of ``configs/``; none where there is no such file."""
-    file = resources.files("kangaroo_kernels").joinpath("configs", name)
+    file = resources.files("kangaroo_kernels").joinpath("configs").joinpath(name)
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 

@@ -63,7 +63,7 @@ def linear_residual(
     shape = (x.shape[0], matrix.shape[0])
     check_out("linear_residual", residual, shape, x, name="residual")
     out = check_out("linear_residual", out, shape, x)
-    config = launch_config("linear_residual", *matrix.shape, x)
+    config = launch_config("linear_residual", matrix.shape[0], matrix.shape[1], x)
     linear_residual_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
         x,
         matrix,

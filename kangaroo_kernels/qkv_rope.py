@@ -133,7 +133,7 @@ def qkv_rope(
     phases = phases_of("qkv_rope", table, head_dim)
     room = min(keys.capacity, phases.shape[0])
     check_position("qkv_rope", position, x.shape[0], room)
-    config = launch_config("qkv_rope", *matrix.shape, x)
+    config = launch_config("qkv_rope", matrix.shape[0], matrix.shape[1], x)
     qkv_rope_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
         x,
         norm_weight,

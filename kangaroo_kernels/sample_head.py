@@ -245,7 +245,7 @@ def sample_head(
     filtered = top_k is not None or top_p is not None
     where = device_scalar(position, x.device)
     key = seed if isinstance(seed, Tensor) else device_seed(seed, x.device)
-    config = launch_config("sample_head", *matrix.shape, x)
+    config = launch_config("sample_head", matrix.shape[0], matrix.shape[1], x)
     tiles = triton.cdiv(vocab_size, config.block_n)
     logits = torch.empty((rows, vocab_size), dtype=torch.float32, device=x.device) if filtered else None
     results = None if filtered else TileResults(rows, tiles, x.device, sampled=True)

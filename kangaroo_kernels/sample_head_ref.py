@@ -67,6 +67,6 @@ def sample_head(
     if is_down(active):
         return unwritten_top1(out, x)
     logits = lm_head(x, norm_weight, weight, eps=eps)
-    noise = gumbel_rows(int(seed) % (1 << 64), stream, int(position), *logits.shape, logits.device)
+    noise = gumbel_rows(int(seed) % (1 << 64), stream, int(position), logits.shape[0], logits.shape[1], logits.device)
     token = filter_logits(logits, temperature, top_k, top_p).add_(noise).argmax(dim=-1)
     return finish_step(Top1(token, confidence_of(logits)), threshold, active, embedding, embedded, out)

@@ -77,7 +77,7 @@ def top1_head(
     check_operands("top1_head", x, norm_weight, matrix)
     x = aligned_rows(x)
     out = check_head("top1_head", x, out, threshold, active, embedding, embedded)
-    config = launch_config("top1_head", *matrix.shape, x)
+    config = launch_config("top1_head", matrix.shape[0], matrix.shape[1], x)
     tiles = TileResults(x.shape[0], triton.cdiv(matrix.shape[0], config.block_n), x.device, sampled=False)
     top1_head_kernel[(tiles.tiles,)](
         x,

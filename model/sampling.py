@@ -107,7 +107,7 @@ class Chooser:
 
     def noise(self, stream: int, position: int, logits: Tensor) -> Tensor:
         """Gumbel noise for rows of logits at ``position, ...``: ``[rows, V]``."""
-        return gumbel_rows(self.sampling.seed, stream, position, *logits.shape, logits.device)
+        return gumbel_rows(self.sampling.seed, stream, position, logits.shape[0], logits.shape[1], logits.device)
 
     def draft_with_distribution(
         self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int

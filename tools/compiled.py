@@ -1,0 +1,149 @@
+"""Compile what launchers launch, for a GPU that is not here.
+
+``compile_only`` puts a driver without a device in Triton's place: launchers called on ``meta`` tensors then compile
+their kernels with the very arguments, specialisation and launch configuration that a GPU would see, and nothing runs.
+"""
+
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from sass import MachineCode, read_machine_code
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kangaroo_kernels.launch_config import LaunchConfig, configured_by, pick
+
+WARP_SIZE = 32
+
+
+class CompileOnly:
+    """The part of a Triton driver that compiling asks for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, WARP_SIZE)
+
+    def get_current_target(self) -> GPUTarget:
+        """What is compiled for."""
+        return self.target
+
+    def get_current_device(self) -> str:
+        """The key of Triton's caches; no GPU has it."""
+        return f"compile only: {self.target}"
+
+    def get_current_stream(self, device: object) -> int:
+        """None is needed."""
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        """Where autotuning would make its tensors."""
+        return torch.device("meta")
+
+
+class CompiledLaunch(NamedTuple):
+    """A kernel as a launcher would have launched it.
+
+    Attributes:
+        kernel: its name.
+        architecture: 80 for sm_80.
+        grid: programs, in three dimensions.
+        num_warps: of a program.
+        num_stages: that the pipeliner was given.
+        constants: the kernel's compile-time arguments.
+        dynamic_shared: bytes.
+        binary: the key under which Triton keeps it: whatever the compiler was given.
+        cubin: the machine code.
+    """
+
+    kernel: str
+    architecture: int
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+    constants: dict[str, Any]
+    dynamic_shared: int
+    binary: str
+    cubin: bytes
+
+    @property
+    def threads(self) -> int:
+        """Of a program."""
+        return self.num_warps * WARP_SIZE
+
+    @property
+    def programs(self) -> int:
+        """In the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def code(self) -> MachineCode:
+        """Its machine code, read."""
+        return disassemble(self.cubin)
+
+
+@lru_cache(maxsize=1024)
+def disassemble(cubin: bytes) -> MachineCode:
+    """Read machine code with the ``cuobjdump`` that Triton brings."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return read_machine_code(listing)
+
+
+def defaults_of(architecture: int) -> Callable[[str, int, int, torch.dtype], LaunchConfig]:
+    """The launch configurations that ship for an architecture."""
+    files = (f"sm_{architecture}.json",)
+    return lambda op, n, k, dtype: pick(files, op, n, k, str(dtype).removeprefix("torch."))
+
+
+@contextmanager
+def compile_only(architecture: int) -> Iterator[list[CompiledLaunch]]:
+    """Within it, launches on ``meta`` tensors are compiled for ``architecture`` and appended to the list it yields.
+
+    Triton's driver, its ``JITFunction`` and the launch configurations are as before afterwards.
+    """
+    launches: list[CompiledLaunch] = []
+    kernels: set[Any] = set()
+    run, active = JITFunction.run, driver._active  # driver.active would look for a GPU
+
+    def compile_and_record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        kernels.add(kernel)
+        bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        if callable(grid):
+            grid = grid(bound)
+        metadata = compiled.metadata
+        launches.append(
+            CompiledLaunch(
+                kernel=kernel.fn.__name__,
+                architecture=architecture,
+                grid=(*grid, 1, 1)[:3],
+                num_warps=metadata.num_warps,
+                num_stages=metadata.num_stages,
+                constants={param.name: bound[param.name] for param in kernel.params if param.is_constexpr},
+                dynamic_shared=metadata.shared,
+                binary=compiled.hash,
+                cubin=compiled.asm["cubin"],
+            )
+        )
+        return compiled
+
+    stand_in = CompileOnly(architecture)
+    JITFunction.run = compile_and_record
+    driver.set_active(stand_in)
+    try:
+        with configured_by(defaults_of(architecture)):
+            yield launches
+    finally:
+        JITFunction.run = run
+        driver._active = active
+        for kernel in kernels:
+            kernel.device_caches.pop(stand_in.get_current_device(), None)

@@ -1,0 +1,173 @@
+"""The steps of a decode as calls of the kernels' launchers, at the shapes of real models, on ``meta`` tensors."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.workloads import ModelShape, Settings, Workload, workloads
+
+META = torch.device("meta")
+SHORT_TEXT = 128
+"""A text whose KV cache is not split."""
+
+DRAFT_LAYERS = 2
+"""The exit layer of a drafting step; the paper's for Vicuna-7B."""
+
+CACHE_BLOCK = 16
+"""Positions a block of a paged cache."""
+
+FILTERS = {"top_k": 50, "top_p": 0.95}
+
+
+class Call(NamedTuple):
+    """A launcher's call.
+
+    Attributes:
+        op: the operation.
+        role: of the matrix that it reads.
+        args: positional.
+        kwargs: by name.
+        bytes_moved: that the operation must move.
+    """
+
+    op: str
+    role: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    bytes_moved: int | None
+
+
+Calls = Iterator[Call]
+
+
+class Step(NamedTuple):
+    """Calls that belong together.
+
+    Attributes:
+        name: in the report.
+        calls: ``(shape, settings)`` to the calls.
+        length: of the text, where it is the step's own.
+        drafting: it runs on one row, under the flag that ends drafting.
+        variant: it is another version of kernels that the other steps have, left out of a plain report.
+    """
+
+    name: str
+    calls: Callable[[ModelShape, Settings], Calls]
+    length: int | None = None
+    drafting: bool = False
+    variant: bool = False
+
+
+def call(workload: Workload, settings: Settings, **more: Any) -> Call:
+    """The call of a workload, with ``more`` arguments."""
+    args, kwargs = workload.make(settings)
+    moved = workload.bytes_moved(settings.rows, settings.length, settings.dtype.itemsize)
+    return Call(workload.op, workload.role, args, kwargs | more, moved)
+
+
+def workload_of(shape: ModelShape, op: str, role: str | None = None) -> Workload:
+    """The first operation of that name and role."""
+    return next(each for each in workloads(shape) if each.op == op and role in (None, each.role))
+
+
+def attention_block(shape: ModelShape, settings: Settings, **more: Any) -> Calls:
+    """The first half of a layer, which is all of an adapter."""
+    for op, role in (("qkv_rope", "qkv"), ("attention", "kv"), ("linear_residual", "output")):
+        yield call(workload_of(shape, op, role), settings, **more)
+
+
+def layer(shape: ModelShape, settings: Settings, **more: Any) -> Calls:
+    """A whole layer."""
+    yield from attention_block(shape, settings, **more)
+    for op, role in (("gate_up", "gate_up"), ("linear_residual", "down")):
+        yield call(workload_of(shape, op, role), settings, **more)
+
+
+def paged_layer(shape: ModelShape, settings: Settings) -> Calls:
+    """The operations of a layer that see the cache, with the cache in blocks."""
+    blocks = -(-settings.length // CACHE_BLOCK)
+    block_table = torch.empty(blocks, dtype=torch.int32, device=META)
+
+    def in_blocks(argument: Any, cache: tuple[int, ...]) -> Any:
+        if not isinstance(argument, Tensor) or tuple(argument.shape) != cache:
+            return argument
+        return argument.new_empty(blocks, shape.kv_heads, CACHE_BLOCK, shape.head_dim)
+
+    for each in attention_block(shape, settings):
+        if each.op != "linear_residual":
+            cache = (shape.kv_heads, settings.length, shape.head_dim)
+            args = tuple(in_blocks(argument, cache) for argument in each.args)
+            yield each._replace(args=args, kwargs=each.kwargs | {"block_table": block_table})
+
+
+def top1_head(shape: ModelShape, settings: Settings) -> Calls:
+    """The greedy head."""
+    yield call(workload_of(shape, "top1_head"), settings)
+
+
+def sample_head(shape: ModelShape, settings: Settings) -> Calls:
+    """The sampling head."""
+    yield call(workload_of(shape, "sample_head"), settings)
+
+
+def filtered_sample_head(shape: ModelShape, settings: Settings) -> Calls:
+    """The sampling head with top-k and top-p."""
+    yield call(workload_of(shape, "sample_head"), settings, **FILTERS)
+
+
+def accept(shape: ModelShape, settings: Settings) -> Calls:
+    """The end of a verification step of ``rows`` rows."""
+
+    def tokens(count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, device=META)
+
+    yield Call(
+        "accept", "", (tokens(settings.rows - 1), tokens(settings.rows), tokens(2), tokens(1), tokens(1)), {}, None
+    )
+
+
+def drafting(shape: ModelShape, settings: Settings) -> dict[str, Tensor]:
+    """The flag of a drafting step."""
+    return {"active": torch.empty(1, dtype=torch.int32, device=META)}
+
+
+def drafting_head(shape: ModelShape, settings: Settings) -> dict[str, Any]:
+    """What the head of a drafting step is given: the flag that it may lower, and where the next step begins."""
+    table = torch.empty(shape.vocab_size, shape.hidden, dtype=settings.dtype, device=META)
+    row = torch.empty(1, shape.hidden, dtype=settings.dtype, device=META)
+    return {"threshold": 0.6, "embedding": table, "embedded": row, **drafting(shape, settings)}
+
+
+def draft_step(shape: ModelShape, settings: Settings) -> Calls:
+    """The shallow layers, the adapter and the head."""
+    for _ in range(DRAFT_LAYERS):
+        yield from layer(shape, settings, **drafting(shape, settings))
+    yield from attention_block(shape, settings, **drafting(shape, settings))
+    yield call(workload_of(shape, "top1_head"), settings, **drafting_head(shape, settings))
+
+
+def sampled_draft_head(shape: ModelShape, settings: Settings) -> Calls:
+    """The head of a drafting step that samples."""
+    yield call(workload_of(shape, "sample_head"), settings, **drafting_head(shape, settings))
+
+
+def filtered_draft_head(shape: ModelShape, settings: Settings) -> Calls:
+    """The same with top-k and top-p."""
+    yield call(workload_of(shape, "sample_head"), settings, **FILTERS, **drafting_head(shape, settings))
+
+
+STEPS = (
+    Step("layer", layer),
+    Step("top-1 head", top1_head),
+    Step("sampling head", sample_head),
+    Step("filtered head", filtered_sample_head),
+    Step("accept", accept),
+    Step("layer, short text", layer, length=SHORT_TEXT, variant=True),
+    Step("layer, paged", paged_layer, variant=True),
+    Step("draft step", draft_step, drafting=True, variant=True),
+    Step("draft step, short text", draft_step, length=SHORT_TEXT, drafting=True, variant=True),
+    Step("sampling draft head", sampled_draft_head, drafting=True, variant=True),
+    Step("filtered draft head", filtered_draft_head, drafting=True, variant=True),
+)
