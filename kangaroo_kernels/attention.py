@@ -40,11 +40,10 @@ def count_splits(length: int) -> int:
     """How many splits the first ``length`` positions take."""
     short: int = SHORT.value * SHORT_SPLITS.value
     middle: int = MIDDLE.value * MIDDLE_SPLITS.value
-    return (
-        math.ceil(min(length, short) / SHORT.value)
-        + math.ceil(max(0, min(length - short, middle)) / MIDDLE.value)
-        + math.ceil(max(0, length - short - middle) / LONG.value)
-    )
+    count: int = triton.cdiv(min(length, short), SHORT.value)
+    count += triton.cdiv(max(0, min(length - short, middle)), MIDDLE.value)
+    count += triton.cdiv(max(0, length - short - middle), LONG.value)
+    return count
 
 
 @triton.jit
