@@ -1,0 +1,340 @@
+"""How kernels are measured: the arithmetic, the yardstick's kernel, and that nothing wrong gets as far as a clock."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import gpu_measure
+import pynvml
+from gpu_measure import (
+    OVERFLOW,
+    STREAMS,
+    THROTTLE_REASONS,
+    Replays,
+    Stream,
+    first_rows,
+    launcher,
+    measure_ceiling,
+    on_the_host,
+    quantiles,
+    read_card,
+    read_stream,
+    reference,
+    relative_error,
+    repetitions_for,
+    same_bits,
+    sets_needed,
+    snapshot,
+    throttle_reasons,
+    time_graph,
+    wrapped_sum,
+    written,
+)
+
+from kangaroo_kernels.workloads import TINY, Settings, workloads
+
+WORKLOADS = {f"{workload.op} {workload.role}": workload for workload in workloads(TINY)}
+ROWS, LENGTH = 5, 40
+
+# ---- the card
+
+
+def test_throttle_reasons_are_those_of_nvml():
+    """Every bit that NVML's header names, but for the alias and the two sums."""
+    names = [name for name in vars(pynvml) if name.startswith("nvmlClocksEventReason")]
+    bits = {getattr(pynvml, name) for name in names if not name.endswith(("All", "None"))}
+    assert bits == set(THROTTLE_REASONS)
+    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonGpuIdle] == "idle"
+    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonApplicationsClocksSetting] == "application clocks"
+    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonSwPowerCap] == "software power cap"
+    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonHwSlowdown] == "hardware slowdown"
+    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonSyncBoost] == "sync boost"
+    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonSwThermalSlowdown] == "software thermal slowdown"
+    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonHwThermalSlowdown] == "hardware thermal slowdown"
+    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown] == "hardware power brake"
+    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonDisplayClockSetting] == "display clocks"
+
+
+def test_throttle_reasons_are_named():
+    assert throttle_reasons(0) == []
+    assert throttle_reasons(0x4 | 0x40) == ["software power cap", "hardware thermal slowdown"]
+    assert throttle_reasons(0x1 | 1 << 40) == ["idle", "0x10000000000"]
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """Answers of a card that is not here; a name without one raises, as NVML does for what a card cannot say."""
+    answers = {}
+
+    def answer(name):
+        def query(*arguments):
+            asked = (name, *arguments[1:])
+            if asked not in answers:
+                raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+            return answers[asked]
+
+        return query
+
+    for name in [name for name in vars(pynvml) if name.startswith("nvmlDeviceGet")]:
+        monkeypatch.setattr(pynvml, name, answer(name))
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
+    monkeypatch.setattr(gpu_measure, "_nvml_handle", lambda device: "handle")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    return answers
+
+
+def test_snapshot_records_what_nvml_says(nvml):
+    nvml["nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM] = 1980
+    nvml["nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_MEM] = 3201
+    nvml["nvmlDeviceGetMaxClockInfo", pynvml.NVML_CLOCK_SM] = 1981
+    nvml["nvmlDeviceGetMaxClockInfo", pynvml.NVML_CLOCK_MEM] = 3202
+    nvml[("nvmlDeviceGetPowerUsage",)] = 312_500
+    nvml[("nvmlDeviceGetEnforcedPowerLimit",)] = 700_000
+    nvml["nvmlDeviceGetTemperature", pynvml.NVML_TEMPERATURE_GPU] = 41
+    nvml[("nvmlDeviceGetCurrentClocksThrottleReasons",)] = 0x4
+    assert snapshot(torch.device("cuda", 0)) == {
+        "name": "a card",
+        "driver": "580.1",
+        "sm_mhz": 1980,
+        "sm_mhz_max": 1981,
+        "memory_mhz": 3201,
+        "memory_mhz_max": 3202,
+        "power_w": 312.5,
+        "power_limit_w": 700.0,
+        "temperature_c": 41,
+        "throttle_reasons": ["software power cap"],
+    }
+
+
+def test_snapshot_leaves_out_what_nvml_does_not_say(nvml):
+    nvml["nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM] = 1980
+    taken = snapshot(torch.device("cuda", 0))
+    assert (taken.pop("name"), taken.pop("driver"), taken.pop("sm_mhz")) == ("a card", "580.1", 1980)
+    assert set(taken.values()) == {None}
+
+
+def test_snapshot_without_nvml_says_so(nvml, monkeypatch):
+    def missing(device):
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(gpu_measure, "_nvml_handle", missing)
+    assert snapshot(torch.device("cuda", 0)) == {"name": "a card", "nvml": "NVML Shared Library Not Found"}
+
+
+# ---- time
+
+
+def test_quantiles():
+    assert quantiles([index * 1e-6 for index in (5, 1, 2, 11, 4, 3, 6, 9, 8, 7, 10)]) == pytest.approx((3, 6, 9))
+    assert quantiles([1e-6, 2e-6]) == pytest.approx((1.2, 1.5, 1.8))
+
+
+@given(st.integers(1, 1 << 32), st.integers(1, 1 << 28))
+def test_sets_overflow_the_l2(set_bytes, l2_bytes):
+    sets = sets_needed(set_bytes, l2_bytes, 1 << 60)
+    assert sets >= 2
+    assert sets * set_bytes > OVERFLOW * l2_bytes
+    assert sets == 2 or (sets - 1) * set_bytes <= OVERFLOW * l2_bytes  # and no more than it takes
+
+
+def test_sets_stay_within_half_of_the_memory():
+    assert sets_needed(100, 1000, 1600) == 8
+    assert sets_needed(100, 1000, 50) == 1
+
+
+@given(st.integers(1, 2000), st.floats(0, 1e4), st.floats(1, 1e5))
+def test_every_set_is_repeated_equally_often_and_a_replay_is_long(sets, least_us, replay_us):
+    repetitions = repetitions_for(sets, least_us, replay_us)
+    assert repetitions % sets == 0
+    assert repetitions * max(least_us, gpu_measure.LEAST_US) >= replay_us * (1 - 1e-9)
+    one_round_less = repetitions - sets
+    assert one_round_less == 0 or one_round_less * max(least_us, gpu_measure.LEAST_US) < replay_us * (1 + 1e-9)
+
+
+# ---- the yardstick
+
+
+@pytest.mark.parametrize("stream", STREAMS[::5], ids=str)
+def test_the_stream_reads_every_integer_once(stream, device):
+    values = torch.randint(-999, 999, (5 * stream.chunk,), dtype=torch.int32, device=device)
+    values[:: stream.chunk // 7] = 99_999
+    sums = read_stream(values, stream, multiprocessors=1)
+    assert len(sums) == (5 if stream.programs in (0, 8, 16) else 4)
+    assert int(sums.sum()) == int(values.sum())
+    for place in (0, stream.chunk - 1, len(values) - 1):  # none is left out, none is read twice
+        values[place] += 1
+        assert int(read_stream(values, stream, multiprocessors=1).sum()) == int(values.sum())
+
+
+def test_the_stream_refuses_what_its_chunks_do_not_divide():
+    stream = Stream(4, 4, 0)
+    with pytest.raises(AssertionError):
+        read_stream(torch.zeros(stream.chunk + 4, dtype=torch.int32), stream, 1)
+
+
+def test_wrapped_sum():
+    assert wrapped_sum(torch.tensor([2**31 - 1, 1, 5], dtype=torch.int32)) == 2**31 + 5
+    assert wrapped_sum(torch.tensor([-1], dtype=torch.int32)) == 2**32 - 1
+
+
+# ---- right before fast
+
+
+def arguments_of(workload, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    return workload.make(Settings(ROWS, LENGTH, dtype, torch.device(device)))
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_right_result_is_near_the_truth(name):
+    arguments = arguments_of(WORKLOADS[name])
+    op = WORKLOADS[name].op
+    error = relative_error(op, written(op, reference(op), arguments), arguments)
+    assert 0 < error < 3e-6
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_output_counts(name):
+    """One wrong value in any of them is seen, and so is one that was not written."""
+    arguments = arguments_of(WORKLOADS[name])
+    op = WORKLOADS[name].op
+    right = written(op, reference(op), arguments)
+    assert len(right) == {"qkv_rope": 3, "top1_head": 2, "sample_head": 2}.get(op, 1)
+    for index, tensor in enumerate(right):
+        wrong = tensor.clone()
+        wrong.view(-1)[-1] += 3 if tensor.dtype == torch.int64 else 1
+        changed = (*right[:index], wrong, *right[index + 1 :])
+        assert relative_error(op, changed, arguments) > 1e-2, index
+        wrong.view(-1)[-1] = -1 if tensor.dtype == torch.int64 else math.nan
+        assert relative_error(op, changed, arguments) == math.inf, index
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_an_output_that_a_kernel_leaves_unwritten_is_seen(place):
+    """Whatever lay there before, even the right values, is poisoned."""
+    workload = WORKLOADS["qkv_rope qkv"]
+    arguments = arguments_of(workload)
+    reference("qkv_rope")(*arguments[0], **arguments[1])  # the caches hold the right rows already
+
+    def forgetful(*positional, out=None, **named):
+        before = [cache.clone() for cache in positional[4:6]]
+        result = reference("qkv_rope")(*positional, **named)
+        if place and out is not None:
+            positional[3 + place].copy_(before[place - 1])
+        if out is None:
+            return result
+        return out if place == 0 else out.copy_(result)
+
+    got = written("qkv_rope", forgetful, arguments)
+    assert [bool(tensor.isnan().any()) for tensor in got] == [index == place for index in range(3)]
+    assert relative_error("qkv_rope", got, arguments) == math.inf
+
+
+def test_a_near_tie_may_go_either_way():
+    x, norm_weight = torch.ones(1, 4), torch.ones(4)
+    weight = torch.stack([torch.full((4,), 1.0), torch.full((4,), 1.0 - 1e-4), torch.full((4,), 0.5)])
+    arguments = ((x, norm_weight, weight), {"eps": 1e-5})
+    _, confidence = written("top1_head", reference("top1_head"), arguments)
+    errors = [relative_error("top1_head", (torch.tensor([token]), confidence), arguments) for token in range(4)]
+    assert errors[0] < 1e-6 < errors[1] < 2e-4
+    assert errors[2] == pytest.approx(0.5, rel=1e-3)
+    assert errors[3] == math.inf
+
+
+def test_a_sample_with_other_noise_is_held_by_its_confidence_alone():
+    arguments = arguments_of(WORKLOADS["sample_head head"])
+    token, confidence = written("sample_head", reference("sample_head"), arguments)
+    other = (token + 1) % TINY.vocab_size
+    assert relative_error("sample_head", (other, confidence), arguments) > 1e-2
+    assert relative_error("sample_head", (other, confidence), arguments, same_noise=False) < 1e-5
+    assert relative_error("sample_head", (other, confidence * 1.5), arguments, same_noise=False) > 1e-2
+    assert relative_error("sample_head", (other - 9999, confidence), arguments, same_noise=False) == math.inf
+
+
+def test_same_bits():
+    ones = (torch.ones(3), torch.tensor([1, 2]))
+    assert same_bits(ones, tuple(tensor.clone() for tensor in ones))
+    assert not same_bits(ones, (torch.ones(3), torch.tensor([1, 3])))
+    assert not same_bits([torch.tensor([0.0])], [torch.tensor([-0.0])])
+    assert not same_bits([torch.tensor([1.0])], [torch.tensor([1.0 + 2**-23])])
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_first_rows_are_the_same_call_with_fewer(name):
+    arguments = arguments_of(WORKLOADS[name])
+    function = reference(WORKLOADS[name].op)
+    positional, named = first_rows(WORKLOADS[name].op, arguments, 2)
+    some, all_rows = function(*positional, **named), function(*arguments[0], **arguments[1])
+    some, all_rows = (result if isinstance(result, tuple) else (result,) for result in (some, all_rows))
+    for few, many in zip(some, all_rows, strict=True):
+        assert len(few) == 2
+        assert torch.allclose(few, many[:2], atol=1e-6)
+
+
+def test_positions_and_seeds_come_to_the_host():
+    (*_, position), named = on_the_host(arguments_of(WORKLOADS["sample_head head"]))
+    assert (type(position), position) == (int, LENGTH)
+    assert (type(named["seed"]), named["seed"]) == (int, 7)
+    positional, _ = on_the_host(arguments_of(WORKLOADS["top1_head head"]))
+    assert all(isinstance(value, torch.Tensor) for value in positional)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+def test_calls_take_turns_in_the_graph(device):
+    values = torch.zeros(3, device=device)
+    order = []
+
+    def call(index):
+        order.append(index)
+        values[index] += 1
+
+    replays = Replays([lambda index=index: call(index) for index in range(3)], 6)
+    assert order == [0, 1, 2, 0, 1, 2, 0, 1, 2]  # once each before the capture
+    before = values.tolist()
+    assert replays.seconds() > 0
+    assert [after - first for after, first in zip(values.tolist(), before, strict=True)] == [4, 4, 4]  # two replays
+
+
+@pytest.mark.gpu
+def test_time_grows_with_the_bytes(device):
+    small, large = (torch.randn(size, device=device) for size in (1 << 24, 1 << 27))
+    one, eight = (time_graph([lambda x=x: x.mul_(1.0)], 20, 10) for x in (small, large))
+    assert 0 < one.p20 <= one.p50 <= one.p80
+    assert 4 < eight.p50 / one.p50 < 16
+
+
+@pytest.mark.gpu
+def test_the_ceiling_is_plausible(device):
+    ceiling = measure_ceiling(device)
+    assert ceiling.stream in STREAMS
+    assert ceiling.buffer_bytes >= 8 * read_card(device).l2_bytes
+    assert 0.7 < ceiling.read / ceiling.copy < 2
+
+
+@pytest.mark.gpu
+def test_the_card_speaks(device):
+    taken = snapshot(device)
+    assert taken["name"] == read_card(device).name == torch.cuda.get_device_name(device)
+    assert read_card(device).multiprocessors > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_the_kernels_are_right_before_they_are_timed(name, device):
+    arguments = arguments_of(WORKLOADS[name], torch.bfloat16, device)
+    op = WORKLOADS[name].op
+    with torch.inference_mode():
+        error = relative_error(op, written(op, launcher(op), arguments), arguments)
+        assert error < gpu_measure.ALLOWED[torch.bfloat16]
+        positional, named = arguments
+        assert time_graph([lambda: launcher(op)(*positional, **named)], 20, 5).p50 > 0
