@@ -51,7 +51,7 @@ def finish_row(
     confidence,
     token_ptr,  # [M] int64
     confidence_ptr,  # [M] float32
-    active_ptr,  # [1] int32 or None
+    sure_ptr,  # [1] int32 or None
     threshold,  # float or None
     embedding_ptr,  # [V, K] or None
     embedded_ptr,  # [M, K] or None
@@ -59,12 +59,11 @@ def finish_row(
     embedded_row_stride,
     K,
 ):
-    """Write what a head found; lower the flag below the threshold; fetch the token's embedding for the next step."""
+    """Write what a head found, and whether it is sure; fetch the token's embedding for the next step."""
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(confidence_ptr + row, confidence)
     if threshold is not None:
-        sure = confidence >= threshold  # a NaN is unsure
-        tl.store(active_ptr, 0, mask=sure == 0)
+        tl.store(sure_ptr, (confidence >= threshold).to(tl.int32))  # a NaN is unsure
     if embedding_ptr is not None:
         source = embedding_ptr + token.to(tl.int64) * embedding_row_stride
         for first in range(0, K, CHUNK):
@@ -73,7 +72,7 @@ def finish_row(
             tl.store(embedded_ptr + row * embedded_row_stride + offs, values, mask=offs < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["token_ptr", "confidence_ptr", "active_ptr", "sure_ptr"])
 def merge_tiles_kernel(
     score_ptr,  # [M, tiles] float32, each tile's best score
     index_ptr,  # [M, tiles] int32, its lowest index
@@ -82,6 +81,7 @@ def merge_tiles_kernel(
     token_ptr,  # [M] int64
     confidence_ptr,  # [M] float32
     active_ptr,  # [1] int32 or None
+    sure_ptr,  # [1] int32 or None
     threshold,  # float or None
     embedding_ptr,  # [V, K] or None
     embedded_ptr,  # [M, K] or None
@@ -119,7 +119,7 @@ def merge_tiles_kernel(
         confidence_from(total),
         token_ptr,
         confidence_ptr,
-        active_ptr,
+        sure_ptr,
         threshold,
         embedding_ptr,
         embedded_ptr,
@@ -134,10 +134,12 @@ class TileResults:
 
     def __init__(self, rows: int, tiles: int, device: torch.device, sampled: bool) -> None:
         self.rows, self.tiles = rows, tiles
-        floats = torch.empty((3 if sampled else 2, rows, tiles), dtype=torch.float32, device=device)
-        self.largest, self.sums = floats[0], floats[1]
-        self.scores = floats[2] if sampled else floats[0]
-        self.indices = torch.empty((rows, tiles), dtype=torch.int32, device=device)
+
+        def empty(dtype: torch.dtype) -> Tensor:  # each begins at an aligned address, whatever the number of rows
+            return torch.empty((rows, tiles), dtype=dtype, device=device)
+
+        self.largest, self.sums, self.indices = empty(torch.float32), empty(torch.float32), empty(torch.int32)
+        self.scores = empty(torch.float32) if sampled else self.largest
 
 
 def check_head(
@@ -145,14 +147,16 @@ def check_head(
     x: Tensor,
     out: Top1 | None,
     threshold: float | None,
-    active: Tensor | None,
+    sure: Tensor | None,
     embedding: Tensor | None,
     embedded: Tensor | None,
 ) -> Top1:
     """``out``, made if need be; raises where the settings of a drafting step do not fit each other."""
     rows = x.shape[0]
-    if threshold is not None and (active is None or rows != 1):
-        raise ValueError(f"{op}: a threshold lowers the flag of one drafted row; give active, and x of one row.")
+    if threshold is not None and (sure is None or rows != 1):
+        raise ValueError(
+            f"{op}: a threshold lowers the flag of one drafted row; give active or sure, and x of one row."
+        )
     if (embedding is None) != (embedded is None):
         raise ValueError(f"{op}: give both embedding and embedded, or neither.")
     for name, table in (("embedding", embedding), ("embedded", embedded)):
@@ -182,8 +186,10 @@ def merge_tiles(
     threshold: float | None,
     embedding: Tensor | None,
     embedded: Tensor | None,
+    sure: Tensor | None = None,
 ) -> Top1:
     """Launch the merge."""
+    sure = active if sure is None else sure
     merge_tiles_kernel[(tiles.rows,)](
         tiles.scores,
         tiles.indices,
@@ -192,6 +198,7 @@ def merge_tiles(
         out.token,
         out.confidence,
         active,
+        sure,
         threshold,
         embedding,
         embedded,

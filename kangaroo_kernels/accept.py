@@ -12,24 +12,26 @@ from kangaroo_kernels._launch import MAX_ROWS, device_scalar, require_interprete
 
 
 @triton.jit(
-    do_not_specialize=["STOPS"],
+    do_not_specialize=["STOPS", "COUNTS"],
     do_not_specialize_on_alignment=["draft_ptr", "target_ptr", "stop_ptr", "drafted_ptr", "length_ptr", "limit_ptr"],
 )
 def accept_kernel(
     draft_ptr,  # [R] int64
     target_ptr,  # [R + 1] int64
     stop_ptr,  # [STOPS] int64
-    drafted_ptr,  # [1] int64: how many of draft there are
+    drafted_ptr,  # [COUNTS] integers: how many of draft there are, in all
     length_ptr,  # [1] int64
     limit_ptr,  # [1] int64
     out_ptr,  # [3] int64: accepted, new length, stopped
     STOPS,
+    COUNTS,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
     """One program owns the step."""
     offs = tl.arange(0, BLOCK_M)
-    drafted, length = tl.load(drafted_ptr), tl.load(length_ptr)
+    drafted = tl.sum(tl.load(drafted_ptr + offs, mask=offs < COUNTS, other=0).to(tl.int64), axis=0)
+    length = tl.load(length_ptr)
     room = tl.load(limit_ptr) - length
     there = offs < drafted
     draft = tl.load(draft_ptr + offs, mask=there, other=-1)
@@ -68,17 +70,19 @@ def accept(
     for name, tokens in (("draft", draft), ("target", target), ("stop_tokens", stop_tokens)):
         if tokens.dtype != torch.int64 or tokens.ndim != 1 or not tokens.is_contiguous():
             raise TypeError(f"accept: {name} is {list(tokens.shape)} {tokens.dtype}; it must be one row of int64.")
+    counts = device_scalar(most if drafted is None else drafted, device)
     if out is None:
         out = torch.empty(3, dtype=torch.int64, device=device)
     accept_kernel[(1,)](
         draft,
         target,
         stop_tokens,
-        device_scalar(most if drafted is None else drafted, device),
+        counts,
         device_scalar(length, device),
         device_scalar(limit, device),
         out,
         stop_tokens.shape[0],
+        counts.numel(),
         BLOCK_M=MAX_ROWS,
         BLOCK_S=triton.next_power_of_2(max(1, stop_tokens.shape[0])),
         num_warps=1,

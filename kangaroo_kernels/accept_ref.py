@@ -28,14 +28,17 @@ def accept(
         stop_tokens: ``[S]`` int64, in any order; may be empty.
         length: tokens of the text before this step.
         limit: the most it may have, above ``length``.
-        drafted: how many of ``draft`` there are; None means all of them.
+        drafted: how many of ``draft`` there are, or a flag for each, of which those that are 1 come first (their sum);
+            None means all of them.
         out: ``[3]`` int64, made if None.
 
     Returns:
         ``[3]`` int64: how many drafts the target agreed with (also beyond an early end), the new length, and 1 if the
         last committed token is a stop token. The committed tokens are ``target[: new length - length]``.
     """
-    count, before = len(draft) if drafted is None else int(drafted), int(length)
+    count, before = len(draft), int(length)
+    if drafted is not None:
+        count = int(drafted.sum()) if isinstance(drafted, Tensor) else drafted
     guessed, wanted, stops = draft.tolist(), target.tolist(), stop_tokens.tolist()
     accepted = 0
     while accepted < count and guessed[accepted] == wanted[accepted]:

@@ -64,7 +64,13 @@ def first_position(split):
     return short * SHORT + middle * MIDDLE + long * LONG
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr"])
+@triton.jit
+def seen_or_one(denominator):
+    """1 for a row that sees nothing, before the first position: its result is 0, not NaN."""
+    return tl.where(denominator > 0.0, denominator, 1.0)
+
+
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
 def attention_kernel(
     q_ptr,  # [M, H, D]
     k_ptr,  # [H_kv, T, D] or [blocks, H_kv, block_size, D]
@@ -142,7 +148,7 @@ def attention_kernel(
 
     mask = row_mask[:, None] & dim_mask[None, :]
     if WHOLE:
-        out = acc / denominator[:, None]
+        out = acc / seen_or_one(denominator)[:, None]
         out_ptrs = out_ptr + rows[:, None] * out_row_stride + heads[:, None] * HEAD_DIM + dims[None, :]
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
     else:
@@ -152,7 +158,7 @@ def attention_kernel(
         tl.store(stats_ptr + slots * 2 + 1, denominator, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
 def attention_reduce_kernel(
     sums_ptr,  # [splits, M, H, D] float32
     stats_ptr,  # [splits, M, H, 2] float32
@@ -185,13 +191,13 @@ def attention_reduce_kernel(
         parts = tl.load(stats_ptr + slots * 2 + 1, mask=there, other=0.0)
         sums_mask = there[:, None] & dim_mask[None, :]
         sums = tl.load(sums_ptr + slots[:, None] * HEAD_DIM + dims[None, :], mask=sums_mask, other=0.0)
-        higher = tl.maximum(best, tl.max(tops, axis=0))  # finite: a row sees position 0, in the first split
+        higher = tl.maximum(best, tl.max(tops, axis=0))  # finite: there is a split only for a row that sees position 0
         fade, shares = tl.exp2(best - higher), tl.exp2(tops - higher)
         denominator = denominator * fade + tl.sum(parts * shares, axis=0)
         acc = acc * fade + tl.sum(sums * shares[:, None], axis=0)
         best = higher
     out_ptrs = out_ptr + row * out_row_stride + head * HEAD_DIM + dims
-    tl.store(out_ptrs, (acc / denominator).to(out_ptr.dtype.element_ty), mask=dim_mask)
+    tl.store(out_ptrs, (acc / seen_or_one(denominator)).to(out_ptr.dtype.element_ty), mask=dim_mask)
 
 
 def attention(

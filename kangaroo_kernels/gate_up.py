@@ -14,7 +14,7 @@ from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
 def gate_up_kernel(
     x_ptr,  # [M, K]
     norm_ptr,  # [K]

@@ -13,7 +13,7 @@ from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
 def linear_residual_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N, K]

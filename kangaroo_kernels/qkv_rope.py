@@ -25,7 +25,7 @@ from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
 def qkv_rope_kernel(
     x_ptr,  # [M, K]
     norm_ptr,  # [K]

@@ -43,7 +43,9 @@ SMALLEST_TOP_P = 1e-30
 """Far below any token's share, and far enough from 0 for its product with the sum to be a normal float32."""
 
 
-@triton.jit(do_not_specialize=["M", "stream"], do_not_specialize_on_alignment=["position_ptr", "seed_ptr"])
+@triton.jit(
+    do_not_specialize=["M", "stream"], do_not_specialize_on_alignment=["position_ptr", "seed_ptr", "active_ptr"]
+)
 def sample_head_kernel(
     x_ptr,  # [M, K]
     norm_ptr,  # [K]
@@ -151,7 +153,17 @@ def kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept):
     return tl.maximum(smallest, kept)
 
 
-@triton.jit(do_not_specialize=["stream", "top_k"], do_not_specialize_on_alignment=["position_ptr", "seed_ptr"])
+@triton.jit(
+    do_not_specialize=["stream", "top_k"],
+    do_not_specialize_on_alignment=[
+        "position_ptr",
+        "seed_ptr",
+        "token_ptr",
+        "confidence_ptr",
+        "active_ptr",
+        "sure_ptr",
+    ],
+)
 def filtered_sample_kernel(
     logits_ptr,  # [M, V] float32
     position_ptr,  # [1] int64
@@ -159,6 +171,7 @@ def filtered_sample_kernel(
     token_ptr,  # [M] int64
     confidence_ptr,  # [M] float32
     active_ptr,  # [1] int32 or None
+    sure_ptr,  # [1] int32 or None
     threshold,  # float or None
     embedding_ptr,  # [V, K] or None
     embedded_ptr,  # [M, K] or None
@@ -206,7 +219,7 @@ def filtered_sample_kernel(
         confidence_from(total),
         token_ptr,
         confidence_ptr,
-        active_ptr,
+        sure_ptr,
         threshold,
         embedding_ptr,
         embedded_ptr,
@@ -230,6 +243,7 @@ def sample_head(
     top_p: float | None = None,
     threshold: float | None = None,
     active: Tensor | None = None,
+    sure: Tensor | None = None,
     embedding: Tensor | None = None,
     embedded: Tensor | None = None,
     out: Top1 | None = None,
@@ -238,7 +252,8 @@ def sample_head(
     matrix, bias = weight_and_bias(weight)
     check_operands("sample_head", x, norm_weight, matrix)
     x = aligned_rows(x)
-    out = check_head("sample_head", x, out, threshold, active, embedding, embedded)
+    sure = active if sure is None else sure
+    out = check_head("sample_head", x, out, threshold, sure, embedding, embedded)
     rows, vocab_size = x.shape[0], matrix.shape[0]
     top_k = None if top_k is not None and top_k >= vocab_size else top_k
     top_p = None if top_p is None or top_p >= 1.0 else max(top_p, SMALLEST_TOP_P)
@@ -277,7 +292,7 @@ def sample_head(
         num_stages=config.num_stages,
     )
     if results is not None:
-        return merge_tiles(results, out, active, threshold, embedding, embedded)
+        return merge_tiles(results, out, active, threshold, embedding, embedded, sure)
     filtered_sample_kernel[(rows,)](
         logits,
         where,
@@ -285,6 +300,7 @@ def sample_head(
         out.token,
         out.confidence,
         active,
+        sure,
         threshold,
         embedding,
         embedded,

@@ -45,6 +45,7 @@ def sample_head(
     top_p: float | None = None,
     threshold: float | None = None,
     active: Tensor | None = None,
+    sure: Tensor | None = None,
     embedding: Tensor | None = None,
     embedded: Tensor | None = None,
     out: Top1 | None = None,
@@ -62,11 +63,12 @@ def sample_head(
         stream: of the noise; see ``gumbel_ref``.
         top_k: keep this many tokens; None keeps all.
         top_p: keep this share of the probability; None keeps all.
-        threshold, active, embedding, embedded, out: as for ``top1_head``.
+        threshold, active, sure, embedding, embedded, out: as for ``top1_head``.
     """
     if is_down(active):
         return unwritten_top1(out, x)
     logits = lm_head(x, norm_weight, weight, eps=eps)
     noise = gumbel_rows(int(seed) % (1 << 64), stream, int(position), logits.shape[0], logits.shape[1], logits.device)
     token = filter_logits(logits, temperature, top_k, top_p).add_(noise).argmax(dim=-1)
-    return finish_step(Top1(token, confidence_of(logits)), threshold, active, embedding, embedded, out)
+    verdict = active if sure is None else sure
+    return finish_step(Top1(token, confidence_of(logits)), threshold, verdict, embedding, embedded, out)

@@ -1,7 +1,7 @@
 """``top1_head`` in Triton: RMSNorm, LM head, top-1 token and its softmax probability; the logits are never written.
 
 Two launches: a program owns ``BLOCK_N`` tokens of the vocabulary and leaves three numbers a row; then a program a row
-merges them. In a drafting step the merge also lowers the flag ``active`` when the confidence is below the threshold,
+merges them. In a drafting step the merge also says in the flag ``sure`` whether the confidence reaches the threshold,
 and copies the token's embedding to where the next step begins. Bytes moved: the head, ``V * K`` elements, once, and
 ``24 * M`` bytes a tile.
 """
@@ -18,7 +18,7 @@ from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.top1_head_ref import Top1
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
 def top1_head_kernel(
     x_ptr,  # [M, K]
     norm_ptr,  # [K]
@@ -68,6 +68,7 @@ def top1_head(
     eps: float,
     threshold: float | None = None,
     active: Tensor | None = None,
+    sure: Tensor | None = None,
     embedding: Tensor | None = None,
     embedded: Tensor | None = None,
     out: Top1 | None = None,
@@ -76,7 +77,8 @@ def top1_head(
     matrix, bias = weight_and_bias(weight)
     check_operands("top1_head", x, norm_weight, matrix)
     x = aligned_rows(x)
-    out = check_head("top1_head", x, out, threshold, active, embedding, embedded)
+    sure = active if sure is None else sure
+    out = check_head("top1_head", x, out, threshold, sure, embedding, embedded)
     config = launch_config("top1_head", matrix.shape[0], matrix.shape[1], x)
     tiles = TileResults(x.shape[0], triton.cdiv(matrix.shape[0], config.block_n), x.device, sampled=False)
     top1_head_kernel[(tiles.tiles,)](
@@ -100,4 +102,4 @@ def top1_head(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return merge_tiles(tiles, out, active, threshold, embedding, embedded)
+    return merge_tiles(tiles, out, active, threshold, embedding, embedded, sure)

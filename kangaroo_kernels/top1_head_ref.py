@@ -38,16 +38,15 @@ def confidence_of(logits: Tensor) -> Tensor:
 def finish_step(
     found: Top1,
     threshold: float | None,
-    active: Tensor | None,
+    sure: Tensor | None,
     embedding: Tensor | None,
     embedded: Tensor | None,
     out: Top1 | None,
 ) -> Top1:
     """What a drafting step does with what a head found: flag, next token's embedding, delivery."""
     if threshold is not None:
-        assert active is not None
-        if not bool(found.confidence >= threshold):  # a NaN is unsure
-            active.zero_()
+        assert sure is not None
+        sure.copy_(found.confidence >= threshold)  # a NaN is unsure
     if embedding is not None:
         assert embedded is not None
         torch.index_select(embedding, 0, found.token, out=embedded)
@@ -68,6 +67,7 @@ def top1_head(
     eps: float,
     threshold: float | None = None,
     active: Tensor | None = None,
+    sure: Tensor | None = None,
     embedding: Tensor | None = None,
     embedded: Tensor | None = None,
     out: Top1 | None = None,
@@ -79,8 +79,9 @@ def top1_head(
         norm_weight: ``[K]``, same dtype.
         weight: ``[V, K]``.
         eps: of the norm.
-        threshold: for a drafting step, M = 1: the flag ``active`` is lowered unless the confidence reaches it.
+        threshold: for a drafting step, M = 1: ``sure`` says whether the confidence reaches it.
         active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
+        sure: ``[1]`` int32, becomes 1 or 0; None means ``active`` itself, which is then lowered below the threshold.
         embedding: ``[V, K]``, same dtype: the tokens' rows of it go to ``embedded``, where the next step begins.
         embedded: ``[M, K]``.
         out: made if None.
@@ -89,4 +90,4 @@ def top1_head(
         return unwritten_top1(out, x)
     logits = lm_head(x, norm_weight, weight, eps=eps)
     found = Top1(logits.argmax(dim=-1), confidence_of(logits))
-    return finish_step(found, threshold, active, embedding, embedded, out)
+    return finish_step(found, threshold, active if sure is None else sure, embedding, embedded, out)

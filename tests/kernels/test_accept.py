@@ -199,6 +199,19 @@ def test_numbers_may_lie_on_the_device(device, accept, length, limit):
 
 
 @EITHER
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("most", [1, 2, 7, 15])
+def test_drafts_may_be_counted_by_flags(device, accept, most, dtype):
+    """One for each that there may be, of which those that are 1 come first; what lies beside them does not count."""
+    right = list(range(100, 100 + most + 1))
+    for drafted in range(most + 1):
+        flags = torch.full((most + 2,), 1, dtype=dtype, device=device)
+        flags[1 : most + 1] = (torch.arange(most) < drafted).to(flags)
+        wanted = Step(drafted, right[: drafted + 1], False)
+        assert call(accept, device, right[:most], right, drafted=flags[1 : most + 1]) == wanted
+
+
+@EITHER
 @pytest.mark.parametrize("first", [1, 2, 3])
 def test_slices_may_begin_anywhere(device, accept, first):
     draft, target, stop = ([GARBAGE] * first + tokens for tokens in ([1, 2, 3], [1, 2, 3, 4], [7, 3]))

@@ -11,7 +11,13 @@ from triton import knobs
 
 from kangaroo_kernels._cache import row_offsets
 from kangaroo_kernels.attention import attention as kernel
-from kangaroo_kernels.attention import count_splits, count_splits_of, first_position
+from kangaroo_kernels.attention import (
+    attention_kernel,
+    attention_reduce_kernel,
+    count_splits,
+    count_splits_of,
+    first_position,
+)
 from kangaroo_kernels.attention_ref import MANY_ROWS
 from kangaroo_kernels.attention_ref import attention as reference
 
@@ -174,15 +180,50 @@ def on(device: torch.device, dtype: torch.dtype, parts: tuple[Tensor, ...]) -> l
 
 
 @pytest.fixture
-def poisoned_workspaces(monkeypatch):
-    """New memory holds NaN, so that a sum of a split that nobody wrote is seen."""
-    empty = torch.empty
+def guarded_workspaces(monkeypatch):
+    """New memory holds NaN between guards: what is read before it was written is seen, and what is written beside."""
+    empty, made = torch.empty, []
 
-    def poisoned(*args, **settings):
-        made = empty(*args, **settings)
-        return made.fill_(NAN) if made.is_floating_point() else made
+    def guarded(*args, **settings):
+        like = empty(*args, **settings)
+        made.append(like.new_full((like.numel() + 128,), NAN if like.is_floating_point() else -77))
+        return made[-1][64:-64].view(like.shape)
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty", guarded)
+    yield
+    for flat in made:
+        for guard in (flat[:64], flat[-64:]):
+            assert (guard.isnan() if flat.is_floating_point() else guard == -77).all()
+
+
+class Recorded:
+    """A kernel that keeps how it was launched."""
+
+    def __init__(self, jitted):
+        self.jitted, self.launches = jitted, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **settings):
+            self.launches.append((grid, dict(zip(self.jitted.arg_names, args, strict=False)), settings))
+            return self.jitted[grid](*args, **settings)
+
+        return launch
+
+    def binaries(self) -> set[object]:
+        """What Triton would tell apart: constants, kinds and dtypes, alignment, and numbers that are 1 or 16 n."""
+        return {
+            (
+                *((name, kind(value)) for name, value in args.items() if name not in {"M", "position_ptr"}),
+                *settings.items(),
+            )
+            for _, args, settings in self.launches
+        }
+
+
+def kind(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return (value == 1, value % 16 == 0) if isinstance(value, int) else type(value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -219,7 +260,7 @@ def sharp_inputs(rows: int, position: int, spare: int, seed: int = 0) -> tuple[T
     return q, keys, values
 
 
-@pytest.mark.usefixtures("poisoned_workspaces")
+@pytest.mark.usefixtures("guarded_workspaces")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spare", [0, 5])
 @pytest.mark.parametrize(
@@ -231,7 +272,7 @@ def test_kernel_at_the_first_seams(device, rows, position, spare, dtype):
     hold(q, keys, values, position, 0.25)
 
 
-@pytest.mark.usefixtures("poisoned_workspaces")
+@pytest.mark.usefixtures("guarded_workspaces")
 @pytest.mark.parametrize(
     ("rows", "position"), [(1, 4095), (1, 4096), (1, 4351), (3, 4094), (3, 4350), (3, 16382), (3, 17406)]
 )
@@ -260,10 +301,10 @@ def test_splits_are_the_same_on_the_host_and_on_the_device(device):
 
 
 @triton.jit
-def offsets_kernel(position_ptr, table_ptr, out_ptr, block_stride, row_stride, block_size: tl.constexpr):
+def offsets_kernel(position_ptr, bound, table_ptr, out_ptr, block_stride, row_stride, block_size: tl.constexpr):
     offs = tl.arange(0, 4)
     positions = tl.load(position_ptr + offs)
-    rows = row_offsets(positions, positions >= 0, table_ptr, block_stride, row_stride, block_size)
+    rows = row_offsets(positions, positions < bound, table_ptr, block_stride, row_stride, block_size)
     tl.store(out_ptr + offs, rows)
 
 
@@ -275,7 +316,7 @@ def test_offsets_pass_32_bits(device, block_size):
     for block_stride, row_stride in ((70_000, 128), (5, 2**30), (70_000, 2**30 + 1)):
         out = torch.zeros(4, dtype=torch.int64, device=device)
         where, blocks = positions.to(device), table.to(device) if block_size else None
-        offsets_kernel[(1,)](where, blocks, out, block_stride, row_stride, block_size)
+        offsets_kernel[(1,)](where, 40_001, blocks, out, block_stride, row_stride, block_size)
         if block_size:
             places = [(40_000 - position // block_size, position % block_size) for position in positions.tolist()]
             wanted = [block * block_stride + slot * row_stride for block, slot in places]
@@ -283,6 +324,44 @@ def test_offsets_pass_32_bits(device, block_size):
             wanted = [position * row_stride for position in positions.tolist()]
         assert out.tolist() == wanted
         assert max(wanted) > 2**31 or (block_size, row_stride) in {(0, 128), (1, 2**30)}
+
+
+def test_no_block_is_looked_up_for_a_position_that_nobody_reads(device):
+    """The table may end before it."""
+    positions = torch.tensor([0, 17, 40, 50], dtype=torch.int32, device=device)
+    table = torch.tensor([7, 8, 9, 10], dtype=torch.int32, device=device)
+    out = torch.zeros(4, dtype=torch.int64, device=device)
+    offsets_kernel[(1,)](positions, 40, table, out, 1000, 10, 16)
+    assert out.tolist() == [7000, 8010, 80, 20]
+
+
+def test_one_binary_serves_any_number_of_rows(device, monkeypatch):
+    """Wherever they are in the text, and wherever the position lies in its buffer."""
+    recorded = [Recorded(attention_kernel), Recorded(attention_reduce_kernel)]
+    monkeypatch.setattr("kangaroo_kernels.attention.attention_kernel", recorded[0])
+    monkeypatch.setattr("kangaroo_kernels.attention.attention_reduce_kernel", recorded[1])
+    q, keys, values = on(device, HALF, inputs(16, 4, 2, 16, 40, spare=200))
+    for rows in range(1, 17):
+        for position in (rows, torch.tensor([0, 7], device=device)[1:]):
+            kernel(q[:rows], keys, values, position, scale=0.25)
+    for each in recorded:
+        assert len(each.launches) == 32
+        assert len(each.binaries()) == 1
+
+
+@pytest.mark.parametrize(
+    ("capacity", "bound", "splits"),
+    [(128, None, 1), (129, None, 2), (700, 128, 1), (700, 129, 2), (700, 600, 5), (700, 10_000, 6), (4353, None, 34)],
+)
+def test_programs_are_launched_for_the_bound(device, monkeypatch, capacity, bound, splits):
+    """No more than the cache has positions for; the second kernel where there is something to merge."""
+    recorded = [Recorded(attention_kernel), Recorded(attention_reduce_kernel)]
+    monkeypatch.setattr("kangaroo_kernels.attention.attention_kernel", recorded[0])
+    monkeypatch.setattr("kangaroo_kernels.attention.attention_reduce_kernel", recorded[1])
+    q, keys, values = on(device, HALF, inputs(2, 4, 2, 16, 3, spare=capacity - 5))
+    kernel(q, keys, values, 3, scale=0.25, max_length=bound)
+    assert recorded[0].launches[0][0] == (1, 2, splits)
+    assert len(recorded[1].launches) == (splits > 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -295,7 +374,7 @@ def test_a_larger_bound_changes_no_bit(device, rows, position, dtype):
         assert torch.equal(attend(q, keys, values, position, 0.25, max_length=bound), alone)
 
 
-@pytest.mark.usefixtures("poisoned_workspaces")
+@pytest.mark.usefixtures("guarded_workspaces")
 def test_a_larger_bound_changes_no_bit_beyond_the_first_split(device):
     q, keys, values = on(device, HALF, inputs(3, 2, 1, 16, 1400, spare=700))
     alone = hold(q, keys, values, 1400, 0.25, max_length=1403)
@@ -379,6 +458,30 @@ def test_the_position_may_lie_on_the_device(device, position):
     for first in (1, 2):
         assert torch.equal(attend(q, keys, values, buffer[first : first + 1], 0.25), wanted)
     assert buffer.tolist() == [9999, position, position, 9999]
+
+
+@pytest.mark.parametrize("capacity", [64, 140])
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_a_position_without_room_reads_nothing_beyond_the_cache(device, capacity, block_size):
+    """The host refuses one that it knows; on the device, rows within the cache are right, whatever the others are."""
+    q, keys, values = on(device, HALF, inputs(3, 2, 1, 16, capacity - 3, spare=40))
+    keys[:, capacity:] = values[:, capacity:] = 6e4
+    caches, settings = [keys[:, :capacity], values[:, :capacity]], {}
+    wanted = {position: attend(q[:1], *caches, position, 0.25) for position in (capacity - 1, 0)}
+    second = attend(q[1:2], *caches, 0, 0.25)
+    if block_size:
+        blocks = shuffled_blocks(capacity, block_size)
+        caches = [paged(cache, blocks, block_size) for cache in caches]
+        settings["block_table"] = torch.tensor([*blocks, 0, 0], dtype=torch.int32, device=device)[: len(blocks)]
+    beyond = attend(q, *caches, torch.tensor([capacity - 1], device=device), 0.25, **settings)
+    assert torch.equal(beyond[:1], wanted[capacity - 1])
+    assert (beyond.abs() < 10).all()
+    before = attend(q, *caches, torch.tensor([-1], device=device), 0.25, **settings)
+    assert torch.equal(before[1:2], second)
+    assert (before[0] == 0).all()
+    for position in (-1, capacity - 2, capacity):
+        with pytest.raises(ValueError, match=f"position {position} with 3 rows"):
+            kernel(q, *caches, position, scale=0.25, **settings)
 
 
 @pytest.mark.parametrize("spare", [5, 200])

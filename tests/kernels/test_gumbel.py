@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kangaroo_kernels._gumbel import gumbel_tile
 from kangaroo_kernels._launch import device_seed
-from kangaroo_kernels.gumbel_ref import BLOCK, gumbel, gumbel_rows, philox4x32, uniform
+from kangaroo_kernels.gumbel_ref import BLOCK, _gumbel_block, gumbel, gumbel_rows, philox4x32, uniform
 
 WORD = 1 << 32
 
@@ -152,6 +152,14 @@ def test_rows_may_cross_blocks(position, rows):
     wanted = gumbel(3, 1, torch.arange(position, position + rows), 9)
     for _ in range(2):  # made, and kept
         assert torch.equal(gumbel_rows(3, 1, position, rows, 9, torch.device("cpu")), wanted)
+
+
+def test_a_block_is_made_once_and_only_if_a_row_is_in_it():
+    """What a prefill asks for, more rows than a block has, is not kept."""
+    for position, rows, made in ((0, BLOCK, 1), (3, 5, 0), (BLOCK - 1, 2, 1), (BLOCK, BLOCK, 0), (0, BLOCK + 1, 0)):
+        before = _gumbel_block.cache_info().misses
+        gumbel_rows(77, 5, position, rows, 9, torch.device("cpu"))
+        assert _gumbel_block.cache_info().misses - before == made
 
 
 def test_keys_of_kept_blocks_are_told_apart():

@@ -17,6 +17,7 @@ from kangaroo_kernels.sample_head import (
     kept_by_top_k,
     kept_by_top_p,
     order_bits,
+    sample_head_kernel,
 )
 from kangaroo_kernels.sample_head import sample_head as kernel
 from kangaroo_kernels.sample_head_ref import filter_logits
@@ -163,6 +164,57 @@ def problem(
     return x.to(device, dtype), norm.to(device, dtype), (2 * inner**-0.5 * head).to(device, dtype)
 
 
+@pytest.fixture
+def guarded_workspaces(monkeypatch):
+    """New memory holds NaN between guards: what is read before it was written is seen, and what is written beside."""
+    empty, made = torch.empty, []
+
+    def guarded(*args, **settings):
+        like = empty(*args, **settings)
+        made.append(like.new_full((like.numel() + 128,), NAN if like.is_floating_point() else -77))
+        return made[-1][64:-64].view(like.shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    yield
+    for flat in made:
+        for guard in (flat[:64], flat[-64:]):
+            assert (guard.isnan() if flat.is_floating_point() else guard == -77).all()
+
+
+class Recorded:
+    """A kernel that keeps how it was launched."""
+
+    def __init__(self, jitted):
+        self.jitted, self.launches = jitted, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **settings):
+            self.launches.append((grid, dict(zip(self.jitted.arg_names, args, strict=False)), settings))
+            return self.jitted[grid](*args, **settings)
+
+        return launch
+
+    def binaries(self) -> set[object]:
+        """What Triton would tell apart: constants, kinds and dtypes, alignment, and numbers that are 1 or 16 n."""
+        return {
+            (
+                *(
+                    (name, kind(value))
+                    for name, value in args.items()
+                    if name not in {"M", "stream", "top_k", "position_ptr", "seed_ptr"}
+                ),
+                *settings.items(),
+            )
+            for _, args, settings in self.launches
+        }
+
+
+def kind(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return (value == 1, value % 16 == 0) if isinstance(value, int) else type(value)
+
+
 def with_logits(logits: Tensor, device: torch.device, rows: int = 1) -> tuple[Tensor, Tensor, PackedWeight]:
     """Arguments of a head that says so in every row, bit for bit: all of it is bias."""
     zeros = torch.zeros(len(logits), 4, device=device)
@@ -205,6 +257,7 @@ def test_kernel_samples_the_same_tokens(device, seeds, stream, position, tempera
     hold(*problem(device, 16, 67), position, temperature=temperature, seed=seed, stream=stream)
 
 
+@pytest.mark.usefixtures("guarded_workspaces")
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
 @pytest.mark.parametrize(("vocab_size", "inner"), [(1, 48), (2, 48), (31, 48), (33, 1), (128, 300), (301, 48)])
 def test_kernel_shapes(device, vocab_size, inner, rows):
@@ -228,10 +281,36 @@ def test_kernel_filters(device, settings):
         hold(*problem(device, 2, 67), position, temperature=temperature, seed=11, stream=1, **settings)
 
 
+@pytest.mark.usefixtures("guarded_workspaces")
 @pytest.mark.parametrize("settings", SETTINGS[1:3])
 @pytest.mark.parametrize(("vocab_size", "inner"), [(1, 48), (33, 130), (200, 1)])
 def test_kernel_filters_in_odd_shapes(device, settings, vocab_size, inner):
     hold(*problem(device, 2, vocab_size, inner), 9, temperature=1.5, seed=2, **settings)
+
+
+@pytest.mark.parametrize("inner", [48, 37])
+def test_one_binary_serves_any_number_of_rows(device, monkeypatch, inner):
+    """Wherever in a buffer they begin, whatever their positions, their stream and the k of a filter."""
+    recorded = [Recorded(sample_head_kernel), Recorded(filtered_sample_kernel)]
+    monkeypatch.setattr("kangaroo_kernels.sample_head.sample_head_kernel", recorded[0])
+    monkeypatch.setattr("kangaroo_kernels.sample_head.filtered_sample_kernel", recorded[1])
+    x, norm, head = problem(device, 20, 9, inner, HALF)
+    draw = {"eps": 1e-5, "temperature": 1.0, "seed": 1}
+    for first, rows in enumerate((1, 2, 3, 7, 16)):
+        kernel(x[first : first + rows], norm, head, first, stream=first, **draw)
+    assert len(recorded[0].binaries()) == 1
+    assert recorded[1].launches == []
+    for first, top_k in enumerate((1, 2, 8)):
+        kernel(x[first : first + 1], norm, head, first, stream=first, top_k=top_k, **draw)
+    assert len(recorded[1].binaries()) == 1
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 9}, {"top_k": 10}, {"top_p": 1.0}, {"top_k": 9, "top_p": 1.0}])
+def test_a_filter_that_keeps_all_is_none(device, monkeypatch, settings):
+    recorded = Recorded(filtered_sample_kernel)
+    monkeypatch.setattr("kangaroo_kernels.sample_head.filtered_sample_kernel", recorded)
+    hold(*problem(device, 2, 9), 3, temperature=1.0, seed=1, **settings)
+    assert recorded.launches == []
 
 
 @pytest.mark.parametrize("settings", PATHS)
@@ -379,6 +458,26 @@ def test_top_p_keeps_what_the_reference_keeps(device, vocab_size, change, top_k,
     assert torch.equal(kept, kept_by_reference(logits, top_k, top_p, temperature))
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 33, 34])
+@pytest.mark.parametrize("first", [1, 2])
+def test_logits_that_differ_in_the_last_bit(device, first, top_k):
+    """One more or fewer is kept: the search goes down to it, of both parities."""
+    steps = torch.randperm(67, generator=torch.Generator().manual_seed(0)) + first
+    logits = 1 + steps * 2.0**-23
+    assert torch.equal(kept_of(logits, device, top_k, None), kept_by_reference(logits, top_k, None))
+    share = (top_k - 0.5) / 67
+    kept = kept_of(logits, device, None, share)
+    assert torch.equal(kept, kept_by_reference(logits, None, share))
+    assert int(kept.sum()) == top_k
+
+
+def test_top_p_that_is_reached_exactly(device):
+    """Half of the probability is the first token's: it alone is kept."""
+    logits = torch.tensor([-0.6931472, 0.0, -0.6931472])  # 1/2, 1, 1/2
+    assert kept_by_reference(logits, None, 0.5).tolist() == [False, True, False]
+    assert kept_of(logits, device, None, 0.5).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("chosen", [0, 1])
 def test_kernel_keeps_all_that_tie_with_the_last(device, chosen):
     logits = torch.tensor([1.0, 3.0, 1.0, 1.0, 0.0])
@@ -410,25 +509,20 @@ def filtered(
     """The second kernel alone, on logits ``[M, V]``."""
     rows, vocab_size = logits.shape
     out = poisoned_out(rows, device)
-    filtered_sample_kernel[(rows,)](
-        logits.to(device),
-        torch.tensor([position], device=device),
-        device_seed(seed, device),
-        *out,
-        None,
-        None,
-        None,
-        None,
-        0,
-        temperature,
-        filters.get("top_k"),
-        filters.get("top_p"),
-        vocab_size,
-        0,
-        0,
-        0,
-        num_warps=8,
-    )
+    given = {
+        "logits_ptr": logits.to(device),
+        "position_ptr": torch.tensor([position], device=device),
+        "seed_ptr": device_seed(seed, device),
+        "token_ptr": out.token,
+        "confidence_ptr": out.confidence,
+        "V": vocab_size,
+        "stream": 0,
+        "temperature": temperature,
+        **filters,
+    }
+    numbers = {"embedding_row_stride", "embedded_row_stride", "K"}
+    rest = {name: 0 if name in numbers else None for name in filtered_sample_kernel.arg_names}
+    filtered_sample_kernel[(rows,)](**(rest | given), num_warps=8)
     return Top1(*(part.cpu() for part in out))
 
 
@@ -582,6 +676,21 @@ def test_a_flag_that_is_up(device, sample_head, settings):
         assert torch.equal(embedded, head[wanted.token])
         embedded.fill_(NAN)
         assert buffer.isnan().all()
+
+
+@EITHER
+@pytest.mark.parametrize("settings", PATHS)
+def test_the_verdict_may_have_a_flag_of_its_own(device, sample_head, settings):
+    """It says whether this step is sure, whatever it said before; the other flag stays, and rules alone."""
+    x, norm, head = problem(device, 1, 67)
+    draw = {"eps": 1e-5, "temperature": 1.0, "seed": 1, **settings}
+    sure = float(sample_head(x, norm, head, 4, **draw).confidence)
+    for active, threshold, before in ((1, sure, 0), (1, sure + 1e-3, 1), (0, sure, 7), (None, sure, 0)):
+        flag = None if active is None else torch.tensor([active], dtype=torch.int32, device=device)
+        verdict = torch.tensor([9, before, 9], dtype=torch.int32, device=device)
+        sample_head(x, norm, head, 4, threshold=threshold, active=flag, sure=verdict[1:2], **draw)
+        assert verdict.tolist() == [9, before if active == 0 else int(threshold <= sure), 9]
+        assert flag is None or flag.tolist() == [active]
 
 
 @EITHER

@@ -9,6 +9,7 @@ from triton import knobs
 from kangaroo_kernels._head import TileResults, merge_tiles
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.top1_head import top1_head as kernel
+from kangaroo_kernels.top1_head import top1_head_kernel
 from kangaroo_kernels.top1_head_ref import Top1, confidence_of, lm_head
 from kangaroo_kernels.top1_head_ref import top1_head as reference
 
@@ -117,6 +118,53 @@ def problem(
     return x.to(device, dtype), norm.to(device, dtype), head.to(device, dtype)
 
 
+@pytest.fixture
+def guarded_workspaces(monkeypatch):
+    """New memory holds NaN between guards: what is read before it was written is seen, and what is written beside."""
+    empty, made = torch.empty, []
+
+    def guarded(*args, **settings):
+        like = empty(*args, **settings)
+        made.append(like.new_full((like.numel() + 128,), NAN if like.is_floating_point() else -77))
+        return made[-1][64:-64].view(like.shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    yield
+    for flat in made:
+        for guard in (flat[:64], flat[-64:]):
+            assert (guard.isnan() if flat.is_floating_point() else guard == -77).all()
+
+
+class Recorded:
+    """A kernel that keeps how it was launched."""
+
+    def __init__(self, jitted):
+        self.jitted, self.launches = jitted, []
+
+    def __getitem__(self, grid):
+        def launch(*args, **settings):
+            self.launches.append((grid, dict(zip(self.jitted.arg_names, args, strict=False)), settings))
+            return self.jitted[grid](*args, **settings)
+
+        return launch
+
+    def binaries(self) -> set[object]:
+        """What Triton would tell apart: constants, kinds and dtypes, alignment, and numbers that are 1 or 16 n."""
+        return {
+            (
+                *((name, kind(value)) for name, value in args.items() if name not in {"M"}),
+                *settings.items(),
+            )
+            for _, args, settings in self.launches
+        }
+
+
+def kind(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return (value == 1, value % 16 == 0) if isinstance(value, int) else type(value)
+
+
 def with_logits(logits: list[float], device: torch.device, rows: int = 1) -> tuple[Tensor, Tensor, PackedWeight]:
     """Arguments of a head that says so in every row, bit for bit: all of it is bias."""
     bias = torch.tensor(logits, device=device)
@@ -165,6 +213,7 @@ def test_kernel_formula(device, vocab_size, inner, rows, dtype):
     hold(*problem(device, rows, vocab_size, inner, dtype))
 
 
+@pytest.mark.usefixtures("guarded_workspaces")
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_kernel_rows(device, rows):
     """The same bits for a row of a pass as for the row alone, whatever lies beside it."""
@@ -172,6 +221,19 @@ def test_kernel_rows(device, rows):
     whole = hold(x[:rows], norm, head)
     alone = kernel(x[rows - 1 : rows], norm, head, eps=1e-5)
     assert same(alone, Top1(*(part[-1:] for part in whole)))
+
+
+@pytest.mark.parametrize("inner", [48, 37])
+def test_one_binary_serves_any_number_of_rows(device, monkeypatch, inner):
+    """Wherever in a buffer they begin."""
+    recorded = Recorded(top1_head_kernel)
+    monkeypatch.setattr("kangaroo_kernels.top1_head.top1_head_kernel", recorded)
+    x, norm, head = problem(device, 20, 9, inner, HALF)
+    for rows in range(1, 17):
+        for first in (0, 1, 4):
+            kernel(x[first : first + rows], norm, head, eps=1e-5)
+    assert len(recorded.launches) == 48
+    assert len(recorded.binaries()) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -353,10 +415,23 @@ def test_the_threshold_lowers_the_flag_below_it_alone(device, top1_head):
     x, norm, head = problem(device, 1, 67)
     confidence, below, above = neighbours(top1_head(x, norm, head, eps=1e-5).confidence)
     for threshold, up in ((confidence, 1), (below, 1), (above, 0), (0.0, 1), (1.0, 0)):
-        for value in (1, 5):  # any number but 0 is up, and stays as it is
+        for value in (1, 5):  # any number but 0 is up
             flag = torch.tensor([9, value, 9], dtype=torch.int32, device=device)
             top1_head(x, norm, head, eps=1e-5, threshold=threshold, active=flag[1:2])
-            assert flag.tolist() == [9, value * up, 9]
+            assert flag.tolist() == [9, up, 9]
+
+
+@EITHER
+def test_the_verdict_may_have_a_flag_of_its_own(device, top1_head):
+    """It says whether this step is sure, whatever it said before; the other flag stays, and rules alone."""
+    x, norm, head = problem(device, 1, 67)
+    sure = float(top1_head(x, norm, head, eps=1e-5).confidence)
+    for active, threshold, before in ((1, sure, 0), (1, sure + 1e-3, 1), (0, sure, 7), (None, sure, 0)):
+        flag = None if active is None else torch.tensor([active], dtype=torch.int32, device=device)
+        verdict = torch.tensor([9, before, 9], dtype=torch.int32, device=device)
+        top1_head(x, norm, head, eps=1e-5, threshold=threshold, active=flag, sure=verdict[1:2])
+        assert verdict.tolist() == [9, before if active == 0 else int(threshold <= sure), 9]
+        assert flag is None or flag.tolist() == [active]
 
 
 @EITHER
