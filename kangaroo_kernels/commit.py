@@ -1,0 +1,119 @@
+"""``commit`` in Triton: the text, the lengths and the rows that begin the next iteration, without the host.
+
+One program owns the iteration: it reads the old length before it writes the new one. Bytes moved: three rows of the
+hidden size.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kangaroo_kernels._launch import MAX_ROWS, require_interpreter
+from kangaroo_kernels.commit_ref import RECORD_HEAD
+
+CHUNK = tl.constexpr(1024)
+
+
+@triton.jit
+def copy_row(source_ptr, target_ptr, K):
+    """``target[:] = source[:]``, K elements."""
+    for first in range(0, K, CHUNK):
+        offs = first + tl.arange(0, CHUNK)
+        tl.store(target_ptr + offs, tl.load(source_ptr + offs, mask=offs < K), mask=offs < K)
+
+
+@triton.jit(do_not_specialize=["R", "POSITIONS"])
+def commit_kernel(
+    decision_ptr,  # [3] int64
+    target_ptr,  # [R + 1] int64
+    text_ptr,  # [capacity] int64
+    length_ptr,  # [1] int64
+    limit_ptr,  # [1] int64
+    positions_ptr,  # [POSITIONS] int64
+    flags_ptr,  # [R + 1] int32
+    exit_hidden_ptr,  # [R + 2, K]
+    embedding_ptr,  # [V, K]
+    newest_ptr,  # [1, K]
+    record_ptr,  # [5 + R + 1] int64
+    R,
+    POSITIONS,
+    K,
+    exit_row_stride,
+    embedding_row_stride,
+    RECORD_HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program owns the iteration."""
+    agreed, reached, stopped = tl.load(decision_ptr), tl.load(decision_ptr + 1), tl.load(decision_ptr + 2)
+    before = tl.load(length_ptr)
+    limit = tl.load(limit_ptr)
+    count = reached - before
+    offs = tl.arange(0, BLOCK)
+    drafted = tl.sum(tl.load(flags_ptr + offs, mask=offs < R, other=0), axis=0)
+    target = tl.load(target_ptr + offs, mask=offs <= R, other=0)
+    last = tl.load(target_ptr + tl.maximum(count - 1, 0))
+    tl.debug_barrier()  # everything is read before anything is written
+
+    tl.store(text_ptr + before + offs, target, mask=offs < count)
+    tl.store(record_ptr, before)
+    tl.store(record_ptr + 1, reached)
+    tl.store(record_ptr + 2, agreed)
+    tl.store(record_ptr + 3, drafted.to(tl.int64))
+    tl.store(record_ptr + 4, stopped)
+    tl.store(record_ptr + RECORD_HEAD + offs, target, mask=offs <= R)
+    tl.store(length_ptr, reached)
+    limit = tl.where(stopped != 0, reached, limit)
+    tl.store(limit_ptr, limit)
+    tl.store(positions_ptr + offs, reached - 2 + offs, mask=offs < POSITIONS)
+    tl.store(flags_ptr + offs, ((offs == 0) & (reached < limit)).to(tl.int32), mask=offs <= R)
+    if count > 0:
+        copy_row(exit_hidden_ptr + count * exit_row_stride, exit_hidden_ptr, K)
+        copy_row(embedding_ptr + last * embedding_row_stride, newest_ptr, K)
+
+
+def commit(
+    decision: Tensor,
+    target: Tensor,
+    text: Tensor,
+    length: Tensor,
+    limit: Tensor,
+    positions: Tensor,
+    flags: Tensor,
+    exit_hidden: Tensor,
+    embedding: Tensor,
+    newest: Tensor,
+    record: Tensor,
+) -> None:
+    """Commit one iteration, in place; arguments as for ``commit_ref.commit``."""
+    require_interpreter("commit", target)
+    most = len(target) - 1
+    shapes = {"decision": (decision, 3), "flags": (flags, most + 1), "record": (record, RECORD_HEAD + most + 1)}
+    for name, (tensor, size) in shapes.items():
+        if tensor.shape != (size,):
+            raise ValueError(f"commit: {name} is {list(tensor.shape)}; for {most} drafts it must be [{size}].")
+    if most >= MAX_ROWS or exit_hidden.shape[0] != most + 2:
+        raise ValueError(
+            f"commit: target has {most + 1} rows, exit_hidden {exit_hidden.shape[0]}; they must be R + 1 and R + 2, "
+            f"R below {MAX_ROWS}."
+        )
+    commit_kernel[(1,)](
+        decision,
+        target,
+        text,
+        length,
+        limit,
+        positions,
+        flags,
+        exit_hidden,
+        embedding,
+        newest,
+        record,
+        most,
+        len(positions),
+        exit_hidden.shape[1],
+        exit_hidden.stride(0),
+        embedding.stride(0),
+        RECORD_HEAD=RECORD_HEAD,
+        BLOCK=2 * MAX_ROWS,
+        num_warps=4,
+    )
