@@ -6,7 +6,7 @@ from budget import assert_within_budget
 from torch import Tensor
 from triton import knobs
 
-from kangaroo_kernels._head import TileResults, merge_tiles
+from kangaroo_kernels._head import TileResults, merge_tiles, merge_tiles_kernel
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.top1_head import top1_head as kernel
 from kangaroo_kernels.top1_head import top1_head_kernel
@@ -136,7 +136,7 @@ def guarded_workspaces(monkeypatch):
 
 
 class Recorded:
-    """A kernel that keeps how it was launched."""
+    """Stands for a kernel and keeps how it was launched."""
 
     def __init__(self, jitted):
         self.jitted, self.launches = jitted, []
@@ -144,7 +144,6 @@ class Recorded:
     def __getitem__(self, grid):
         def launch(*args, **settings):
             self.launches.append((grid, dict(zip(self.jitted.arg_names, args, strict=False)), settings))
-            return self.jitted[grid](*args, **settings)
 
         return launch
 
@@ -226,14 +225,16 @@ def test_kernel_rows(device, rows):
 @pytest.mark.parametrize("inner", [48, 37])
 def test_one_binary_serves_any_number_of_rows(device, monkeypatch, inner):
     """Wherever in a buffer they begin."""
-    recorded = Recorded(top1_head_kernel)
-    monkeypatch.setattr("kangaroo_kernels.top1_head.top1_head_kernel", recorded)
+    recorded = [Recorded(top1_head_kernel), Recorded(merge_tiles_kernel)]
+    monkeypatch.setattr("kangaroo_kernels.top1_head.top1_head_kernel", recorded[0])
+    monkeypatch.setattr("kangaroo_kernels._head.merge_tiles_kernel", recorded[1])
     x, norm, head = problem(device, 20, 9, inner, HALF)
     for rows in range(1, 17):
         for first in (0, 1, 4):
             kernel(x[first : first + rows], norm, head, eps=1e-5)
-    assert len(recorded.launches) == 48
-    assert len(recorded.binaries()) == 1
+    for each in recorded:
+        assert len(each.launches) == 48
+        assert len(each.binaries()) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
