@@ -206,6 +206,7 @@ def of_step(rows: list[Row], step: str, model: str, architecture: str = "sm_90")
         ("sampling head", 2),
         ("filtered head", 2),
         ("accept", 1),
+        ("commit", 1),
         ("draft step", 18),
         ("draft step, short text", 15),
     ],

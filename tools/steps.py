@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.commit_ref import RECORD_HEAD
 from kangaroo_kernels.workloads import ModelShape, Settings, Workload, workloads
 
 META = torch.device("meta")
@@ -128,6 +129,22 @@ def accept(shape: ModelShape, settings: Settings) -> Calls:
     )
 
 
+def commit(shape: ModelShape, settings: Settings) -> Calls:
+    """What follows ``accept``: the state of the next iteration."""
+
+    def tokens(count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.int64, device=META)
+
+    def hidden(count: int) -> Tensor:
+        return torch.empty(count, shape.hidden, dtype=settings.dtype, device=META)
+
+    rows = settings.rows
+    flags = torch.empty(rows, dtype=torch.int32, device=META)
+    text = (tokens(settings.length), tokens(1), tokens(1), tokens(rows + 2))
+    buffers = (hidden(rows + 1), hidden(shape.vocab_size), hidden(1), tokens(RECORD_HEAD + rows))
+    yield Call("commit", "", (tokens(3), tokens(rows), *text, flags, *buffers), {}, None)
+
+
 def drafting(shape: ModelShape, settings: Settings) -> dict[str, Tensor]:
     """The flag of a drafting step."""
     return {"active": torch.empty(1, dtype=torch.int32, device=META)}
@@ -164,6 +181,7 @@ STEPS = (
     Step("sampling head", sample_head),
     Step("filtered head", filtered_sample_head),
     Step("accept", accept),
+    Step("commit", commit),
     Step("layer, short text", layer, length=SHORT_TEXT, variant=True),
     Step("layer, paged", paged_layer, variant=True),
     Step("draft step", draft_step, drafting=True, variant=True),
