@@ -156,7 +156,13 @@ def test_rows_may_cross_blocks(position, rows):
 
 def test_a_block_is_made_once_and_only_if_a_row_is_in_it():
     """What a prefill asks for, more rows than a block has, is not kept."""
-    for position, rows, made in ((0, BLOCK, 1), (3, 5, 0), (BLOCK - 1, 2, 1), (BLOCK, BLOCK, 0), (0, BLOCK + 1, 0)):
+    for position, rows, made in (
+        (0, BLOCK, 1),
+        (3, 5, 0),
+        (BLOCK - 1, 2, 1),
+        (BLOCK, BLOCK, 0),
+        (7 * BLOCK, BLOCK + 1, 0),
+    ):
         before = _gumbel_block.cache_info().misses
         gumbel_rows(77, 5, position, rows, 9, torch.device("cpu"))
         assert _gumbel_block.cache_info().misses - before == made

@@ -1,3 +1,5 @@
+from itertools import permutations
+
 import pytest
 import torch
 import triton
@@ -196,23 +198,21 @@ class Recorded:
 
     def binaries(self) -> set[object]:
         """What Triton would tell apart: constants, kinds and dtypes, alignment, and numbers that are 1 or 16 n."""
+        declared = getattr(self.jitted, "kwargs", vars(self.jitted))  # the interpreter's, or the compiler's
+        numbers = set(declared.get("do_not_specialize") or ())
+        pointers = set(declared.get("do_not_specialize_on_alignment") or ())
         return {
-            (
-                *(
-                    (name, kind(value))
-                    for name, value in args.items()
-                    if name not in {"M", "stream", "top_k", "position_ptr", "seed_ptr"}
-                ),
-                *settings.items(),
-            )
+            (*((name, kind(args[name], name in numbers | pointers)) for name in args), *settings.items())
             for _, args, settings in self.launches
         }
 
 
-def kind(value: object) -> object:
+def kind(value: object, alike: bool) -> object:
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    return (value == 1, value % 16 == 0) if isinstance(value, int) else type(value)
+        return value.dtype, alike or value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return abs(value) < 2**31, alike or (value == 1, value % 16 == 0)
+    return type(value)
 
 
 def with_logits(logits: Tensor, device: torch.device, rows: int = 1) -> tuple[Tensor, Tensor, PackedWeight]:
@@ -537,6 +537,18 @@ def test_rows_of_many_chunks(device, vocab_size, filters):
     assert torch.equal(top.token, scores.argmax(dim=-1))
     if vocab_size == 9001:
         assert int(top.token.max()) >= 4096
+    torch.testing.assert_close(top.confidence, confidence_of(logits.double()).float(), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 8000}, {"top_p": 0.9999}])
+def test_the_best_may_lie_in_any_chunk(device, filters):
+    """High, low and middle in every order: a later chunk's best counts against that of all before it."""
+    orders = list(permutations((40.0, 0.0, 20.0)))
+    logits = torch.zeros(len(orders), 9000)
+    for row, levels in enumerate(orders):
+        logits[row, [100, 5000, 8999]] = torch.tensor(levels)
+    top = filtered(logits, device, 5, 1, 0.5, **filters)
+    assert top.token.tolist() == [(100, 5000, 8999)[levels.index(40.0)] for levels in orders]
     torch.testing.assert_close(top.confidence, confidence_of(logits.double()).float(), rtol=2e-5, atol=0)
 
 
