@@ -99,6 +99,18 @@ class Adapter:
         """An empty cache for the one attention layer."""
         return KVCache(self.config.llama, 1, self.target.device, self.target.dtype)
 
-    def run(self, exit_hidden: Tensor, cache: KVCache, position: int) -> Tensor:
-        """The exit layer's rows at ``position, ...`` to the input of the adapter's norm and head: ``[M, hidden]``."""
-        return self.block(exit_hidden, cache.keys[0], cache.values[0], position, self.rotary.phases)
+    def run(
+        self,
+        exit_hidden: Tensor,
+        cache: KVCache,
+        position: int | Tensor,
+        *,
+        reach: int | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor:
+        """The exit layer's rows at ``position, ...`` to the input of the adapter's norm and head: ``[M, hidden]``.
+
+        ``position``, ``reach`` and ``active`` are those of ``Llama.run``.
+        """
+        keys, values = cache.keys[0], cache.values[0]
+        return self.block(exit_hidden, keys, values, position, self.rotary.phases, reach=reach, active=active)

@@ -6,6 +6,13 @@ from torch import Tensor
 from .config import LlamaConfig
 
 GRANULE = 64
+SHARE = 8
+
+
+def roomy(length: int) -> int:
+    """``length`` rounded up by at most an eighth (or to 64), so that texts of like lengths find the same room."""
+    granule = max(GRANULE, (1 << length.bit_length()) // (2 * SHARE))
+    return -(-length // granule) * granule
 
 
 class KVCache:
@@ -27,7 +34,7 @@ class KVCache:
         """Make room for ``length`` positions; what the cache held is lost if it has to grow."""
         if length <= self.capacity:
             return
-        self.capacity = -(-length // GRANULE) * GRANULE
+        self.capacity = roomy(length)
         heads, head_dim = self.shape
         self.keys, self.values = [], []  # the old memory goes before the new comes
         store = torch.empty(2, self.layers, heads, self.capacity, head_dim, device=self.device, dtype=self.dtype)

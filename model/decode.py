@@ -1,19 +1,32 @@
-"""The decode loop: draft, verify, accept, commit (arXiv 2404.18911, algorithm 1), and plain decoding beside it."""
+"""The decode loop: draft, verify, accept, commit (arXiv 2404.18911, algorithm 1), and plain decoding beside it.
+
+``kangaroo_steps`` and ``plain_steps`` are led by the host, which reads every draft: what a CPU and rejection sampling
+want. ``device_steps`` is either of them with the loop on the device (``iteration.py``).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from kangaroo_kernels.commit_ref import RECORD_HEAD
+
 from .draft import Drafter
+from .graphs import GraphRunner
+from .iteration import Iteration
 from .llama import Llama
+from .mailbox import Mailbox
 from .sampling import Chooser
 from .state import TextState
 from .verify import verify
 
 MAX_SPECULATIVE_TOKENS = 15
 """The most drafts a step: with the newest token they fill the 16 rows that the verification kernels are built for."""
+
+LEAST_REACH = 256
+"""Positions: the smallest bucket of contexts that share a captured iteration. The next ones are twice as long each."""
 
 
 @dataclass(frozen=True)
@@ -106,22 +119,23 @@ class DecodeStats:
 def prefill(target: Llama, drafter: Drafter | None, state: TextState, length: int, max_drafts: int) -> None:
     """Fill all caches for every token but the last, and make room for a text of ``length`` tokens."""
     reach = length + max_drafts + 1  # drafts beyond the limit still write their rows
-    target.rotary.reserve(reach, length)
     state.cache.reserve(reach)
+    target.rotary.reserve(state.cache.capacity, length)
     tokens = state.tokens[:-1]
     hidden = target.embed(tokens) if tokens else None
     first = 0
     if drafter is not None:
         assert state.adapter_cache is not None
         adapter = drafter.adapter
-        adapter.rotary.reserve(reach, length)
         state.adapter_cache.reserve(reach)
-        state.exit_hidden = target.weights.embedding.new_empty(1 + max_drafts + 1, target.config.hidden_size)
+        adapter.rotary.reserve(state.adapter_cache.capacity, length)
+        state.exit_hidden = target.weights.embedding.new_zeros(1 + max_drafts + 1, target.config.hidden_size)
         state.adapter_length = len(tokens)
         if hidden is not None:
             first = drafter.exit_layer
             hidden = target.run(hidden, state.cache, 0, 0, first)
             adapter.run(hidden, state.adapter_cache, 0)
+            state.exit_hidden[0] = hidden[-1]
     if hidden is not None:
         target.run(hidden, state.cache, 0, first, target.config.num_hidden_layers)
 
@@ -180,3 +194,40 @@ def plain_steps(
         yield Commit([token], accepted=0, drafted=0, agreed=0, stopped=stopped)
         if stopped:
             return
+
+
+def device_steps(
+    iteration: Iteration, runner: GraphRunner, state: TextState, *, length: int, lag: int | None = None
+) -> Iterator[Commit]:
+    """Steps of an iteration that stays on the device, until the text has ``length`` tokens or a stop token.
+
+    The host launches ahead and reads afterwards what was committed: ``lag`` iterations later (1 on a GPU, 0 on a CPU if
+    None). What runs beyond a stop token commits nothing.
+    """
+    if lag is None:
+        lag = 1 if runner.device.type == "cuda" else 0
+    rows = iteration.max_drafts + 1
+    mailbox = Mailbox(iteration.record, lag + 1)
+    while True:
+        while len(mailbox) <= lag and len(state.tokens) + len(mailbox) < length:  # each commits a token at least
+            reach = bucket(len(state.tokens) + (len(mailbox) + 1) * rows, state.cache.capacity)
+            runner.run((iteration.key, reach), partial(iteration.run, reach))
+            mailbox.post()
+        step = read_record(mailbox.read(), length)
+        state.tokens += step.tokens
+        yield step
+        if step.stopped or len(state.tokens) == length:
+            return
+
+
+def bucket(positions: int, capacity: int) -> int:
+    """The bound of positions that an iteration is launched for: a power of two, or the cache's capacity."""
+    return min(capacity, max(LEAST_REACH, 1 << (positions - 1).bit_length()))
+
+
+def read_record(record: list[int], length: int) -> Commit:
+    """What an iteration's record says, counted as the host's loop counts: no draft is made for beyond the limit."""
+    before, reached, agreed, drafted, stopped = record[:RECORD_HEAD]
+    tokens, most = record[RECORD_HEAD:][: reached - before], length - before - 1
+    agreed, drafted = min(agreed, most), min(drafted, most)
+    return Commit(tokens, min(agreed, len(tokens)), drafted, agreed, bool(stopped))

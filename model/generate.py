@@ -19,9 +19,19 @@ from .adapter import (
     load_adapter_config,
 )
 from .config import DTYPES, load_config
-from .decode import MAX_SPECULATIVE_TOKENS, Commit, DecodeStats, kangaroo_steps, plain_steps, prefill
+from .decode import (
+    MAX_SPECULATIVE_TOKENS,
+    Commit,
+    DecodeStats,
+    device_steps,
+    kangaroo_steps,
+    plain_steps,
+    prefill,
+)
 from .draft import Drafter
 from .errors import KangarooError
+from .graphs import GraphRunner
+from .iteration import Iteration
 from .llama import Llama
 from .operations import REFERENCES, load_operations
 from .sampling import Chooser, Sampling, is_number, is_whole
@@ -186,8 +196,11 @@ class Kangaroo:
         tokenizer: the checkpoint's tokenizer; None where it has none, and prompts are token lists.
     """
 
-    def __init__(self, target: Llama, drafter: Drafter | None = None, tokenizer: Any = None) -> None:
+    def __init__(
+        self, target: Llama, drafter: Drafter | None = None, tokenizer: Any = None, graphs: bool = True
+    ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
+        self._runner = GraphRunner(target.device, graphs)
         self._cache = target.new_cache()
         self._adapter_cache = drafter.adapter.new_cache() if drafter is not None else None
         self._threads: int | None = None
@@ -201,6 +214,7 @@ class Kangaroo:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         kernels: str | None = None,
+        graphs: bool = True,
     ) -> "Kangaroo":
         """Load a Hugging Face Llama checkpoint and an adapter for it.
 
@@ -212,6 +226,7 @@ class Kangaroo:
             dtype: of the weights; None means float32 on a CPU and the checkpoint's own on a GPU.
             kernels: ``triton`` or ``reference``; None means the Triton kernels on a GPU and the PyTorch references on a
                 CPU. (``triton`` on a CPU needs TRITON_INTERPRET=1 in the environment, and is for tests.)
+            graphs: capture iterations in CUDA graphs on a GPU; False launches kernel by kernel, for debuggers.
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.
@@ -231,7 +246,7 @@ class Kangaroo:
         drafter = None
         if adapter_folder is not None:
             drafter = Drafter(target, Adapter.load(adapter_folder, target, exit_layer))
-        return cls(target, drafter, load_tokenizer(folder))
+        return cls(target, drafter, load_tokenizer(folder), graphs)
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Tensor:
@@ -442,26 +457,15 @@ class Kangaroo:
         """The commits of a request, timed; each step runs in inference mode with the fastest number of threads."""
         drafter = None if request.plain else self._require_drafter()
         state = TextState(list(request.tokens), self._cache, self._adapter_cache)
-        chooser = Chooser(request.sampling, self.target.operations)
         if self._threads is None and self.target.device.type == "cpu" and self.target.operations is REFERENCES:
             self._threads = self._measure_threads()
         began = time.perf_counter()
         with torch.inference_mode(), threads(self._threads):
             prefill(self.target, drafter, state, request.length, request.num_speculative_tokens)
+            steps = self._loop(request, drafter, state)
+            if self.target.device.type == "cuda":
+                torch.cuda.synchronize(self.target.device)  # the prefill's time is its own
         outcome.stats.prefill_seconds = time.perf_counter() - began
-        if drafter is None:
-            steps = plain_steps(self.target, state, chooser, length=request.length, stop_tokens=request.stop_tokens)
-        else:
-            steps = kangaroo_steps(
-                self.target,
-                drafter,
-                state,
-                chooser,
-                length=request.length,
-                num_speculative_tokens=request.num_speculative_tokens,
-                draft_confidence_threshold=request.draft_confidence_threshold,
-                stop_tokens=request.stop_tokens,
-            )
         while True:
             began = time.perf_counter()
             with torch.inference_mode(), threads(self._threads):
@@ -470,6 +474,36 @@ class Kangaroo:
             if commit is None:
                 return
             yield commit
+
+    def _loop(self, request: _Request, drafter: Drafter | None, state: TextState) -> Iterator[Commit]:
+        """The loop that suits what decodes: on the device where kernels run, led by the host otherwise."""
+        target, sampling, stop_tokens = self.target, request.sampling, request.stop_tokens
+        if target.operations.kernels == "triton" and not sampling.rejects:
+            iteration = Iteration(
+                target,
+                drafter.adapter if drafter is not None else None,
+                state,
+                sampling,
+                max_drafts=request.num_speculative_tokens if drafter is not None else 0,
+                threshold=request.draft_confidence_threshold,
+                stop_tokens=sorted(stop_tokens),
+                length=request.length,
+                runner=self._runner,
+            )
+            return device_steps(iteration, self._runner, state, length=request.length)
+        chooser = Chooser(sampling, target.operations)
+        if drafter is None:
+            return plain_steps(target, state, chooser, length=request.length, stop_tokens=stop_tokens)
+        return kangaroo_steps(
+            target,
+            drafter,
+            state,
+            chooser,
+            length=request.length,
+            num_speculative_tokens=request.num_speculative_tokens,
+            draft_confidence_threshold=request.draft_confidence_threshold,
+            stop_tokens=stop_tokens,
+        )
 
     @torch.inference_mode()
     def _measure_threads(self) -> int:

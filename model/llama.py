@@ -37,12 +37,24 @@ class AttentionBlock:
         self.weights, self.operations = weights, operations
         self.eps, self.scale = config.rms_norm_eps, config.head_dim**-0.5
 
-    def __call__(self, hidden: Tensor, keys: Tensor, values: Tensor, position: int, phases: Tensor) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        position: int | Tensor,
+        phases: Tensor,
+        *,
+        reach: int | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor:
         """``hidden + attention(rms_norm(hidden))``, ``[M, hidden]``; appends M rows to ``keys`` and ``values``."""
         weights, operations = self.weights, self.operations.for_rows(hidden.shape[0])
-        q = operations.qkv_rope(hidden, weights.norm, weights.qkv, phases, keys, values, position, eps=self.eps)
-        mixed = operations.attention(q, keys, values, position, scale=self.scale)
-        return operations.linear_residual(mixed, weights.output, hidden)
+        q = operations.qkv_rope(
+            hidden, weights.norm, weights.qkv, phases, keys, values, position, eps=self.eps, active=active
+        )
+        mixed = operations.attention(q, keys, values, position, scale=self.scale, max_length=reach, active=active)
+        return operations.linear_residual(mixed, weights.output, hidden, active=active)
 
 
 class Llama:
@@ -71,15 +83,38 @@ class Llama:
             return self.weights.embedding[tokens[0] : tokens[0] + 1]
         return self.weights.embedding[torch.tensor(tokens, device=self.device)]
 
-    def run(self, hidden: Tensor, cache: KVCache, position: int, first: int, last: int) -> Tensor:
-        """Layers ``[first, last)`` on M tokens at ``position, position + 1, ...``: ``[M, hidden]`` to the same."""
+    def run(
+        self,
+        hidden: Tensor,
+        cache: KVCache,
+        position: int | Tensor,
+        first: int,
+        last: int,
+        *,
+        reach: int | None = None,
+        active: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Layers ``[first, last)`` on M tokens at ``position, position + 1, ...``: ``[M, hidden]`` to the same.
+
+        Args:
+            hidden: ``[M, hidden]``.
+            cache: the keys and values of all layers; M rows are appended to those that run.
+            position: of the first token; a tensor ``[1]`` int64 where the host does not know it.
+            first: the first layer to run.
+            last: the one after the last.
+            reach: bound of ``position + M`` where the host does not know it; None means the cache's capacity.
+            active: ``[1]`` int32; where it is 0 nothing is done.
+            out: ``[M, hidden]``, made if None.
+        """
         phases, eps = self.rotary.phases, self.config.rms_norm_eps
         operations = self.operations.for_rows(hidden.shape[0])
         for index in range(first, last):
-            layer = self.weights.layers[index]
-            hidden = self.blocks[index](hidden, cache.keys[index], cache.values[index], position, phases)
-            inner = operations.gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=eps)
-            hidden = operations.linear_residual(inner, layer.down, hidden)
+            layer, keys, values = self.weights.layers[index], cache.keys[index], cache.values[index]
+            hidden = self.blocks[index](hidden, keys, values, position, phases, reach=reach, active=active)
+            inner = operations.gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=eps, active=active)
+            end = out if index == last - 1 else None
+            hidden = operations.linear_residual(inner, layer.down, hidden, active=active, out=end)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from kangaroo_kernels import (
     accept_ref,
     attention_ref,
+    commit_ref,
     gate_up_ref,
     linear_residual_ref,
     qkv_rope_ref,
@@ -42,6 +43,7 @@ class Operations:
     top1_head: Callable[..., Top1]
     sample_head: Callable[..., Top1]
     accept: Callable[..., Tensor]
+    commit: Callable[..., None]
 
     def for_rows(self, rows: int) -> "Operations":
         """These operations, or the references for more rows than the kernels take: a prefill, cuBLAS's and SDPA's."""
@@ -58,6 +60,7 @@ REFERENCES = Operations(
     top1_head_ref.top1_head,
     sample_head_ref.sample_head,
     accept_ref.accept,
+    commit_ref.commit,
 )
 
 
@@ -88,7 +91,7 @@ def load_operations(kernels: str | None, device: torch.device, dtype: torch.dtyp
 
 
 def _triton_operations() -> Operations:
-    from kangaroo_kernels import accept, attention, gate_up, linear_residual, qkv_rope, sample_head, top1_head
+    from kangaroo_kernels import accept, attention, commit, gate_up, linear_residual, qkv_rope, sample_head, top1_head
 
     return Operations(
         "triton",
@@ -100,4 +103,5 @@ def _triton_operations() -> Operations:
         top1_head.top1_head,
         sample_head.sample_head,
         accept.accept,
+        commit.commit,
     )

@@ -6,6 +6,7 @@ et al., arXiv 2211.17192) draws the drafts on their own and keeps the target's d
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,24 +75,37 @@ def is_number(value: object) -> bool:
 
 
 class Chooser:
-    """Picks tokens for one text: the target's and, from the same noise or its own, the drafter's."""
+    """Picks tokens for one text: the target's and, from the same noise or its own, the drafter's.
 
-    def __init__(self, sampling: Sampling, operations: Operations = REFERENCES) -> None:
+    Args:
+        sampling: how.
+        operations: what with.
+        seed: ``[1]`` int64 on the device, read in the place of ``sampling.seed`` by work that is captured.
+    """
+
+    def __init__(self, sampling: Sampling, operations: Operations = REFERENCES, seed: Tensor | None = None) -> None:
         self.sampling, self.operations = sampling, operations
+        self.seed = sampling.seed if seed is None else seed
         self.draft_stream = DRAFT_STREAM if sampling.rejects else TARGET_STREAM
 
-    def target(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int) -> Tensor:
+    def target(
+        self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int | Tensor, out: Top1 | None = None
+    ) -> Tensor:
         """The target's tokens at ``position, ...`` from the last layer's output ``[M, hidden]``: ``[M]`` int64."""
-        return self._pick(hidden, norm, head, eps, position, TARGET_STREAM).token
+        return self._pick(hidden, norm, head, eps, position, TARGET_STREAM, out=out).token
 
-    def draft(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int) -> Top1:
-        """The drafter's token at ``position`` and its un-tempered top-1 probability."""
-        return self._pick(hidden, norm, head, eps, position, self.draft_stream)
+    def draft(
+        self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int | Tensor, **step: Any
+    ) -> Top1:
+        """The drafter's token at ``position`` and its un-tempered top-1 probability; ``step`` goes to the head."""
+        return self._pick(hidden, norm, head, eps, position, self.draft_stream, **step)
 
-    def _pick(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int, stream: int) -> Top1:
+    def _pick(
+        self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int | Tensor, stream: int, **step: Any
+    ) -> Top1:
         sampling, operations = self.sampling, self.operations.for_rows(hidden.shape[0])
         if sampling.greedy:
-            return operations.top1_head(hidden, norm, head, eps=eps)
+            return operations.top1_head(hidden, norm, head, eps=eps, **step)
         return operations.sample_head(
             hidden,
             norm,
@@ -99,10 +113,11 @@ class Chooser:
             position,
             eps=eps,
             temperature=sampling.temperature,
-            seed=sampling.seed,
+            seed=self.seed,
             stream=stream,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
+            **step,
         )
 
     def noise(self, stream: int, position: int, logits: Tensor) -> Tensor:

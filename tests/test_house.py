@@ -15,12 +15,12 @@ KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 # A module of model/ may import those of a line above its own, never of the same line: draft and verify do not see
 # each other.
 ORDER = (
-    {"errors", "threads"},
+    {"errors", "graphs", "mailbox", "threads"},
     {"config", "operations", "text"},
     {"sampling", "weights", "cache"},
     {"llama", "state"},
     {"adapter"},
-    {"draft", "verify"},
+    {"draft", "iteration", "verify"},
     {"decode"},
     {"generate"},
     {"compare", "demo", "info", "train"},

@@ -1,0 +1,119 @@
+"""Run a piece of device work again and again: captured in a CUDA graph on a GPU, called directly on a CPU.
+
+It knows nothing of models. Work is a callable that launches on the current stream and reads and writes memory which
+stays where it is: the runner's own buffers, or tensors that it was told to rely on. A key stands for everything that
+capture bakes in: the shapes, and numbers that are passed by value.
+"""
+
+import gc
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_GRAPHS = 32
+"""Kept at a time; the one that was not run for longest goes first."""
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """A graph or a tensor that is found dead during a capture would break it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class GraphRunner:
+    """Runs work by key: the first time as it is, the second time captured, from then on as one graph launch.
+
+    The first run compiles kernels and makes what libraries make once, neither of which a capture allows. It is a run
+    like any other, so work may change what it reads.
+
+    Args:
+        device: of all the work.
+        capture: False runs everything as it is; on a CPU there is nothing to capture.
+
+    Attributes:
+        captured_bytes: that captures took from the device, for intermediate results; all graphs share them.
+    """
+
+    def __init__(self, device: torch.device, capture: bool = True) -> None:
+        self.device = device
+        self.captures = capture and device.type == "cuda"
+        self._buffers: dict[str, Tensor] = {}
+        self._relied_on: dict[str, tuple[int, ...]] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._ran: set[Hashable] = set()
+        self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
+        self._pool: Any = None  # a handle, whose type is PyTorch's own
+        self.captured_bytes = 0
+
+    @property
+    def graphs(self) -> int:
+        """How many are kept."""
+        return len(self._graphs)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of all buffers."""
+        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The static buffer of that name, zeros when new; one of another shape or dtype replaces it and every graph."""
+        known = self._buffers.get(name)
+        if known is not None and known.shape == shape and known.dtype == dtype:
+            return known
+        if known is not None:
+            self.clear()
+        self._buffers[name] = torch.zeros(shape, dtype=dtype, device=self.device)
+        return self._buffers[name]
+
+    def rely_on(self, name: str, *tensors: Tensor) -> None:
+        """Name memory that work reads and others own; where any of it has moved since, every graph is dropped."""
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        if self._relied_on.get(name, addresses) != addresses:
+            self.clear()
+        self._relied_on[name] = addresses
+
+    def clear(self) -> None:
+        """Drop every graph and its memory; buffers stay."""
+        self._wait()
+        self._forget()
+
+    def _wait(self) -> None:
+        """A graph that runs must not be dropped."""
+        if self._graphs:
+            torch.cuda.synchronize(self.device)
+
+    def run(self, key: Hashable, work: Callable[[], None]) -> None:
+        """Do ``work``, which must be the same for the same ``key``; the host does not wait for it."""
+        if not self.captures:
+            return work()
+        if key not in self._graphs:
+            if key not in self._ran:
+                self._ran.add(key)
+                return work()
+            if len(self._graphs) == MOST_GRAPHS:
+                self._wait()
+                self._graphs.popitem(last=False)
+            self._graphs[key] = self._capture(work)
+        self._graphs.move_to_end(key)
+        return self._graphs[key].replay()
+
+    def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with no_garbage_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            before = torch.cuda.memory_reserved(self.device)
+            work()
+            self.captured_bytes += torch.cuda.memory_reserved(self.device) - before
+        return graph

@@ -1,0 +1,321 @@
+"""The loop on the device: the host loop's tokens and counts, no question to the host, any lag, any bucket."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice, product
+from typing import Any
+
+import pytest
+import torch
+from no_host_reads import HostReadError, no_host_reads
+from pairs import make_adapter, make_target
+
+from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.model import decode
+from kangaroo_kernels.model import generate as generate_module
+from kangaroo_kernels.model.iteration import Iteration
+from kangaroo_kernels.model.operations import REFERENCES
+
+PROMPT = [7, 3, 5]
+SAMPLINGS = ({}, {"temperature": 1.0, "seed": 2**64 - 3}, {"temperature": 0.8, "seed": 4, "top_k": 9, "top_p": 0.9})
+
+
+def on_the_device(kangaroo: Kangaroo) -> Kangaroo:
+    """The same pair with the loop on the device, on the references: quick, if not free of questions to the host."""
+    for part in (kangaroo.target, *kangaroo.target.blocks, kangaroo.drafter.adapter.block):
+        part.operations = replace(REFERENCES, kernels="triton")
+    return kangaroo
+
+
+@pytest.fixture(scope="module")
+def host(pair) -> Kangaroo:
+    return pair.load(device="cpu")
+
+
+@pytest.fixture
+def resident(pair) -> Kangaroo:
+    return on_the_device(pair.load(device="cpu"))
+
+
+@pytest.fixture
+def with_lag(monkeypatch) -> Callable[[int], None]:
+    """``with_lag(n)``: from now on the host reads n iterations late."""
+    steps = decode.device_steps
+
+    def put(lag: int) -> None:
+        monkeypatch.setattr(generate_module, "device_steps", lambda *args, **named: steps(*args, **named, lag=lag))
+
+    return put
+
+
+def counts(kangaroo: Kangaroo, prompt: list[int] = PROMPT, **settings: Any) -> dict[str, Any]:
+    """Tokens and everything that was counted."""
+    result = kangaroo.generate(prompt, **settings).as_dict()
+    for timed in ("prefill_seconds", "decode_seconds", "tokens_per_second"):
+        del result["stats"][timed]
+    return result
+
+
+@pytest.fixture
+def iterations(monkeypatch) -> list[int]:
+    """The reaches of all iterations launched."""
+    launched = []
+    run = Iteration.run
+
+    def counted(iteration: Iteration, reach: int) -> None:
+        launched.append(reach)
+        run(iteration, reach)
+
+    monkeypatch.setattr(Iteration, "run", counted)
+    return launched
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
+@pytest.mark.parametrize("gamma", [1, 3, 15])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+def test_it_does_what_the_host_loop_does(host, resident, sampling, gamma, threshold):
+    """The same tokens, drafts and agreements at every position."""
+    settings = {"num_speculative_tokens": gamma, "draft_confidence_threshold": threshold, **sampling}
+    for new_tokens in (1, 2, 5, 40):
+        wanted = counts(host, max_new_tokens=new_tokens, **settings)
+        assert counts(resident, max_new_tokens=new_tokens, **settings) == wanted
+    assert wanted["stats"]["drafted"] > 0
+
+
+def test_plain_decoding_is_the_same_loop_without_drafts(host, resident, iterations):
+    for sampling in SAMPLINGS:
+        wanted = counts(host, max_new_tokens=20, plain=True, **sampling)
+        assert counts(resident, max_new_tokens=20, plain=True, **sampling) == wanted
+    assert len(iterations) == 3 * 20
+
+
+def test_requests_leave_nothing_behind(host, resident):
+    """Longer, shorter, plain, drafted: all through the same buffers."""
+    prompts = [PROMPT, [5] * 50, [1, 2]]
+    for prompt, gamma, plain in product(prompts, (4, 2), (False, True)):
+        settings = {"max_new_tokens": 9, "num_speculative_tokens": gamma, "plain": plain}
+        assert counts(resident, prompt, **settings) == counts(host, prompt, **settings)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_host_may_lag(host, resident, with_lag, lag, plain):
+    with_lag(lag)
+    text = host.generate(PROMPT, max_new_tokens=30, plain=True).tokens
+    for new_tokens in (1, 2, 7, 30):
+        settings = {"max_new_tokens": new_tokens, "draft_confidence_threshold": 0.2, "plain": plain}
+        assert counts(resident, **settings) == counts(host, **settings)
+    for place in (0, 1, 11, 29):
+        settings = {"max_new_tokens": 30, "draft_confidence_threshold": 0.2, "plain": plain, "stop": [text[place]]}
+        stopped = counts(resident, **settings)
+        assert stopped == counts(host, **settings)
+        assert stopped["tokens"] == text[: text.index(text[place]) + 1]
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_what_runs_beyond_the_end_commits_nothing(resident, with_lag, lag, monkeypatch):
+    """A stop token that the host has not read yet; the text on the device is what was committed."""
+    made = []
+    begin = Iteration._begin
+    monkeypatch.setattr(Iteration, "_begin", lambda self, *args: (made.append(self), begin(self, *args))[1])
+    text = resident.generate(PROMPT, max_new_tokens=20, plain=True).tokens
+    with_lag(lag)
+    stopped = resident.generate(PROMPT, max_new_tokens=20, stop=[text[9]], draft_confidence_threshold=0.0)
+    length = len(PROMPT) + len(stopped.tokens)
+    assert made[-1].length.tolist() == made[-1].limit.tolist() == [length]
+    assert made[-1].text[:length].tolist() == PROMPT + stopped.tokens
+    assert made[-1].flags.tolist() == [0] * len(made[-1].flags)
+
+
+def test_no_iteration_runs_that_cannot_be_needed(resident, with_lag, iterations):
+    """Every iteration commits a token at least, so plain decoding launches exactly one a token, whatever the lag."""
+    with_lag(3)
+    resident.generate(PROMPT, max_new_tokens=12, plain=True)
+    assert len(iterations) == 12
+
+
+def test_text_streams(resident, iterations):
+    """A step is handed out before the next one is launched (where the host does not lag)."""
+    steps = resident.progress(PROMPT, max_new_tokens=12, draft_confidence_threshold=0.0)
+    for number, step in enumerate(islice(steps, 3), start=1):
+        assert len(iterations) == number
+        assert step.commit.tokens
+
+
+def test_an_abandoned_text_does_not_reach_the_next(host, resident, with_lag):
+    with_lag(2)
+    next(resident.progress([9, 8, 7], max_new_tokens=30))
+    assert counts(resident, max_new_tokens=10) == counts(host, max_new_tokens=10)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+def test_a_context_that_outgrows_its_bucket(host, resident, monkeypatch, with_lag, iterations, lag):
+    """Reaches double; each holds every position that its iterations can touch."""
+    monkeypatch.setattr(decode, "LEAST_REACH", 8)
+    with_lag(lag)
+    settings = {"max_new_tokens": 150, "num_speculative_tokens": 3, "draft_confidence_threshold": 0.0}
+    assert counts(resident, **settings) == counts(host, **settings)
+    assert set(iterations) == {8, 16, 32, 64, 128, 192}  # the last is the cache's capacity
+    assert iterations == sorted(iterations)
+
+
+def test_reach_bounds_what_an_iteration_touches(resident, monkeypatch):
+    """The rows of an iteration end below its reach."""
+    monkeypatch.setattr(decode, "LEAST_REACH", 4)
+    run = Iteration.run
+
+    def checked(iteration: Iteration, reach: int) -> None:
+        assert int(iteration.positions[1]) + iteration.max_drafts + 1 <= reach
+        run(iteration, reach)
+
+    monkeypatch.setattr(Iteration, "run", checked)
+    for gamma in (1, 6, 15):
+        resident.generate(PROMPT, max_new_tokens=40, num_speculative_tokens=gamma, draft_confidence_threshold=0.0)
+
+
+def test_buckets():
+    assert [decode.bucket(positions, 3000) for positions in (1, 256, 257, 1024, 1025, 2049)] == [
+        256,
+        256,
+        512,
+        1024,
+        2048,
+        3000,
+    ]
+
+
+def test_stages_in_order(resident, monkeypatch):
+    made = []
+    begin = Iteration._begin
+    monkeypatch.setattr(Iteration, "_begin", lambda self, *args: (made.append(self), begin(self, *args))[1])
+    resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=2)
+    resident.generate(PROMPT, max_new_tokens=1, plain=True)
+    drafting, end = ["kangaroo/draft/shallow", "kangaroo/draft/step"], ["kangaroo/accept", "kangaroo/commit"]
+    assert [stage.name for stage in made[0].stages(8)] == [*drafting, *drafting, drafting[0], "kangaroo/verify", *end]
+    assert [stage.name for stage in made[1].stages(8)] == ["kangaroo/verify", *end]
+
+
+# ---- on the kernels
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory, device) -> Kangaroo:
+    """A very small pair, for the interpreter's sake."""
+    folder = tmp_path_factory.mktemp("iteration")
+    sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 40, "layers": 2, "heads": 2, "kv_heads": 1}
+    target = make_target(folder / "target", **sizes, quiet_from=1, quiet=0.2)
+    adapter = make_adapter(folder / "adapter", target, exit_layer=1, copy_layer=1)
+    return Kangaroo.from_pretrained(target, adapter, device=device, dtype="float32", kernels="triton")
+
+
+class Forbidden:
+    """Every iteration runs where questions to the host raise."""
+
+    def __init__(self) -> None:
+        self.iterations = 0
+        run = Iteration.run
+
+        def forbidding(iteration: Iteration, reach: int) -> None:
+            self.iterations += 1
+            with no_host_reads():
+                run(iteration, reach)
+
+        self.run = forbidding
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's way to see it")
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_iteration_never_asks_the_host(kernels, monkeypatch, sampling, plain):
+    forbidden = Forbidden()
+    monkeypatch.setattr(Iteration, "run", forbidden.run)
+    settings = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.2, "plain": plain, **sampling}
+    assert len(kernels.generate(PROMPT, max_new_tokens=4, **settings).tokens) == 4
+    assert forbidden.iterations > 0
+
+
+def test_the_references_would_be_found_out(resident, monkeypatch):
+    """They ask at every turn: the check sees it."""
+    forbidden = Forbidden()
+    monkeypatch.setattr(Iteration, "run", forbidden.run)
+    with pytest.raises(HostReadError):
+        resident.generate(PROMPT, max_new_tokens=4)
+
+
+ONE = torch.ones(1)
+QUESTIONS: dict[str, Callable[[], object]] = {
+    "item": ONE.item,
+    "tolist": ONE.tolist,
+    "int": lambda: int(ONE),
+    "float": lambda: float(ONE),
+    "bool": lambda: bool(ONE),
+    "index": lambda: [0, 1][ONE.long()],
+    "if": lambda: 1 if ONE > 0 else 0,
+    "numpy": ONE.numpy,
+    "cpu": ONE.cpu,
+    "equal": lambda: torch.equal(ONE, ONE),
+    "nonzero": ONE.nonzero,
+    "mask": lambda: ONE[ONE > 0],
+    "tensor": lambda: torch.tensor([1]),
+    "fill": lambda: torch.zeros(1).fill_(ONE.sum().item()),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_questions_are_seen(question):
+    with pytest.raises(HostReadError), no_host_reads():
+        QUESTIONS[question]()
+
+
+def test_what_is_no_question():
+    with no_host_reads():
+        buffer = torch.zeros(4)
+        buffer[1:2].copy_(ONE)
+        torch.where(buffer > 0, buffer, 0.0).sum()
+        assert buffer.shape == (4,)
+
+
+@pytest.mark.parametrize("prompt", [[5], [5, 6]])
+def test_a_prompt_of_one_token(kernels, prompt):
+    """Nothing was prefilled: the adapter's first pass has a row before the first position."""
+    plain = kernels.generate(prompt, max_new_tokens=6, plain=True).tokens
+    drafted = kernels.generate(prompt, max_new_tokens=6, num_speculative_tokens=2, draft_confidence_threshold=0.0)
+    assert drafted.tokens == plain
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
+def test_on_a_gpu_graphs_change_nothing(pair, monkeypatch, sampling):
+    """Captured, recaptured at every bucket, or launched kernel by kernel: the same tokens and counts."""
+    monkeypatch.setattr(decode, "LEAST_REACH", 8)
+    captured, launched = (pair.load(dtype="bfloat16", graphs=graphs) for graphs in (True, False))
+    for plain in (False, True):
+        for new_tokens in (60, 200):  # the second outgrows the cache: every graph is dropped
+            settings = {"max_new_tokens": new_tokens, "draft_confidence_threshold": 0.3, "plain": plain, **sampling}
+            assert counts(captured, **settings) == counts(launched, **settings)
+    assert captured._runner.graphs > 2
+    assert captured._runner.captured_bytes > 0
+    assert launched._runner.graphs == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False])
+def test_on_a_gpu_nothing_waits_inside_an_iteration(pair, monkeypatch, graphs):
+    kangaroo = pair.load(dtype="bfloat16", graphs=graphs)
+    run = type(kangaroo._runner).run
+    settings = {"max_new_tokens": 30, "draft_confidence_threshold": 0.2}
+    wanted = kangaroo.generate(PROMPT, **settings).tokens  # compiles
+
+    def strictly(runner: object, key: object, work: Callable[[], None]) -> None:
+        captures = graphs and key not in runner._graphs
+        torch.cuda.set_sync_debug_mode("default" if captures else "error")
+        try:
+            run(runner, key, work)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(type(kangaroo._runner), "run", strictly)
+    assert kangaroo.generate(PROMPT, **settings).tokens == wanted
