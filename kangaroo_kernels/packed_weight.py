@@ -62,12 +62,16 @@ class PackedWeight:
         weight: ``[N, K]``, any float dtype.
         bias: ``[N]`` or None.
         layout: forces a layout; None lets ``choose_layout`` decide.
+
+    Attributes:
+        nbytes: of the matrix as it is stored.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, layout: Layout | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.layout = choose_layout(weight) if layout is None else layout
+        self.nbytes = weight.numel() * (2 if self.layout is Layout.FP16 else weight.element_size())
         self.threaded = weight.numel() >= THREADED_MIN_WEIGHTS
         self._packed: Any
         if self.layout is Layout.FP16 and self.threaded:

@@ -19,6 +19,7 @@ from .iteration import Iteration
 from .llama import Llama
 from .mailbox import Mailbox
 from .sampling import Chooser
+from .spans import span
 from .state import TextState
 from .verify import verify
 
@@ -156,12 +157,15 @@ def kangaroo_steps(
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=target.device)
     while (remaining := length - len(state.tokens)) > 0:
         draft = drafter.draft(state, chooser, min(num_speculative_tokens, remaining - 1), draft_confidence_threshold)
-        wanted = verify(
-            target, state, chooser, drafter.exit_layer, draft.exit_hidden, draft.tokens, draft.distributions
-        )
-        agreed, reached, stopped = accept(draft.tokens, wanted, stops, len(state.tokens), length).tolist()
-        committed = wanted[: reached - len(state.tokens)].tolist()
-        commit(state, committed)
+        with span("kangaroo/verify"):
+            wanted = verify(
+                target, state, chooser, drafter.exit_layer, draft.exit_hidden, draft.tokens, draft.distributions
+            )
+        with span("kangaroo/accept"):
+            agreed, reached, stopped = accept(draft.tokens, wanted, stops, len(state.tokens), length).tolist()
+        with span("kangaroo/commit"):
+            committed = wanted[: reached - len(state.tokens)].tolist()
+            commit(state, committed)
         yield Commit(committed, min(agreed, len(committed)), len(draft.tokens), agreed, bool(stopped))
         if stopped:
             return
@@ -187,8 +191,9 @@ def plain_steps(
     weights, config = target.weights, target.config
     for _ in range(length - len(state.tokens)):
         position = state.newest
-        hidden = target.run(target.embed(state.tokens[-1:]), state.cache, position, 0, config.num_hidden_layers)
-        token = int(chooser.target(hidden, weights.norm, weights.head, config.rms_norm_eps, position + 1))
+        with span("kangaroo/verify"):
+            hidden = target.run(target.embed(state.tokens[-1:]), state.cache, position, 0, config.num_hidden_layers)
+            token = int(chooser.target(hidden, weights.norm, weights.head, config.rms_norm_eps, position + 1))
         state.tokens.append(token)
         stopped = token in stop_tokens
         yield Commit([token], accepted=0, drafted=0, agreed=0, stopped=stopped)

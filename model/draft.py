@@ -10,6 +10,7 @@ from kangaroo_kernels.top1_head_ref import Top1
 from .adapter import Adapter
 from .llama import Llama
 from .sampling import Chooser
+from .spans import span
 from .state import TextState
 
 
@@ -48,14 +49,15 @@ class Drafter:
         while True:
             position = state.newest + len(tokens)
             row = 1 + len(tokens)
-            rows[row] = target.run(target.embed([token]), state.cache, position, 0, self.exit_layer)[0]
+            with span("kangaroo/draft/shallow"):
+                rows[row] = target.run(target.embed([token]), state.cache, position, 0, self.exit_layer)[0]
             if len(tokens) == max_tokens or not confidence >= threshold:  # a NaN is unsure, too
                 break
-            # one row, or two where the adapter lags
-            lag = position - state.adapter_length
-            guess, distribution = self.guess(rows[row - lag : row + 1], state, chooser, position - lag)
-            state.adapter_length = position + 1
-            token, confidence = int(guess.token), float(guess.confidence)
+            with span("kangaroo/draft/step"):
+                lag = position - state.adapter_length  # one row, or two where the adapter lags
+                guess, distribution = self.guess(rows[row - lag : row + 1], state, chooser, position - lag)
+                state.adapter_length = position + 1
+                token, confidence = int(guess.token), float(guess.confidence)
             tokens.append(token)
             if distribution is not None:
                 distributions.append(distribution)

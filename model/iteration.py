@@ -20,6 +20,7 @@ from .adapter import Adapter
 from .graphs import GraphRunner
 from .llama import Llama
 from .sampling import Chooser, Sampling
+from .spans import span
 from .state import TextState
 
 LEAST_STOPS = 16
@@ -139,7 +140,8 @@ class Iteration:
     def run(self, reach: int) -> None:
         """Launch an iteration."""
         for stage in self.stages(reach):
-            stage.work()
+            with span(stage.name):
+                stage.work()
 
     def shallow(self, step: int, reach: int) -> None:
         """The shallow layers on the newest token (step 0) or on the draft before this step, if it was made."""

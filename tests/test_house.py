@@ -15,7 +15,7 @@ KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 # A module of model/ may import those of a line above its own, never of the same line: draft and verify do not see
 # each other.
 ORDER = (
-    {"errors", "graphs", "mailbox", "threads"},
+    {"errors", "graphs", "mailbox", "spans", "threads"},
     {"config", "operations", "text"},
     {"sampling", "weights", "cache"},
     {"llama", "state"},

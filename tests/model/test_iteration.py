@@ -97,6 +97,26 @@ def test_requests_leave_nothing_behind(host, resident):
         assert counts(resident, prompt, **settings) == counts(host, prompt, **settings)
 
 
+def test_what_lies_in_the_buffers_does_not_matter(host, resident):
+    """A text that went wrong leaves NaN; the next one must not see it."""
+    settings = {"max_new_tokens": 9, "num_speculative_tokens": 4, "draft_confidence_threshold": 0.4}
+    for _ in range(2):
+        assert counts(resident, **settings) == counts(host, **settings)
+        with torch.inference_mode():
+            for buffer in resident._runner._buffers.values():
+                buffer.fill_(float("nan") if buffer.is_floating_point() else 2**30)
+
+
+def test_the_adapter_has_seen_what_the_host_loop_shows_it(host, resident):
+    """Its cache, the prompt's positions included; the last steps may end before either's adapter has run."""
+    settings = {"max_new_tokens": 20, "num_speculative_tokens": 4, "draft_confidence_threshold": 0.3}
+    length = len(PROMPT) + len(host.generate(PROMPT, **settings).tokens)
+    resident.generate(PROMPT, **settings)
+    for name in ("keys", "values"):
+        ours, theirs = (getattr(each._adapter_cache, name)[0][:, : length - 6] for each in (resident, host))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("lag", [0, 1, 3])
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_host_may_lag(host, resident, with_lag, lag, plain):
