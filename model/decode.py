@@ -219,6 +219,8 @@ def device_steps(
             runner.run((iteration.key, reach), partial(iteration.run, reach))
             mailbox.post()
         step = read_record(mailbox.read(), length)
+        if not step.tokens:  # never, unless memory was overwritten: the target always has a token
+            raise RuntimeError("an iteration committed nothing; the device memory of this decode is damaged.")
         state.tokens += step.tokens
         yield step
         if step.stopped or len(state.tokens) == length:

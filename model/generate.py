@@ -194,13 +194,14 @@ class Kangaroo:
         target: the model.
         drafter: the shallow layers with the adapter; None without one.
         tokenizer: the checkpoint's tokenizer; None where it has none, and prompts are token lists.
+        graphs: whether a GPU's iterations are captured.
     """
 
     def __init__(
         self, target: Llama, drafter: Drafter | None = None, tokenizer: Any = None, graphs: bool = True
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
-        self._runner = GraphRunner(target.device, graphs)
+        self.graphs, self._runner = graphs, GraphRunner(target.device, graphs)
         self._cache = target.new_cache()
         self._adapter_cache = drafter.adapter.new_cache() if drafter is not None else None
         self._threads: int | None = None

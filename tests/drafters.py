@@ -1,12 +1,14 @@
 """Drafters that stand in for the real one: they say what a test wants and record what the adapter would have said."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model.draft import Draft, Drafter
+from kangaroo_kernels.model.operations import REFERENCES
 from kangaroo_kernels.model.sampling import Chooser
 from kangaroo_kernels.model.state import TextState
 from kangaroo_kernels.top1_head_ref import Top1
@@ -80,3 +82,11 @@ def right_until(text: Sequence[int], count: int, vocab_size: int) -> Say:
 def with_drafter(kangaroo: Kangaroo, drafter: Drafter) -> Kangaroo:
     """The same target behind another drafter."""
     return Kangaroo(kangaroo.target, drafter, kangaroo.tokenizer)
+
+
+def on_the_device(kangaroo: Kangaroo) -> Kangaroo:
+    """The same pair with the loop on the device, on the references: quick, if not free of questions to the host."""
+    assert kangaroo.drafter is not None
+    for part in (kangaroo.target, *kangaroo.target.blocks, kangaroo.drafter.adapter.block):
+        part.operations = replace(REFERENCES, kernels="triton")
+    return kangaroo

@@ -1,12 +1,12 @@
 """The loop on the device: the host loop's tokens and counts, no question to the host, any lag, any bucket."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
 import pytest
 import torch
+from drafters import on_the_device
 from no_host_reads import HostReadError, no_host_reads
 from pairs import make_adapter, make_target
 
@@ -14,17 +14,9 @@ from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model import decode
 from kangaroo_kernels.model import generate as generate_module
 from kangaroo_kernels.model.iteration import Iteration
-from kangaroo_kernels.model.operations import REFERENCES
 
 PROMPT = [7, 3, 5]
 SAMPLINGS = ({}, {"temperature": 1.0, "seed": 2**64 - 3}, {"temperature": 0.8, "seed": 4, "top_k": 9, "top_p": 0.9})
-
-
-def on_the_device(kangaroo: Kangaroo) -> Kangaroo:
-    """The same pair with the loop on the device, on the references: quick, if not free of questions to the host."""
-    for part in (kangaroo.target, *kangaroo.target.blocks, kangaroo.drafter.adapter.block):
-        part.operations = replace(REFERENCES, kernels="triton")
-    return kangaroo
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +171,11 @@ def test_a_context_that_outgrows_its_bucket(host, resident, monkeypatch, with_la
     assert iterations == sorted(iterations)
 
 
-def test_reach_bounds_what_an_iteration_touches(resident, monkeypatch):
-    """The rows of an iteration end below its reach."""
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_reach_bounds_what_an_iteration_touches(resident, monkeypatch, with_lag, lag):
+    """The rows of an iteration end below its reach, although the host does not know yet where they begin."""
     monkeypatch.setattr(decode, "LEAST_REACH", 4)
+    with_lag(lag)
     run = Iteration.run
 
     def checked(iteration: Iteration, reach: int) -> None:
@@ -191,6 +185,13 @@ def test_reach_bounds_what_an_iteration_touches(resident, monkeypatch):
     monkeypatch.setattr(Iteration, "run", checked)
     for gamma in (1, 6, 15):
         resident.generate(PROMPT, max_new_tokens=40, num_speculative_tokens=gamma, draft_confidence_threshold=0.0)
+
+
+def test_a_damaged_decode_ends(resident, monkeypatch):
+    """Rather than going on for ever."""
+    monkeypatch.setattr(Iteration, "commit", lambda self: self.record.fill_(5))
+    with pytest.raises(RuntimeError, match="committed nothing"):
+        resident.generate(PROMPT, max_new_tokens=9)
 
 
 def test_buckets():

@@ -1,6 +1,7 @@
 """Training an adapter: it learns, it is what the runtime runs, and a stopped run goes on as if it had not stopped."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model import train
 from kangaroo_kernels.model.config import load_config
+from kangaroo_kernels.model.text import load_tokenizer
 from kangaroo_kernels.model.train import TrainableAdapter, TrainingSettings, train_adapter
 
 TEXT = "the quick brown fox jumps over the lazy dog 0123456789 " * 60
@@ -124,6 +126,76 @@ def test_minutes(target: Path, text: Path, tmp_path: Path) -> None:
     assert train_adapter(settings(target, text, tmp_path / "a", minutes=0.02, steps=1))["steps"] >= 1
 
 
+@pytest.mark.parametrize("limits", [{}, {"minutes": 60.0}])
+def test_a_deadline_ends_the_steps(limits: dict[str, float], target: Path, text: Path, tmp_path: Path) -> None:
+    now = time.perf_counter()
+    assert train_adapter(settings(target, text, tmp_path / "past", **limits), deadline=now)["steps"] == 1
+    assert train_adapter(settings(target, text, tmp_path / "far"), deadline=now + 3600)["steps"] == 12
+
+
+def test_the_rate_falls_towards_a_deadline(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, rates = [0.0], []
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    step = torch.optim.AdamW.step
+
+    def count(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        clock[0] += 1
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", count)
+    train_adapter(settings(target, text, tmp_path / "a", steps=10**9, learning_rate=0.1), deadline=4.0)
+    assert rates == pytest.approx([0.001, 0.075, 0.05, 0.025])
+
+
+def test_a_deadline_ends_the_targets_own_writing(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    write = train.Teacher.continue_text
+
+    def count(self: train.Teacher, prompts: torch.Tensor, length: int, sample: bool) -> torch.Tensor:
+        written.append(len(prompts))
+        return write(self, prompts, length, sample)
+
+    monkeypatch.setattr(train.Teacher, "continue_text", count)
+    own = {"self_generated": True, "generated_windows": 7, "generated_at_once": 3}
+    train_adapter(settings(target, text, tmp_path / "a", **own))
+    assert written == [3, 3, 3, train.HELD_OUT_WINDOWS]
+    written.clear()
+    train_adapter(settings(target, text, tmp_path / "b", **own), deadline=time.perf_counter())
+    assert written == [3, train.HELD_OUT_WINDOWS]
+
+
+def test_the_target_teaches_in_the_dtype_it_decodes_in(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "resolve_dtype", lambda *_: torch.bfloat16)  # as on a GPU
+    seen = []
+    teach = train.Teacher.__call__
+
+    def look(self: train.Teacher, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(self.head.dtype)
+        return teach(self, windows)
+
+    monkeypatch.setattr(train.Teacher, "__call__", look)
+    own = {"self_generated": True, "generated_windows": 4, "generated_at_once": 4}
+    report = train_adapter(settings(target, text, tmp_path / "a", **own))
+    assert report["steps"] == 12 and set(seen) == {torch.bfloat16}
+
+
+def test_files_are_read_in_order(target: Path, tmp_path: Path) -> None:
+    files = []
+    for index in range(train.FILES_AT_ONCE + 3):
+        files.append(tmp_path / f"{index}.txt")
+        files[-1].write_text(f"{index} fox ")
+    tokenizer = load_tokenizer(target)
+    wanted = [token for file in files for token in tokenizer(file.read_text())["input_ids"]]
+    assert train.read_tokens(tuple(files), tokenizer).tolist() == wanted
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -133,6 +205,7 @@ def test_minutes(target: Path, text: Path, tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"minutes": 0.0}, "minutes"),
         ({"reuse": 0}, "reuse is 0"),
+        ({"generated_at_once": 0}, "generated_at_once is 0"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"held_out": (Path("nowhere.txt"),)}, "nowhere.txt"),
         ({"device": "abacus"}, "device"),

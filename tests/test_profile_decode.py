@@ -1,0 +1,253 @@
+"""The profiler of decodes: a trace becomes stages, and the command shows them."""
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drafters import on_the_device
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+from iteration_profile import (
+    Event,
+    Profile,
+    ProfileError,
+    StageRun,
+    by_order,
+    by_ranges,
+    mark_skipped,
+    outermost,
+    profile_iterations,
+    stage_bytes,
+    stage_rows,
+)
+from profile_decode import app, prompt_of
+
+from kangaroo_kernels.model.decode import Commit
+from kangaroo_kernels.model.info import footprint
+from kangaroo_kernels.model.spans import NOTHING, span
+
+COMMIT = "kangaroo/commit"
+PROMPT = [7, 3, 5, 9, 2, 8]
+
+
+def complete(category: str, name: str, start: float, length: float, **args: Any) -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": length, "tid": 1, "args": args}
+
+
+def gpu_trace(iterations: int, replayed: bool) -> dict[str, Any]:
+    """As Kineto writes it: verify (kernels a, b), commit (c), 2 us of gap before each kernel; launched long before."""
+    events = [{"ph": "M", "name": "process_name"}, complete("gpu_memcpy", "Memcpy DtoH", 1e6, 1, correlation=999)]
+    ran, correlation = 5000.0, 0
+    for iteration in range(iterations):
+        host = 100.0 * iteration
+        if not replayed:
+            events.append(complete("user_annotation", "kangaroo/verify", host, 50))
+            events.append(complete("user_annotation", COMMIT, host + 60, 30))
+            events.append(complete("user_annotation", "somebody else's", host, 95))
+        for name, launched, length in (("a", 10, 7), ("b", 30, 20), ("c", 70, 3)):
+            correlation += 1
+            which = 0 if replayed else correlation
+            kind = "cuda_driver" if name == "a" else "cuda_runtime"
+            events.append(complete(kind, "cuLaunchKernelEx", host + launched, 5, correlation=which))
+            events.append(complete("kernel", name, ran + 2, length, correlation=which))
+            ran += 2 + length
+    events.reverse()  # traces are in no order
+    return {"traceEvents": events}
+
+
+def test_kernels_belong_to_the_range_that_launched_them():
+    iterations = by_ranges(gpu_trace(3, replayed=False), on_gpu=True, last_stage=COMMIT)
+    assert [[stage.name for stage in iteration] for iteration in iterations] == [["kangaroo/verify", COMMIT]] * 3
+    verify, commit = iterations[1]
+    assert [event.name for event in verify.events] == ["a", "b"]
+    assert [event.name for event in commit.events] == ["c"]
+    assert (verify.us, verify.busy_us) == (7 + 2 + 20, 27)  # the gap before an iteration's first kernel is not its own
+    assert (commit.us, commit.busy_us) == (2 + 3, 3)
+    assert commit.start == verify.events[-1].end
+
+
+def test_replayed_kernels_take_their_stages_from_their_order():
+    like = by_ranges(gpu_trace(2, replayed=False), on_gpu=True, last_stage=COMMIT)[-1]
+    iterations = by_order(gpu_trace(4, replayed=True), like)
+    assert len(iterations) == 4
+    for iteration in iterations:
+        assert [(stage.name, [event.name for event in stage.events], stage.us) for stage in iteration] == [
+            ("kangaroo/verify", ["a", "b"], 29.0),
+            (COMMIT, ["c"], 5.0),
+        ]
+    assert [iteration[0].start for iteration in iterations] == [5002.0 + 36 * number for number in range(4)]
+
+
+def test_other_kernels_are_no_replay():
+    like = by_ranges(gpu_trace(2, replayed=False), on_gpu=True, last_stage=COMMIT)[-1]
+    trace = gpu_trace(2, replayed=True)
+    trace["traceEvents"].append(complete("kernel", "d", 9000, 1, correlation=0))
+    with pytest.raises(ProfileError, match="7 kernels ran; they must be a multiple of an iteration's 3"):
+        by_order(trace, like)
+    trace = gpu_trace(2, replayed=True)
+    next(each for each in trace["traceEvents"] if each["name"] == "b")["name"] = "d"
+    with pytest.raises(ProfileError, match="other kernels"):
+        by_order(trace, like)
+    with pytest.raises(ProfileError, match="0 kernels ran"):
+        by_order({"traceEvents": []}, [])
+
+
+def test_a_trace_without_an_iteration():
+    with pytest.raises(ProfileError, match=f"no range {COMMIT}"):
+        by_ranges({"traceEvents": []}, on_gpu=False, last_stage=COMMIT)
+
+
+def test_operations_within_operations_count_once():
+    operations = [complete("cpu_op", name, start, length) for name, start, length in (("mm", 0, 9), ("fill", 3, 2))]
+    operations.append(complete("cpu_op", "add", 9, 4))
+    assert [each["name"] for each in outermost(operations)] == ["mm", "add"]
+    operations[1]["tid"] = 2  # another thread's
+    assert [each["name"] for each in outermost(operations)] == ["mm", "fill", "add"]
+
+
+def drafted_iteration() -> list[StageRun]:
+    names = ["draft/shallow", "draft/step"] * 3 + ["draft/shallow", "verify", "accept", "commit"]
+    return [
+        StageRun(f"kangaroo/{name}", 10.0 * place, 10, events=[Event("k", 10.0 * place + 4, 6)])
+        for place, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize(("drafted", "shallow", "steps"), [(1, [0, 0, 1, 1], [0, 1, 1]), (3, [0] * 4, [0] * 3)])
+def test_drafts_that_were_not_made_are_marked(drafted, shallow, steps):
+    """The shallow layers run once more than there are drafts: on the newest token, too."""
+    marked = mark_skipped(drafted_iteration(), drafted)
+    for name, wanted in (("shallow", shallow), ("step", steps)):
+        assert [stage.skipped for stage in marked if stage.name.endswith(name)] == [bool(each) for each in wanted]
+    assert not any(stage.skipped for stage in marked if "draft" not in stage.name)
+
+
+def test_the_table_adds_up():
+    iterations = [mark_skipped(drafted_iteration(), 1), mark_skipped(drafted_iteration(), 3)]
+    commits = [Commit([1], 0, drafted, 0, stopped=False) for drafted in (1, 3)]
+    moved = {"kangaroo/draft/shallow": 3000, "kangaroo/draft/step": 5000, "kangaroo/verify": 70000}
+    rows = {row.stage: row for row in stage_rows(Profile(iterations, commits, 9, {}, graphs=False), moved)}
+    assert list(rows) == [
+        *("draft/shallow", "draft/step", "draft/step, skipped", "draft/shallow, skipped"),
+        *("verify", "accept", "commit", "iteration"),
+    ]
+    assert (rows["draft/step"].runs, rows["draft/step, skipped"].runs) == (2, 1)
+    assert rows["draft/step"].bytes_moved == 2 * 5000
+    assert rows["draft/step, skipped"].bytes_moved is None
+    assert rows["verify"] == ("verify", 1, 10, 4, 1, 70000, 7)
+    assert rows["accept"].gigabytes_per_second is None
+    assert rows["iteration"] == ("iteration", 1, 100, 40, 10, 3 * 3000 + 2 * 5000 + 70000, 0.89)
+
+
+def test_ranges_cost_nothing_while_nobody_looks():
+    assert span("kangaroo/verify") is NOTHING
+
+
+def test_bytes_are_those_of_info(pair):
+    kangaroo = pair.load(device="cpu", dtype="bfloat16")
+    moved = stage_bytes(kangaroo, 0)
+    told = footprint(pair.target, pair.adapter, device="cpu", dtype="bfloat16")
+    step = moved["kangaroo/draft/shallow"] + moved["kangaroo/draft/step"]
+    assert step == pytest.approx(told.draft_step_bytes, rel=0.02)  # norms are left out
+    assert moved["kangaroo/verify"] == pytest.approx(told.verify_pass_bytes, rel=0.02)
+    further = stage_bytes(kangaroo, 100)
+    kv_bytes = sum(further[name] - moved[name] for name in moved)
+    assert kv_bytes == 100 * told.kv_bytes_per_token
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_decode_is_seen_stage_by_stage(pair, resident, plain):
+    """Led by the host, and with the loop on the device: every iteration, and nothing else."""
+    kangaroo = pair.load(device="cpu", dtype="float32")
+    if resident:
+        on_the_device(kangaroo)
+    settings = {"plain": plain} if plain else {"num_speculative_tokens": 2, "draft_confidence_threshold": 0.5}
+    profiled = profile_iterations(kangaroo, PROMPT, 2, **settings)
+    assert len(profiled.iterations) == len(profiled.commits) == 2
+    for iteration, commit in zip(profiled.iterations, profiled.commits, strict=True):
+        names = [stage.name.removeprefix("kangaroo/") for stage in iteration]
+        made = 2 if resident else commit.drafted
+        drafting = [] if plain else ["draft/shallow", "draft/step"] * made + ["draft/shallow"]
+        end = ["commit"] if resident or not plain else []
+        assert names == [*drafting, "verify", *(["accept"] if end else []), *end]
+        assert sum(stage.name.endswith("step") and not stage.skipped for stage in iteration) == commit.drafted
+        for before, after in pairwise(iteration):
+            assert after.start == pytest.approx(before.start + before.us)
+        verify = next(stage for stage in iteration if stage.name.endswith("verify"))
+        assert verify.events
+        assert 0 < verify.busy_us < verify.us
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def test_the_command(pair, tmp_path):
+    """On a CPU it says that it profiles the references, and writes what it promises."""
+    pair_of = ("--model", pair.target, "--adapter", pair.adapter, "--device", "cpu", "--context", 8)
+    done = run(*pair_of, "--iterations", 2, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "the PyTorch references" in done.output
+    assert "no figure is about a GPU" in done.output
+    record = json.loads((tmp_path / "out/profile.json").read_text())
+    assert record["device"] == "cpu"
+    assert record["gpu"] is None
+    assert [row["stage"] for row in record["stages"]][-1] == "iteration"
+    assert record["timed"]["tokens_per_second"] > 0
+    assert record["timed"]["joules_per_token"] is None
+    assert (tmp_path / "out/iteration.png").read_bytes().startswith(b"\x89PNG")
+    assert "traceEvents" in json.loads((tmp_path / "out/trace.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--shape", "GPT-5"], "shape 'GPT-5' is unknown; use one of"),
+        (["--shape", "Vicuna-7B", "--device", "cpu"], "on a CPU; leave --shape out"),
+        (["--shape", "Vicuna-7B", "--model", "x"], "either --model or --shape"),
+        (["--device", "tpu"], "device 'tpu' is unknown"),
+        (["--model", "nowhere/at/all"], "does not exist"),
+        (["--context", "100000"], "context is 100000; with 20 iterations this model allows at most"),
+        (["--num-speculative-tokens", "99"], "num_speculative_tokens is 99"),
+    ],
+)
+def test_mistakes_get_a_sentence(arguments, sentence):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert sentence in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+
+
+def test_ready_command_lines_are_in_the_help():
+    told = " ".join(run("--help").output.split())
+    for command in ("nsys profile -t cuda,nvtx --cuda-graph-trace=node", "ncu --profile-from-start off", "--nvtx"):
+        assert command in told
+
+
+def test_prompts_of_any_length(pair):
+    kangaroo = pair.load(device="cpu")
+    assert [len(prompt_of(kangaroo, context)) for context in (2, 50, 300)] == [2, 50, 300]
+    kangaroo.tokenizer = None
+    tokens = prompt_of(kangaroo, 100)
+    assert len(tokens) == 100
+    assert all(0 <= token < kangaroo.target.config.vocab_size for token in tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("plain", [True, False])
+def test_on_a_gpu(pair, graphs, plain):
+    kangaroo = pair.load(dtype="bfloat16", graphs=graphs)
+    settings = {"plain": True} if plain else {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.3}
+    profiled = profile_iterations(kangaroo, PROMPT, 5, **settings)
+    assert profiled.graphs == graphs
+    assert len(profiled.iterations) == len(profiled.commits) == 5
+    for iteration in profiled.iterations:
+        assert [event.name for event in iteration[-1].events] == ["commit_kernel"]
+        assert any(event.name == "qkv_rope_kernel" for stage in iteration for event in stage.events)
