@@ -11,11 +11,9 @@
 No clock, limit or mode of the card is ever set; ``snapshot`` records them.
 """
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -27,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.gumbel_ref import gumbel_rows
+from kangaroo_kernels.model.graphs import no_garbage_collection
 from kangaroo_kernels.sample_head_ref import filter_logits
 from kangaroo_kernels.top1_head_ref import confidence_of, lm_head
 
@@ -156,18 +155,6 @@ def repetitions_for(sets: int, least_us: float, replay_us: float = REPLAY_US) ->
     """Calls a graph: every set equally often, and ``replay_us`` if a call takes ``least_us``."""
     rounds = -(-replay_us // (sets * max(least_us, LEAST_US)))
     return sets * max(1, int(rounds))
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """A graph or a tensor that is found dead during a capture would break it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class Replays:
