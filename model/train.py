@@ -6,6 +6,7 @@ alternately greedily and by sampling: what the drafter will meet when decoding.
 """
 
 import json
+import math
 import os
 import time
 from collections import deque
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from .adapter import check_exit_layer
 from .config import LlamaConfig, load_config_values, parse_config
 from .errors import KangarooError
-from .generate import resolve_device
+from .generate import resolve_device, resolve_dtype
 from .text import load_tokenizer
 from .weights import find_folder
 
@@ -33,6 +34,9 @@ GENERATED_FILE = "self_generated.pt"
 CHECKPOINT_SECONDS = 60.0
 HELD_OUT_SHARE = 0.03
 HELD_OUT_WINDOWS = 64
+FILES_AT_ONCE = 64
+GENERATING_SHARE = 0.35
+"""Of the time until a deadline, the most that the target writes before the steps begin."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class TrainingSettings:
             machine learns faster from 4 to 8; the latest ``64 * batch_size`` windows then stay in memory.
         sequence_length: tokens a window.
         generated_windows: how many windows the target writes.
+        generated_at_once: how many of them side by side; a GPU writes a thousand as fast as one.
         num_attention_heads: of the adapter (as many key-value heads); None takes the target's numbers.
         learning_rate: of Muon (matrices) and AdamW (norms) at its height; it warms up over 2 % of the run and falls to
             zero in a straight line.
@@ -72,6 +77,7 @@ class TrainingSettings:
     reuse: int = 1
     sequence_length: int = 256
     generated_windows: int = 2048
+    generated_at_once: int = 64
     num_attention_heads: int | None = None
     learning_rate: float = 3e-3
     seed: int = 0
@@ -84,6 +90,7 @@ class TrainingSettings:
             ("reuse", 1),
             ("sequence_length", 8),
             ("generated_windows", 1),
+            ("generated_at_once", 1),
             ("seed", 0),
         ):
             value = getattr(self, name)
@@ -163,12 +170,15 @@ class TrainableAdapter(nn.Module):
 
 
 class Teacher:
-    """The frozen target, giving the exit layer's hidden states and the final logits of a batch in one pass."""
+    """The frozen target, giving the exit layer's hidden states and the final logits of a batch in one pass.
 
-    def __init__(self, folder: Path, exit_layer: int, device: torch.device) -> None:
+    ``dtype`` is that of the weights and of what lies between the layers: the one in which the runtime will decode.
+    """
+
+    def __init__(self, folder: Path, exit_layer: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self._exit_hidden = torch.empty(0)
@@ -202,6 +212,7 @@ class Teacher:
             min_new_tokens=length - prompts.shape[1],
             pad_token_id=0,
             cache_implementation="static",  # a growing cache is copied at every step
+            disable_compile=True,  # on a GPU a static cache would have it compiled: minutes for seconds of work
             **settings,
         )
         return written.cpu()
@@ -231,12 +242,15 @@ def read_tokens(files: tuple[Path, ...], tokenizer: Any) -> Tensor:
         KangarooError: a file that is missing or not UTF-8.
     """
     tokens: list[int] = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise KangarooError(f"data file {file} cannot be read as UTF-8 text ({error}).") from error
-        tokens += tokenizer(text, verbose=False)["input_ids"]
+    for start in range(0, len(files), FILES_AT_ONCE):  # a fast tokenizer spreads them over the cores
+        texts = []
+        for file in files[start : start + FILES_AT_ONCE]:
+            try:
+                texts.append(file.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as error:
+                raise KangarooError(f"data file {file} cannot be read as UTF-8 text ({error}).") from error
+        for row in tokenizer(texts, verbose=False)["input_ids"]:
+            tokens += row
     return torch.tensor(tokens, dtype=torch.int64)
 
 
@@ -246,15 +260,24 @@ def random_windows(tokens: Tensor, count: int, length: int, generator: torch.Gen
     return tokens.unfold(0, length, 1)[starts]
 
 
-def generate_windows(teacher: Teacher, tokens: Tensor, settings: TrainingSettings, progress: ProgressReport) -> Tensor:
+def generate_windows(
+    teacher: Teacher,
+    tokens: Tensor,
+    settings: TrainingSettings,
+    progress: ProgressReport,
+    deadline: float = math.inf,
+) -> Tensor:
     """The target's continuations of random places in the text: ``[generated_windows, sequence_length]``.
 
-    A quarter of each window is the text's. Kept in ``out`` as they come, so that a stopped run goes on.
+    A quarter of each window is the text's. Kept in ``out`` as they come, so that a stopped run goes on. After
+    ``deadline`` no more are begun: there are fewer then, but some.
     """
     path = settings.out / GENERATED_FILE
     done = list(torch.load(path, weights_only=True)) if path.exists() else []
-    group = 64
+    group = settings.generated_at_once
     while (written := sum(map(len, done))) < settings.generated_windows:
+        if done and time.perf_counter() > deadline:
+            break
         generator = torch.Generator().manual_seed(settings.seed + 1 + len(done))
         prompts = random_windows(tokens, group, max(1, settings.sequence_length // 4), generator)
         torch.manual_seed(settings.seed + 1 + len(done))
@@ -318,8 +341,16 @@ def adapter_config_values(target_values: dict[str, Any], settings: TrainingSetti
     }
 
 
-def train_adapter(settings: TrainingSettings, progress: ProgressReport = lambda *_: None) -> dict[str, Any]:
+def train_adapter(
+    settings: TrainingSettings, progress: ProgressReport = lambda *_: None, deadline: float = math.inf
+) -> dict[str, Any]:
     """Train an adapter and write it to ``settings.out``.
+
+    Args:
+        settings: all of it.
+        progress: is told after every step.
+        deadline: when the steps end at the latest, as ``time.perf_counter`` counts, loading and writing text before
+            them included; one step is always made. The learning rate falls towards the limit that comes first.
 
     Returns:
         A report: settings, steps, tokens seen, the loss over time, and the top-1 agreement on held-out text.
@@ -361,12 +392,15 @@ def train_adapter(settings: TrainingSettings, progress: ProgressReport = lambda 
         raise KangarooError(f"{settings.out} already holds an adapter; take a new folder.")
     settings.out.mkdir(parents=True, exist_ok=True)
 
-    teacher = Teacher(folder, settings.exit_layer, device)
+    teacher = Teacher(
+        folder, settings.exit_layer, device, resolve_dtype(None, device, parse_config(target_values).dtype)
+    )
     valid = random_windows(held_out, HELD_OUT_WINDOWS, settings.sequence_length, torch.Generator().manual_seed(1))
     pool: Tensor | None = None
     valid_own: Tensor | None = None
     if settings.self_generated:
-        pool = generate_windows(teacher, tokens, settings, progress)
+        now = time.perf_counter()
+        pool = generate_windows(teacher, tokens, settings, progress, now + GENERATING_SHARE * (deadline - now))
         torch.manual_seed(settings.seed)
         valid_own = teacher.continue_text(
             valid[:, : settings.sequence_length // 4], settings.sequence_length, sample=False
@@ -391,14 +425,15 @@ def train_adapter(settings: TrainingSettings, progress: ProgressReport = lambda 
     lessons = Lessons(64 * settings.batch_size)
     began = time.perf_counter() - elapsed
     saved_at, losses = time.perf_counter(), []
-    total = settings.steps if settings.minutes is None else int(settings.minutes * 60)
+    steps = settings.steps if settings.minutes is None else math.inf
+    seconds = min(math.inf if settings.minutes is None else settings.minutes * 60, max(deadline - began, 1e-3))
     while True:
-        share = (step if settings.minutes is None else time.perf_counter() - began) / total
-        if share >= 1:
+        share = max(step / steps, (time.perf_counter() - began) / seconds)
+        if share >= 1 and step:
             break
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * min(share / 0.02 + 0.01, 1 - share)
+                group["lr"] = settings.learning_rate * max(0.0, min(share / 0.02 + 0.01, 1 - share))
         generator = torch.Generator().manual_seed(settings.seed + 7919 * (step + 1))
         fresh = max(1, settings.batch_size // settings.reuse)
         own = 0 if pool is None else (fresh + step % 2) // 2
@@ -416,8 +451,11 @@ def train_adapter(settings: TrainingSettings, progress: ProgressReport = lambda 
             optimizer.step()
         losses.append(loss.item())
         step += 1
-        done = step if settings.minutes is None else int(time.perf_counter() - began)
-        progress("training", min(done, total), total, f"step {step}, loss {losses[-1]:.3f}")
+        note = f"step {step}, loss {losses[-1]:.3f}"
+        if math.isfinite(steps):
+            progress("training", step, settings.steps, note)
+        else:
+            progress("training", int(min(time.perf_counter() - began, seconds)), math.ceil(seconds), note)
         if time.perf_counter() - saved_at > CHECKPOINT_SECONDS:
             saved_at = time.perf_counter()
             curve.append({"step": step, "loss": round(sum(losses) / len(losses), 4)})

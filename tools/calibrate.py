@@ -10,6 +10,8 @@ table into ``calibration.json`` beside it. Use prompts that the pair is not judg
 import json
 import os
 import statistics
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +59,26 @@ def calibrate(kangaroo: Kangaroo, prompts: list[str], new_tokens: int) -> list[d
     again = [(int(row["num_speculative_tokens"]), row["draft_confidence_threshold"]) for row in rows[:FINALISTS]]
     finals = [measure(kangaroo, prompts * 3, *setting, new_tokens) for setting in track(again, "the best again")]
     return sorted(finals, key=lambda row: -row["mean_speedup"]) + rows[FINALISTS:]
+
+
+def calibrate_until(
+    deadline: float, kangaroo: Kangaroo, prompts: list[str], new_tokens: int, settings: Sequence[tuple[int, float]]
+) -> Iterator[dict[str, float]]:
+    """As many settings' figures as there is time for, each measured once, in the order given: the likeliest first.
+
+    ``deadline`` is on ``time.perf_counter``'s scale.
+    """
+    for length, threshold in settings:
+        if time.perf_counter() > deadline:
+            return
+        # what a setting needs for the first time (binaries, captured graphs) is not its speed
+        kangaroo.generate(
+            prompts[0],
+            max_new_tokens=new_tokens,
+            num_speculative_tokens=length,
+            draft_confidence_threshold=threshold,
+        )
+        yield measure(kangaroo, prompts, length, threshold, new_tokens)
 
 
 def show(rows: list[dict[str, float]]) -> None:

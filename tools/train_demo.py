@@ -1,139 +1,140 @@
-"""Train the demo pair on the Python standard library: a tokenizer, a small, deep Llama, and its adapter.
+"""Train a pair: a preset in one go, or the bundled demo pair stage by stage.
+
+    python tools/train_demo.py --preset large --minutes 8
+    python tools/train_demo.py --preset smoke
 
     python tools/train_demo.py target --out runs/demo --minutes 72
     python tools/train_demo.py adapter --out runs/demo --minutes 20
     python tools/train_demo.py calibrate --out runs/demo
     python tools/train_demo.py ship --out runs/demo
 
-The target's learning rates follow the share of the time that has passed, so a run fits its ``--minutes`` on any
-machine. Muon (Jordan et al., 2024; the update scaled as in arXiv 2502.16982) turns the matrices, AdamW the rest. A
-stopped run goes on from its last checkpoint. Every setting and the learning curve land in ``training.json`` beside the
-weights.
+``large`` takes one GPU and the Python sources installed on the machine (tools/presets.py has the arithmetic);
+``smoke`` runs the same code in seconds on a CPU. The demo pair's stages take an hour and a half on two CPU cores, and
+the standard library: the target's learning rates follow the share of the time that has passed, so a run fits its
+``--minutes`` on any machine, and a stopped one goes on from its last checkpoint. Every setting and the learning curve
+land in ``training.json`` beside the weights.
 """
 
 import json
-import math
 import platform
+import shlex
 import shutil
-import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from calibrate import calibrate, show, write_defaults
 from demo_corpus import Document, stdlib_documents
+from presets import PRESETS
+from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from target_training import (
+    TargetRecipe,
+    TargetTraining,
+    Windows,
+    encode,
+    evaluate,
+    exact_in_both_halves,
+    train_tokenizer,
+)
+from train_pair import Report, characters_of, train_pair, write_json
 
-from kangaroo_kernels import Kangaroo
+from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels.model.generate import resolve_device
 from kangaroo_kernels.model.train import TrainingSettings, train_adapter
 
-END_OF_TEXT = "<|endoftext|>"
+USER_ERROR = 2
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-@dataclass(frozen=True)
-class TargetRecipe:
-    """Every setting of the target's training."""
-
-    vocab_size: int = 2048
-    hidden_size: int = 192
-    intermediate_size: int = 352
-    num_hidden_layers: int = 14
-    num_attention_heads: int = 3
-    context: int = 512
-    short_context: int = 256  # attention's backward pass is half of a CPU's time at 512: most steps run shorter
-    short_share: float = 0.8
-    batch_tokens: int = 8192
-    muon_lr: float = 5e-3
-    adamw_lr: float = 3e-3
-    weight_decay: float = 0.05
-    warmup_share: float = 0.01
-    decay_from: float = 0.3  # the learning rates fall to zero in a straight line from this share of the time on
-    clip: float = 1.0
-    seed: int = 0
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE whose words keep a newline and the indentation after it together."""
-    tokenizer = Tokenizer(models.BPE())
-    words = r" ?[A-Za-z_]+| ?[0-9]{1,3}|(?:\r?\n)+[ ]*| ?[^\sA-Za-z_0-9]+|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+class PresetName(str, Enum):
+    """The names of ``PRESETS``, for the command line."""
+
+    large = "large"
+    smoke = "smoke"
+
+
+@contextmanager
+def bars() -> Iterator[Report]:
+    """A bar for every stage, on stderr."""
+    stages: dict[str, TaskID] = {}
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def report(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in stages:
+                stages[stage] = progress.add_task(stage, total=total, note=note)
+            progress.update(stages[stage], completed=done, total=total, note=note)
+
+        yield report
+
+
+def refuse(sentence: str) -> typer.Exit:
+    """Say what was wrong; raise what comes back."""
+    typer.echo(f"train_demo: {' '.join(sentence.split())}", err=True)
+    return typer.Exit(USER_ERROR)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    preset: Annotated[PresetName | None, typer.Option(help="Train this pair in one go.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="All of it; 8 for large, 0.5 for smoke.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the pair; by default runs/PRESET.")] = None,
+    device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'; by default a GPU where there is one.")] = None,
+) -> None:
+    """Train a pair: with --preset in one go, else the bundled demo pair's stages one by one."""
+    given = {"--preset": preset, "--minutes": minutes, "--out": out, "--device": device}
+    if context.invoked_subcommand is not None:
+        first = next((name for name, value in given.items() if value is not None), None)
+        if first is not None:
+            raise refuse(f"{first} stands before '{context.invoked_subcommand}'; its own options come after it.")
+        return
+    if preset is None:
+        first = next((name for name, value in given.items() if value is not None), None)
+        if first is not None:
+            raise refuse(f"{first} says how to train, but not what; add --preset {' or --preset '.join(PRESETS)}.")
+        typer.echo(context.get_help())
+        return
+    chosen = PRESETS[preset.value]
+    minutes = chosen.minutes if minutes is None else minutes
+    if not minutes > 0:
+        raise refuse(f"--minutes is {minutes:g}; it must be above 0.")
+    if minutes < chosen.least_minutes:
+        raise refuse(f"--minutes is {minutes:g}; {preset.value} needs at least {chosen.least_minutes:g}.")
+    out = Path("runs") / preset.value if out is None else out
+    try:
+        where = resolve_device(device)
+        if chosen.needs_gpu and where.type == "cpu" and device is None:
+            raise KangarooError(
+                f"the preset {preset.value} needs a CUDA GPU and PyTorch sees none here; --preset smoke needs none, "
+                "and --device cpu insists (one update takes a CPU many minutes)."
+            )
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise KangarooError(f"{out} is a file or not empty; give a new folder with --out.")
+        command = ["python", "tools/train_demo.py", "--preset", preset.value, "--minutes", f"{minutes:g}"]
+        with bars() as report:
+            about = {"preset": preset.value, "command": shlex.join(command)}
+            record = train_pair(chosen, out, minutes, where, about, report)
+    except (KangarooError, OSError, torch.OutOfMemoryError) as error:
+        raise refuse(str(error)) from error
+    held_out = record["held_out"]
+    typer.echo(
+        f"{out}: a target of {record['parameters']['target'] / 1e6:.1f}M parameters and an adapter of "
+        f"{record['parameters']['adapter'] / 1e6:.1f}M in {sum(record['seconds'].values()) / 60:.1f} minutes; on "
+        f"held-out files {held_out['bits_per_character']:.3f} bits a character, {held_out['top1_accuracy']:.3f} top-1, "
+        f"and the drafter agrees with the target on {held_out['top1_agreement_text']:.3f} of the text and "
+        f"{held_out['top1_agreement_self_generated']:.3f} of what the target writes.\n"
+        f"Real acceptance and speed: python tools/gpu_report.py --pair {shlex.quote(str(out))}"
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
-    )
-    tokenizer.train_from_iterator((document.text for document in documents), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> torch.Tensor:
-    """All documents as one row of tokens, each behind an end-of-text token: [N] int64."""
-    rows = tokenizer.backend_tokenizer.encode_batch([document.text for document in documents])
-    return torch.tensor([token for row in rows for token in row.ids])
-
-
-class Windows:
-    """Windows of the corpus in random order, every token once an epoch, from a random phase each time."""
-
-    def __init__(self, tokens: torch.Tensor, seed: int) -> None:
-        self.tokens = tokens
-        self.generator = torch.Generator().manual_seed(seed)
-        self.starts: list[int] = []
-        self.length = 0
-
-    def batch(self, rows: int, length: int) -> torch.Tensor:
-        """[rows, length + 1] int64."""
-        if length != self.length or len(self.starts) < rows:
-            phase = int(torch.randint(length, (), generator=self.generator))
-            starts = torch.arange(phase, len(self.tokens) - length - 1, length)
-            self.starts = starts[torch.randperm(len(starts), generator=self.generator)].tolist()
-            self.length = length
-        picked, self.starts = self.starts[:rows], self.starts[rows:]
-        return torch.stack([self.tokens[start : start + length + 1] for start in picked])
-
-
-@torch.inference_mode()
-def evaluate(model: LlamaForCausalLM, tokens: torch.Tensor, characters: int, context: int) -> dict[str, float]:
-    """Held-out bits per character and top-1 accuracy of ``model`` over ``tokens``, in windows of ``context``."""
-    model.eval()
-    bits, right, counted = 0.0, 0, 0
-    for start in range(0, len(tokens) - 1, context):
-        window = tokens[start : start + context + 1]
-        logits = model(input_ids=window[None, :-1], use_cache=False).logits[0].float()
-        bits += float(F.cross_entropy(logits, window[1:], reduction="sum")) / math.log(2)
-        right += int((logits.argmax(-1) == window[1:]).sum())
-        counted += len(window) - 1
-    model.train()
-    return {"bits_per_character": bits / characters, "top1_accuracy": right / counted}
-
-
-def learning_rate_factor(share: float, recipe: TargetRecipe) -> float:
-    """Warm-up, plateau and straight decay over the share of the time that has passed."""
-    return min(share / recipe.warmup_share, 1.0, max(0.0, 1 - share) / (1 - recipe.decay_from))
-
-
-def exact_in_both_halves(weight: torch.Tensor) -> torch.Tensor:
-    """Round to numbers that bf16 and fp16 both hold exactly, so that either may store the weights."""
-    return weight.bfloat16().half().to(weight.dtype)
 
 
 @app.command()
@@ -141,7 +142,7 @@ def target(
     out: Annotated[Path, typer.Option(help="Folder of the run; the target lands in OUT/target.")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(help="Training time, evaluation included.")] = 80.0,
 ) -> None:
-    """Train the tokenizer and the target."""
+    """Train the demo pair's tokenizer and target."""
     recipe = TargetRecipe()
     torch.manual_seed(recipe.seed)
     folder = out / "target"
@@ -151,42 +152,20 @@ def target(
     documents = stdlib_documents()
     seen = [document for document in documents if not document.held_out]
     held_out = [document for document in documents if document.held_out]
-    tokenizer = train_tokenizer(seen, recipe.vocab_size)
+    console = Console(stderr=True)
+    tokenizer = train_tokenizer(seen, recipe.vocab_size, show_progress=console.is_terminal)
     tokenizer.save_pretrained(folder)
     windows = Windows(encode(tokenizer, seen), recipe.seed)
     valid = encode(tokenizer, held_out)
     valid_characters = sum(len(document.text) for document in held_out)
     probe = valid[: 1 << 15]
-    probe_characters = len(tokenizer.decode(probe.tolist(), skip_special_tokens=True))
+    probe_characters = characters_of(tokenizer, probe)
 
-    config = LlamaConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_hidden_layers,
-        num_attention_heads=recipe.num_attention_heads,
-        num_key_value_heads=recipe.num_attention_heads,
-        max_position_embeddings=recipe.context,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model: Any = LlamaForCausalLM(config)
-    for layer in model.model.layers:  # every block starts as the identity
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    muon = torch.optim.Muon(
-        matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    adamw = torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    base_rates = {muon: recipe.muon_lr, adamw: recipe.adamw_lr}
-
+    training = TargetTraining(recipe, tokenizer, windows, torch.device("cpu"))
     record: dict[str, Any] = {
         "recipe": asdict(recipe),
         "minutes": minutes,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": training.parameters,
         "corpus": {
             "python": platform.python_version(),
             "files": len(seen),
@@ -202,20 +181,17 @@ def target(
     step, elapsed = 0, 0.0
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
-        model.load_state_dict(state["model"])
-        muon.load_state_dict(state["muon"])
-        adamw.load_state_dict(state["adamw"])
+        training.load_state_dict(state["training"])
         step, elapsed, record["curve"] = state["step"], state["elapsed"], state["curve"]
         windows.generator.manual_seed(recipe.seed + step)
 
     def checkpoint() -> None:
-        state = {"model": model.state_dict(), "muon": muon.state_dict(), "adamw": adamw.state_dict()}
         partial = state_path.with_suffix(".partial")
-        torch.save({**state, "step": step, "elapsed": elapsed, "curve": record["curve"]}, partial)
+        state = {"training": training.state_dict(), "step": step, "elapsed": elapsed, "curve": record["curve"]}
+        torch.save(state, partial)
         partial.replace(state_path)
-        (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_json(folder / "training.json", record)
 
-    model.train()
     budget = minutes * 60
     next_probe = elapsed + 180
     losses: list[float] = []
@@ -229,26 +205,12 @@ def target(
         bar = progress.add_task("target", total=int(budget), loss="")
         while elapsed < budget:
             began = time.perf_counter()
-            share = elapsed / budget
-            for optimizer, rate in base_rates.items():
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * learning_rate_factor(share, recipe)
-            length = recipe.short_context if share < recipe.short_share else recipe.context
-            batch = windows.batch(recipe.batch_tokens // length, length)
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-            loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            for optimizer in base_rates:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
+            losses.append(float(training.update(elapsed / budget)))
             step += 1
             elapsed += time.perf_counter() - began
             if elapsed >= next_probe:
                 began = time.perf_counter()
-                scores = evaluate(model, probe, probe_characters, recipe.context)
+                scores = evaluate(training.model, probe, probe_characters, recipe.context)
                 mean_loss = sum(losses) / len(losses)
                 record["curve"].append(
                     {"step": step, "minutes": round(elapsed / 60, 2), "train_loss": round(mean_loss, 4)}
@@ -263,10 +225,8 @@ def target(
 
     record["steps"] = step
     record["tokens_trained"] = step * recipe.batch_tokens
-    for parameter in model.parameters():
-        parameter.data = exact_in_both_halves(parameter.data)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    record["held_out"] = evaluate(model.float(), valid, valid_characters, recipe.context)
+    training.save(folder)
+    record["held_out"] = evaluate(training.model, valid, valid_characters, recipe.context)
     checkpoint()
     typer.echo(json.dumps(record["held_out"]))
 
@@ -309,14 +269,7 @@ def adapter(
         minutes=minutes,
         sequence_length=256,
     )
-    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as progress:
-        bars: dict[str, TaskID] = {}
-
-        def report_step(stage: str, done: int, total: int, note: str) -> None:
-            if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=total, note=note)
-            progress.update(bars[stage], completed=done, note=note)
-
+    with bars() as report_step:
         report = train_adapter(settings, report_step)
     typer.echo(json.dumps({key: value for key, value in report.items() if key.startswith("top1")}))
 
@@ -388,7 +341,7 @@ def ship(
         tensors = load_file(out / part / "model.safetensors")
         rounded = {name: exact_in_both_halves(tensor).bfloat16().contiguous() for name, tensor in tensors.items()}
         save_file(rounded, pair / part / "model.safetensors", metadata={"format": "pt"})
-    (pair / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n")
+    write_json(pair / "prompts.json", prompts)
     size = sum(file.stat().st_size for file in pair.rglob("*") if file.is_file())
     typer.echo(f"{pair}: {size:,} bytes")
 

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,12 @@ def test_reuse_asks_the_target_less_often(target: Path, text: Path, tmp_path: Pa
     asked = []
     teach = train.Teacher.__call__
 
-    def count(self: train.Teacher, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def note(self: train.Teacher, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         asked.append(len(windows))
         return teach(self, windows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Teacher, "__call__", count)
+        patch.setattr(train.Teacher, "__call__", note)
         train_adapter(settings(target, text, tmp_path / "a", reuse=4))
     assert asked.count(1) == 12
 
@@ -133,6 +134,12 @@ def test_a_deadline_ends_the_steps(limits: dict[str, float], target: Path, text:
     assert train_adapter(settings(target, text, tmp_path / "far"), deadline=now + 3600)["steps"] == 12
 
 
+def test_one_step_is_always_made(target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = count()
+    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(ticks)))  # the time is over before the first
+    assert train_adapter(settings(target, text, tmp_path / "a"), deadline=0.0)["steps"] == 1
+
+
 def test_the_rate_falls_towards_a_deadline(
     target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,12 +147,12 @@ def test_the_rate_falls_towards_a_deadline(
     monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
     step = torch.optim.AdamW.step
 
-    def count(self: torch.optim.AdamW, *arguments: Any) -> Any:
+    def note(self: torch.optim.AdamW, *arguments: Any) -> Any:
         rates.append(self.param_groups[0]["lr"])
         clock[0] += 1
         return step(self, *arguments)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", count)
+    monkeypatch.setattr(torch.optim.AdamW, "step", note)
     train_adapter(settings(target, text, tmp_path / "a", steps=10**9, learning_rate=0.1), deadline=4.0)
     assert rates == pytest.approx([0.001, 0.075, 0.05, 0.025])
 
@@ -156,11 +163,11 @@ def test_a_deadline_ends_the_targets_own_writing(
     written = []
     write = train.Teacher.continue_text
 
-    def count(self: train.Teacher, prompts: torch.Tensor, length: int, sample: bool) -> torch.Tensor:
+    def note(self: train.Teacher, prompts: torch.Tensor, length: int, sample: bool) -> torch.Tensor:
         written.append(len(prompts))
         return write(self, prompts, length, sample)
 
-    monkeypatch.setattr(train.Teacher, "continue_text", count)
+    monkeypatch.setattr(train.Teacher, "continue_text", note)
     own = {"self_generated": True, "generated_windows": 7, "generated_at_once": 3}
     train_adapter(settings(target, text, tmp_path / "a", **own))
     assert written == [3, 3, 3, train.HELD_OUT_WINDOWS]
