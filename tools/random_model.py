@@ -1,0 +1,130 @@
+"""Targets and adapters at the shapes of real models with random weights, made where they will live.
+
+How fast a decode is does not depend on what the weights say. They are scaled so that hidden states stay near 1 through
+every layer: nothing overflows, and nothing is zeros, which can run faster than data does.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.model.adapter import (
+    PAPER_DRAFT_CONFIDENCE_THRESHOLD,
+    PAPER_NUM_SPECULATIVE_TOKENS,
+    Adapter,
+    AdapterConfig,
+)
+from kangaroo_kernels.model.config import LlamaConfig, RopeConfig
+from kangaroo_kernels.model.draft import Drafter
+from kangaroo_kernels.model.llama import Llama
+from kangaroo_kernels.model.operations import Operations, load_operations
+from kangaroo_kernels.model.weights import AdapterWeights, AttentionWeights, LayerWeights, TargetWeights
+from kangaroo_kernels.packed_weight import Layout, PackedWeight
+from kangaroo_kernels.workloads import ModelShape
+
+CONTEXT = 1 << 16
+"""Positions that a random model allows; how many it was trained for has no meaning."""
+
+
+def config_of(shape: ModelShape, dtype: torch.dtype) -> LlamaConfig:
+    """A model's sizes as the runtime reads them; no token ends its text."""
+    return LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        rope=RopeConfig(),
+        eos_token_ids=(),
+        dtype=dtype,
+    )
+
+
+def exit_layer_of(shape: ModelShape) -> int:
+    """The paper's share of the layers: 2 of 32."""
+    return max(1, shape.layers // 16)
+
+
+class _Maker:
+    """Random tensors on a device."""
+
+    def __init__(self, config: LlamaConfig, device: torch.device, seed: int) -> None:
+        self.config, self.device = config, device
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, rows: int, columns: int, scale: float) -> Tensor:
+        empty = torch.empty(rows, columns, dtype=self.config.dtype, device=self.device)
+        return empty.normal_(0.0, scale, generator=self.generator)
+
+    def matrix(self, rows: int, columns: int, scale: float = 1.0) -> PackedWeight:
+        return PackedWeight(self.normal(rows, columns, scale * columns**-0.5), layout=Layout.ROWS)
+
+    def norm(self) -> Tensor:
+        return 1 + self.normal(1, self.config.hidden_size, 0.1)[0]
+
+    def attention(self, scale: float) -> AttentionWeights:
+        config = self.config
+        q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        return AttentionWeights(
+            self.norm(),
+            self.matrix(q_rows + 2 * kv_rows, config.hidden_size),
+            self.matrix(config.hidden_size, q_rows, scale),
+        )
+
+    def layer(self, scale: float) -> LayerWeights:
+        hidden, inner = self.config.hidden_size, self.config.intermediate_size
+        return LayerWeights(
+            self.attention(scale), self.norm(), self.matrix(2 * inner, hidden), self.matrix(hidden, inner, scale)
+        )
+
+
+def random_target(
+    shape: ModelShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    operations: Operations | None = None,
+    quiet: float = 1.0,
+    seed: int = 0,
+) -> Llama:
+    """A target with random weights.
+
+    Args:
+        shape: its sizes.
+        device: where it is made, never passing through the host.
+        dtype: of its weights.
+        operations: what it computes with; the Triton kernels if None (on a CPU in Triton's interpreter).
+        quiet: how much the layers behind the exit add, of what they would; below 1, drafts can be right.
+        seed: of the weights.
+    """
+    config = config_of(shape, dtype)
+    maker, added = _Maker(config, device, seed), (2 * shape.layers) ** -0.5
+    first_quiet = exit_layer_of(shape)
+    with torch.inference_mode():
+        weights = TargetWeights(
+            maker.normal(shape.vocab_size, shape.hidden, 1.0),
+            [maker.layer(added * (quiet if index >= first_quiet else 1.0)) for index in range(shape.layers)],
+            maker.norm(),
+            maker.matrix(shape.vocab_size, shape.hidden),
+        )
+    return Llama(config, weights, operations or load_operations("triton", device, dtype))
+
+
+def random_drafter(target: Llama, exit_layer: int, *, scale: float = 0.1, seed: int = 1) -> Drafter:
+    """An adapter of the target's own attention shape, with the paper's settings; it adds ``scale`` times its states.
+
+    Its norm is the target's last one, so that an exit state which says the target's token already drafts it.
+    """
+    config = replace(target.config, num_hidden_layers=1)
+    with torch.inference_mode():
+        weights = AdapterWeights(_Maker(config, target.device, seed).attention(scale), target.weights.norm)
+    settings = AdapterConfig(config, exit_layer, PAPER_NUM_SPECULATIVE_TOKENS, PAPER_DRAFT_CONFIDENCE_THRESHOLD)
+    return Drafter(target, Adapter(settings, weights, target))

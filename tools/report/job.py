@@ -1,0 +1,111 @@
+"""What a part of the report is told, and the file in which it leaves what it found."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kangaroo_kernels.workloads import MODELS, ModelShape
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+"""The repository."""
+
+SMOKE = ModelShape("smoke", 32, 32, 2, 1, 16, 64, 2)
+"""The only model of a smoke run: small enough for Triton's interpreter."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's kind and the first line of its message."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def write_json(path: Path, values: object) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+@dataclass
+class Job:
+    """One part's work.
+
+    Attributes:
+        piece: the JSON file that it fills; written at every change, so that a part which is stopped leaves what it had.
+        folder: where further files of the report go.
+        seconds: that it may take.
+        smoke: whether to run at tiny size on the CPU.
+        pair: folder of a trained pair, for the part that measures one.
+        values: what it found.
+    """
+
+    piece: Path
+    folder: Path
+    seconds: float
+    smoke: bool = False
+    pair: Path | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.deadline = time.monotonic() + self.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds; below 0 when the time is over."""
+        return self.deadline - time.monotonic()
+
+    @property
+    def device(self) -> torch.device:
+        """Where to measure."""
+        return torch.device("cpu") if self.smoke else torch.device("cuda", torch.cuda.current_device())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights: Triton's interpreter gets bfloat16 products wrong."""
+        return torch.float32 if self.smoke else torch.bfloat16
+
+    @property
+    def models(self) -> tuple[ModelShape, ...]:
+        """Whose shapes to measure, the most telling first."""
+        return (SMOKE,) if self.smoke else MODELS
+
+    def note(self, **values: Any) -> None:
+        """Add to what was found."""
+        self.values |= values
+        write_json(self.piece, self.values)
+
+    def doing(self, what: str) -> None:
+        """Say what is being done, for the progress bar."""
+        self.note(doing=what)
+
+    def cell(self, name: str, entry: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
+        """Add ``entry``, with what ``work`` found, to the list ``name``; or why it found nothing.
+
+        Once the time is over nothing more is begun; the entry says so.
+        """
+        cells: list[dict[str, Any]] = self.values.setdefault(name, [])
+        if self.left <= 0:
+            cells.append(entry | {"skipped": "no time left"})
+        else:
+            self.doing(", ".join(str(value) for value in entry.values()))
+            try:
+                cells.append(entry | work())
+            except Exception as error:  # out of memory, a compiler's refusal: the other cells go on
+                cells.append(entry | {"error": one_line(error)})
+        self.note()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def free(self) -> None:
+        """Give the memory of what was deleted back to the card."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,79 @@
+"""The tests that need a GPU, counted while they run: a test that hangs does not take the others' results along."""
+
+import importlib.util
+import os
+import re
+from typing import Any
+
+import pytest
+
+from .job import ROOT, Job
+
+WORKERS = 4
+"""Most of a test's time is compiling, which other cores can do."""
+
+SMOKE_TESTS = ("tests/kernels/test_rms_norm.py",)
+SHOWN_FAILURES = 20
+
+
+class Counter:
+    """A pytest plugin that counts outcomes as they come: a run that is stopped keeps its counts."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.counts = {"passed": 0, "failed": 0, "skipped": 0}
+        self.failures: list[dict[str, str]] = []
+        self.collected = 0
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        """How many there are."""
+        self.collected = max(self.collected, len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is none
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        """The same, told by a worker."""
+        self.collected = max(self.collected, len(ids))
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Tests that cannot be imported are failures, too."""
+        if report.outcome == "failed":
+            self.fail(report)
+            self.job.note(failures=self.failures)
+
+    def fail(self, report: Any) -> None:
+        """Keep a failure's name and what pytest says of its cause."""
+        lines = str(report.longrepr).strip().splitlines()
+        errors = [line for line in lines if line.startswith("E ")] or lines[-1:]
+        reason = re.sub(r"\s+", " ", " ".join(errors).replace("E  ", ""))[:300]
+        self.failures.append({"test": report.nodeid, "reason": reason.strip()})
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Count a test when it was called, or when its setup failed or skipped it."""
+        if report.when != "call" and report.outcome == "passed":
+            return
+        self.counts[report.outcome] += 1
+        if report.outcome == "failed":
+            self.fail(report)
+        done = sum(self.counts.values())
+        self.job.note(
+            **self.counts,
+            collected=self.collected,
+            not_run=max(0, self.collected - done),
+            failures=self.failures[:SHOWN_FAILURES],
+            doing=f"{done} of {self.collected}",
+        )
+
+
+def run(job: Job) -> None:
+    """``pytest -m gpu``, in this process."""
+    os.chdir(ROOT)
+    counter = Counter(job)
+    chosen = list(SMOKE_TESTS) if job.smoke else ["-m", "gpu", "tests"]
+    if not job.smoke and importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 2 * WORKERS:
+        chosen += ["-n", str(WORKERS)]
+    job.note(ran="pytest " + " ".join(chosen))
+    quietly = ("--continue-on-collection-errors", "--tb=short", "-p", "no:cacheprovider")
+    status = pytest.main([*chosen, *quietly], plugins=[counter])
+    job.note(exit_status=int(status))
+    if not counter.collected:
+        raise RuntimeError(f"pytest found no tests and ended with {int(status)}.")

@@ -1,0 +1,151 @@
+"""Synthetic acceptance: a decode whose drafts are accepted as a trace says, whatever the weights are.
+
+Random weights draft nothing that verification would accept, and no trained pair fits on a machine without a network. So
+what a step costs is measured on the real work, and how much it yields comes from a trace of (drafted, agreed) pairs in
+device memory: the wrapped head overwrites the flag that says whether drafting goes on, the wrapped ``accept`` its own
+decision. Nothing asks the host, so a captured iteration goes through the trace as it is replayed. That costs a dozen
+tiny launches an iteration, which a real decode does not have and which count against Kangaroo. The text is nonsense.
+
+Assumptions, which every figure made this way must name:
+
+- The paper (arXiv 2404.18911) gives Vicuna-7B a mean acceptance length of 1.93 with at most 6 drafts and a threshold of
+  0.6, and its rates per position only as a picture. Here every position has the same conditional rate, the one that
+  gives that mean: p + p^2 + ... + p^6 = 0.93, so p = 0.485, and position i is accepted in a share p^i of the steps.
+- Drafting stops at the first draft that will be refused: drafted = min(agreed + 1, 6). That is an early exit which is
+  never wrong; a real one drafts some tokens more and some less.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.model.llama import Llama
+from kangaroo_kernels.model.operations import Operations
+from kangaroo_kernels.top1_head_ref import Top1
+
+PAPER_MEAN_ACCEPTANCE_LENGTH = 1.93
+MAX_DRAFTS = 6
+STEPS = 128
+"""Of a trace, which begins again behind them: few, so that a short decode sees all of it, and enough for its mean."""
+
+ASSUMPTION = (
+    f"synthetic acceptance: {PAPER_MEAN_ACCEPTANCE_LENGTH} tokens a step, the mean of arXiv 2404.18911 for Vicuna-7B "
+    f"with {MAX_DRAFTS} drafts and threshold 0.6; the same conditional rate at every position (the paper has its rates "
+    "per position only as a picture); drafting stops at the first draft that is refused"
+)
+
+
+def conditional_rate(mean_acceptance_length: float, max_drafts: int) -> float:
+    """The rate p of every position for which 1 + p + p^2 + ... + p^max_drafts is the mean acceptance length.
+
+    Raises:
+        ValueError: a mean that no rate gives.
+    """
+    if not 1 <= mean_acceptance_length <= 1 + max_drafts:
+        raise ValueError(f"a mean acceptance length of {mean_acceptance_length} is not between 1 and {1 + max_drafts}.")
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        tokens = sum(middle**position for position in range(max_drafts + 1))
+        low, high = (middle, high) if tokens < mean_acceptance_length else (low, middle)
+    return (low + high) / 2
+
+
+class Trace(NamedTuple):
+    """What becomes of every step.
+
+    Attributes:
+        drafted: ``[steps]`` int64, from 1.
+        agreed: ``[steps]`` int64, at most ``drafted``.
+    """
+
+    drafted: Tensor
+    agreed: Tensor
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens a step, bonus token included."""
+        return self.tokens / len(self.agreed)
+
+    @property
+    def tokens(self) -> int:
+        """Of all steps together: a decode of so many has the mean of the trace, wherever in it it begins."""
+        return len(self.agreed) + int(self.agreed.sum())
+
+
+def paper_trace(
+    steps: int = STEPS,
+    max_drafts: int = MAX_DRAFTS,
+    mean_acceptance_length: float = PAPER_MEAN_ACCEPTANCE_LENGTH,
+    seed: int = 0,
+) -> Trace:
+    """A trace at the paper's mean; the module's docstring has the assumptions.
+
+    Drafts are drawn position by position, an exact share of the steps that reached it, so that the trace has the mean
+    of its rates, and then the steps are shuffled.
+    """
+    rate = conditional_rate(mean_acceptance_length, max_drafts)
+    reached = [round(steps * rate**position) for position in range(1, max_drafts + 1)]
+    agreed = torch.zeros(steps, dtype=torch.int64)
+    for count in reached:
+        agreed[:count] += 1
+    agreed = agreed[torch.randperm(steps, generator=torch.Generator().manual_seed(seed))]
+    return Trace((agreed + 1).clamp(max=max_drafts), agreed)
+
+
+class _Player:
+    """A trace on the device, and which step of it comes next."""
+
+    def __init__(self, operations: Operations, trace: Trace, max_drafts: int, device: torch.device) -> None:
+        self.operations = operations
+        goes_on = torch.arange(1, max_drafts + 1) < trace.drafted[:, None]  # after the draft at each place
+        columns = (trace.agreed[:, None], trace.agreed[:, None] + 1, goes_on)
+        self.steps = torch.cat([column.long() for column in columns], dim=1).to(device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.now = self.steps[:1].clone()  # drafts agreed, tokens, and whether drafting goes on behind each draft
+        self.place = 0  # of the next draft: a number of the host, baked into a captured iteration
+
+    def top1_head(self, *arguments: Any, **named: Any) -> Top1:
+        """The head; after a draft the trace decides whether another follows."""
+        result = self.operations.top1_head(*arguments, **named)
+        if named.get("threshold") is not None:  # the target's own tokens have none
+            place = 2 + self.place
+            torch.mul(self.now[0, place : place + 1], named["active"], out=named["sure"])
+            self.place += 1
+        return result
+
+    def accept(
+        self,
+        draft: Tensor,
+        target: Tensor,
+        stop_tokens: Tensor,
+        length: Tensor,
+        limit: Tensor,
+        *,
+        drafted: Tensor,
+        out: Tensor,
+    ) -> Tensor:
+        """``accept``; then the trace's decision in the place of its own, and on to the next step."""
+        self.operations.accept(draft, target, stop_tokens, length, limit, drafted=drafted, out=out)
+        self.place = 0
+        if len(draft):  # there are none in plain decoding
+            alive = drafted[:1]  # 0 when the text has reached its limit: nothing is drafted and nothing agreed
+            torch.mul(self.now[0, :1], alive, out=out[:1])
+            torch.add(self.now[0, 1:2], length, out=out[1:2])
+            torch.minimum(out[1:2], limit, out=out[1:2])
+            out[2:].zero_()
+            self.step.add_(alive).remainder_(len(self.steps))
+            torch.index_select(self.steps, 0, self.step, out=self.now)
+        return out
+
+
+def with_synthetic_acceptance(target: Llama, trace: Trace, max_drafts: int = MAX_DRAFTS) -> Llama:
+    """The same weights under operations that follow ``trace``; decode it with ``num_speculative_tokens=max_drafts``.
+
+    The target must run on the Triton kernels, whose loop lives on the device.
+    """
+    player = _Player(target.operations, trace, max_drafts, target.device)
+    operations = replace(target.operations, top1_head=player.top1_head, accept=player.accept)
+    return Llama(target.config, target.weights, operations)
