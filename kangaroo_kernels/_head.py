@@ -15,6 +15,9 @@ from kangaroo_kernels.top1_head_ref import Top1
 CHUNK = tl.constexpr(1024)
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
+MERGE_WARPS = 4
+"""Of the merge: as many as ``draft_loop`` has, for the order of its sum depends on it."""
+
 
 @triton.jit
 def nan_wins(values):
@@ -72,6 +75,59 @@ def finish_row(
             tl.store(embedded_ptr + row * embedded_row_stride + offs, values, mask=offs < K)
 
 
+@triton.jit
+def merge_row(
+    row,
+    score_ptr,
+    index_ptr,
+    largest_ptr,
+    sum_ptr,
+    token_ptr,
+    confidence_ptr,
+    sure_ptr,
+    threshold,
+    embedding_ptr,
+    embedded_ptr,
+    TILES,
+    embedding_row_stride,
+    embedded_row_stride,
+    K,
+):
+    """Merge the tiles of ``row`` and finish it; arguments as for the kernel."""
+    score = tl.full((), float("-inf"), dtype=tl.float32)
+    token = tl.full((), NO_TOKEN, dtype=tl.int32)
+    largest = tl.full((), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((), dtype=tl.float32)
+    for first in range(0, TILES, CHUNK):
+        offs = first + tl.arange(0, CHUNK)
+        there = offs < TILES
+        scores = tl.load(score_ptr + row * TILES + offs, mask=there, other=float("-inf"), cache_modifier=".cg")
+        indices = tl.load(index_ptr + row * TILES + offs, mask=there, other=NO_TOKEN, cache_modifier=".cg")
+        tops = tl.load(largest_ptr + row * TILES + offs, mask=there, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(sum_ptr + row * TILES + offs, mask=there, other=0.0, cache_modifier=".cg")
+        best, index = first_best(scores, indices, 0)
+        token = tl.where(best > score, index, tl.where(best == score, tl.minimum(token, index), token))
+        score = tl.maximum(score, best)
+        higher = tl.maximum(largest, tl.max(tops, axis=0))
+        pivot = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(largest - pivot) + tl.sum(sums * tl.exp(tops - pivot), axis=0)
+        largest = higher
+    finish_row(
+        row,
+        token,
+        confidence_from(total),
+        token_ptr,
+        confidence_ptr,
+        sure_ptr,
+        threshold,
+        embedding_ptr,
+        embedded_ptr,
+        embedding_row_stride,
+        embedded_row_stride,
+        K,
+    )
+
+
 @triton.jit(do_not_specialize_on_alignment=["token_ptr", "confidence_ptr", "active_ptr", "sure_ptr"])
 def merge_tiles_kernel(
     score_ptr,  # [M, tiles] float32, each tile's best score
@@ -94,35 +150,19 @@ def merge_tiles_kernel(
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
-    row = tl.program_id(0)
-    score = tl.full((), float("-inf"), dtype=tl.float32)
-    token = tl.full((), NO_TOKEN, dtype=tl.int32)
-    largest = tl.full((), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((), dtype=tl.float32)
-    for first in range(0, TILES, CHUNK):
-        offs = first + tl.arange(0, CHUNK)
-        there = offs < TILES
-        scores = tl.load(score_ptr + row * TILES + offs, mask=there, other=float("-inf"))
-        indices = tl.load(index_ptr + row * TILES + offs, mask=there, other=NO_TOKEN)
-        tops = tl.load(largest_ptr + row * TILES + offs, mask=there, other=float("-inf"))
-        sums = tl.load(sum_ptr + row * TILES + offs, mask=there, other=0.0)
-        best, index = first_best(scores, indices, 0)
-        token = tl.where(best > score, index, tl.where(best == score, tl.minimum(token, index), token))
-        score = tl.maximum(score, best)
-        higher = tl.maximum(largest, tl.max(tops, axis=0))
-        pivot = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(largest - pivot) + tl.sum(sums * tl.exp(tops - pivot), axis=0)
-        largest = higher
-    finish_row(
-        row,
-        token,
-        confidence_from(total),
+    merge_row(
+        tl.program_id(0),
+        score_ptr,
+        index_ptr,
+        largest_ptr,
+        sum_ptr,
         token_ptr,
         confidence_ptr,
         sure_ptr,
         threshold,
         embedding_ptr,
         embedded_ptr,
+        TILES,
         embedding_row_stride,
         embedded_row_stride,
         K,
@@ -206,6 +246,6 @@ def merge_tiles(
         0 if embedding is None else embedding.stride(0),
         0 if embedded is None else embedded.stride(0),
         0 if embedding is None else embedding.shape[1],
-        num_warps=8,
+        num_warps=MERGE_WARPS,
     )
     return out

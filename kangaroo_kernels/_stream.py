@@ -29,7 +29,8 @@ def load_rows(x_ptr, x_row_stride, k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.c
     """``x[:, k : k + BLOCK_K]``, [BLOCK_M, BLOCK_K], zero outside of [M, K]."""
     rows, offs = tl.arange(0, BLOCK_M), k + tl.arange(0, BLOCK_K)
     mask = (rows[:, None] < M) & (offs[None, :] < K)
-    return tl.load(x_ptr + rows[:, None] * x_row_stride + offs[None, :], mask=mask, other=0.0)
+    x_ptrs = x_ptr + rows[:, None] * x_row_stride + offs[None, :]
+    return tl.load(x_ptrs, mask=mask, other=0.0, cache_modifier=".cg")  # draft_loop: another program wrote it
 
 
 @triton.jit

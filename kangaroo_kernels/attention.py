@@ -28,8 +28,8 @@ SHORT_SPLITS = tl.constexpr(32)
 MIDDLE = tl.constexpr(256)
 MIDDLE_SPLITS = tl.constexpr(48)
 LONG = tl.constexpr(1024)
-MERGED = tl.constexpr(16)
-"""Splits that the reduction takes at a time."""
+MERGED = tl.constexpr(8)
+"""Splits that the reduction takes at a time; fewer than packed rows, lest the compiler lay both alike in draft_loop."""
 
 MAX_PACKED_ROWS = {2: 64, 4: 16}
 TILE = {2: 64, 4: 32}
@@ -68,6 +68,93 @@ def first_position(split):
 def seen_or_one(denominator):
     """1 for a row that sees nothing, before the first position: its result is 0, not NaN."""
     return tl.where(denominator > 0.0, denominator, 1.0)
+
+
+@triton.jit
+def attention_split(
+    split,
+    kv_head,
+    block,
+    start,
+    length,
+    position,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    sums_ptr,
+    stats_ptr,
+    out_ptr,
+    M,
+    H,
+    scale,
+    q_row_stride,
+    q_head_stride,
+    k_block_stride,
+    k_head_stride,
+    k_row_stride,
+    v_block_stride,
+    v_head_stride,
+    v_row_stride,
+    out_row_stride,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A split, from ``start`` on, for packed rows ``block * BLOCK_R ..`` of ``kv_head``; arguments as for the kernel.
+
+    ``STAGES`` of the software pipeline; None leaves them to the launch.
+    """
+    packed = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows, heads = packed // GROUP, kv_head * GROUP + packed % GROUP
+    row_mask = rows < M
+    dims = tl.arange(0, BLOCK_D)
+    dim_mask = dims < HEAD_DIM
+    q_ptrs = q_ptr + rows[:, None] * q_row_stride + heads[:, None] * q_head_stride + dims[None, :]
+    q = tl.load(q_ptrs, mask=row_mask[:, None] & dim_mask[None, :], other=0.0, cache_modifier=".cg")
+    k_head_ptr = k_ptr + kv_head.to(tl.int64) * k_head_stride
+    v_head_ptr = v_ptr + kv_head.to(tl.int64) * v_head_stride
+
+    best = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
+    denominator = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    for first in tl.range(start, tl.minimum(first_position(split + 1), length), BLOCK_T, num_stages=STAGES):
+        positions = first + tl.arange(0, BLOCK_T)
+        written = positions < length  # beyond lies whatever was there: 0 * NaN is NaN
+        mask = written[:, None] & dim_mask[None, :]
+        k_rows = row_offsets(positions, written, table_ptr, k_block_stride, k_row_stride, BLOCK_SIZE)
+        k_ptrs = k_head_ptr + k_rows[:, None] + dims[None, :]
+        k = tl.load(k_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        seen = positions[None, :] <= position + rows[:, None]
+        scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, axis=1))
+        # a row that has seen nothing yet stays exactly as it is: powers of -inf, not NaN
+        pivot = tl.where(higher == float("-inf"), 0.0, higher)
+        fade = tl.exp2(best - pivot)
+        weights = tl.exp2(scores - pivot[:, None])
+        v_rows = row_offsets(positions, written, table_ptr, v_block_stride, v_row_stride, BLOCK_SIZE)
+        v_ptrs = v_head_ptr + v_rows[:, None] + dims[None, :]
+        v = tl.load(v_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+        denominator = denominator * fade + tl.sum(weights, axis=1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        best = higher
+
+    mask = row_mask[:, None] & dim_mask[None, :]
+    if WHOLE:
+        out = acc / seen_or_one(denominator)[:, None]
+        out_ptrs = out_ptr + rows[:, None] * out_row_stride + heads[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        slots = (split * M + rows).to(tl.int64) * H + heads
+        tl.store(sums_ptr + slots[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+        tl.store(stats_ptr + slots * 2, best, mask=row_mask)
+        tl.store(stats_ptr + slots * 2 + 1, denominator, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
@@ -112,50 +199,81 @@ def attention_kernel(
     start = first_position(split)
     if start >= length:
         return
-    kv_head = tl.program_id(1)
-    packed = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    rows, heads = packed // GROUP, kv_head * GROUP + packed % GROUP
-    row_mask = rows < M
+    attention_split(
+        split,
+        tl.program_id(1),
+        tl.program_id(0),
+        start,
+        length,
+        position,
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        sums_ptr,
+        stats_ptr,
+        out_ptr,
+        M,
+        H,
+        scale,
+        q_row_stride,
+        q_head_stride,
+        k_block_stride,
+        k_head_stride,
+        k_row_stride,
+        v_block_stride,
+        v_head_stride,
+        v_row_stride,
+        out_row_stride,
+        GROUP,
+        HEAD_DIM,
+        BLOCK_D,
+        BLOCK_R,
+        BLOCK_T,
+        BLOCK_SIZE,
+        WHOLE,
+        None,
+    )
+
+
+@triton.jit
+def attention_merge(
+    row,
+    head,
+    position,
+    sums_ptr,
+    stats_ptr,
+    out_ptr,
+    M,
+    H,
+    SPLITS,
+    out_row_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Merge the splits of a head of a token; arguments as for the kernel."""
+    splits = tl.minimum(count_splits_of(position + row + 1), SPLITS)
     dims = tl.arange(0, BLOCK_D)
     dim_mask = dims < HEAD_DIM
-    q_ptrs = q_ptr + rows[:, None] * q_row_stride + heads[:, None] * q_head_stride + dims[None, :]
-    q = tl.load(q_ptrs, mask=row_mask[:, None] & dim_mask[None, :], other=0.0)
-    k_head_ptr = k_ptr + kv_head.to(tl.int64) * k_head_stride
-    v_head_ptr = v_ptr + kv_head.to(tl.int64) * v_head_stride
-
-    best = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
-    denominator = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-    for first in range(start, tl.minimum(first_position(split + 1), length), BLOCK_T):
-        positions = first + tl.arange(0, BLOCK_T)
-        written = positions < length  # beyond lies whatever was there: 0 * NaN is NaN
-        mask = written[:, None] & dim_mask[None, :]
-        k_rows = row_offsets(positions, written, table_ptr, k_block_stride, k_row_stride, BLOCK_SIZE)
-        k = tl.load(k_head_ptr + k_rows[:, None] + dims[None, :], mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        seen = positions[None, :] <= position + rows[:, None]
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, axis=1))
-        # a row that has seen nothing yet stays exactly as it is: powers of -inf, not NaN
-        pivot = tl.where(higher == float("-inf"), 0.0, higher)
-        fade = tl.exp2(best - pivot)
-        weights = tl.exp2(scores - pivot[:, None])
-        v_rows = row_offsets(positions, written, table_ptr, v_block_stride, v_row_stride, BLOCK_SIZE)
-        v = tl.load(v_head_ptr + v_rows[:, None] + dims[None, :], mask=mask, other=0.0)
-        denominator = denominator * fade + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+    best = tl.full((), float("-inf"), dtype=tl.float32)
+    denominator = tl.zeros((), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for first in range(0, splits, MERGED):
+        offs = first + tl.arange(0, MERGED)
+        there = offs < splits
+        slots = (offs * M + row).to(tl.int64) * H + head
+        tops = tl.load(stats_ptr + slots * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+        parts = tl.load(stats_ptr + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+        sums_mask = there[:, None] & dim_mask[None, :]
+        sums_ptrs = sums_ptr + slots[:, None] * HEAD_DIM + dims[None, :]
+        sums = tl.load(sums_ptrs, mask=sums_mask, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(best, tl.max(tops, axis=0))  # finite: there is a split only for a row that sees position 0
+        fade, shares = tl.exp2(best - higher), tl.exp2(tops - higher)
+        denominator = denominator * fade + tl.sum(parts * shares, axis=0)
+        acc = acc * fade + tl.sum(sums * shares[:, None], axis=0)
         best = higher
-
-    mask = row_mask[:, None] & dim_mask[None, :]
-    if WHOLE:
-        out = acc / seen_or_one(denominator)[:, None]
-        out_ptrs = out_ptr + rows[:, None] * out_row_stride + heads[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        slots = (split * M + rows).to(tl.int64) * H + heads
-        tl.store(sums_ptr + slots[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
-        tl.store(stats_ptr + slots * 2, best, mask=row_mask)
-        tl.store(stats_ptr + slots * 2 + 1, denominator, mask=row_mask)
+    out_ptrs = out_ptr + row * out_row_stride + head * HEAD_DIM + dims
+    tl.store(out_ptrs, (acc / seen_or_one(denominator)).to(out_ptr.dtype.element_ty), mask=dim_mask)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
@@ -176,28 +294,20 @@ def attention_reduce_kernel(
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
-    row, head = tl.program_id(1), tl.program_id(0)
-    splits = tl.minimum(count_splits_of(tl.load(position_ptr).to(tl.int32) + row + 1), SPLITS)
-    dims = tl.arange(0, BLOCK_D)
-    dim_mask = dims < HEAD_DIM
-    best = tl.full((), float("-inf"), dtype=tl.float32)
-    denominator = tl.zeros((), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for first in range(0, splits, MERGED):
-        offs = first + tl.arange(0, MERGED)
-        there = offs < splits
-        slots = (offs * M + row).to(tl.int64) * H + head
-        tops = tl.load(stats_ptr + slots * 2, mask=there, other=float("-inf"))
-        parts = tl.load(stats_ptr + slots * 2 + 1, mask=there, other=0.0)
-        sums_mask = there[:, None] & dim_mask[None, :]
-        sums = tl.load(sums_ptr + slots[:, None] * HEAD_DIM + dims[None, :], mask=sums_mask, other=0.0)
-        higher = tl.maximum(best, tl.max(tops, axis=0))  # finite: there is a split only for a row that sees position 0
-        fade, shares = tl.exp2(best - higher), tl.exp2(tops - higher)
-        denominator = denominator * fade + tl.sum(parts * shares, axis=0)
-        acc = acc * fade + tl.sum(sums * shares[:, None], axis=0)
-        best = higher
-    out_ptrs = out_ptr + row * out_row_stride + head * HEAD_DIM + dims
-    tl.store(out_ptrs, (acc / seen_or_one(denominator)).to(out_ptr.dtype.element_ty), mask=dim_mask)
+    attention_merge(
+        tl.program_id(1),
+        tl.program_id(0),
+        tl.load(position_ptr).to(tl.int32),
+        sums_ptr,
+        stats_ptr,
+        out_ptr,
+        M,
+        H,
+        SPLITS,
+        out_row_stride,
+        HEAD_DIM,
+        BLOCK_D,
+    )
 
 
 def attention(

@@ -14,6 +14,43 @@ from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 
 
+@triton.jit
+def gate_up_tile(
+    tile,
+    x_ptr,
+    norm_ptr,
+    w_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    I,
+    K,
+    x_row_stride,
+    w_row_stride,
+    out_row_stride,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """All rows of columns ``tile * BLOCK_N ..`` of ``out``; arguments as for the kernel."""
+    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    # gate and up rows in turns: one tile, one product, and both halves of a column in the same thread
+    pairs = tl.arange(0, 2 * BLOCK_N)
+    owned = tl.minimum(tile * BLOCK_N + pairs // 2, I - 1) + pairs % 2 * I
+    acc = norm_project(
+        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, 2 * BLOCK_N, BLOCK_K
+    )
+    gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
+    if bias_ptr is not None:
+        gate = add_bias(gate, bias_ptr, cols, I)
+        up = add_bias(up, bias_ptr + I, cols, I)
+    rows = tl.arange(0, BLOCK_M)
+    mask = (rows[:, None] < M) & (cols[None, :] < I)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + rows[:, None] * out_row_stride + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
 def gate_up_kernel(
     x_ptr,  # [M, K]
@@ -37,21 +74,24 @@ def gate_up_kernel(
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # gate and up rows in turns: one tile, one product, and both halves of a column in the same thread
-    pairs = tl.arange(0, 2 * BLOCK_N)
-    owned = tl.minimum(tl.program_id(0) * BLOCK_N + pairs // 2, I - 1) + pairs % 2 * I
-    acc = norm_project(
-        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, 2 * BLOCK_N, BLOCK_K
+    gate_up_tile(
+        tl.program_id(0),
+        x_ptr,
+        norm_ptr,
+        w_ptr,
+        bias_ptr,
+        out_ptr,
+        M,
+        I,
+        K,
+        x_row_stride,
+        w_row_stride,
+        out_row_stride,
+        eps,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
     )
-    gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
-    if bias_ptr is not None:
-        gate = add_bias(gate, bias_ptr, cols, I)
-        up = add_bias(up, bias_ptr + I, cols, I)
-    rows = tl.arange(0, BLOCK_M)
-    mask = (rows[:, None] < M) & (cols[None, :] < I)
-    out = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + rows[:, None] * out_row_stride + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def gate_up(

@@ -13,6 +13,39 @@ from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 
 
+@triton.jit
+def linear_residual_tile(
+    tile,
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    x_row_stride,
+    w_row_stride,
+    residual_row_stride,
+    out_row_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """All rows of columns ``tile * BLOCK_N ..`` of ``out``; arguments as for the kernel."""
+    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    owned = tl.minimum(cols, N - 1)  # the last tile's columns beyond the end repeat the last one
+    acc = project(x_ptr, x_row_stride, w_ptr, w_row_stride, owned, M, K, BLOCK_M, BLOCK_N, BLOCK_K)
+    if bias_ptr is not None:
+        acc = add_bias(acc, bias_ptr, cols, N)
+    rows = tl.arange(0, BLOCK_M)
+    mask = (rows[:, None] < M) & (cols[None, :] < N)
+    residual_ptrs = residual_ptr + rows[:, None] * residual_row_stride + cols[None, :]
+    residual = tl.load(residual_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    out = acc + residual.to(tl.float32)
+    tl.store(out_ptr + rows[:, None] * out_row_stride + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
 def linear_residual_kernel(
     x_ptr,  # [M, K]
@@ -36,16 +69,24 @@ def linear_residual_kernel(
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    owned = tl.minimum(cols, N - 1)  # the last tile's columns beyond the end repeat the last one
-    acc = project(x_ptr, x_row_stride, w_ptr, w_row_stride, owned, M, K, BLOCK_M, BLOCK_N, BLOCK_K)
-    if bias_ptr is not None:
-        acc = add_bias(acc, bias_ptr, cols, N)
-    rows = tl.arange(0, BLOCK_M)
-    mask = (rows[:, None] < M) & (cols[None, :] < N)
-    residual = tl.load(residual_ptr + rows[:, None] * residual_row_stride + cols[None, :], mask=mask, other=0.0)
-    out = acc + residual.to(tl.float32)
-    tl.store(out_ptr + rows[:, None] * out_row_stride + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    linear_residual_tile(
+        tl.program_id(0),
+        x_ptr,
+        w_ptr,
+        bias_ptr,
+        residual_ptr,
+        out_ptr,
+        M,
+        N,
+        K,
+        x_row_stride,
+        w_row_stride,
+        residual_row_stride,
+        out_row_stride,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
 
 
 def linear_residual(

@@ -43,6 +43,59 @@ SMALLEST_TOP_P = 1e-30
 """Far below any token's share, and far enough from 0 for its product with the sum to be a normal float32."""
 
 
+@triton.jit
+def sample_tile(
+    tile,
+    TILES,
+    position,
+    seed,
+    x_ptr,
+    norm_ptr,
+    w_ptr,
+    bias_ptr,
+    logits_ptr,
+    score_ptr,
+    index_ptr,
+    largest_ptr,
+    sum_ptr,
+    stream,
+    temperature,
+    M,
+    V,
+    K,
+    x_row_stride,
+    w_row_stride,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """All rows of tokens ``tile * BLOCK_N ..``; arguments as for the kernel."""
+    first = tile * BLOCK_N
+    cols = first + tl.arange(0, BLOCK_N)
+    owned = tl.minimum(cols, V - 1)  # the last tile's columns beyond the end repeat the last one
+    logits = norm_project(
+        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    if bias_ptr is not None:
+        logits = add_bias(logits, bias_ptr, cols, V)
+    rows = tl.arange(0, BLOCK_M)
+    if logits_ptr is not None:
+        mask = (rows[:, None] < M) & (cols[None, :] < V)
+        tl.store(logits_ptr + rows[:, None].to(tl.int64) * V + cols[None, :], logits, mask=mask)
+    else:
+        logits = tl.where(cols[None, :] < V, logits, float("-inf"))
+        scores = logits / temperature + gumbel_tile(seed, stream, position + rows, first, BLOCK_M, BLOCK_N)
+        score, index = first_best(nan_wins(scores), tl.broadcast_to(cols[None, :], (BLOCK_M, BLOCK_N)), 1)
+        largest = tl.max(nan_wins(logits), axis=1)
+        total = exponential_sum(logits, largest, 1)
+        slots = rows * TILES + tile
+        tl.store(score_ptr + slots, score, mask=rows < M)
+        tl.store(index_ptr + slots, index, mask=rows < M)
+        tl.store(largest_ptr + slots, largest, mask=rows < M)
+        tl.store(sum_ptr + slots, total, mask=rows < M)
+
+
 @triton.jit(
     do_not_specialize=["M", "stream"], do_not_specialize_on_alignment=["position_ptr", "seed_ptr", "active_ptr"]
 )
@@ -77,30 +130,32 @@ def sample_head_kernel(
             return
     position = tl.load(position_ptr)  # early: they arrive while the weight streams
     seed = tl.load(seed_ptr)
-    tile = tl.program_id(0)
-    first = tile * BLOCK_N
-    cols = first + tl.arange(0, BLOCK_N)
-    owned = tl.minimum(cols, V - 1)  # the last tile's columns beyond the end repeat the last one
-    logits = norm_project(
-        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, BLOCK_N, BLOCK_K
+    sample_tile(
+        tl.program_id(0),
+        tl.num_programs(0),
+        position,
+        seed,
+        x_ptr,
+        norm_ptr,
+        w_ptr,
+        bias_ptr,
+        logits_ptr,
+        score_ptr,
+        index_ptr,
+        largest_ptr,
+        sum_ptr,
+        stream,
+        temperature,
+        M,
+        V,
+        K,
+        x_row_stride,
+        w_row_stride,
+        eps,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
     )
-    if bias_ptr is not None:
-        logits = add_bias(logits, bias_ptr, cols, V)
-    rows = tl.arange(0, BLOCK_M)
-    if logits_ptr is not None:
-        mask = (rows[:, None] < M) & (cols[None, :] < V)
-        tl.store(logits_ptr + rows[:, None].to(tl.int64) * V + cols[None, :], logits, mask=mask)
-    else:
-        logits = tl.where(cols[None, :] < V, logits, float("-inf"))
-        scores = logits / temperature + gumbel_tile(seed, stream, position + rows, first, BLOCK_M, BLOCK_N)
-        score, index = first_best(nan_wins(scores), tl.broadcast_to(cols[None, :], (BLOCK_M, BLOCK_N)), 1)
-        largest = tl.max(nan_wins(logits), axis=1)
-        total = exponential_sum(logits, largest, 1)
-        slots = rows * tl.num_programs(0) + tile
-        tl.store(score_ptr + slots, score, mask=rows < M)
-        tl.store(index_ptr + slots, index, mask=rows < M)
-        tl.store(largest_ptr + slots, largest, mask=rows < M)
-        tl.store(sum_ptr + slots, total, mask=rows < M)
 
 
 @triton.jit

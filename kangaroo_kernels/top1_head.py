@@ -18,6 +18,45 @@ from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.top1_head_ref import Top1
 
 
+@triton.jit
+def top1_tile(
+    tile,
+    TILES,
+    x_ptr,
+    norm_ptr,
+    w_ptr,
+    bias_ptr,
+    largest_ptr,
+    index_ptr,
+    sum_ptr,
+    M,
+    V,
+    K,
+    x_row_stride,
+    w_row_stride,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """All rows of tokens ``tile * BLOCK_N ..``; arguments as for the kernel."""
+    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    owned = tl.minimum(cols, V - 1)  # the last tile's columns beyond the end repeat the last one
+    logits = norm_project(
+        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, BLOCK_N, BLOCK_K
+    )
+    if bias_ptr is not None:
+        logits = add_bias(logits, bias_ptr, cols, V)
+    logits = tl.where(cols[None, :] < V, logits, float("-inf"))
+    largest, index = first_best(nan_wins(logits), tl.broadcast_to(cols[None, :], (BLOCK_M, BLOCK_N)), 1)
+    total = exponential_sum(logits, largest, 1)
+    rows = tl.arange(0, BLOCK_M)
+    slots = rows * TILES + tile
+    tl.store(largest_ptr + slots, largest, mask=rows < M)
+    tl.store(index_ptr + slots, index, mask=rows < M)
+    tl.store(sum_ptr + slots, total, mask=rows < M)
+
+
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
 def top1_head_kernel(
     x_ptr,  # [M, K]
@@ -42,22 +81,26 @@ def top1_head_kernel(
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
-    tile = tl.program_id(0)
-    cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    owned = tl.minimum(cols, V - 1)  # the last tile's columns beyond the end repeat the last one
-    logits = norm_project(
-        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, BLOCK_N, BLOCK_K
+    top1_tile(
+        tl.program_id(0),
+        tl.num_programs(0),
+        x_ptr,
+        norm_ptr,
+        w_ptr,
+        bias_ptr,
+        largest_ptr,
+        index_ptr,
+        sum_ptr,
+        M,
+        V,
+        K,
+        x_row_stride,
+        w_row_stride,
+        eps,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
     )
-    if bias_ptr is not None:
-        logits = add_bias(logits, bias_ptr, cols, V)
-    logits = tl.where(cols[None, :] < V, logits, float("-inf"))
-    largest, index = first_best(nan_wins(logits), tl.broadcast_to(cols[None, :], (BLOCK_M, BLOCK_N)), 1)
-    total = exponential_sum(logits, largest, 1)
-    rows = tl.arange(0, BLOCK_M)
-    slots = rows * tl.num_programs(0) + tile
-    tl.store(largest_ptr + slots, largest, mask=rows < M)
-    tl.store(index_ptr + slots, index, mask=rows < M)
-    tl.store(sum_ptr + slots, total, mask=rows < M)
 
 
 def top1_head(

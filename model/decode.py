@@ -212,13 +212,17 @@ def device_steps(
     if lag is None:
         lag = 1 if runner.device.type == "cuda" else 0
     rows = iteration.max_drafts + 1
-    mailbox = Mailbox(iteration.record, lag + 1)
+    mailbox = Mailbox(iteration.report, lag + 1)
     while True:
         while len(mailbox) <= lag and len(state.tokens) + len(mailbox) < length:  # each commits a token at least
             reach = bucket(len(state.tokens) + (len(mailbox) + 1) * rows, state.cache.capacity)
             runner.run((iteration.key, reach), partial(iteration.run, reach))
             mailbox.post()
-        step = read_record(mailbox.read(), length)
+        *record, lost = mailbox.read()
+        if lost:
+            runner.clear()  # what the grid left is prepared anew
+            raise RuntimeError(f"draft_loop waited in vain for a program of its grid (error word {lost}).")
+        step = read_record(record, length)
         if not step.tokens:  # never, unless memory was overwritten: the target always has a token
             raise RuntimeError("an iteration committed nothing; the device memory of this decode is damaged.")
         state.tokens += step.tokens

@@ -195,13 +195,20 @@ class Kangaroo:
         drafter: the shallow layers with the adapter; None without one.
         tokenizer: the checkpoint's tokenizer; None where it has none, and prompts are token lists.
         graphs: whether a GPU's iterations are captured.
+        persistent: whether the kernels draft in one launch.
     """
 
     def __init__(
-        self, target: Llama, drafter: Drafter | None = None, tokenizer: Any = None, graphs: bool = True
+        self,
+        target: Llama,
+        drafter: Drafter | None = None,
+        tokenizer: Any = None,
+        graphs: bool = True,
+        persistent: bool = False,
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
-        self.graphs, self._runner = graphs, GraphRunner(target.device, graphs)
+        self.graphs, self.persistent = graphs, persistent
+        self._runner = GraphRunner(target.device, graphs)
         self._cache = target.new_cache()
         self._adapter_cache = drafter.adapter.new_cache() if drafter is not None else None
         self._threads: int | None = None
@@ -216,6 +223,7 @@ class Kangaroo:
         dtype: str | torch.dtype | None = None,
         kernels: str | None = None,
         graphs: bool = True,
+        persistent: bool = False,
     ) -> "Kangaroo":
         """Load a Hugging Face Llama checkpoint and an adapter for it.
 
@@ -228,6 +236,7 @@ class Kangaroo:
             kernels: ``triton`` or ``reference``; None means the Triton kernels on a GPU and the PyTorch references on a
                 CPU. (``triton`` on a CPU needs TRITON_INTERPRET=1 in the environment, and is for tests.)
             graphs: capture iterations in CUDA graphs on a GPU; False launches kernel by kernel, for debuggers.
+            persistent: on the kernels, draft in one persistent launch (``draft_loop``) instead of kernel by kernel.
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.
@@ -247,7 +256,7 @@ class Kangaroo:
         drafter = None
         if adapter_folder is not None:
             drafter = Drafter(target, Adapter.load(adapter_folder, target, exit_layer))
-        return cls(target, drafter, load_tokenizer(folder), graphs)
+        return cls(target, drafter, load_tokenizer(folder), graphs, persistent)
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Tensor:
@@ -490,6 +499,7 @@ class Kangaroo:
                 stop_tokens=sorted(stop_tokens),
                 length=request.length,
                 runner=self._runner,
+                persistent=self.persistent,
             )
             return device_steps(iteration, self._runner, state, length=request.length)
         chooser = Chooser(sampling, target.operations)

@@ -9,10 +9,12 @@ import gc
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Kept = TypeVar("Kept")
 
 MOST_GRAPHS = 32
 """Kept at a time; the one that was not run for longest goes first."""
@@ -53,6 +55,7 @@ class GraphRunner:
 
     def _forget(self) -> None:
         self._ran: set[Hashable] = set()
+        self._kept: dict[str, Any] = {}
         self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
         self._pool: Any = None  # a handle, whose type is PyTorch's own
         self.captured_bytes = 0
@@ -84,8 +87,15 @@ class GraphRunner:
             self.clear()
         self._relied_on[name] = addresses
 
+    def keep(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """What ``make`` gave when it was first asked for that name; it goes with the graphs."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        kept: Kept = self._kept[name]
+        return kept
+
     def clear(self) -> None:
-        """Drop every graph and its memory; buffers stay."""
+        """Drop every graph, its memory and what was kept for it; buffers stay."""
         self._wait()
         self._forget()
 

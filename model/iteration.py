@@ -3,25 +3,30 @@
 Shapes are fixed: R draft steps and a verification of R + 1 rows. What varies lies in device memory: the text and its
 length, positions, and a flag for every draft. A step whose flag is down returns at once; rows of drafts that were not
 made are verified with the rest and not looked at, which at batch 1 costs next to nothing. Plain decoding is the same
-with R = 0, all layers being verification's.
+with R = 0, all layers being verification's. All draft steps may also be one persistent kernel, ``draft_loop``, whose
+early exit is real.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kangaroo_kernels.commit_ref import RECORD_HEAD
+from kangaroo_kernels.draft_loop_ref import AttentionBlock, DraftModel, Layer
 from kangaroo_kernels.top1_head_ref import Top1
 
 from .adapter import Adapter
+from .cache import KVCache
+from .config import LlamaConfig
 from .graphs import GraphRunner
 from .llama import Llama
 from .sampling import Chooser, Sampling
 from .spans import span
 from .state import TextState
+from .weights import AttentionWeights
 
 LEAST_STOPS = 16
 NO_TOKEN = -1
@@ -53,9 +58,11 @@ class Iteration:
         stop_tokens: end the text.
         length: tokens that the text may reach.
         runner: holds the memory, and will hold the graphs.
+        persistent: draft in one kernel; top-k and top-p, which need a row of logits, are drafted step by step anyway.
 
     Attributes:
-        record: ``[5 + R + 1]`` int64, what the last iteration did; see ``kangaroo_kernels.commit_ref``.
+        report: ``[5 + R + 1 + 1]`` int64, what the last iteration did: the record of ``kangaroo_kernels.commit_ref``,
+            then the error word of ``draft_loop``, 0 where all went well.
         key: what a captured iteration has baked in besides its reach.
     """
 
@@ -71,6 +78,7 @@ class Iteration:
         stop_tokens: Sequence[int],
         length: int,
         runner: GraphRunner,
+        persistent: bool = False,
     ) -> None:
         self.target, self.adapter, self.state = target, adapter, state
         self.max_drafts, self.threshold = max_drafts, threshold
@@ -92,14 +100,18 @@ class Iteration:
         self.newest, self.exit_hidden = states("newest", 1, hidden), states("exit hidden", rows + 1, hidden)
         self.drafts = self._top1(runner, f"{kind}: drafts", drafts)
         self.wanted = self._top1(runner, f"{kind}: wanted", rows)
-        self.decision, self.record = numbers("decision", 3), numbers("record", RECORD_HEAD + rows)
+        self.decision, self.report = numbers("decision", 3), numbers("report", RECORD_HEAD + rows + 1)
 
         self.chooser = Chooser(sampling, target.operations, self.seed)
-        self.key = (kind, threshold, sampling.temperature, sampling.top_k, sampling.top_p)
+        persistent = persistent and adapter is not None and sampling.top_k is None and sampling.top_p is None
+        self.key = (kind, persistent, threshold, sampling.temperature, sampling.top_k, sampling.top_p)
         runner.rely_on("target", state.cache.keys[0], target.rotary.phases)
         if adapter is not None:
             assert state.adapter_cache is not None
             runner.rely_on("adapter", state.adapter_cache.keys[0], adapter.rotary.phases)
+        self.loop: PreparedLoop | None = None
+        if persistent and adapter is not None:
+            self.loop = runner.keep(f"{kind}: draft loop", lambda: prepare_loop(target, adapter, state, drafts))
         self._begin(state, sampling, stop_tokens, length)
 
     @staticmethod
@@ -122,16 +134,19 @@ class Iteration:
         put(self.stops, [*stop_tokens, *[NO_TOKEN] * (len(self.stops) - len(stop_tokens))])
         put(self.flags, [1] + [0] * self.max_drafts)
         self.newest.copy_(self.target.embed(tokens[-1:]))
+        self.report.zero_()
         self.exit_hidden.zero_()  # rows of drafts that are not made must be finite
         if state.exit_hidden is not None:
             self.exit_hidden[0] = state.exit_hidden[0]
 
     def stages(self, reach: int) -> Iterator[Stage]:
         """The work of an iteration in order; no position of it is beyond ``reach``."""
-        for step in range(self.max_drafts):
-            yield Stage("kangaroo/draft/shallow", partial(self.shallow, step, reach))
-            yield Stage("kangaroo/draft/step", partial(self.draft, step, reach))
-        if self.max_drafts:
+        if self.loop is not None:
+            yield Stage("kangaroo/draft", partial(self.draft_all, self.loop))
+        elif self.max_drafts:
+            for step in range(self.max_drafts):
+                yield Stage("kangaroo/draft/shallow", partial(self.shallow, step, reach))
+                yield Stage("kangaroo/draft/step", partial(self.draft, step, reach))
             yield Stage("kangaroo/draft/shallow", partial(self.shallow, self.max_drafts, reach))
         yield Stage("kangaroo/verify", partial(self.verify, reach))
         yield Stage("kangaroo/accept", self.accept)
@@ -182,6 +197,23 @@ class Iteration:
             out=Top1(self.drafts.token[step : step + 1], self.drafts.confidence[step : step + 1]),
         )
 
+    def draft_all(self, loop: "PreparedLoop") -> None:
+        """All of that in one launch, which ends with the first unsure draft."""
+        sampling = self.chooser.sampling
+        self.target.operations.draft_loop(
+            loop.model,
+            self.flags,
+            self.positions,
+            self.newest,
+            self.exit_hidden,
+            threshold=self.threshold,
+            temperature=None if sampling.greedy else sampling.temperature,
+            seed=self.seed,
+            stream=self.chooser.draft_stream,
+            prepared=loop.prepared,
+            out=self.drafts,
+        )
+
     def verify(self, reach: int) -> None:
         """The remaining layers and the head over all rows: the target's token after each of them."""
         target, weights, config = self.target, self.target.weights, self.target.config
@@ -215,5 +247,50 @@ class Iteration:
             self.exit_hidden,
             self.target.weights.embedding,
             self.newest,
-            self.record,
+            self.report[:-1],
         )
+        if self.loop is not None and self.loop.prepared is not None:
+            self.report[-1:].copy_(self.loop.prepared.error)
+
+
+class PreparedLoop(NamedTuple):
+    """The drafter as ``draft_loop`` takes it.
+
+    Attributes:
+        model: weights and caches.
+        prepared: what its launcher made of them; None where it needs nothing.
+    """
+
+    model: DraftModel
+    prepared: Any
+
+
+def prepare_loop(target: Llama, adapter: Adapter, state: TextState, drafts: int) -> PreparedLoop:
+    """Gather the shallow layers and the adapter, over the caches of a text."""
+    assert state.adapter_cache is not None
+
+    def block(
+        weights: AttentionWeights, config: LlamaConfig, cache: KVCache, index: int, table: Tensor
+    ) -> AttentionBlock:
+        caches = cache.keys[index], cache.values[index]
+        scale = config.head_dim**-0.5
+        return AttentionBlock(weights.norm, weights.qkv, weights.output, *caches, table, config.rms_norm_eps, scale)
+
+    layers = tuple(
+        Layer(
+            block(layer.attention, target.config, state.cache, index, target.rotary.phases),
+            layer.mlp_norm,
+            layer.gate_up,
+            layer.down,
+        )
+        for index, layer in enumerate(target.weights.layers[: adapter.config.exit_layer])
+    )
+    model = DraftModel(
+        layers,
+        block(adapter.block.weights, adapter.config.llama, state.adapter_cache, 0, adapter.rotary.phases),
+        adapter.norm,
+        target.weights.head,
+        adapter.config.llama.rms_norm_eps,
+        target.weights.embedding,
+    )
+    return PreparedLoop(model, target.operations.prepare_draft_loop(model, drafts))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from kangaroo_kernels import (
     accept_ref,
     attention_ref,
     commit_ref,
+    draft_loop_ref,
     gate_up_ref,
     linear_residual_ref,
     qkv_rope_ref,
@@ -44,6 +46,8 @@ class Operations:
     sample_head: Callable[..., Top1]
     accept: Callable[..., Tensor]
     commit: Callable[..., None]
+    draft_loop: Callable[..., Top1]
+    prepare_draft_loop: Callable[..., Any]
 
     def for_rows(self, rows: int) -> "Operations":
         """These operations, or the references for more rows than the kernels take: a prefill, cuBLAS's and SDPA's."""
@@ -61,6 +65,8 @@ REFERENCES = Operations(
     sample_head_ref.sample_head,
     accept_ref.accept,
     commit_ref.commit,
+    draft_loop_ref.draft_loop,
+    lambda model, most: None,  # the reference needs nothing prepared
 )
 
 
@@ -91,7 +97,17 @@ def load_operations(kernels: str | None, device: torch.device, dtype: torch.dtyp
 
 
 def _triton_operations() -> Operations:
-    from kangaroo_kernels import accept, attention, commit, gate_up, linear_residual, qkv_rope, sample_head, top1_head
+    from kangaroo_kernels import (
+        accept,
+        attention,
+        commit,
+        draft_loop,
+        gate_up,
+        linear_residual,
+        qkv_rope,
+        sample_head,
+        top1_head,
+    )
 
     return Operations(
         "triton",
@@ -104,4 +120,6 @@ def _triton_operations() -> Operations:
         sample_head.sample_head,
         accept.accept,
         commit.commit,
+        draft_loop.draft_loop,
+        draft_loop.prepare_draft_loop,
     )

@@ -25,6 +25,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from sass import Pipeline
 from steps import META, STEPS, Call, Step
 from triton import knobs
 
@@ -36,6 +37,7 @@ TABLE_WIDTH = 200
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MAX_ROWS = 16
+PERSISTENT = "draft_loop_kernel"
 
 
 # ---- what it compiles to
@@ -76,6 +78,7 @@ class Row:
         weight_load_bytes: the width with which the loop loads its tile of the weight (of the KV cache in attention).
         tile_bytes: of the weight (of the cache) that a program takes an iteration; None if it streams none.
         tiles_under_way: of a program, while it waits for the oldest.
+        loop_depths: the same for every loop that copies asynchronously; a persistent kernel has several.
         resident_programs: that the busiest SM holds.
         waves: programs over what the card holds at once.
         fill: the share of the card's places that are taken, over all waves.
@@ -117,6 +120,7 @@ class Row:
     weight_load_bytes: int | None
     tile_bytes: int | None
     tiles_under_way: float
+    loop_depths: tuple[float, ...]
     resident_programs: int
     waves: float
     fill: float
@@ -135,8 +139,30 @@ def tiles_of(launch: CompiledLaunch, itemsize: int) -> tuple[int, int]:
         return 2 * size["BLOCK_T"] * size["HEAD_DIM"] * itemsize, 0
     if "BLOCK_K" not in size:
         return 0, 0
+    if launch.kernel == PERSISTENT:  # its tiles are of several sizes; this one is read most
+        return size["HEAD_N"] * size["BLOCK_K"] * itemsize, size["BLOCK_M"] * size["BLOCK_K"] * itemsize
     weight_rows = size["BLOCK_N"] * (2 if launch.kernel == "gate_up_kernel" else 1)
     return weight_rows * size["BLOCK_K"] * itemsize, size["BLOCK_M"] * size["BLOCK_K"] * itemsize
+
+
+def widest_of(pipeline: Pipeline) -> int:
+    """The width of the copies that bring the most bytes of an iteration; 0 where as much is loaded into registers."""
+    most = max(pipeline.copies, key=lambda width: width * pipeline.copies[width])
+    loaded = sum(width * count for width, count in pipeline.loads.items())
+    return most if most * pipeline.copies[most] > loaded else 0
+
+
+def streams_of(launch: CompiledLaunch) -> Pipeline | None:
+    """The loop that streams; of a persistent kernel its worst: every load, and the depth of the most patient."""
+    code = launch.code
+    if launch.kernel != PERSISTENT or not code.pipelines:
+        return code.pipeline
+    loads: dict[int, int] = {}
+    for each in code.pipelines:
+        for width, count in each.loads.items():
+            loads[width] = loads.get(width, 0) + count
+    deepest = max(code.pipelines, key=lambda each: each.depth)
+    return deepest._replace(loads=loads)
 
 
 def weight_load(launch: CompiledLaunch, wanted: int) -> int:
@@ -144,6 +170,8 @@ def weight_load(launch: CompiledLaunch, wanted: int) -> int:
 
     A weight that is loaded narrowly shows even where something else in the loop is loaded widely.
     """
+    if launch.kernel == PERSISTENT:
+        return min((widest_of(each) for each in launch.code.pipelines), default=0)
     pipeline = launch.code.pipeline
     if pipeline is None:
         return 0
@@ -160,7 +188,7 @@ def make_row(step: Step, of: Call, launch: CompiledLaunch, launches: int, shape:
     """What is known about a launch that a step makes ``launches`` times."""
     architecture = launch.architecture
     cards, code = cards_of(architecture), launch.code
-    card, fastest, pipeline = cards[0], max(cards, key=lambda each: each.bandwidth), code.pipeline
+    card, fastest, pipeline = cards[0], max(cards, key=lambda each: each.bandwidth), streams_of(launch)
     weight_tile, rows_tile = tiles_of(launch, settings.dtype.itemsize)
     streams, depth = weight_tile > 0, pipeline.depth if pipeline else 0.0
     waves = card.waves(launch)
@@ -196,6 +224,7 @@ def make_row(step: Step, of: Call, launch: CompiledLaunch, launches: int, shape:
         weight_load_bytes=weight_load(launch, weight_tile + rows_tile) if streams else None,
         tile_bytes=weight_tile if streams else None,
         tiles_under_way=depth,
+        loop_depths=tuple(each.depth for each in code.pipelines),
         resident_programs=card.resident_programs(launch),
         waves=round(waves, 3),
         fill=round(waves / math.ceil(waves), 3),
@@ -225,11 +254,10 @@ def report(
     dtypes: Sequence[torch.dtype],
     rows: Sequence[int],
     length: int,
-    variants: bool,
+    steps: Sequence[Step],
 ) -> list[Row]:
     """Compile everything and say what came of it, with a bar on stderr."""
     found = []
-    steps = [step for step in STEPS if variants or not step.variant]
     console = Console(stderr=True)
     for architecture in architectures:
         jobs = [
@@ -346,6 +374,7 @@ def main(
     variants: Annotated[
         bool, typer.Option("--variants", help="Also drafting steps, short texts and paged caches.")
     ] = False,
+    step: Annotated[list[str] | None, typer.Option(help="A step's name, and only that one; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead.")] = False,
 ) -> None:
     """Compile every kernel at the shapes of real models and show what it became; no GPU is needed.
@@ -373,10 +402,13 @@ def main(
         refuse(f"rows are {', '.join(map(str, counts))}; they must be 1 to {MAX_ROWS}.")
     if length < max(counts):
         refuse(f"the length is {length}; it must hold the rows, {max(counts)}.")
+    if unknown := [each for each in step or () if each not in {known.name for known in STEPS}]:
+        refuse(f"no step is called {unknown[0]}; there are {', '.join(known.name for known in STEPS)}.")
+    steps = [each for each in STEPS if (each.name in step if step else variants or not each.variant)]
     if knobs.runtime.interpret:
         refuse("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it.")
     try:
-        found = report(arch or ARCHITECTURES, shapes, [DTYPES[each] for each in wanted], counts, length, variants)
+        found = report(arch or ARCHITECTURES, shapes, [DTYPES[each] for each in wanted], counts, length, steps)
     except (OSError, subprocess.CalledProcessError) as error:
         refuse(f"Triton's cuobjdump does not run here: {error}.")
     if as_json:

@@ -168,9 +168,7 @@ def draw(iteration: Iteration, title: str, path: Path) -> None:
         lane, colour = lanes.index(name), COLOURS.get(name, "#777777")
         axes.broken_barh([(stage.start - begin, stage.us)], (lane - 0.4, 0.8), color=colour, alpha=0.15, linewidth=0)
         bars = [(event.start - begin, event.us) for event in stage.events]
-        axes.broken_barh(
-            bars, (lane - 0.3, 0.6), color="#bbbbbb" if stage.skipped else colour, linewidth=0
-        )
+        axes.broken_barh(bars, (lane - 0.3, 0.6), color="#bbbbbb" if stage.skipped else colour, linewidth=0)
     axes.set(yticks=range(len(lanes)), yticklabels=lanes, xlabel="microseconds", xlim=(0, None))
     axes.set_title(title, fontsize=10, loc="left")
     axes.invert_yaxis()

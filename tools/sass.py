@@ -71,6 +71,7 @@ class MachineCode(NamedTuple):
         bulk_copies: by the tensor memory accelerator, anywhere.
         tensor_cores: the instruction that drives them, or None.
         pipeline: of the loop that streams; None if no loop loads.
+        pipelines: of every innermost loop that copies asynchronously, in the order of addresses.
     """
 
     registers: int
@@ -83,6 +84,7 @@ class MachineCode(NamedTuple):
     bulk_copies: int
     tensor_cores: str | None
     pipeline: Pipeline | None
+    pipelines: tuple[Pipeline, ...]
 
 
 def read_instructions(listing: str) -> list[Instruction]:
@@ -116,15 +118,15 @@ def loads_of(code: Iterable[Instruction]) -> int:
     return sum(1 << 20 if each.base in BULK else each.width for each in code if each.base in LOADS)
 
 
-def streaming_loop(code: list[Instruction]) -> list[Instruction] | None:
-    """The loop that loads the most, of those that hold no other loading loop."""
+def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The loops that load and hold no other loading loop."""
     loading = [loop for loop in loops(code) if loads_of(loop)]
-    innermost = [
+    bounds = [(loop[0].address, loop[-1].address) for loop in loading]
+    return [
         loop
-        for loop in loading
-        if not any(other[0] in loop and other[-1] in loop and len(other) < len(loop) for other in loading)
+        for loop, (start, end) in zip(loading, bounds, strict=True)
+        if not any(start <= first and last <= end and last - first < end - start for first, last in bounds)
     ]
-    return max(innermost, key=loads_of, default=None)
 
 
 def pipeline_of(loop: list[Instruction]) -> Pipeline:
@@ -160,7 +162,8 @@ def read_machine_code(listing: str) -> MachineCode:
             f"the listing holds {len(resources)} kernels and {len(code)} instructions; give it one kernel's."
         )
     registers, stack, shared = map(int, resources[0])
-    loop = streaming_loop(code)
+    innermost = innermost_loops(code)
+    streaming = max(innermost, key=loads_of, default=None)
     bases = {instruction.base for instruction in code}
     return MachineCode(
         registers=registers,
@@ -172,5 +175,6 @@ def read_machine_code(listing: str) -> MachineCode:
         load_widths=tuple(sorted(count_widths(code, "LDG"))),
         bulk_copies=sum(each.base in BULK for each in code),
         tensor_cores=next((name for name in TENSOR_CORES if name in bases), None),
-        pipeline=None if loop is None else pipeline_of(loop),
+        pipeline=None if streaming is None else pipeline_of(streaming),
+        pipelines=tuple(pipeline_of(loop) for loop in innermost if count_widths(loop, "LDGSTS")),
     )

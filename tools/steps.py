@@ -1,13 +1,18 @@
 """The steps of a decode as calls of the kernels' launchers, at the shapes of real models, on ``meta`` tensors."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from cards import cards_of
 from torch import Tensor
+from triton.runtime import driver
 
 from kangaroo_kernels.commit_ref import RECORD_HEAD
-from kangaroo_kernels.workloads import ModelShape, Settings, Workload, workloads
+from kangaroo_kernels.draft_loop import PROGRAMS_PER_SM, DraftLoop
+from kangaroo_kernels.draft_loop_ref import AttentionBlock, DraftModel, Layer
+from kangaroo_kernels.workloads import EPS, ModelShape, Settings, Workload, workloads
 
 META = torch.device("meta")
 SHORT_TEXT = 128
@@ -175,6 +180,47 @@ def filtered_draft_head(shape: ModelShape, settings: Settings) -> Calls:
     yield call(workload_of(shape, "sample_head"), settings, **FILTERS, **drafting_head(shape, settings))
 
 
+def draft_model(shape: ModelShape, settings: Settings, layers: int) -> DraftModel:
+    """A drafter of so many shallow layers."""
+    hidden, query, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, dtype=settings.dtype, device=META)
+
+    table = torch.empty(settings.length, 1, shape.head_dim // 2, dtype=torch.complex64, device=META)
+
+    def block() -> AttentionBlock:
+        cache = (shape.kv_heads, settings.length, shape.head_dim)
+        qkv, output = empty(query + 2 * kv, hidden), empty(hidden, query)
+        return AttentionBlock(
+            empty(hidden), qkv, output, empty(*cache), empty(*cache), table, EPS, shape.head_dim**-0.5
+        )
+
+    def whole_layer() -> Layer:
+        return Layer(block(), empty(hidden), empty(2 * shape.inner, hidden), empty(hidden, shape.inner))
+
+    tables = empty(shape.vocab_size, hidden), empty(shape.vocab_size, hidden)
+    return DraftModel(tuple(whole_layer() for _ in range(layers)), block(), empty(hidden), tables[0], EPS, tables[1])
+
+
+def draft_loop(
+    shape: ModelShape, settings: Settings, layers: int = DRAFT_LAYERS, most: int = 6, temperature: float | None = None
+) -> Calls:
+    """The drafting loop of one launch, its bytes those of one draft."""
+    model = draft_model(shape, settings, layers)
+    architecture = driver.active.get_current_target().arch
+    loop = DraftLoop(model, most, programs=PROGRAMS_PER_SM * cards_of(architecture)[0].sms)
+    flags = torch.empty(most + 1, dtype=torch.int32, device=META)
+    positions = torch.empty(most + 3, dtype=torch.int64, device=META)
+    newest = torch.empty(1, shape.hidden, dtype=settings.dtype, device=META)
+    rows = torch.empty(most + 2, shape.hidden, dtype=settings.dtype, device=META)
+    seed = torch.empty(1, dtype=torch.int64, device=META)
+    more = {"threshold": 0.6, "temperature": temperature, "seed": seed, "prepared": loop}
+    moved = [each.bytes_moved for _ in range(layers) for each in layer(shape, settings)]
+    moved += [each.bytes_moved for each in (*attention_block(shape, settings), *top1_head(shape, settings))]
+    yield Call("draft_loop", "", (model, flags, positions, newest, rows), more, sum(filter(None, moved)))
+
+
 STEPS = (
     Step("layer", layer),
     Step("top-1 head", top1_head),
@@ -188,4 +234,7 @@ STEPS = (
     Step("draft step, short text", draft_step, length=SHORT_TEXT, drafting=True, variant=True),
     Step("sampling draft head", sampled_draft_head, drafting=True, variant=True),
     Step("filtered draft head", filtered_draft_head, drafting=True, variant=True),
+    Step("draft loop", draft_loop, drafting=True, variant=True),
+    Step("draft loop, 4 layers", partial(draft_loop, layers=4, most=15), drafting=True, variant=True),
+    Step("sampling draft loop", partial(draft_loop, temperature=0.8), drafting=True, variant=True),
 )

@@ -25,7 +25,7 @@ from kangaroo_kernels.qkv_rope_ref import rope_table
 
 CONDITIONS = {"n", "k", "dtype", "max_n"}
 WITH_TILES = {"qkv_rope", "linear_residual", "gate_up", "top1_head", "sample_head"}
-OPERATIONS = WITH_TILES | {"attention", "attention_paged"}
+OPERATIONS = WITH_TILES | {"attention", "attention_paged", "draft_loop"}
 FILES = sorted(path.name for path in configs_folder().glob("*.json"))
 
 

@@ -128,6 +128,15 @@ def test_memory_of_others_that_moves_drops_the_graphs(runner):
     assert runner.graphs == 1
 
 
+def test_what_is_kept_goes_with_the_graphs(runner):
+    made = []
+    for _ in range(2):
+        assert runner.keep("loop", lambda: made.append(None) or len(made)) == 1
+    assert runner.keep("another", lambda: 7) == 7
+    runner.clear()
+    assert runner.keep("loop", lambda: made.append(None) or len(made)) == 2
+
+
 def test_garbage_waits_for_the_capture():
     assert gc.isenabled()
     with no_garbage_collection():

@@ -1,6 +1,7 @@
 """The loop on the device: the host loop's tokens and counts, no question to the host, any lag, any bucket."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
@@ -14,6 +15,7 @@ from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model import decode
 from kangaroo_kernels.model import generate as generate_module
 from kangaroo_kernels.model.iteration import Iteration
+from kangaroo_kernels.model.operations import REFERENCES
 
 PROMPT = [7, 3, 5]
 SAMPLINGS = ({}, {"temperature": 1.0, "seed": 2**64 - 3}, {"temperature": 0.8, "seed": 4, "top_k": 9, "top_p": 0.9})
@@ -74,6 +76,19 @@ def test_it_does_what_the_host_loop_does(host, resident, sampling, gamma, thresh
     assert wanted["stats"]["drafted"] > 0
 
 
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
+@pytest.mark.parametrize("gamma", [1, 4, 15])
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
+def test_drafting_in_one_launch_does_the_same(host, resident, iterations, sampling, gamma, threshold):
+    resident.persistent = True
+    settings = {"num_speculative_tokens": gamma, "draft_confidence_threshold": threshold, **sampling}
+    for new_tokens in (1, 5, 40):
+        assert counts(resident, max_new_tokens=new_tokens, **settings) == counts(
+            host, max_new_tokens=new_tokens, **settings
+        )
+    assert iterations
+
+
 def test_plain_decoding_is_the_same_loop_without_drafts(host, resident, iterations):
     for sampling in SAMPLINGS:
         wanted = counts(host, max_new_tokens=20, plain=True, **sampling)
@@ -87,6 +102,41 @@ def test_requests_leave_nothing_behind(host, resident):
     for prompt, gamma, plain in product(prompts, (4, 2), (False, True)):
         settings = {"max_new_tokens": 9, "num_speculative_tokens": gamma, "plain": plain}
         assert counts(resident, prompt, **settings) == counts(host, prompt, **settings)
+
+
+def test_steps_behind_the_early_exit_do_nothing(resident, monkeypatch):
+    """The draft that is unsure still gets its row of the exit layer; those that are not made get none."""
+    made = []
+    begin = Iteration._begin
+    monkeypatch.setattr(Iteration, "_begin", lambda self, *args: (made.append(self), begin(self, *args))[1])
+    resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=5, draft_confidence_threshold=1.0)
+    written = made[-1].exit_hidden[1:].abs().sum(dim=1) > 0
+    assert written.tolist() == [True, True, False, False, False, False]
+
+
+def test_attention_is_launched_for_the_bucket(resident, monkeypatch):
+    """Not for all that the cache holds: programs that find nothing to do cost time, too."""
+    reaches = set()
+
+    def attention(*args: Any, max_length: int | None = None, **named: Any) -> torch.Tensor:
+        reaches.add(max_length)
+        return REFERENCES.attention(*args, max_length=max_length, **named)
+
+    operations = replace(REFERENCES, kernels="triton", attention=attention)
+    for part in (*resident.target.blocks, resident.drafter.adapter.block):
+        part.operations = operations
+    resident.generate(PROMPT * 40, max_new_tokens=300, plain=True)  # the prefill is the references'
+    resident.generate(PROMPT * 40, max_new_tokens=300)
+    assert reaches == {256, 448}  # the second is the cache's capacity
+
+
+def test_any_number_of_stop_tokens(host, resident):
+    text = host.generate(PROMPT, max_new_tokens=20, plain=True).tokens
+    others = [token for token in range(60) if token not in text[:10]]
+    for stop in (others, others[:16], others[:17]):
+        settings = {"max_new_tokens": 20, "stop": stop, "draft_confidence_threshold": 0.2}
+        assert counts(resident, **settings) == counts(host, **settings)
+    assert len(resident.generate(PROMPT, max_new_tokens=20, stop=others).tokens) > 10
 
 
 def test_what_lies_in_the_buffers_does_not_matter(host, resident):
@@ -189,7 +239,7 @@ def test_reach_bounds_what_an_iteration_touches(resident, monkeypatch, with_lag,
 
 def test_a_damaged_decode_ends(resident, monkeypatch):
     """Rather than going on for ever."""
-    monkeypatch.setattr(Iteration, "commit", lambda self: self.record.fill_(5))
+    monkeypatch.setattr(Iteration, "commit", lambda self: self.report[:-1].fill_(5))
     with pytest.raises(RuntimeError, match="committed nothing"):
         resident.generate(PROMPT, max_new_tokens=9)
 
@@ -211,9 +261,38 @@ def test_stages_in_order(resident, monkeypatch):
     monkeypatch.setattr(Iteration, "_begin", lambda self, *args: (made.append(self), begin(self, *args))[1])
     resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=2)
     resident.generate(PROMPT, max_new_tokens=1, plain=True)
+    resident.persistent = True
+    resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=2)
+    resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=2, temperature=1.0, top_k=5)
     drafting, end = ["kangaroo/draft/shallow", "kangaroo/draft/step"], ["kangaroo/accept", "kangaroo/commit"]
-    assert [stage.name for stage in made[0].stages(8)] == [*drafting, *drafting, drafting[0], "kangaroo/verify", *end]
+    by_steps = [*drafting, *drafting, drafting[0], "kangaroo/verify", *end]
+    assert [stage.name for stage in made[0].stages(8)] == by_steps
     assert [stage.name for stage in made[1].stages(8)] == ["kangaroo/verify", *end]
+    assert [stage.name for stage in made[2].stages(8)] == ["kangaroo/draft", "kangaroo/verify", *end]
+    assert [stage.name for stage in made[3].stages(8)] == by_steps  # a filter needs a row of logits
+
+
+def test_a_lost_program_is_an_error(resident, monkeypatch):
+    """The error word of the launch, read with the record; the next text prepares the loop anew."""
+    words = []
+
+    class Prepared:
+        def __init__(self) -> None:
+            self.error = torch.zeros(1, dtype=torch.int32)
+            words.append(self.error)
+
+    operations = replace(resident.target.operations, prepare_draft_loop=lambda model, most: Prepared())
+    monkeypatch.setattr(resident.target, "operations", operations)
+    resident.persistent = True
+    wanted = resident.generate(PROMPT, max_new_tokens=9).tokens
+    assert resident.generate(PROMPT, max_new_tokens=9).tokens == wanted
+    assert len(words) == 1
+    with torch.inference_mode():
+        words[0].fill_(4)
+    with pytest.raises(RuntimeError, match=r"in vain for a program of its grid \(error word 4\)"):
+        resident.generate(PROMPT, max_new_tokens=9)
+    assert resident.generate(PROMPT, max_new_tokens=9).tokens == wanted
+    assert len(words) == 2
 
 
 # ---- on the kernels
@@ -246,11 +325,12 @@ class Forbidden:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's way to see it")
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
-@pytest.mark.parametrize("plain", [False, True])
-def test_an_iteration_never_asks_the_host(kernels, monkeypatch, sampling, plain):
+@pytest.mark.parametrize("way", ["plain", "steps", "persistent"])
+def test_an_iteration_never_asks_the_host(kernels, monkeypatch, sampling, way):
     forbidden = Forbidden()
     monkeypatch.setattr(Iteration, "run", forbidden.run)
-    settings = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.2, "plain": plain, **sampling}
+    monkeypatch.setattr(kernels, "persistent", way == "persistent")
+    settings = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.2, "plain": way == "plain", **sampling}
     assert len(kernels.generate(PROMPT, max_new_tokens=4, **settings).tokens) == 4
     assert forbidden.iterations > 0
 
@@ -297,11 +377,24 @@ def test_what_is_no_question():
 
 
 @pytest.mark.parametrize("prompt", [[5], [5, 6]])
-def test_a_prompt_of_one_token(kernels, prompt):
+def test_a_prompt_of_one_token(kernels, monkeypatch, prompt):
     """Nothing was prefilled: the adapter's first pass has a row before the first position."""
+    settings = {"max_new_tokens": 6, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.0}
     plain = kernels.generate(prompt, max_new_tokens=6, plain=True).tokens
-    drafted = kernels.generate(prompt, max_new_tokens=6, num_speculative_tokens=2, draft_confidence_threshold=0.0)
-    assert drafted.tokens == plain
+    by_steps = counts(kernels, prompt, **settings)
+    assert by_steps["tokens"] == plain
+    monkeypatch.setattr(kernels, "persistent", True)
+    assert counts(kernels, prompt, **settings) == by_steps
+
+
+def test_one_launch_drafts_what_the_steps_draft(kernels, monkeypatch):
+    """Through the kernels, with an early exit now and then."""
+    for sampling in SAMPLINGS[:2]:
+        settings = {"max_new_tokens": 8, "num_speculative_tokens": 3, "draft_confidence_threshold": 0.4, **sampling}
+        by_steps = counts(kernels, **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "persistent", True)
+            assert counts(kernels, **settings) == by_steps
 
 
 # ---- on a GPU
@@ -313,10 +406,12 @@ def test_on_a_gpu_graphs_change_nothing(pair, monkeypatch, sampling):
     """Captured, recaptured at every bucket, or launched kernel by kernel: the same tokens and counts."""
     monkeypatch.setattr(decode, "LEAST_REACH", 8)
     captured, launched = (pair.load(dtype="bfloat16", graphs=graphs) for graphs in (True, False))
+    persistent = pair.load(dtype="bfloat16", persistent=True)
     for plain in (False, True):
         for new_tokens in (60, 200):  # the second outgrows the cache: every graph is dropped
             settings = {"max_new_tokens": new_tokens, "draft_confidence_threshold": 0.3, "plain": plain, **sampling}
             assert counts(captured, **settings) == counts(launched, **settings)
+            assert counts(persistent, **settings) == counts(launched, **settings)
     assert captured._runner.graphs > 2
     assert captured._runner.captured_bytes > 0
     assert launched._runner.graphs == 0
@@ -324,8 +419,9 @@ def test_on_a_gpu_graphs_change_nothing(pair, monkeypatch, sampling):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
-def test_on_a_gpu_nothing_waits_inside_an_iteration(pair, monkeypatch, graphs):
-    kangaroo = pair.load(dtype="bfloat16", graphs=graphs)
+@pytest.mark.parametrize("persistent", [True, False])
+def test_on_a_gpu_nothing_waits_inside_an_iteration(pair, monkeypatch, graphs, persistent):
+    kangaroo = pair.load(dtype="bfloat16", graphs=graphs, persistent=persistent)
     run = type(kangaroo._runner).run
     settings = {"max_new_tokens": 30, "draft_confidence_threshold": 0.2}
     wanted = kangaroo.generate(PROMPT, **settings).tokens  # compiles

@@ -1,0 +1,563 @@
+"""``draft_loop``: the persistent kernel gives the bits of the stage kernels, launched one after the other."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from kernel_inputs import drawer, same_bits
+from torch import Tensor
+
+from kangaroo_kernels import draft_loop_ref
+from kangaroo_kernels.attention import attention
+from kangaroo_kernels.draft_loop import DraftLoop, draft_loop, prepare_draft_loop
+from kangaroo_kernels.draft_loop_ref import AttentionBlock, DraftModel, Layer
+from kangaroo_kernels.gate_up import gate_up
+from kangaroo_kernels.linear_residual import linear_residual
+from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
+from kangaroo_kernels.qkv_rope import qkv_rope
+from kangaroo_kernels.qkv_rope_ref import rope_table
+from kangaroo_kernels.sample_head import sample_head
+from kangaroo_kernels.top1_head import top1_head
+from kangaroo_kernels.top1_head_ref import Top1
+
+HIDDEN, INNER, VOCAB, CAPACITY = 40, 56, 67, 320
+NAN = float("nan")
+
+
+# ---- a drafter, and what a step begins with
+
+
+def make_model(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 2,
+    biases: tuple[str, ...] = ("qkv", "output", "gate_up", "down", "head"),
+    heads: tuple[int, int, int] = (4, 2, 8),
+    adapter_heads: tuple[int, int, int] = (4, 2, 8),
+    capacity: int = CAPACITY,
+) -> DraftModel:
+    """A small drafter; no size is a multiple of a tile. ``heads``: H, H_kv, D. Caches are NaN but for what is drawn."""
+    draw = drawer(layers, dtype, device)
+
+    def weight(name: str, rows: int, columns: int) -> Weight:
+        bias = draw(rows, scale=0.3) if name in biases else None
+        return PackedWeight(draw(rows, columns, scale=columns**-0.5), bias, Layout.ROWS)
+
+    def tables(head_dim: int) -> Tensor:
+        return rope_table(1e2 ** -torch.linspace(0, 1, head_dim // 2, device=device), capacity)
+
+    def block(shape: tuple[int, int, int], table: Tensor, output: str = "output") -> AttentionBlock:
+        query_heads, kv_heads, head_dim = shape
+        caches = [draw(kv_heads, capacity, head_dim) for _ in range(2)]
+        qkv = weight("qkv", (query_heads + 2 * kv_heads) * head_dim, HIDDEN)
+        projection = weight(output, HIDDEN, query_heads * head_dim)
+        return AttentionBlock(1 + draw(HIDDEN, scale=0.1), qkv, projection, *caches, table, 1e-5, head_dim**-0.5)
+
+    table = tables(heads[2])
+    blocks = [
+        Layer(
+            block(heads, table),
+            1 + draw(HIDDEN, scale=0.1),
+            weight("gate_up", 2 * INNER, HIDDEN),
+            weight("down", HIDDEN, INNER),
+        )
+        for _ in range(layers)
+    ]
+    adapter = block(adapter_heads, tables(adapter_heads[2]), "adapter's output")._replace(eps=1e-6)
+    head = weight("head", VOCAB, HIDDEN)
+    return DraftModel(tuple(blocks), adapter, 1 + draw(HIDDEN, scale=0.1), head, 1e-4, draw(VOCAB, HIDDEN))
+
+
+class Step(NamedTuple):
+    """What a drafting loop is given, and what it leaves."""
+
+    flags: Tensor
+    positions: Tensor
+    newest: Tensor
+    exit_hidden: Tensor
+    out: Top1
+    caches: list[Tensor]
+
+
+def caches_of(model: DraftModel) -> list[Tensor]:
+    blocks = [*(layer.attention for layer in model.layers), model.adapter]
+    return [cache for block in blocks for cache in (block.k_cache, block.v_cache)]
+
+
+def with_caches(model: DraftModel, caches: list[Tensor]) -> DraftModel:
+    pairs = list(zip(caches[::2], caches[1::2], strict=True))
+    layers = [
+        layer._replace(attention=layer.attention._replace(k_cache=k, v_cache=v))
+        for layer, (k, v) in zip(model.layers, pairs[:-1], strict=True)
+    ]
+    k, v = pairs[-1]
+    return model._replace(layers=tuple(layers), adapter=model.adapter._replace(k_cache=k, v_cache=v))
+
+
+def begin(model: DraftModel, most: int, before: int) -> Step:
+    """The newest token is at ``before + 1``; whatever is not to be read is NaN, whatever is to be written, too."""
+    device, dtype = model.embedding.device, model.embedding.dtype
+    draw = drawer(4, dtype, device)  # so that the third of six drafts is the least sure
+    caches = [cache.clone() for cache in caches_of(model)]
+    for cache in caches:
+        cache[:, before + 1 :] = NAN
+    if before >= 0:  # the adapter lags by one
+        for cache in caches[-2:]:
+            cache[:, before:] = NAN
+    exit_hidden = draw(most + 2, HIDDEN)
+    exit_hidden[1:] = NAN
+    flags = torch.full((most + 1,), -7, dtype=torch.int32, device=device)
+    flags[0] = 1
+    out = Top1(torch.full((most,), -5, dtype=torch.int64, device=device), torch.full((most,), NAN, device=device))
+    positions = torch.arange(before, before + most + 3, device=device)
+    return Step(flags, positions, draw(1, HIDDEN), exit_hidden, out, caches)
+
+
+def same(one: Step, other: Step) -> None:
+    for name in ("flags", "newest", "exit_hidden"):
+        mine, theirs = getattr(one, name), getattr(other, name)
+        assert torch.equal(mine, theirs) if mine.dtype == torch.int32 else same_bits(mine, theirs), name
+    assert torch.equal(one.out.token, other.out.token)
+    assert same_bits(one.out.confidence, other.out.confidence)
+    for index, (mine, theirs) in enumerate(zip(one.caches, other.caches, strict=True)):
+        assert same_bits(mine, theirs), f"cache {index}"
+
+
+# ---- three ways to draft
+
+
+def by_stages(
+    model: DraftModel, step: Step, *, threshold: float, temperature: float | None = None, **sampling: Any
+) -> None:
+    """The stage launchers one after the other, as a captured graph has them: each under the flag of its step."""
+    model = with_caches(model, step.caches)
+    most = len(step.flags) - 1
+
+    def attend(block: AttentionBlock, x: Tensor, position: Tensor, active: Tensor) -> Tensor:
+        caches = block.k_cache, block.v_cache
+        q = qkv_rope(x, block.norm, block.qkv, block.table, *caches, position, eps=block.eps, active=active)
+        mixed = attention(q, *caches, position, scale=block.scale, active=active)
+        return linear_residual(mixed, block.output, x, active=active)
+
+    for drafted in range(most + 1):
+        # the row of a draft is computed where that draft was begun, for the last one is verified, too
+        active = step.flags[max(drafted - 1, 0) :][:1]
+        if not int(active):
+            break
+        hidden, position = step.newest, step.positions[drafted + 1 :][:1]
+        for layer in model.layers:
+            hidden = attend(layer.attention, hidden, position, active)
+            inner = gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=layer.attention.eps, active=active)
+            hidden = linear_residual(inner, layer.down, hidden, active=active)
+        step.exit_hidden[drafted + 1] = hidden[0]
+        active = step.flags[drafted:][:1]
+        if drafted == most or not int(active):
+            break
+        first = 0 if drafted == 0 else drafted + 1
+        rows = step.exit_hidden[first : drafted + 2]
+        hidden = attend(model.adapter, rows, step.positions[first:][:1], active)[-1:]
+        settings = {
+            "eps": model.eps,
+            "threshold": threshold,
+            "active": active,
+            "sure": step.flags[drafted + 1 :][:1],
+            "embedding": model.embedding,
+            "embedded": step.newest,
+            "out": Top1(step.out.token[drafted:][:1], step.out.confidence[drafted:][:1]),
+        }
+        if temperature is None:
+            top1_head(hidden, model.norm, model.head, **settings)
+        else:
+            noise_at = step.positions[drafted + 2 :][:1]
+            sample_head(hidden, model.norm, model.head, noise_at, temperature=temperature, **sampling, **settings)
+
+
+def by(operation: Callable[..., Top1], model: DraftModel, step: Step, **settings: Any) -> None:
+    """The operation itself, kernel or reference."""
+    out = operation(with_caches(model, step.caches), *step[:4], out=step.out, **settings)
+    assert out.token.data_ptr() == step.out.token.data_ptr()
+
+
+def draft(model: DraftModel, most: int, before: int, **settings: Any) -> tuple[Step, int]:
+    """A step of the kernel, its bits those of the stages, its tokens those of the reference; how many it drafted."""
+    kernel, stages, reference = (begin(model, most, before) for _ in range(3))
+    drafted_model = with_caches(model, kernel.caches)
+    loop = DraftLoop(drafted_model, most)
+    poison(loop)
+    draft_loop(drafted_model, *kernel[:4], prepared=loop, out=kernel.out, **settings)
+    assert not loop.state.any()  # as it began: a graph launches it again
+    by_stages(model, stages, **settings)
+    same(kernel, stages)
+    by(draft_loop_ref.draft_loop, model, reference, **settings)
+    assert torch.equal(kernel.flags, reference.flags)
+    assert torch.equal(kernel.out.token, reference.out.token)
+    close = {"rtol": 0, "atol": 2e-2 if model.embedding.dtype == torch.float16 else 1e-4, "equal_nan": True}
+    torch.testing.assert_close(kernel.out.confidence, reference.out.confidence, **close)
+    torch.testing.assert_close(kernel.exit_hidden, reference.exit_hidden, **close)
+    for mine, theirs in zip(kernel.caches, reference.caches, strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
+    return kernel, int((kernel.out.token >= 0).sum())
+
+
+def poison(loop: DraftLoop) -> None:
+    """NaN in every workspace: nothing is read before it is written."""
+    for value in (loop.q, loop.sums, loop.stats, loop.mixed, loop.hidden, loop.inner, loop.adapted):
+        value.fill_(NAN)
+    for _, results in loop.heads:
+        for tile in (results.scores, results.largest, results.sums):
+            tile.fill_(NAN)
+
+
+# ---- the bits of the stages
+
+
+def test_launcher_and_reference_have_one_signature():
+    ours, theirs = (inspect.signature(operation) for operation in (draft_loop, draft_loop_ref.draft_loop))
+    assert list(ours.parameters) == list(theirs.parameters)
+    for name, parameter in ours.parameters.items():
+        assert parameter.default == theirs.parameters[name].default, name
+        assert parameter.kind == theirs.parameters[name].kind, name
+
+
+@pytest.mark.parametrize(("layers", "most"), [(1, 15), (3, 2), (8, 1)])
+def test_never_unsure(device, layers, most):
+    step, drafted = draft(make_model(device, layers=layers), most, 20, threshold=0.0)
+    assert drafted == most
+    assert step.flags.tolist() == [1] * (most + 1)
+
+
+def test_unsure_at_once(device):
+    """The one draft is verified: its row is computed, and nothing behind it."""
+    step, drafted = draft(make_model(device, layers=1), 4, 20, threshold=1.1)
+    assert drafted == 1
+    assert step.flags.tolist() == [1, 0, -7, -7, -7]
+    assert [bool(row.isnan().any()) for row in step.exit_hidden] == [False] * 3 + [True] * 3
+
+
+def test_unsure_in_the_middle(device):
+    model = make_model(device, layers=1)
+    all_of_them = begin(model, 6, 20)
+    by(draft_loop_ref.draft_loop, model, all_of_them, threshold=0.0)
+    lowest, next_lowest = all_of_them.out.confidence.sort().values[:2].tolist()
+    place = int(all_of_them.out.confidence.argmin())
+    assert 0 < place < 5
+    step, drafted = draft(model, 6, 20, threshold=(lowest + next_lowest) / 2)
+    assert drafted == place + 1
+    assert step.flags.tolist() == [1] * (place + 1) + [0] + [-7] * (5 - place)
+
+
+@pytest.mark.parametrize("before", [-1, 126, 254])
+def test_contexts_up_to_and_across_splits(device, before):
+    """From a text of one token, whose row before it is of no position, on."""
+    _, drafted = draft(make_model(device, layers=1), 1 if before < 0 else 2, before, threshold=0.0)
+    assert drafted == (1 if before < 0 else 2)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy, which warns of them
+def test_a_confidence_that_is_no_number_is_unsure(device):
+    model = make_model(device, layers=1)
+    model = model._replace(norm=torch.full_like(model.norm, NAN))
+    kernel, stages = begin(model, 3, 20), begin(model, 3, 20)
+    by(draft_loop, model, kernel, threshold=0.0)
+    by_stages(model, stages, threshold=0.0)
+    same(kernel, stages)
+    assert kernel.flags.tolist() == [1, 0, -7, -7]
+
+
+@pytest.mark.parametrize("biases", [(), ("qkv", "down"), ("gate_up", "adapter's output")])
+def test_biases(device, biases):
+    draft(make_model(device, layers=1, biases=biases), 1, 20, threshold=0.0)
+
+
+@pytest.mark.parametrize(
+    ("heads", "adapter_heads"), [((4, 4, 8), (3, 3, 8)), ((6, 1, 12), (4, 4, 8)), ((4, 4, 8), (4, 1, 20))]
+)
+def test_an_adapter_may_have_other_heads(device, heads, adapter_heads):
+    draft(make_model(device, layers=1, heads=heads, adapter_heads=adapter_heads), 1, 126, threshold=0.0)
+
+
+def test_half_precision(device):
+    draft(make_model(device, torch.float16, layers=1), 2, 20, threshold=0.0)
+
+
+def test_sampled(device):
+    model, greedy = make_model(device, layers=1), begin(make_model(device, layers=1), 3, 20)
+    step, _ = draft(model, 3, 20, threshold=0.0, temperature=0.8, seed=2**64 - 1, stream=2)
+    by(draft_loop_ref.draft_loop, model, greedy, threshold=0.0)
+    assert not torch.equal(step.out.token, greedy.out.token)
+
+
+def test_a_filter_that_keeps_all_is_none(device):
+    model = make_model(device, layers=1)
+    steps = [begin(model, 2, 20) for _ in range(2)]
+    by(draft_loop, model, steps[0], threshold=1.1, temperature=0.8, top_k=VOCAB, top_p=1.0)
+    by(draft_loop, model, steps[1], threshold=1.1, temperature=0.8)
+    same(*steps)
+
+
+@pytest.mark.parametrize("operation", [draft_loop, draft_loop_ref.draft_loop], ids=["kernel", "reference"])
+def test_nothing_to_do_writes_nothing(device, operation):
+    model = make_model(device, layers=1)
+    step, untouched = begin(model, 3, 20), begin(model, 3, 20)
+    for each in (step, untouched):
+        each.flags[0] = 0
+    by(operation, model, step, threshold=0.0)
+    same(step, untouched)
+
+
+def test_results_are_made_if_none_are_given(device):
+    model = make_model(device, layers=1)
+    step, given = begin(model, 3, 20), begin(model, 3, 20)
+    out = draft_loop(with_caches(model, step.caches), *step[:4], threshold=1.1)
+    by(draft_loop, model, given, threshold=1.1)
+    assert int(out.token[0]) == int(given.out.token[0])
+    assert float(out.confidence[0]) == float(given.out.confidence[0])
+
+
+def test_a_prepared_loop_is_launched_again_and_again(device):
+    model = make_model(device, layers=1)
+    step = begin(model, 2, 20)
+    model = with_caches(model, step.caches)
+    loop = prepare_draft_loop(model, 2)
+    first = None
+    for _ in range(2):
+        again = begin(model, 2, 20)._replace(caches=step.caches)
+        draft_loop(model, *again[:4], threshold=1.1, prepared=loop, out=again.out)
+        first = first or again
+        same(again, first)
+        assert not loop.state.any()
+
+
+# ---- a program that never comes
+
+
+def test_a_lost_program_is_an_error_and_no_endless_wait(device):
+    model = make_model(device, layers=1)
+    step, untouched = begin(model, 2, 20), begin(model, 2, 20)
+    model = with_caches(model, step.caches)
+    loop = DraftLoop(model, 2, programs=1, polls=20)
+    loop.programs = 2  # of which one is launched
+    assert loop.error.tolist() == [0]
+    draft_loop(model, *step[:4], threshold=0.0, prepared=loop, out=step.out)
+    assert loop.error.tolist() == [1]  # at the first stage
+    assert torch.equal(step.flags, untouched.flags)
+    assert bool(step.exit_hidden[1:].isnan().all())
+
+    loop.programs = 1
+    for cache, other in zip(step.caches, untouched.caches, strict=True):
+        cache.copy_(other)
+    draft_loop(model, *step[:4], threshold=0.0, prepared=loop, out=step.out)
+    same(step, untouched)  # it stays broken
+    assert loop.error.tolist() == [1]
+
+    loop.reset()
+    assert loop.error.tolist() == [0]
+    draft_loop(model, *step[:4], threshold=0.0, prepared=loop, out=step.out)
+    assert step.flags.tolist() == [1, 1, 1]
+    assert loop.error.tolist() == [0]
+
+
+def test_a_late_program_leaves_at_once(device):
+    """The interpreter runs one program to its end before the next begins."""
+    if device.type != "cpu":
+        pytest.skip("on a GPU both are there")
+    model = make_model(device, layers=1)
+    step, untouched = begin(model, 2, 20), begin(model, 2, 20)
+    model = with_caches(model, step.caches)
+    loop = DraftLoop(model, 2, programs=2, polls=20)
+    draft_loop(model, *step[:4], threshold=0.0, prepared=loop, out=step.out)
+    assert loop.error.tolist() == [1]
+    assert torch.equal(step.flags, untouched.flags)
+
+
+# ---- refusals
+
+
+def refusals() -> dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]]:
+    """What is done to the arguments, the error, and its words."""
+
+    def change(**values: Any) -> Callable[[dict[str, Any]], Any]:
+        return lambda given: given.update(values)
+
+    def in_model(**values: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
+        def apply(given: dict[str, Any]) -> None:
+            model = given["model"]
+            given["model"] = model._replace(**{name: made(getattr(model, name)) for name, made in values.items()})
+
+        return apply
+
+    def in_adapter(**values: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
+        replace = {
+            "adapter": lambda block: block._replace(**{n: made(getattr(block, n)) for n, made in values.items()})
+        }
+        return in_model(**replace)
+
+    def reshape(name: str, made: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any]], Any]:
+        return lambda given: given.update({name: made(given[name])})
+
+    odd = lambda layer: layer._replace(attention=layer.attention._replace(eps=0.5))  # noqa: E731
+    return {
+        "top-k": (change(temperature=1.0, top_k=5), ValueError, "top_k 5 and top_p None need a whole row of logits"),
+        "top-p": (change(temperature=1.0, top_p=0.9), ValueError, "draft with the stage kernels"),
+        "no drafts": (
+            reshape("flags", lambda x: x[:1]),
+            ValueError,
+            "0 drafts a step; there must be a layer, and 1 to 15",
+        ),
+        "16 drafts": (reshape("flags", lambda x: x.new_ones(17)), ValueError, "16 drafts a step"),
+        "no layers": (in_model(layers=lambda layers: ()), ValueError, "got 0 layers"),
+        "layers": (
+            in_model(layers=lambda x: (x[0], odd(x[1]))),
+            ValueError,
+            "the layers differ in shape, strides, eps",
+        ),
+        "newest": (reshape("newest", lambda x: x[0]), ValueError, r"newest is \[40\] torch.float32 on \w+; it"),
+        "rows": (
+            reshape("exit_hidden", lambda x: x[1:]),
+            ValueError,
+            r"exit_hidden is \[4, 40\] .* be \[5, 40\]",
+        ),
+        "dtype": (reshape("newest", Tensor.half), ValueError, "newest is .* torch.float16"),
+        "flags": (reshape("flags", Tensor.long), ValueError, "flags are torch.int64"),
+        "positions": (reshape("positions", Tensor.int), ValueError, "they must be int32 and int64"),
+        "out": (change(out=Top1(torch.zeros(4), torch.zeros(4))), ValueError, "out must be Top1"),
+        "head": (in_model(head=lambda head: torch.zeros(VOCAB + 1, HIDDEN)), ValueError, "the head is .* it must be"),
+        "strides": (
+            in_adapter(output=lambda weight: torch.zeros(32, HIDDEN).t()),
+            ValueError,
+            r"the output projection is \[40, 32\] with strides \(1, 40\); it must be \[40, 32\], contiguous",
+        ),
+        "a layout": (
+            in_adapter(qkv=lambda weight: PackedWeight(weight.rows, None, Layout.TRANSPOSED)),
+            ValueError,
+            "packed as TRANSPOSED",
+        ),
+        "caches": (
+            in_adapter(k_cache=lambda cache: cache[:, :64]),
+            ValueError,
+            "the keys' cache and the values' differ",
+        ),
+        "heads": (in_adapter(qkv=lambda weight: torch.zeros(50, HIDDEN)), ValueError, "qkv has 50 rows"),
+        "address": (
+            in_adapter(norm=lambda norm: torch.cat((norm, norm))[1 : HIDDEN + 1]),
+            ValueError,
+            "begins at an address that is no multiple of 16 bytes",
+        ),
+        "a double": (
+            lambda given: given.update(model=given["model"]._replace(embedding=given["model"].embedding.double())),
+            TypeError,
+            "float64",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", refusals())
+def test_refusals(device, case):
+    change, error, words = refusals()[case]
+    model = make_model(device)
+    step = begin(model, 3, 20)
+    given = {"model": model, "threshold": 0.5, **dict(zip(Step._fields[:4], step[:4], strict=True))}
+    change(given)
+    with pytest.raises(error, match=words):
+        draft_loop(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in given.items()})
+
+
+def test_another_model_than_it_was_prepared_for(device):
+    model = make_model(device)
+    loop, step = prepare_draft_loop(model, 3), begin(model, 3, 20)
+    with pytest.raises(ValueError, match="prepared for another model, or for 3 drafts and not for 3"):
+        draft_loop(with_caches(model, step.caches), *step[:4], threshold=0.5, prepared=loop)
+    with pytest.raises(ValueError, match="for 3 drafts and not for 2"):
+        draft_loop(model, step.flags[:3], *step[1:4], threshold=0.5, prepared=loop)
+
+
+def test_no_interpreter(device, monkeypatch):
+    if device.type != "cpu":
+        pytest.skip("a GPU needs none")
+    from triton import knobs
+
+    model = make_model(device)
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    with pytest.raises(RuntimeError, match="draft_loop got tensors on the CPU"):
+        prepare_draft_loop(model, 3)
+
+
+# ---- on a GPU
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layers", [1, 2, 8])
+@pytest.mark.parametrize("before", [-1, 20, 126, 300])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
+def test_on_a_gpu_the_bits_are_those_of_the_stages(device, dtype, layers, before, sampling):
+    for biases in ((), ("qkv", "output", "gate_up", "down", "head")):
+        model = make_model(device, dtype, layers, biases)
+        for threshold in (0.0, 0.1, 1.1):
+            kernel, stages = begin(model, 15, before), begin(model, 15, before)
+            by(draft_loop, model, kernel, threshold=threshold, **sampling)
+            by_stages(model, stages, threshold=threshold, **sampling)
+            same(kernel, stages)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_ten_thousand_launches_end_and_agree(device):
+    """The watchdog is the kernel's own: it gives up after so many looks, and the error stays."""
+    model = make_model(device, torch.bfloat16)
+    step = begin(model, 6, 126)
+    model = with_caches(model, step.caches)
+    loop = prepare_draft_loop(model, 6)
+    fresh, first = begin(model, 6, 126), None
+    disagreeing = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(10_000):
+        for mine, given in zip(step[:4], fresh[:4], strict=True):
+            mine.copy_(given)
+        draft_loop(model, *step[:4], threshold=0.0, prepared=loop, out=step.out)
+        if first is None:
+            first = step.exit_hidden.clone(), step.out.token.clone()
+        disagreeing += (step.exit_hidden != first[0]).sum() + (step.out.token != first[1]).sum()
+    assert int(loop.error) == 0
+    assert int(disagreeing) == 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_captured_loop_is_replayed(device):
+    model = make_model(device, torch.bfloat16)
+    step, eager = begin(model, 4, 20), begin(model, 4, 20)
+    by(draft_loop, model, eager, threshold=0.1)
+    model = with_caches(model, step.caches)
+    loop = prepare_draft_loop(model, 4)
+    fresh = begin(model, 4, 20)
+    draft_loop(model, *begin(model, 4, 20)[:4], threshold=0.1, prepared=loop, out=fresh.out)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        draft_loop(model, *step[:4], threshold=0.1, prepared=loop, out=step.out)
+    for _ in range(3):
+        for mine, given in zip(step[:4], fresh[:4], strict=True):
+            mine.copy_(given)
+        graph.replay()
+        assert torch.equal(step.flags, eager.flags)
+        assert same_bits(step.exit_hidden, eager.exit_hidden)
+        assert int(loop.error) == 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_lost_program_is_an_error(device):
+    model = make_model(device)
+    step = begin(model, 2, 20)
+    model = with_caches(model, step.caches)
+    loop = DraftLoop(model, 2, polls=10_000)
+    loop.programs += 1
+    draft_loop(model, *step[:4], threshold=0.0, prepared=loop, out=step.out)
+    torch.cuda.synchronize()
+    assert int(loop.error) > 0
+    loop.reset()
+    loop.programs -= 1
+    draft_loop(model, *step[:4], threshold=0.0, prepared=loop, out=step.out)
+    assert step.flags.tolist() == [1, 1, 1]
+    assert int(loop.error) == 0
