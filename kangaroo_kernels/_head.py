@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels._chain import chain, follow
 from kangaroo_kernels.top1_head_ref import Top1
 
 CHUNK = tl.constexpr(1024)
@@ -145,8 +146,10 @@ def merge_tiles_kernel(
     embedding_row_stride,
     embedded_row_stride,
     K,
+    CHAINED: tl.constexpr,
 ):
     """One program owns one row."""
+    follow(CHAINED)
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
@@ -247,5 +250,6 @@ def merge_tiles(
         0 if embedded is None else embedded.stride(0),
         0 if embedding is None else embedding.shape[1],
         num_warps=MERGE_WARPS,
+        **chain(out.token),
     )
     return out

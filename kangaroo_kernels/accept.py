@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels._chain import chain, follow
 from kangaroo_kernels._launch import MAX_ROWS, device_scalar, require_interpreter
 
 
@@ -27,8 +28,10 @@ def accept_kernel(
     COUNTS,
     BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program owns the step."""
+    follow(CHAINED)
     offs = tl.arange(0, BLOCK_M)
     drafted = tl.sum(tl.load(drafted_ptr + offs, mask=offs < COUNTS, other=0).to(tl.int64), axis=0)
     length = tl.load(length_ptr)
@@ -86,5 +89,6 @@ def accept(
         BLOCK_M=MAX_ROWS,
         BLOCK_S=triton.next_power_of_2(max(1, stop_tokens.shape[0])),
         num_warps=1,
+        **chain(draft),
     )
     return out

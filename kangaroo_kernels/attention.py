@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels._cache import cache_layout, row_offsets
+from kangaroo_kernels._chain import chain, follow
 from kangaroo_kernels._launch import MAX_ROWS, check_out, check_position, check_rows, device_scalar
 from kangaroo_kernels.launch_config import launch_config
 
@@ -188,8 +189,10 @@ def attention_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WHOLE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program owns ``BLOCK_R`` packed rows of one key-value head, over one split of the positions."""
+    follow(CHAINED)
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
@@ -289,8 +292,10 @@ def attention_reduce_kernel(
     out_row_stride,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program owns one head of one token; splits are merged ``MERGED`` at a time, in the order of positions."""
+    follow(CHAINED)
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
@@ -383,6 +388,7 @@ def attention(
         WHOLE=whole,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **chain(q),
     )
     if not whole:
         attention_reduce_kernel[(heads, rows)](
@@ -398,5 +404,6 @@ def attention(
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
             num_warps=4,
+            **chain(q),
         )
     return out

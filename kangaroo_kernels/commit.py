@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels._chain import chain, follow
 from kangaroo_kernels._launch import MAX_ROWS, require_interpreter
 from kangaroo_kernels.commit_ref import RECORD_HEAD
 
@@ -42,8 +43,10 @@ def commit_kernel(
     embedding_row_stride,
     RECORD_HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program owns the iteration."""
+    follow(CHAINED)
     agreed, reached, stopped = tl.load(decision_ptr), tl.load(decision_ptr + 1), tl.load(decision_ptr + 2)
     before = tl.load(length_ptr)
     limit = tl.load(limit_ptr)
@@ -116,4 +119,5 @@ def commit(
         RECORD_HEAD=RECORD_HEAD,
         BLOCK=2 * MAX_ROWS,
         num_warps=4,
+        **chain(target),
     )

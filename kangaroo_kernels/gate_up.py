@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels._chain import chain, fetch_ahead, follow
 from kangaroo_kernels._launch import aligned_rows, check_operands, check_out, step_of, weight_and_bias
 from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
 from kangaroo_kernels.launch_config import launch_config
@@ -69,8 +70,12 @@ def gate_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program owns all rows of ``BLOCK_N`` columns of ``out``."""
+    fetch_ahead(w_ptr, w_row_stride, I, K, active_ptr, BLOCK_N, CHAINED)
+    fetch_ahead(w_ptr + I.to(tl.int64) * w_row_stride, w_row_stride, I, K, active_ptr, BLOCK_N, CHAINED)
+    follow(CHAINED)
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
@@ -131,5 +136,6 @@ def gate_up(
         BLOCK_K=step_of(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **chain(x),
     )
     return out

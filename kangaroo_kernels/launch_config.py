@@ -2,8 +2,9 @@
 
 A file maps each operation to rules; the first whose conditions hold wins, the GPU's own rules before those of its
 architecture. Conditions are ``n``, ``k`` and ``dtype`` (equal) and ``max_n`` (at most); a rule without any is the
-operation's default. ``tools/tune.py`` writes the files of GPUs. No setting in them changes a bit of any result: what
-does (K steps, KV tiles and splits) is fixed in the kernels, and the tuner refuses a candidate with other bits.
+operation's default. An entry ``launches`` says whether kernels are chained. ``tools/tune.py`` writes GPUs' files. No
+setting in them changes a bit of any result: what does (K steps, KV tiles and splits) is fixed in the kernels, and the
+tuner refuses a candidate with other bits.
 """
 
 import json
@@ -96,6 +97,34 @@ def configured_by(picker: Picker) -> Iterator[None]:
 def launch_config(op: str, n: int, k: int, x: Tensor) -> LaunchConfig:
     """How to launch ``op`` with ``n`` outputs and ``k`` inputs on the device and in the dtype of ``x``."""
     return _pickers[-1](op, n, k, x.dtype) if _pickers else _pick_on(x.device, op, n, k, x.dtype)
+
+
+_chained: list[bool] = []
+
+
+@contextmanager
+def chained(on: bool = True) -> Iterator[None]:
+    """Within it, kernels are launched as programmatic dependents, or not, whatever the files say.
+
+    Where the GPU has no such launches (before sm_90) it changes nothing. A captured graph keeps what it was captured
+    with.
+    """
+    _chained.append(on)
+    try:
+        yield
+    finally:
+        _chained.pop()
+
+
+@lru_cache(maxsize=8)
+def _chained_on(device: torch.device) -> bool:
+    settings = [rule for name in files_for(device) for rule in rules(name).get("launches", ())]
+    return bool(settings and settings[0].get("chained", False))
+
+
+def is_chained(device: torch.device) -> bool:
+    """Whether to launch so on ``device``: the first file that has ``"launches": [{"chained": ...}]`` says it."""
+    return _chained[-1] if _chained else _chained_on(device)
 
 
 def configs_folder() -> Path:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels._chain import chain, fetch_ahead, follow
 from kangaroo_kernels._launch import aligned_rows, check_operands, check_out, step_of, weight_and_bias
 from kangaroo_kernels._stream import BLOCK_M, add_bias, project
 from kangaroo_kernels.launch_config import launch_config
@@ -64,8 +65,11 @@ def linear_residual_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program owns all rows of ``BLOCK_N`` columns of ``out``."""
+    fetch_ahead(w_ptr, w_row_stride, N, K, active_ptr, BLOCK_N, CHAINED)
+    follow(CHAINED)
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
@@ -124,5 +128,6 @@ def linear_residual(
         BLOCK_K=step_of(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **chain(x),
     )
     return out

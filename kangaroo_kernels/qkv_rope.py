@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels._cache import cache_layout, row_offsets
+from kangaroo_kernels._chain import chain, fetch_ahead, follow
 from kangaroo_kernels._launch import (
     aligned_rows,
     check_operands,
@@ -130,8 +131,11 @@ def qkv_rope_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program owns all rows of ``BLOCK_N`` columns of the packed q, k and v."""
+    fetch_ahead(w_ptr, w_row_stride, N, K, active_ptr, BLOCK_N, CHAINED)
+    follow(CHAINED)
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
@@ -241,6 +245,7 @@ def qkv_rope(
         BLOCK_K=step_of(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **chain(x),
     )
     return out
 

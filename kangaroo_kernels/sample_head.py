@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels._chain import chain, fetch_ahead, follow
 from kangaroo_kernels._gumbel import gumbel_tile
 from kangaroo_kernels._head import (
     NO_TOKEN,
@@ -123,8 +124,11 @@ def sample_head_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program owns all rows of ``BLOCK_N`` tokens."""
+    fetch_ahead(w_ptr, w_row_stride, V, K, active_ptr, BLOCK_N, CHAINED)
+    follow(CHAINED)
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
@@ -238,8 +242,10 @@ def filtered_sample_kernel(
     embedding_row_stride,
     embedded_row_stride,
     K,
+    CHAINED: tl.constexpr,
 ):
     """One program owns one row."""
+    follow(CHAINED)
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
@@ -345,6 +351,7 @@ def sample_head(
         BLOCK_K=step_of(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **chain(x),
     )
     if results is not None:
         return merge_tiles(results, out, active, threshold, embedding, embedded, sure)
@@ -368,5 +375,6 @@ def sample_head(
         0 if embedded is None else embedded.stride(0),
         0 if embedding is None else embedding.shape[1],
         num_warps=8,
+        **chain(x),
     )
     return out

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels._chain import chain, fetch_ahead, follow
 from kangaroo_kernels._head import TileResults, check_head, exponential_sum, first_best, merge_tiles, nan_wins
 from kangaroo_kernels._launch import aligned_rows, check_operands, step_of, weight_and_bias
 from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
@@ -76,8 +77,11 @@ def top1_head_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """One program owns all rows of ``BLOCK_N`` tokens."""
+    fetch_ahead(w_ptr, w_row_stride, V, K, active_ptr, BLOCK_N, CHAINED)
+    follow(CHAINED)
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
@@ -144,5 +148,6 @@ def top1_head(
         BLOCK_K=step_of(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **chain(x),
     )
     return merge_tiles(tiles, out, active, threshold, embedding, embedded, sure)

@@ -114,7 +114,8 @@ def test_decodes_are_measured(report):
     assert cells["kangaroo, synthetic"]["drafted_per_step"] > 0
     assert "synthetic" in report["parts"]["decode"]["synthetic"]["assumption"]
     steps = [(step["drafts"], step["drafting"]) for step in report["parts"]["decode"]["steps"]]
-    assert steps == [(drafts, way) for drafts in (1, 2, 6) for way in ("kernel by kernel", "in one kernel")]
+    ways = ("kernel by kernel", "kernel by kernel, chained", "in one kernel")
+    assert steps == [(drafts, way) for drafts in (1, 2, 6) for way in ways]
     assert all(step["us_per_step"] > 0 for step in report["parts"]["decode"]["steps"])
     theirs = [cell["way"] for cell in report["parts"]["baselines"]["cells"]]
     assert theirs == ["eager", "assisted", "static, compiled"]

@@ -144,6 +144,15 @@ def test_the_table_adds_up():
     assert rows["iteration"] == ("iteration", 1, 100, 40, 10, 3 * 3000 + 2 * 5000 + 70000, 0.89)
 
 
+def test_one_stage_may_be_all_drafts():
+    iteration = [StageRun("kangaroo/draft", 0, 10), StageRun("kangaroo/verify", 10, 10)]
+    commits = [Commit([1], 0, drafted, 0, stopped=False) for drafted in (1, 3)]
+    moved = {"kangaroo/draft/shallow": 3000, "kangaroo/draft/step": 5000, "kangaroo/verify": 70000}
+    rows = stage_rows(Profile([iteration] * 2, commits, 9, {}, graphs=False), moved)
+    assert rows[0].bytes_moved == 3000 + 2 * 8000  # a run of the shallow layers more than drafts
+    assert rows[-1].bytes_moved == 19000 + 70000
+
+
 def test_ranges_cost_nothing_while_nobody_looks():
     assert span("kangaroo/verify") is NOTHING
 
@@ -241,13 +250,14 @@ def test_prompts_of_any_length(pair):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("plain", [True, False])
-def test_on_a_gpu(pair, graphs, plain):
-    kangaroo = pair.load(dtype="bfloat16", graphs=graphs)
+@pytest.mark.parametrize(("plain", "persistent"), [(True, False), (False, False), (False, True)])
+def test_on_a_gpu(pair, graphs, plain, persistent):
+    kangaroo = pair.load(dtype="bfloat16", graphs=graphs, persistent=persistent)
     settings = {"plain": True} if plain else {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.3}
     profiled = profile_iterations(kangaroo, PROMPT, 5, **settings)
     assert profiled.graphs == graphs
     assert len(profiled.iterations) == len(profiled.commits) == 5
     for iteration in profiled.iterations:
-        assert [event.name for event in iteration[-1].events] == ["commit_kernel"]
+        assert iteration[-1].events[0].name == "commit_kernel"
         assert any(event.name == "qkv_rope_kernel" for stage in iteration for event in stage.events)
+        assert any(event.name == "draft_loop_kernel" for stage in iteration for event in stage.events) == persistent

@@ -234,7 +234,8 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
         raise ProfileError("the text ended before enough iterations ran; give another prompt.") from None
     graphs = on_gpu and kangaroo.graphs
     if graphs:
-        launcher = Kangaroo(kangaroo.target, kangaroo.drafter, kangaroo.tokenizer, graphs=False)
+        pair = kangaroo.target, kangaroo.drafter, kangaroo.tokenizer
+        launcher = Kangaroo(*pair, graphs=False, persistent=kangaroo.persistent)
         like = by_ranges(traced(launcher, prompt, 2, settings)[0], on_gpu, last_stage)[-1]
         iterations = by_order(trace, like)
     else:
@@ -312,6 +313,10 @@ class Row(NamedTuple):
 def stage_rows(profiled: Profile, bytes_of: dict[str, int]) -> list[Row]:
     """The table: a row a stage in the order of the decode, then one for the whole iteration."""
     count = len(profiled.iterations)
+    if DRAFT_STAGES[0] in bytes_of:  # all of a step's drafts may be one stage
+        drafted = sum(commit.drafted for commit in profiled.commits) / count
+        shallow, step = (bytes_of[name] for name in DRAFT_STAGES)
+        bytes_of = {**bytes_of, PREFIX + "draft": round(shallow + drafted * (shallow + step))}
     runs: dict[tuple[str, bool], list[StageRun]] = {}
     for iteration in profiled.iterations:
         for stage in iteration:

@@ -41,6 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.model.demo import bundled_pair
 from kangaroo_kernels.model.generate import resolve_device, resolve_dtype
 from kangaroo_kernels.workloads import MODELS, ModelShape
@@ -58,10 +59,14 @@ nsys profile -t cuda,nvtx --cuda-graph-trace=node -c cudaProfilerApi -o kangaroo
 ncu --profile-from-start off -k regex:gate_up_kernel -c 4 --set full -o gate_up python tools/profile_decode.py \
 --nvtx --no-graphs
 
-Ranges: kangaroo/draft/shallow, kangaroo/draft/step, kangaroo/verify, kangaroo/accept, kangaroo/commit.
+To compare: --chained (programmatic dependent launch), --persistent (drafting in one kernel), --no-graphs.
+
+Ranges: kangaroo/draft/shallow, kangaroo/draft/step (or kangaroo/draft), kangaroo/verify, kangaroo/accept,
+kangaroo/commit.
 """
 
 COLOURS = {
+    "draft": "#1f4e79",
     "draft/shallow": "#5b92bb",
     "draft/step": "#1f4e79",
     "verify": "#b5542b",
@@ -200,15 +205,15 @@ def load(
     shape: ModelShape | None,
     device: torch.device,
     dtype: str | None,
-    graphs: bool,
+    **launching: bool,
 ) -> Kangaroo:
     """The pair that was asked for: from folders, at random, or the bundled one."""
     if shape is not None:
         target = random_target(shape, device, resolve_dtype(dtype, device, torch.bfloat16))
-        return Kangaroo(target, random_drafter(target, exit_layer or exit_layer_of(shape)), graphs=graphs)
+        return Kangaroo(target, random_drafter(target, exit_layer or exit_layer_of(shape)), **launching)
     if model is None:
         model, adapter = bundled_pair().target, bundled_pair().adapter
-    return Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, graphs=graphs)
+    return Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, **launching)
 
 
 def decode_under_ranges(kangaroo: Kangaroo, prompt: Sequence[int], tokens: int, settings: dict[str, Any]) -> None:
@@ -225,6 +230,7 @@ def decode_under_ranges(kangaroo: Kangaroo, prompt: Sequence[int], tokens: int, 
 
 
 def main(
+    command: typer.Context,
     model: Annotated[Path | None, typer.Option(help="The target's folder; the bundled pair by default.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.")] = None,
     exit_layer: Annotated[int | None, typer.Option(help="Overrides the adapter's own.")] = None,
@@ -237,6 +243,10 @@ def main(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the weights.")] = None,
     graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs, or launch kernel by kernel.")] = True,
+    chain: Annotated[
+        bool, typer.Option("--chained", help="Launch kernels as programmatic dependents (sm_90 and later).")
+    ] = False,
+    persistent: Annotated[bool, typer.Option("--persistent", help="Draft in one persistent kernel.")] = False,
     nvtx: Annotated[bool, typer.Option("--nvtx", help="Only decode, under NVTX ranges, for nsys and ncu.")] = False,
     out: Annotated[Path, typer.Option(help="Where trace, picture and record go.")] = Path("runs/profile"),
 ) -> None:
@@ -250,7 +260,10 @@ def main(
         where = resolve_device(device)
         if shape is not None and where.type == "cpu":
             refuse(f"{shape} would take minutes a step on a CPU; leave --shape out to profile the bundled pair here.")
-        kangaroo = load(model, adapter, exit_layer, SHAPES.get(shape or ""), where, dtype, graphs)
+        if chain:
+            command.with_resource(chained())  # until the command ends
+        pair = model, adapter, exit_layer, SHAPES.get(shape or "")
+        kangaroo = load(*pair, where, dtype, graphs=graphs, persistent=persistent)
         settings: dict[str, Any] = {"plain": plain or kangaroo.drafter is None}
         if not settings["plain"]:
             settings |= {
@@ -273,7 +286,7 @@ def main(
     timed = timed_decode(kangaroo, prompt, settings, 2.0)
     way = "plain decoding" if settings["plain"] else "Kangaroo"
     how = (
-        ("CUDA graphs replayed" if profiled.graphs else "kernels launched one by one")
+        ("CUDA graphs replayed" if profiled.graphs else "kernels launched one by one") + ", chained" * chain
         if on_gpu
         else ("on the CPU: the PyTorch references, led by the host; no figure is about a GPU")
     )

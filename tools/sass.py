@@ -72,6 +72,7 @@ class MachineCode(NamedTuple):
         tensor_cores: the instruction that drives them, or None.
         pipeline: of the loop that streams; None if no loop loads.
         pipelines: of every innermost loop that copies asynchronously, in the order of addresses.
+        operations: of all instructions, in the order of addresses.
     """
 
     registers: int
@@ -85,6 +86,7 @@ class MachineCode(NamedTuple):
     tensor_cores: str | None
     pipeline: Pipeline | None
     pipelines: tuple[Pipeline, ...]
+    operations: tuple[str, ...]
 
 
 def read_instructions(listing: str) -> list[Instruction]:
@@ -177,4 +179,5 @@ def read_machine_code(listing: str) -> MachineCode:
         tensor_cores=next((name for name in TENSOR_CORES if name in bases), None),
         pipeline=None if streaming is None else pipeline_of(streaming),
         pipelines=tuple(pipeline_of(loop) for loop in innermost if count_widths(loop, "LDGSTS")),
+        operations=tuple(each.operation for each in code),
     )

@@ -2,7 +2,7 @@
 
 With random weights no draft is sure and next to none is accepted: unforced, Kangaroo is at its worst, a draft a step
 for nothing. ``synthetic.py`` says what the forced run assumes. Tokens a second are of the steps, prefill left out.
-Steps with a fixed number of drafts are timed besides, drafting kernel by kernel and in one persistent kernel.
+Steps with a fixed number of drafts are timed besides: drafting kernel by kernel, in chained launches, in one kernel.
 A smoke run takes the same loop over the references: Triton's interpreter is a thousand times slower.
 """
 
@@ -17,6 +17,7 @@ from random_model import exit_layer_of, random_drafter, random_target
 from synthetic import ASSUMPTION, MAX_DRAFTS, paper_trace, with_synthetic_acceptance
 
 from kangaroo_kernels import Generation, Kangaroo
+from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.model.llama import Llama
 from kangaroo_kernels.model.operations import REFERENCES
 from kangaroo_kernels.workloads import ModelShape
@@ -37,6 +38,11 @@ WAYS = ("plain", "kangaroo", "kangaroo, synthetic")
 def contexts_of(job: Job) -> tuple[int, ...]:
     """Prompt lengths."""
     return (20,) if job.smoke else CONTEXTS
+
+
+CHAINED = "kernel by kernel, chained"
+DRAFTING = {"kernel by kernel": "kangaroo", CHAINED: "chained", "in one kernel": "persistent"}
+"""How steps draft, and what decodes so; chained launches are sm_90's (``launch_config.chained``)."""
 
 
 def random_prompt(shape: ModelShape, length: int) -> list[int]:
@@ -119,7 +125,7 @@ class Decoders:
         self._made: dict[str, Kangaroo] = {}
 
     def __call__(self, kind: str) -> Kangaroo:
-        """``kangaroo``; ``persistent``, which drafts in one kernel; ``synthetic``, which accepts by the trace."""
+        """``kangaroo``; ``chained``, to be captured so; ``persistent``, in one kernel; ``synthetic``, by the trace."""
         if not self._made:
             operations = replace(REFERENCES, kernels="triton") if self.job.smoke else None
             target = random_target(self.shape, self.job.device, self.job.dtype, operations=operations)
@@ -127,6 +133,7 @@ class Decoders:
             synthetic = with_synthetic_acceptance(target, paper_trace())
             self._made = {
                 "kangaroo": Kangaroo(target, drafter),
+                "chained": Kangaroo(target, drafter),  # graphs of its own
                 "persistent": Kangaroo(target, drafter, persistent=True),
                 "synthetic": Kangaroo(synthetic, random_drafter(synthetic, drafter.exit_layer)),
             }
@@ -159,8 +166,10 @@ def measure_model(job: Job, shape: ModelShape, models_left: int) -> None:
     def decode_cell(way: str, prompt: list[int], seconds: float) -> dict[str, Any]:
         return measure(decoders("synthetic" if way == WAYS[2] else "kangaroo"), prompt, way, seconds, job)
 
-    def step_cell(kind: str, prompt: list[int], drafts: int) -> dict[str, Any]:
-        return measure_step(decoders(kind), prompt, drafts, job)
+    def step_cell(drafting: str, prompt: list[int], drafts: int) -> dict[str, Any]:
+        kangaroo = decoders(DRAFTING[drafting])
+        with chained(drafting == CHAINED):
+            return measure_step(kangaroo, prompt, drafts, job)
 
     todo = [(context, way) for context in contexts_of(job) for way in WAYS]
     for done, (context, way) in enumerate(todo):
@@ -169,6 +178,6 @@ def measure_model(job: Job, shape: ModelShape, models_left: int) -> None:
         job.cell("cells", entry, partial(decode_cell, way, random_prompt(shape, context), seconds))
     context = contexts_of(job)[0]
     for drafts in STEP_DRAFTS:
-        for kind, drafting in (("kangaroo", "kernel by kernel"), ("persistent", "in one kernel")):
+        for drafting in DRAFTING:
             entry = {"model": shape.name, "context": context, "drafts": drafts, "drafting": drafting}
-            job.cell("steps", entry, partial(step_cell, kind, random_prompt(shape, context), drafts))
+            job.cell("steps", entry, partial(step_cell, drafting, random_prompt(shape, context), drafts))
