@@ -194,6 +194,7 @@ class Kangaroo:
         target: the model.
         drafter: the shallow layers with the adapter; None without one.
         tokenizer: the checkpoint's tokenizer; None where it has none, and prompts are token lists.
+        runner: holds the device's buffers and graphs, and counts their bytes (``captured_bytes``, ``buffer_bytes``).
         graphs: whether a GPU's iterations are captured.
         persistent: whether the kernels draft in one launch.
     """
@@ -208,7 +209,7 @@ class Kangaroo:
     ) -> None:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.graphs, self.persistent = graphs, persistent
-        self._runner = GraphRunner(target.device, graphs)
+        self.runner = GraphRunner(target.device, graphs)
         self._cache = target.new_cache()
         self._adapter_cache = drafter.adapter.new_cache() if drafter is not None else None
         self._threads: int | None = None
@@ -498,10 +499,10 @@ class Kangaroo:
                 threshold=request.draft_confidence_threshold,
                 stop_tokens=sorted(stop_tokens),
                 length=request.length,
-                runner=self._runner,
+                runner=self.runner,
                 persistent=self.persistent,
             )
-            return device_steps(iteration, self._runner, state, length=request.length)
+            return device_steps(iteration, self.runner, state, length=request.length)
         chooser = Chooser(sampling, target.operations)
         if drafter is None:
             return plain_steps(target, state, chooser, length=request.length, stop_tokens=stop_tokens)

@@ -145,7 +145,7 @@ def test_what_lies_in_the_buffers_does_not_matter(host, resident):
     for _ in range(2):
         assert counts(resident, **settings) == counts(host, **settings)
         with torch.inference_mode():
-            for buffer in resident._runner._buffers.values():
+            for buffer in resident.runner._buffers.values():
                 buffer.fill_(float("nan") if buffer.is_floating_point() else 2**30)
 
 
@@ -412,9 +412,9 @@ def test_on_a_gpu_graphs_change_nothing(pair, monkeypatch, sampling):
             settings = {"max_new_tokens": new_tokens, "draft_confidence_threshold": 0.3, "plain": plain, **sampling}
             assert counts(captured, **settings) == counts(launched, **settings)
             assert counts(persistent, **settings) == counts(launched, **settings)
-    assert captured._runner.graphs > 2
-    assert captured._runner.captured_bytes > 0
-    assert launched._runner.graphs == 0
+    assert captured.runner.graphs > 2
+    assert captured.runner.captured_bytes > 0
+    assert launched.runner.graphs == 0
 
 
 @pytest.mark.gpu
@@ -422,7 +422,7 @@ def test_on_a_gpu_graphs_change_nothing(pair, monkeypatch, sampling):
 @pytest.mark.parametrize("persistent", [True, False])
 def test_on_a_gpu_nothing_waits_inside_an_iteration(pair, monkeypatch, graphs, persistent):
     kangaroo = pair.load(dtype="bfloat16", graphs=graphs, persistent=persistent)
-    run = type(kangaroo._runner).run
+    run = type(kangaroo.runner).run
     settings = {"max_new_tokens": 30, "draft_confidence_threshold": 0.2}
     wanted = kangaroo.generate(PROMPT, **settings).tokens  # compiles
 
@@ -434,5 +434,5 @@ def test_on_a_gpu_nothing_waits_inside_an_iteration(pair, monkeypatch, graphs, p
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(type(kangaroo._runner), "run", strictly)
+    monkeypatch.setattr(type(kangaroo.runner), "run", strictly)
     assert kangaroo.generate(PROMPT, **settings).tokens == wanted
