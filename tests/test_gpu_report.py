@@ -367,6 +367,16 @@ except KeyboardInterrupt:
     assert (found["status"], found["half"]) == ("stopped", 2)
 
 
+def test_a_part_is_no_worker_of_another_pytest(tmp_path, monkeypatch):
+    """pytest-benchmark refuses to measure in a worker."""
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw1")
+    script = """
+import os
+piece.write_text(json.dumps({"names": [name for name in os.environ if name.startswith("PYTEST_")]}))
+"""
+    assert run(script, tmp_path, monkeypatch, seconds=30)["names"] == []
+
+
 def test_a_smoke_run_sees_no_gpu(tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     script = """

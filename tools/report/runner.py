@@ -25,9 +25,13 @@ POLL = 0.2
 
 
 def environment_of(smoke: bool) -> dict[str, str]:
-    """Of a part: the tools importable; in a smoke run no GPU, and Triton's interpreter."""
+    """Of a part: the tools importable; in a smoke run no GPU, and Triton's interpreter.
+
+    A part that runs pytest must not take itself for a worker of the pytest that may have started the report.
+    """
     paths = [str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
-    given = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    given = inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     return given | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} if smoke else given
 
 
