@@ -390,7 +390,7 @@ def test_a_prompt_of_one_token(kernels, monkeypatch, prompt):
 def test_one_launch_drafts_what_the_steps_draft(kernels, monkeypatch):
     """Through the kernels, with an early exit now and then."""
     for sampling in SAMPLINGS[:2]:
-        settings = {"max_new_tokens": 8, "num_speculative_tokens": 3, "draft_confidence_threshold": 0.4, **sampling}
+        settings = {"max_new_tokens": 5, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.4, **sampling}
         by_steps = counts(kernels, **settings)
         with monkeypatch.context() as patch:
             patch.setattr(kernels, "persistent", True)

@@ -37,17 +37,17 @@ def pairs(folders, device):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
 def test_kernels_give_the_references_tokens(pairs, sampling):
-    wanted = pairs["reference"].generate(PROMPT, max_new_tokens=12, plain=True, **sampling)
-    plain = pairs["triton"].generate(PROMPT, max_new_tokens=12, plain=True, **sampling)
+    wanted = pairs["reference"].generate(PROMPT, max_new_tokens=7, plain=True, **sampling)
+    plain = pairs["triton"].generate(PROMPT, max_new_tokens=7, plain=True, **sampling)
     drafted = pairs["triton"].generate(
-        PROMPT, max_new_tokens=12, num_speculative_tokens=4, draft_confidence_threshold=0.2, **sampling
+        PROMPT, max_new_tokens=7, num_speculative_tokens=2, draft_confidence_threshold=0.2, **sampling
     )
     assert plain.tokens == drafted.tokens == wanted.tokens
     assert drafted.stats.accepted > 0
 
 
 def test_kernels_draft_what_the_references_draft(pairs):
-    settings = {"max_new_tokens": 12, "num_speculative_tokens": 3, "draft_confidence_threshold": 0.3}
+    settings = {"max_new_tokens": 8, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.3}
     counts = [pairs[name].generate(PROMPT, **settings).stats for name in ("triton", "reference")]
     assert counts[0].accepted_at == counts[1].accepted_at
     assert counts[0].drafted == counts[1].drafted > 0
@@ -74,9 +74,9 @@ def test_a_long_prompt_is_the_references_work(pairs):
 
 def test_half_precision(folders, device):
     kangaroo = Kangaroo.from_pretrained(*folders, device=device, dtype="float16", kernels="triton")
-    settings = {"max_new_tokens": 8, "draft_confidence_threshold": 0.0, "num_speculative_tokens": 3}
+    settings = {"max_new_tokens": 6, "draft_confidence_threshold": 0.0, "num_speculative_tokens": 2}
     assert (
-        kangaroo.generate(PROMPT, **settings).tokens == kangaroo.generate(PROMPT, max_new_tokens=8, plain=True).tokens
+        kangaroo.generate(PROMPT, **settings).tokens == kangaroo.generate(PROMPT, max_new_tokens=6, plain=True).tokens
     )
 
 
