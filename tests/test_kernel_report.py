@@ -65,8 +65,8 @@ def finish(process: subprocess.Popen[str]) -> Any:
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[Callable[[str], Any]]:
-    """What each of the runs, and ``BAD``, printed; they all go on side by side."""
-    started = {"bad": start("-c", BAD)}
+    """What each of the runs, ``SUMS`` and ``BAD`` printed; they all go on side by side."""
+    started = {"bad": start("-c", BAD), "sums": start("-c", SUMS)}
     for name, options in RUNS.items():
         triton = OLDER_TRITON if name.startswith("Triton") else None
         if triton is None or triton.is_dir():
@@ -119,8 +119,8 @@ def shared(row: Row) -> int:
 
 
 def is_known(row: Row) -> bool:
-    """The persistent kernel's packed predicates under Triton 3.6; the end of a short text's attention on sm_80."""
-    older = row["triton"].startswith("3.6.") and row["kernel"] == PERSISTENT
+    """The persistent kernel under Triton 3.6 on sm_90; the end of a short text's attention on sm_80."""
+    older = (row["triton"][:4], row["kernel"], row["architecture"]) == ("3.6.", PERSISTENT, "sm_90")
     place = (row["kernel"], row["step"], row["model"], row["architecture"])
     short = place[0] == "attention_kernel" and "short" in place[1] and place[2:] == ("Llama-3.1-8B", "sm_80")
     return (older or short) and row["stack_bytes"] <= STACK_BYTES
@@ -316,6 +316,89 @@ def test_one_binary_for_any_number_of_rows(rows: list[Row]) -> None:
             grid[0] = sixteen["grid"][0]  # blocks of packed rows
             assert 1 <= grid[0] <= 4
         assert sixteen["grid"] == grid, place
+
+
+# ---- the drafting loop adds in the order of the stages
+
+
+SUMS = """
+import json
+from importlib import import_module
+
+import torch
+from compiled import compile_only
+from steps import META, STEPS
+
+from kangaroo_kernels import launch_config
+from kangaroo_kernels.launch_config import configured_by
+from kangaroo_kernels.workloads import MODELS, Settings
+
+shape, settings = MODELS[1], Settings(1, 4096, torch.bfloat16, META)
+
+def sums_of(name, launches):
+    found = {}
+    for step in STEPS:
+        for each in step.calls(shape, settings) if step.name == name else ():
+            before = len(launches)
+            getattr(import_module(f"kangaroo_kernels.{each.op}"), each.op)(*each.args, **each.kwargs)
+            for launch in launches[before:]:
+                for place, layouts in launch.sums.items():
+                    found.setdefault(" ".join(place), []).extend(layouts)
+    return found
+
+found = {}
+for architecture in (80, 90):
+    with compile_only(architecture) as launches:
+        names = ("draft step", "draft loop", "sampling draft head", "sampling draft loop")
+        found[f"sm_{architecture}"] = {name: sums_of(name, launches) for name in names}
+        shipped = launch_config._pickers[-1]
+        with configured_by(lambda *place: shipped(*place)._replace(num_warps=8)):
+            found[f"sm_{architecture}"]["eight warps"] = sums_of("draft step", launches)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def sums(results: Callable[[str], Any]) -> Any:
+    """How the sums of Llama-3.1-8B's drafting step and loop lie across threads, by place in the source."""
+    return results("sums")
+
+
+def sums_that_differ(stages: dict[str, list[str]], loop: dict[str, list[str]]) -> set[str]:
+    """The modules of those sums in the stage kernels that lie otherwise in the loop, or are not there.
+
+    A stage kernel's sum and the loop's are the same line of the same function, called from the same lines up to the
+    stage's kernel, the last.
+    """
+    differ = set()
+    for place, layouts in stages.items():
+        inner, _, kernel = place.rpartition(" ")
+        in_loop = {layout for other, lying in loop.items() if other.startswith(f"{inner} ") for layout in lying}
+        if in_loop != set(layouts):
+            differ.add(kernel.partition(":")[0])
+    return differ
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("stages", "loop", "count"),
+    [("draft step", "draft loop", 14), ("sampling draft head", "sampling draft loop", 4)],
+)
+def test_the_drafting_loop_adds_as_its_stages_do(
+    sums: Any, stages: str, loop: str, count: int, architecture: str
+) -> None:
+    """All but the order of a sum is theirs by construction; that follows from how the compiler lays tiles out."""
+    found = sums[architecture]
+    assert len(found[stages]) == count
+    assert len(found[loop]) == 14
+    assert sums_that_differ(found[stages], found[loop]) == set()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_another_number_of_warps_is_found(sums: Any, architecture: str) -> None:
+    found = sums[architecture]
+    streaming = {"qkv_rope.py", "attention.py", "linear_residual.py", "gate_up.py", "top1_head.py"}
+    assert sums_that_differ(found["eight warps"], found["draft loop"]) >= streaming
 
 
 # ---- the checks bite

@@ -4,6 +4,7 @@
 their kernels with the very arguments, specialisation and launch configuration that a GPU would see, and nothing runs.
 """
 
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -59,6 +60,7 @@ class CompiledLaunch(NamedTuple):
         constants: the kernel's compile-time arguments.
         dynamic_shared: bytes.
         binary: the key under which Triton keeps it: whatever the compiler was given.
+        ttgir: what the compiler made of it last before machine code: every tile with its layout.
         cubin: the machine code.
     """
 
@@ -70,6 +72,7 @@ class CompiledLaunch(NamedTuple):
     constants: dict[str, Any]
     dynamic_shared: int
     binary: str
+    ttgir: str
     cubin: bytes
 
     @property
@@ -87,6 +90,11 @@ class CompiledLaunch(NamedTuple):
         """Its machine code, read."""
         return disassemble(self.cubin)
 
+    @property
+    def sums(self) -> dict[tuple[str, ...], list[str]]:
+        """How its sums lie across the threads."""
+        return layouts_of_sums(self.ttgir)
+
 
 @lru_cache(maxsize=1024)
 def disassemble(cubin: bytes) -> MachineCode:
@@ -96,6 +104,36 @@ def disassemble(cubin: bytes) -> MachineCode:
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return read_machine_code(listing)
+
+
+def layouts_of_sums(ttgir: str) -> dict[tuple[str, ...], list[str]]:
+    """How the tiles of products and sums lie across the threads, which is what the order of the addends follows from.
+
+    Returns:
+        For each place, from the line of the sum outwards to the kernel's (``("_stream.py:104", "gate_up.py:42", ..)``),
+        its tiles' types in the compiler's words, shape and layout. Tiles in shared memory have no part in the order.
+    """
+    alias = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+
+    def lines(location: str) -> Iterator[str]:
+        """``loc(..)``, which is an alias, a line, a name in front of another, or a call and where it was made."""
+        location = alias.get(location, location).removeprefix("loc(")
+        if call := re.match(r"callsite\((\S+) at (\S+?)\)", location):
+            for each in call.groups():
+                yield from lines(each)
+        elif line := re.match(r'"[^"]*?([^"/]+)":(\d+):', location):
+            yield ":".join(line.groups())
+        elif named := re.match(r'"[^"]*"\((\S+?)\)', location):
+            yield from lines(named[1])
+
+    product = r"(?:tt\.dot|ttng\.warp_group_dot) .*? : (.*) loc\((.*)\)$"
+    total = r'"tt\.reduce".*\n.*\n.*arith\.addf.*\n.*\n *\}\) : (.*) loc\((.*)\)$'
+    found: dict[tuple[str, ...], set[str]] = {}
+    for types, location in re.findall(product, ttgir, re.MULTILINE) + re.findall(total, ttgir, re.MULTILINE):
+        tiles = re.findall(r"(?<!\w)tensor<(?:[^<>]|<[^<>]*>)*>", types)
+        words = [re.sub(r"#\w+\b(?!\.)", lambda name: alias.get(name[0], name[0]), tile) for tile in tiles]
+        found.setdefault(tuple(lines(location)), set()).add(", ".join(words))
+    return {place: sorted(layouts) for place, layouts in found.items()}
 
 
 def defaults_of(architecture: int) -> Callable[[str, int, int, torch.dtype], LaunchConfig]:
@@ -131,6 +169,7 @@ def compile_only(architecture: int) -> Iterator[list[CompiledLaunch]]:
                 constants={param.name: bound[param.name] for param in kernel.params if param.is_constexpr},
                 dynamic_shared=metadata.shared,
                 binary=compiled.hash,
+                ttgir=compiled.asm["ttgir"],
                 cubin=compiled.asm["cubin"],
             )
         )

@@ -205,15 +205,17 @@ def load(
     shape: ModelShape | None,
     device: torch.device,
     dtype: str | None,
-    **launching: bool,
+    graphs: bool,
+    persistent: bool,
 ) -> Kangaroo:
     """The pair that was asked for: from folders, at random, or the bundled one."""
     if shape is not None:
         target = random_target(shape, device, resolve_dtype(dtype, device, torch.bfloat16))
-        return Kangaroo(target, random_drafter(target, exit_layer or exit_layer_of(shape)), **launching)
+        drafter = random_drafter(target, exit_layer or exit_layer_of(shape))
+        return Kangaroo(target, drafter, graphs=graphs, persistent=persistent)
     if model is None:
         model, adapter = bundled_pair().target, bundled_pair().adapter
-    return Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, **launching)
+    return Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, graphs=graphs, persistent=persistent)
 
 
 def decode_under_ranges(kangaroo: Kangaroo, prompt: Sequence[int], tokens: int, settings: dict[str, Any]) -> None:
@@ -263,7 +265,7 @@ def main(
         if chain:
             command.with_resource(chained())  # until the command ends
         pair = model, adapter, exit_layer, SHAPES.get(shape or "")
-        kangaroo = load(*pair, where, dtype, graphs=graphs, persistent=persistent)
+        kangaroo = load(*pair, where, dtype, graphs, persistent)
         settings: dict[str, Any] = {"plain": plain or kangaroo.drafter is None}
         if not settings["plain"]:
             settings |= {

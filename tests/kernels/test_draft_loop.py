@@ -6,11 +6,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from kernel_inputs import drawer, same_bits
 from torch import Tensor
 
 from kangaroo_kernels import draft_loop_ref
-from kangaroo_kernels.attention import attention
+from kangaroo_kernels._grid import BROKEN, COUNTER, ERROR, LEFT, STATE_WORDS, arrive, leave, wait
+from kangaroo_kernels._launch import weight_and_bias
+from kangaroo_kernels.attention import attention, count_splits
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop, prepare_draft_loop
 from kangaroo_kernels.draft_loop_ref import AttentionBlock, DraftModel, Layer
 from kangaroo_kernels.gate_up import gate_up
@@ -24,6 +28,8 @@ from kangaroo_kernels.top1_head_ref import Top1
 
 HIDDEN, INNER, VOCAB, CAPACITY = 40, 56, 67, 320
 NAN = float("nan")
+FEW_POLLS: dict[str, Any] = {} if torch.cuda.is_available() else {"polls": 20}
+"""A broken barrier is then an error at once; in the interpreter nobody has to wait for another."""
 
 
 # ---- a drafter, and what a step begins with
@@ -33,10 +39,11 @@ def make_model(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     layers: int = 2,
-    biases: tuple[str, ...] = ("qkv", "output", "gate_up", "down", "head"),
+    biases: tuple[str, ...] = ("qkv", "output", "gate_up", "down", "adapter's qkv", "head"),
     heads: tuple[int, int, int] = (4, 2, 8),
     adapter_heads: tuple[int, int, int] = (4, 2, 8),
     capacity: int = CAPACITY,
+    adapter_capacity: int | None = None,
 ) -> DraftModel:
     """A small drafter; no size is a multiple of a tile. ``heads``: H, H_kv, D. Caches are NaN but for what is drawn."""
     draw = drawer(layers, dtype, device)
@@ -45,17 +52,17 @@ def make_model(
         bias = draw(rows, scale=0.3) if name in biases else None
         return PackedWeight(draw(rows, columns, scale=columns**-0.5), bias, Layout.ROWS)
 
-    def tables(head_dim: int) -> Tensor:
-        return rope_table(1e2 ** -torch.linspace(0, 1, head_dim // 2, device=device), capacity)
+    def tables(head_dim: int, base: float, capacity: int = capacity) -> Tensor:
+        return rope_table(base ** -torch.linspace(0, 1, head_dim // 2, device=device), capacity)
 
-    def block(shape: tuple[int, int, int], table: Tensor, output: str = "output") -> AttentionBlock:
+    def block(shape: tuple[int, int, int], table: Tensor, whose: str = "") -> AttentionBlock:
         query_heads, kv_heads, head_dim = shape
-        caches = [draw(kv_heads, capacity, head_dim) for _ in range(2)]
-        qkv = weight("qkv", (query_heads + 2 * kv_heads) * head_dim, HIDDEN)
-        projection = weight(output, HIDDEN, query_heads * head_dim)
+        caches = [draw(kv_heads, len(table), head_dim) for _ in range(2)]
+        qkv = weight(f"{whose}qkv", (query_heads + 2 * kv_heads) * head_dim, HIDDEN)
+        projection = weight(f"{whose}output", HIDDEN, query_heads * head_dim)
         return AttentionBlock(1 + draw(HIDDEN, scale=0.1), qkv, projection, *caches, table, 1e-5, head_dim**-0.5)
 
-    table = tables(heads[2])
+    table = tables(heads[2], 1e2)
     blocks = [
         Layer(
             block(heads, table),
@@ -65,7 +72,8 @@ def make_model(
         )
         for _ in range(layers)
     ]
-    adapter = block(adapter_heads, tables(adapter_heads[2]), "adapter's output")._replace(eps=1e-6)
+    own_table = tables(adapter_heads[2], 1e3, adapter_capacity or capacity)
+    adapter = block(adapter_heads, own_table, "adapter's ")._replace(eps=1e-6)
     head = weight("head", VOCAB, HIDDEN)
     return DraftModel(tuple(blocks), adapter, 1 + draw(HIDDEN, scale=0.1), head, 1e-4, draw(VOCAB, HIDDEN))
 
@@ -81,9 +89,12 @@ class Step(NamedTuple):
     caches: list[Tensor]
 
 
+def blocks_of(model: DraftModel) -> list[AttentionBlock]:
+    return [*(layer.attention for layer in model.layers), model.adapter]
+
+
 def caches_of(model: DraftModel) -> list[Tensor]:
-    blocks = [*(layer.attention for layer in model.layers), model.adapter]
-    return [cache for block in blocks for cache in (block.k_cache, block.v_cache)]
+    return [cache for block in blocks_of(model) for cache in (block.k_cache, block.v_cache)]
 
 
 def with_caches(model: DraftModel, caches: list[Tensor]) -> DraftModel:
@@ -184,7 +195,7 @@ def draft(model: DraftModel, most: int, before: int, **settings: Any) -> tuple[S
     """A step of the kernel, its bits those of the stages, its tokens those of the reference; how many it drafted."""
     kernel, stages, reference = (begin(model, most, before) for _ in range(3))
     drafted_model = with_caches(model, kernel.caches)
-    loop = DraftLoop(drafted_model, most)
+    loop = DraftLoop(drafted_model, most, **FEW_POLLS)
     poison(loop)
     draft_loop(drafted_model, *kernel[:4], prepared=loop, out=kernel.out, **settings)
     assert not loop.state.any()  # as it began: a graph launches it again
@@ -223,7 +234,9 @@ def test_launcher_and_reference_have_one_signature():
 
 @pytest.mark.parametrize(("layers", "most"), [(1, 15), (3, 2), (8, 1)])
 def test_never_unsure(device, layers, most):
-    step, drafted = draft(make_model(device, layers=layers), most, 20, threshold=0.0)
+    heads = (4, 2, 8) if layers == 3 else (1, 1, 8)  # the most layers and drafts with the fewest tiles
+    model = make_model(device, layers=layers, heads=heads, adapter_heads=heads)
+    step, drafted = draft(model, most, 20, threshold=0.0)
     assert drafted == most
     assert step.flags.tolist() == [1] * (most + 1)
 
@@ -266,16 +279,40 @@ def test_a_confidence_that_is_no_number_is_unsure(device):
     assert kernel.flags.tolist() == [1, 0, -7, -7]
 
 
-@pytest.mark.parametrize("biases", [(), ("qkv", "down"), ("gate_up", "adapter's output")])
+@pytest.mark.parametrize("biases", [(), ("adapter's qkv", "down"), ("qkv", "gate_up", "adapter's output")])
 def test_biases(device, biases):
-    draft(make_model(device, layers=1, biases=biases), 1, 20, threshold=0.0)
+    model = make_model(device, layers=1, biases=biases)
+    draft(model, 1, 20, threshold=0.0)
+    blank = DraftLoop(model, 1).blank  # in the place of a bias that is not there
+    assert len(blank) >= max(2 * INNER, *(len(weight_and_bias(block.qkv)[0]) for block in blocks_of(model)))
+    assert bool(((blank == 0) & blank.signbit()).all())
 
 
 @pytest.mark.parametrize(
-    ("heads", "adapter_heads"), [((4, 4, 8), (3, 3, 8)), ((6, 1, 12), (4, 4, 8)), ((4, 4, 8), (4, 1, 20))]
+    ("heads", "adapter_heads"), [((4, 4, 8), (3, 3, 8)), ((6, 1, 12), (4, 4, 12)), ((4, 4, 8), (4, 4, 20))]
 )
 def test_an_adapter_may_have_other_heads(device, heads, adapter_heads):
     draft(make_model(device, layers=1, heads=heads, adapter_heads=adapter_heads), 1, 126, threshold=0.0)
+
+
+@pytest.mark.parametrize(("capacity", "adapter_capacity"), [(24, 320), (320, 23)])
+def test_a_cache_may_be_full(device, capacity, adapter_capacity):
+    """Drafts beyond it are worthless and cut off later: nothing is appended, and nothing else is disturbed."""
+    model = make_model(device, layers=1, capacity=capacity, adapter_capacity=adapter_capacity)
+    kernel, stages = begin(model, 3, 20), begin(model, 3, 20)
+    drafted_model = with_caches(model, kernel.caches)
+    loop = DraftLoop(drafted_model, 3, **FEW_POLLS)
+    assert loop.sums.shape[0] == count_splits(320)
+    draft_loop(drafted_model, *kernel[:4], prepared=loop, out=kernel.out, threshold=0.0)
+    by_stages(model, stages, threshold=0.0)
+    same(kernel, stages)
+
+
+def test_a_short_rope_table_bounds_the_text(device):
+    model = make_model(device, layers=1)
+    model = model._replace(adapter=model.adapter._replace(table=model.adapter.table[:100]))
+    loop = DraftLoop(model, 1)
+    assert (loop.shape.room, loop.adapter_shape.room) == (CAPACITY, 100)
 
 
 def test_half_precision(device):
@@ -283,8 +320,8 @@ def test_half_precision(device):
 
 
 def test_sampled(device):
-    model, greedy = make_model(device, layers=1), begin(make_model(device, layers=1), 3, 20)
-    step, _ = draft(model, 3, 20, threshold=0.0, temperature=0.8, seed=2**64 - 1, stream=2)
+    model, greedy = make_model(device, layers=1), begin(make_model(device, layers=1), 2, 20)
+    step, _ = draft(model, 2, 20, threshold=0.0, temperature=0.8, seed=2**64 - 1, stream=2)
     by(draft_loop_ref.draft_loop, model, greedy, threshold=0.0)
     assert not torch.equal(step.out.token, greedy.out.token)
 
@@ -331,6 +368,47 @@ def test_a_prepared_loop_is_launched_again_and_again(device):
 
 
 # ---- a program that never comes
+
+
+@triton.jit
+def wait_kernel(state_ptr, result_ptr, arrivals):
+    """One program waits for so many, with 20 looks, in its fifth stage."""
+    tl.store(result_ptr, wait(state_ptr, arrivals, 20, 5).to(tl.int32))
+
+
+@triton.jit
+def leave_kernel(state_ptr, programs):
+    """One of ``programs`` arrives and leaves."""
+    arrive(state_ptr)
+    leave(state_ptr, programs)
+
+
+@pytest.mark.parametrize(
+    ("counter", "whole", "counter_behind", "error"),
+    [
+        (6, 1, 6, 0),
+        (7, 1, 7, 0),  # another is at the next barrier already
+        (5, 0, BROKEN.value, 5),
+        (BROKEN.value, 0, BROKEN.value, 0),  # another has given up, and said why
+        (BROKEN.value + 1, 0, BROKEN.value + 1, 0),
+    ],
+)
+def test_waiting(device, counter, whole, counter_behind, error):
+    state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
+    state[COUNTER.value] = counter
+    result = torch.full((1,), -1, dtype=torch.int32, device=device)
+    wait_kernel[(1,)](state, result, 6)
+    assert result.tolist() == [whole]
+    assert (state[COUNTER.value].item(), state[ERROR.value].item()) == (counter_behind, error)
+
+
+def test_the_last_to_leave_resets_the_counters(device):
+    state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=device)
+    for left in (1, 2):
+        leave_kernel[(1,)](state, 3)
+        assert (state[COUNTER.value].item(), state[LEFT.value].item()) == (left, left)
+    leave_kernel[(1,)](state, 3)
+    assert not state.any()
 
 
 def test_a_lost_program_is_an_error_and_no_endless_wait(device):
