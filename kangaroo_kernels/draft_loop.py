@@ -149,6 +149,9 @@ def draft_loop_kernel(
     OTHER_HEADS: tl.constexpr = (GROUP != ADAPTER_GROUP) or (HEAD_DIM != ADAPTER_HEAD_DIM)
     program = tl.program_id(0)
     before = tl.load(positions_ptr).to(tl.int32)
+    tiles = tl.cdiv(V, HEAD_N)
+    qkv_rows = (GROUP + 2) * HEAD_DIM * H_KV
+    adapter_qkv_rows = (ADAPTER_GROUP + 2) * ADAPTER_HEAD_DIM * ADAPTER_H_KV
     turns = tl.where(is_whole(state_ptr), TURNS * (LAYERS + 1), 0)  # of a draft; 0 ends the loop
     arrivals = 0
     drafted = 0
@@ -165,9 +168,6 @@ def draft_loop_kernel(
                 position = before + 2 + drafted - M
                 kv_heads = tl.where(adapting, ADAPTER_H_KV, H_KV)
                 room = tl.where(adapting, ADAPTER_T, T)
-                tiles = tl.cdiv(V, HEAD_N)
-                qkv_rows = (GROUP + 2) * HEAD_DIM * H_KV
-                adapter_qkv_rows = (ADAPTER_GROUP + 2) * ADAPTER_HEAD_DIM * ADAPTER_H_KV
 
                 if stage == QKV:
                     exit_row_ptr = exit_hidden_ptr + (drafted + 2 - M) * K
