@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels._chain import chain, follow
+from kangaroo_kernels._launch import device_number
 from kangaroo_kernels.top1_head_ref import Top1
 
 CHUNK = tl.constexpr(1024)
@@ -56,7 +57,7 @@ def finish_row(
     token_ptr,  # [M] int64
     confidence_ptr,  # [M] float32
     sure_ptr,  # [1] int32 or None
-    threshold,  # float or None
+    threshold_ptr,  # [1] float32 or None
     embedding_ptr,  # [V, K] or None
     embedded_ptr,  # [M, K] or None
     embedding_row_stride,
@@ -66,8 +67,8 @@ def finish_row(
     """Write what a head found, and whether it is sure; fetch the token's embedding for the next step."""
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(confidence_ptr + row, confidence)
-    if threshold is not None:
-        tl.store(sure_ptr, (confidence >= threshold).to(tl.int32))  # a NaN is unsure
+    if threshold_ptr is not None:
+        tl.store(sure_ptr, (confidence >= tl.load(threshold_ptr)).to(tl.int32))  # a NaN is unsure
     if embedding_ptr is not None:
         source = embedding_ptr + token.to(tl.int64) * embedding_row_stride
         for first in range(0, K, CHUNK):
@@ -86,7 +87,7 @@ def merge_row(
     token_ptr,
     confidence_ptr,
     sure_ptr,
-    threshold,
+    threshold_ptr,
     embedding_ptr,
     embedded_ptr,
     TILES,
@@ -120,7 +121,7 @@ def merge_row(
         token_ptr,
         confidence_ptr,
         sure_ptr,
-        threshold,
+        threshold_ptr,
         embedding_ptr,
         embedded_ptr,
         embedding_row_stride,
@@ -129,7 +130,7 @@ def merge_row(
     )
 
 
-@triton.jit(do_not_specialize_on_alignment=["token_ptr", "confidence_ptr", "active_ptr", "sure_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["token_ptr", "confidence_ptr", "active_ptr", "sure_ptr", "threshold_ptr"])
 def merge_tiles_kernel(
     score_ptr,  # [M, tiles] float32, each tile's best score
     index_ptr,  # [M, tiles] int32, its lowest index
@@ -139,7 +140,7 @@ def merge_tiles_kernel(
     confidence_ptr,  # [M] float32
     active_ptr,  # [1] int32 or None
     sure_ptr,  # [1] int32 or None
-    threshold,  # float or None
+    threshold_ptr,  # [1] float32 or None
     embedding_ptr,  # [V, K] or None
     embedded_ptr,  # [M, K] or None
     TILES,
@@ -162,7 +163,7 @@ def merge_tiles_kernel(
         token_ptr,
         confidence_ptr,
         sure_ptr,
-        threshold,
+        threshold_ptr,
         embedding_ptr,
         embedded_ptr,
         TILES,
@@ -189,7 +190,7 @@ def check_head(
     op: str,
     x: Tensor,
     out: Top1 | None,
-    threshold: float | None,
+    threshold: float | Tensor | None,
     sure: Tensor | None,
     embedding: Tensor | None,
     embedded: Tensor | None,
@@ -226,7 +227,7 @@ def merge_tiles(
     tiles: TileResults,
     out: Top1,
     active: Tensor | None,
-    threshold: float | None,
+    threshold: float | Tensor | None,
     embedding: Tensor | None,
     embedded: Tensor | None,
     sure: Tensor | None = None,
@@ -242,7 +243,7 @@ def merge_tiles(
         out.confidence,
         active,
         sure,
-        threshold,
+        None if threshold is None else device_number(threshold, out.token.device),
         embedding,
         embedded,
         tiles.tiles,

@@ -122,6 +122,16 @@ def device_scalar(value: int | Tensor, device: torch.device) -> Tensor:
     return _counting(1 << max(16, value.bit_length()), device)[value : value + 1]
 
 
+def device_number(value: float | Tensor, device: torch.device) -> Tensor:
+    """A threshold, temperature or share as ``[1]`` float32 on the device: the caller's tensor, or one kept there."""
+    return value if isinstance(value, Tensor) else _kept_number(value, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_number(value: float, device: torch.device) -> Tensor:
+    return torch.tensor([value], dtype=torch.float32, device=device)
+
+
 @lru_cache(maxsize=64)
 def device_seed(seed: int, device: torch.device) -> Tensor:
     """A 64-bit seed as ``[1]`` int64 on the device, bit for bit."""

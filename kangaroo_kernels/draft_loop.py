@@ -40,13 +40,13 @@ from kangaroo_kernels._draft_stages import (
 )
 from kangaroo_kernels._grid import arrive, is_whole, leave, wait
 from kangaroo_kernels._head import merge_row
-from kangaroo_kernels._launch import device_seed, step_of
+from kangaroo_kernels._launch import device_number, device_seed, step_of
 from kangaroo_kernels._stream import BLOCK_M
 from kangaroo_kernels.attention import TILE
 from kangaroo_kernels.draft_loop_ref import DraftModel
 from kangaroo_kernels.gate_up import gate_up_tile
 from kangaroo_kernels.linear_residual import linear_residual_tile
-from kangaroo_kernels.sample_head import sample_tile
+from kangaroo_kernels.sample_head import real_filter, sample_tile
 from kangaroo_kernels.top1_head import top1_tile
 from kangaroo_kernels.top1_head_ref import Top1
 
@@ -67,6 +67,8 @@ GPU_OPTIONS = {"launch_cooperative_grid": True, "maxnreg": 240}
         "token_ptr",
         "confidence_ptr",
         "seed_ptr",
+        "temperature_ptr",
+        "threshold_ptr",
     ],
 )
 def draft_loop_kernel(
@@ -98,8 +100,8 @@ def draft_loop_kernel(
     state_ptr,  # [STATE_WORDS] int32
     seed_ptr,  # [1] int64, or None: the most likely token
     stream,
-    temperature,  # float or None
-    threshold,
+    temperature_ptr,  # [1] float32 or None
+    threshold_ptr,  # [1] float32
     LAYERS,
     R,
     K,
@@ -397,7 +399,7 @@ def draft_loop_kernel(
                                 largest_ptr,
                                 sum_ptr,
                                 stream,
-                                temperature,
+                                tl.load(temperature_ptr),
                                 1,
                                 V,
                                 K,
@@ -419,7 +421,7 @@ def draft_loop_kernel(
                             token_ptr + drafted,
                             confidence_ptr + drafted,
                             flags_ptr + drafted + 1,
-                            threshold,
+                            threshold_ptr,
                             embedding_ptr,
                             newest_ptr,
                             tiles,
@@ -477,25 +479,25 @@ def draft_loop(
     newest: Tensor,
     exit_hidden: Tensor,
     *,
-    threshold: float,
-    temperature: float | None = None,
+    threshold: float | Tensor,
+    temperature: float | Tensor | None = None,
     seed: int | Tensor = 0,
     stream: int = 0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
     prepared: DraftLoop | None = None,
     out: Top1 | None = None,
 ) -> Top1:
     """Draft up to R tokens, in place; arguments and result as for ``draft_loop_ref.draft_loop``.
 
-    With ``prepared`` (and a seed on the device) nothing is allocated but ``out``, and nothing waits for the device.
+    With ``prepared`` (and numbers on the device) nothing is allocated but ``out``, and nothing waits for the device.
     """
     most = len(flags) - 1
     loop = DraftLoop(model, most) if prepared is None else prepared
     out = loop.check(model, flags, positions, newest, exit_hidden, out)
     sampled = temperature is not None
     vocab_size, K = model.embedding.shape
-    if sampled and ((top_k is not None and top_k < vocab_size) or (top_p is not None and top_p < 1.0)):
+    if sampled and (real_filter(top_k, vocab_size) is not None or real_filter(top_p, 1.0) is not None):
         raise ValueError(
             f"draft_loop: top_k {top_k} and top_p {top_p} need a whole row of logits, which this kernel never has; "
             "draft with the stage kernels, or without a filter."
@@ -532,8 +534,8 @@ def draft_loop(
         loop.state,
         key,
         stream,
-        temperature,
-        threshold,
+        None if temperature is None else device_number(temperature, newest.device),
+        device_number(threshold, newest.device),
         len(model.layers),
         most,
         K,

@@ -106,12 +106,12 @@ def draft_loop(
     newest: Tensor,
     exit_hidden: Tensor,
     *,
-    threshold: float,
-    temperature: float | None = None,
+    threshold: float | Tensor,
+    temperature: float | Tensor | None = None,
     seed: int | Tensor = 0,
     stream: int = 0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
     prepared: Any = None,
     out: Top1 | None = None,
 ) -> Top1:
@@ -125,8 +125,8 @@ def draft_loop(
         newest: ``[1, K]``, the newest token's embedding; at the end that of the last draft.
         exit_hidden: ``[R + 2, K]``; row 0, of the position before the newest token, is read, row ``j + 1`` is written
             for the newest token (j = 0) and every draft. Row 0 is of no position, and masked, where that is -1.
-        threshold: a confidence below it, or NaN, is unsure and ends the drafting.
-        temperature: of a sample; None takes the most likely token.
+        threshold: a confidence below it, or NaN, is unsure and ends the drafting; a number or ``[1]`` float32.
+        temperature: of a sample, a number or ``[1]`` float32; None takes the most likely token.
         seed, stream, top_k, top_p: as for ``sample_head``; without a temperature they have no effect.
         prepared: what the kernel's ``prepare_draft_loop`` made of ``model``; None prepares it on the spot.
         out: ``Top1([R], [R])``, made if None; behind the last draft it stays as it was.

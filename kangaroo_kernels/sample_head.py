@@ -6,6 +6,8 @@ program a row finds the smallest logit that is kept, bit by bit from the highest
 of them a filter), and samples. Bytes moved: the head, ``V * K`` elements, once.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from kangaroo_kernels._head import (
 from kangaroo_kernels._launch import (
     aligned_rows,
     check_operands,
+    device_number,
     device_scalar,
     device_seed,
     step_of,
@@ -40,7 +43,7 @@ from kangaroo_kernels.top1_head_ref import Top1
 CHUNK = tl.constexpr(4096)
 """Logits of a row that the filter takes at a time."""
 
-SMALLEST_TOP_P = 1e-30
+SMALLEST_TOP_P = tl.constexpr(1e-30)
 """Far below any token's share, and far enough from 0 for its product with the sum to be a normal float32."""
 
 
@@ -98,7 +101,8 @@ def sample_tile(
 
 
 @triton.jit(
-    do_not_specialize=["M", "stream"], do_not_specialize_on_alignment=["position_ptr", "seed_ptr", "active_ptr"]
+    do_not_specialize=["M", "stream"],
+    do_not_specialize_on_alignment=["position_ptr", "seed_ptr", "active_ptr", "temperature_ptr"],
 )
 def sample_head_kernel(
     x_ptr,  # [M, K]
@@ -114,7 +118,7 @@ def sample_head_kernel(
     seed_ptr,  # [1] int64
     active_ptr,  # [1] int32 or None
     stream,
-    temperature,
+    temperature_ptr,  # [1] float32
     M,
     V,
     K,
@@ -134,6 +138,7 @@ def sample_head_kernel(
             return
     position = tl.load(position_ptr)  # early: they arrive while the weight streams
     seed = tl.load(seed_ptr)
+    temperature = tl.load(temperature_ptr)
     sample_tile(
         tl.program_id(0),
         tl.num_programs(0),
@@ -213,7 +218,7 @@ def kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept):
 
 
 @triton.jit(
-    do_not_specialize=["stream", "top_k"],
+    do_not_specialize=["stream"],
     do_not_specialize_on_alignment=[
         "position_ptr",
         "seed_ptr",
@@ -221,6 +226,10 @@ def kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept):
         "confidence_ptr",
         "active_ptr",
         "sure_ptr",
+        "threshold_ptr",
+        "temperature_ptr",
+        "top_k_ptr",
+        "top_p_ptr",
     ],
 )
 def filtered_sample_kernel(
@@ -231,13 +240,13 @@ def filtered_sample_kernel(
     confidence_ptr,  # [M] float32
     active_ptr,  # [1] int32 or None
     sure_ptr,  # [1] int32 or None
-    threshold,  # float or None
+    threshold_ptr,  # [1] float32 or None
     embedding_ptr,  # [V, K] or None
     embedded_ptr,  # [M, K] or None
     stream,
-    temperature,
-    top_k,  # int or None
-    top_p,  # float or None
+    temperature_ptr,  # [1] float32
+    top_k_ptr,  # [1] int64 or None
+    top_p_ptr,  # [1] float32 or None
     V,
     embedding_row_stride,
     embedded_row_stride,
@@ -249,6 +258,7 @@ def filtered_sample_kernel(
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:
             return
+    temperature = tl.load(temperature_ptr)
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * V
     largest = tl.full((), float("-inf"), dtype=tl.float32)
@@ -258,10 +268,10 @@ def filtered_sample_kernel(
     for first in range(0, V, CHUNK):
         total += exponential_sum(load_chunk(row_ptr, first, V), largest, 0)
     kept = tl.zeros((), dtype=tl.uint32)
-    if top_k is not None:
-        kept = kept_by_top_k(row_ptr, V, top_k)
-    if top_p is not None:
-        kept = kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept)
+    if top_k_ptr is not None:
+        kept = kept_by_top_k(row_ptr, V, tl.load(top_k_ptr))
+    if top_p_ptr is not None:
+        kept = kept_by_top_p(row_ptr, V, largest, temperature, tl.maximum(tl.load(top_p_ptr), SMALLEST_TOP_P), kept)
 
     positions = tl.load(position_ptr) + row + tl.zeros((1,), dtype=tl.int64)
     seed = tl.load(seed_ptr)
@@ -281,13 +291,18 @@ def filtered_sample_kernel(
         token_ptr,
         confidence_ptr,
         sure_ptr,
-        threshold,
+        threshold_ptr,
         embedding_ptr,
         embedded_ptr,
         embedding_row_stride,
         embedded_row_stride,
         K,
     )
+
+
+def real_filter(value: Any, all_of_it: float) -> Any:
+    """A top-k or top-p; None for one that is known to keep everything."""
+    return None if value is None or (not isinstance(value, Tensor) and value >= all_of_it) else value
 
 
 def sample_head(
@@ -297,12 +312,12 @@ def sample_head(
     position: int | Tensor,
     *,
     eps: float,
-    temperature: float,
+    temperature: float | Tensor,
     seed: int | Tensor,
     stream: int = 0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    threshold: float | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
     embedding: Tensor | None = None,
@@ -316,11 +331,11 @@ def sample_head(
     sure = active if sure is None else sure
     out = check_head("sample_head", x, out, threshold, sure, embedding, embedded)
     rows, vocab_size = x.shape[0], matrix.shape[0]
-    top_k = None if top_k is not None and top_k >= vocab_size else top_k
-    top_p = None if top_p is None or top_p >= 1.0 else max(top_p, SMALLEST_TOP_P)
+    top_k, top_p = real_filter(top_k, vocab_size), real_filter(top_p, 1.0)
     filtered = top_k is not None or top_p is not None
     where = device_scalar(position, x.device)
     key = seed if isinstance(seed, Tensor) else device_seed(seed, x.device)
+    degrees = device_number(temperature, x.device)
     config = launch_config("sample_head", matrix.shape[0], matrix.shape[1], x)
     tiles = triton.cdiv(vocab_size, config.block_n)
     logits = torch.empty((rows, vocab_size), dtype=torch.float32, device=x.device) if filtered else None
@@ -339,7 +354,7 @@ def sample_head(
         key,
         active,
         stream,
-        temperature,
+        degrees,
         rows,
         vocab_size,
         matrix.shape[1],
@@ -363,13 +378,13 @@ def sample_head(
         out.confidence,
         active,
         sure,
-        threshold,
+        None if threshold is None else device_number(threshold, x.device),
         embedding,
         embedded,
         stream,
-        temperature,
-        top_k,
-        top_p,
+        degrees,
+        None if top_k is None else device_scalar(top_k, x.device),
+        None if top_p is None else device_number(top_p, x.device),
         vocab_size,
         0 if embedding is None else embedding.stride(0),
         0 if embedded is None else embedded.stride(0),

@@ -13,7 +13,9 @@ from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.top1_head_ref import Top1, confidence_of, finish_step, lm_head, unwritten_top1
 
 
-def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+def filter_logits(
+    logits: Tensor, temperature: float | Tensor, top_k: int | Tensor | None, top_p: float | Tensor | None
+) -> Tensor:
     """``logits / temperature`` with -inf outside of the top-k and top-p sets: ``[M, V]`` float32, a new tensor.
 
     Top-k keeps every token that ties with the k-th. Top-p keeps the fewest most likely tokens whose probabilities
@@ -21,7 +23,7 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None, top_p: 
     """
     logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = torch.topk(logits, top_k, dim=-1).values[:, -1:]
+        kth = torch.topk(logits, int(top_k), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
     if top_p is not None and top_p < 1.0:
         descending = torch.sort(logits, dim=-1, descending=True).values
@@ -38,12 +40,12 @@ def sample_head(
     position: int | Tensor,
     *,
     eps: float,
-    temperature: float,
+    temperature: float | Tensor,
     seed: int | Tensor,
     stream: int = 0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    threshold: float | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
     embedding: Tensor | None = None,
@@ -63,6 +65,7 @@ def sample_head(
         stream: of the noise; see ``gumbel_ref``.
         top_k: keep this many tokens; None keeps all.
         top_p: keep this share of the probability; None keeps all.
+            These three may lie on the device as ``[1]`` float32, int64 and float32: captured work serves all values.
         threshold, active, sure, embedding, embedded, out: as for ``top1_head``.
     """
     if is_down(active):

@@ -113,7 +113,7 @@ def top1_head(
     weight: Weight,
     *,
     eps: float,
-    threshold: float | None = None,
+    threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
     embedding: Tensor | None = None,

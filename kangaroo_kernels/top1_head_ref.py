@@ -37,7 +37,7 @@ def confidence_of(logits: Tensor) -> Tensor:
 
 def finish_step(
     found: Top1,
-    threshold: float | None,
+    threshold: float | Tensor | None,
     sure: Tensor | None,
     embedding: Tensor | None,
     embedded: Tensor | None,
@@ -65,7 +65,7 @@ def top1_head(
     weight: Weight,
     *,
     eps: float,
-    threshold: float | None = None,
+    threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
     embedding: Tensor | None = None,
@@ -79,7 +79,8 @@ def top1_head(
         norm_weight: ``[K]``, same dtype.
         weight: ``[V, K]``.
         eps: of the norm.
-        threshold: for a drafting step, M = 1: ``sure`` says whether the confidence reaches it.
+        threshold: for a drafting step, M = 1: ``sure`` says whether the confidence reaches it; a number, or ``[1]``
+            float32 for captured work that serves every threshold.
         active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
         sure: ``[1]`` int32, becomes 1 or 0; None means ``active`` itself, which is then lowered below the threshold.
         embedding: ``[V, K]``, same dtype: the tokens' rows of it go to ``embedded``, where the next step begins.

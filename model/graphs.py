@@ -2,7 +2,7 @@
 
 It knows nothing of models. Work is a callable that launches on the current stream and reads and writes memory which
 stays where it is: the runner's own buffers, or tensors that it was told to rely on. A key stands for everything that
-capture bakes in: the shapes, and numbers that are passed by value.
+capture bakes in: the shapes, and which kernels are launched.
 """
 
 import gc

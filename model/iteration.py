@@ -23,7 +23,7 @@ from .cache import KVCache
 from .config import LlamaConfig
 from .graphs import GraphRunner
 from .llama import Llama
-from .sampling import Chooser, Sampling
+from .sampling import Chooser, Sampling, SamplingTensors
 from .spans import span
 from .state import TextState
 from .weights import AttentionWeights
@@ -52,7 +52,7 @@ class Iteration:
         target: the model.
         adapter: what drafts; None decodes plainly.
         state: the text's caches, filled by ``prefill``.
-        sampling: how tokens are picked; the seed is copied to the device.
+        sampling: how tokens are picked.
         max_drafts: R, 0 in plain decoding, at most 15.
         threshold: drafting stops below this confidence.
         stop_tokens: end the text.
@@ -63,7 +63,8 @@ class Iteration:
     Attributes:
         report: ``[5 + R + 1 + 1]`` int64, what the last iteration did: the record of ``kangaroo_kernels.commit_ref``,
             then the error word of ``draft_loop``, 0 where all went well.
-        key: what a captured iteration has baked in besides its reach.
+        key: what a captured iteration has baked in besides its reach: shapes, and which kernels are launched. Numbers,
+            the threshold and the temperature too, are read from device memory.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Iteration:
         persistent: bool = False,
     ) -> None:
         self.target, self.adapter, self.state = target, adapter, state
-        self.max_drafts, self.threshold = max_drafts, threshold
+        self.max_drafts = max_drafts
         self.first_layer = 0 if adapter is None else adapter.config.exit_layer
         drafts, rows, hidden = max_drafts, max_drafts + 1, target.config.hidden_size
         kind = "plain" if adapter is None else f"{drafts} drafts"
@@ -89,11 +90,14 @@ class Iteration:
         def numbers(name: str, *shape: int) -> Tensor:
             return runner.buffer(f"{kind}: {name}", shape, torch.int64)
 
+        def real(name: str) -> Tensor:
+            return runner.buffer(f"{kind}: {name}", (1,), torch.float32)
+
         def states(name: str, *shape: int) -> Tensor:
             return runner.buffer(f"{kind}: {name}", shape, target.dtype)
 
         self.text = numbers("text", state.cache.capacity)
-        self.length, self.limit, self.seed = numbers("length", 1), numbers("limit", 1), numbers("seed", 1)
+        self.length, self.limit = numbers("length", 1), numbers("limit", 1)
         self.positions = numbers("positions", drafts + 3)
         self.stops = numbers("stop tokens", max(LEAST_STOPS, 1 << (len(stop_tokens) - 1).bit_length()))
         self.flags = runner.buffer(f"{kind}: flags", (rows,), torch.int32)
@@ -102,9 +106,14 @@ class Iteration:
         self.wanted = self._top1(runner, f"{kind}: wanted", rows)
         self.decision, self.report = numbers("decision", 3), numbers("report", RECORD_HEAD + rows + 1)
 
-        self.chooser = Chooser(sampling, target.operations, self.seed)
-        persistent = persistent and adapter is not None and sampling.top_k is None and sampling.top_p is None
-        self.key = (kind, persistent, threshold, sampling.temperature, sampling.top_k, sampling.top_p)
+        sampling = sampling.without_idle_filters(target.config.vocab_size)
+        by_k, by_p = sampling.top_k is not None, sampling.top_p is not None
+        top_k, top_p = numbers("top-k", 1) if by_k else None, real("top-p") if by_p else None
+        self.sampling = SamplingTensors(real("temperature"), top_k, top_p, numbers("seed", 1))
+        self.threshold = real("threshold")
+        self.chooser = Chooser(sampling, target.operations, self.sampling)
+        persistent = persistent and adapter is not None and not by_k and not by_p
+        self.key = (kind, persistent, sampling.greedy, by_k, by_p)
         runner.rely_on("target", state.cache.keys[0], target.rotary.phases)
         if adapter is not None:
             assert state.adapter_cache is not None
@@ -112,24 +121,31 @@ class Iteration:
         self.loop: PreparedLoop | None = None
         if persistent and adapter is not None:
             self.loop = runner.keep(f"{kind}: draft loop", lambda: prepare_loop(target, adapter, state, drafts))
-        self._begin(state, sampling, stop_tokens, length)
+        self._begin(state, sampling, threshold, stop_tokens, length)
 
     @staticmethod
     def _top1(runner: GraphRunner, name: str, rows: int) -> Top1:
         token = runner.buffer(f"{name}, tokens", (rows,), torch.int64)
         return Top1(token, runner.buffer(f"{name}, confidences", (rows,), torch.float32))
 
-    def _begin(self, state: TextState, sampling: Sampling, stop_tokens: Sequence[int], length: int) -> None:
+    def _begin(
+        self, state: TextState, sampling: Sampling, threshold: float, stop_tokens: Sequence[int], length: int
+    ) -> None:
         """Put the text into device memory; the last time that the host tells it anything."""
         tokens, count = state.tokens, len(state.tokens)
 
-        def put(buffer: Tensor, values: Sequence[int]) -> None:
-            buffer[: len(values)].copy_(torch.tensor(values, dtype=buffer.dtype))
+        def put(buffer: Tensor | None, values: Sequence[float | None]) -> None:
+            if buffer is not None:
+                buffer[: len(values)].copy_(torch.tensor(values, dtype=buffer.dtype))
 
         put(self.text, tokens)
         put(self.length, [count])
         put(self.limit, [length])
-        put(self.seed, [sampling.seed - (1 << 64) if sampling.seed >> 63 else sampling.seed])
+        put(self.threshold, [threshold])
+        put(self.sampling.temperature, [sampling.temperature])
+        put(self.sampling.top_k, [sampling.top_k])
+        put(self.sampling.top_p, [sampling.top_p])
+        put(self.sampling.seed, [sampling.seed - (1 << 64) if sampling.seed >> 63 else sampling.seed])
         put(self.positions, range(count - 2, count + self.max_drafts + 1))
         put(self.stops, [*stop_tokens, *[NO_TOKEN] * (len(self.stops) - len(stop_tokens))])
         put(self.flags, [1] + [0] * self.max_drafts)
@@ -199,7 +215,6 @@ class Iteration:
 
     def draft_all(self, loop: "PreparedLoop") -> None:
         """All of that in one launch, which ends with the first unsure draft."""
-        sampling = self.chooser.sampling
         self.target.operations.draft_loop(
             loop.model,
             self.flags,
@@ -207,8 +222,8 @@ class Iteration:
             self.newest,
             self.exit_hidden,
             threshold=self.threshold,
-            temperature=None if sampling.greedy else sampling.temperature,
-            seed=self.seed,
+            temperature=None if self.chooser.sampling.greedy else self.sampling.temperature,
+            seed=self.sampling.seed,
             stream=self.chooser.draft_stream,
             prepared=loop.prepared,
             out=self.drafts,

@@ -5,8 +5,8 @@ the target's noise, and what is accepted is what plain sampling with that seed w
 et al., arXiv 2211.17192) draws the drafts on their own and keeps the target's distribution, not its tokens.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +59,11 @@ class Sampling:
         """Whether drafts are accepted by rejection sampling; greedy decoding never needs it."""
         return self.acceptance == "rejection" and not self.greedy
 
+    def without_idle_filters(self, vocab_size: int) -> "Sampling":
+        """The same with None for a top-k or top-p that keeps every token."""
+        top_k = None if self.top_k is not None and self.top_k >= vocab_size else self.top_k
+        return replace(self, top_k=top_k, top_p=None if self.top_p is not None and self.top_p >= 1 else self.top_p)
+
     def filter(self, logits: Tensor) -> Tensor:
         """Temperature, top-k and top-p: ``[M, V]`` to a new ``[M, V]``."""
         return filter_logits(logits, self.temperature, self.top_k, self.top_p)
@@ -74,18 +79,36 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+class SamplingTensors(NamedTuple):
+    """The numbers of a ``Sampling`` in device memory: work that is captured once serves whatever lies there.
+
+    Attributes:
+        temperature: ``[1]`` float32, not read where decoding is greedy.
+        top_k: ``[1]`` int64, or None: keep all.
+        top_p: ``[1]`` float32, or None: keep all.
+        seed: ``[1]`` int64, of the same bits.
+    """
+
+    temperature: Tensor
+    top_k: Tensor | None
+    top_p: Tensor | None
+    seed: Tensor
+
+
 class Chooser:
     """Picks tokens for one text: the target's and, from the same noise or its own, the drafter's.
 
     Args:
         sampling: how.
         operations: what with.
-        seed: ``[1]`` int64 on the device, read in the place of ``sampling.seed`` by work that is captured.
+        numbers: of ``sampling`` in device memory, for work that is captured.
     """
 
-    def __init__(self, sampling: Sampling, operations: Operations = REFERENCES, seed: Tensor | None = None) -> None:
+    def __init__(
+        self, sampling: Sampling, operations: Operations = REFERENCES, numbers: SamplingTensors | None = None
+    ) -> None:
         self.sampling, self.operations = sampling, operations
-        self.seed = sampling.seed if seed is None else seed
+        self.numbers = sampling if numbers is None else numbers
         self.draft_stream = DRAFT_STREAM if sampling.rejects else TARGET_STREAM
 
     def target(
@@ -103,8 +126,8 @@ class Chooser:
     def _pick(
         self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int | Tensor, stream: int, **step: Any
     ) -> Top1:
-        sampling, operations = self.sampling, self.operations.for_rows(hidden.shape[0])
-        if sampling.greedy:
+        numbers, operations = self.numbers, self.operations.for_rows(hidden.shape[0])
+        if self.sampling.greedy:
             return operations.top1_head(hidden, norm, head, eps=eps, **step)
         return operations.sample_head(
             hidden,
@@ -112,11 +135,11 @@ class Chooser:
             head,
             position,
             eps=eps,
-            temperature=sampling.temperature,
-            seed=self.seed,
+            temperature=numbers.temperature,
+            seed=numbers.seed,
             stream=stream,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
+            top_k=numbers.top_k,
+            top_p=numbers.top_p,
             **step,
         )
 

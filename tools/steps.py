@@ -24,7 +24,13 @@ DRAFT_LAYERS = 2
 CACHE_BLOCK = 16
 """Positions a block of a paged cache."""
 
-FILTERS = {"top_k": 50, "top_p": 0.95}
+
+def on_device(dtype: torch.dtype) -> Tensor:
+    """A number that kernels read from device memory, as an iteration on the device has them all."""
+    return torch.empty(1, dtype=dtype, device=META)
+
+
+FILTERS = {"top_k": on_device(torch.int64), "top_p": on_device(torch.float32)}
 
 
 class Call(NamedTuple):
@@ -115,12 +121,12 @@ def top1_head(shape: ModelShape, settings: Settings) -> Calls:
 
 def sample_head(shape: ModelShape, settings: Settings) -> Calls:
     """The sampling head."""
-    yield call(workload_of(shape, "sample_head"), settings)
+    yield call(workload_of(shape, "sample_head"), settings, temperature=on_device(torch.float32))
 
 
 def filtered_sample_head(shape: ModelShape, settings: Settings) -> Calls:
     """The sampling head with top-k and top-p."""
-    yield call(workload_of(shape, "sample_head"), settings, **FILTERS)
+    yield call(workload_of(shape, "sample_head"), settings, temperature=on_device(torch.float32), **FILTERS)
 
 
 def accept(shape: ModelShape, settings: Settings) -> Calls:
@@ -159,7 +165,7 @@ def drafting_head(shape: ModelShape, settings: Settings) -> dict[str, Any]:
     """What the head of a drafting step is given: the flag that it may lower, and where the next step begins."""
     table = torch.empty(shape.vocab_size, shape.hidden, dtype=settings.dtype, device=META)
     row = torch.empty(1, shape.hidden, dtype=settings.dtype, device=META)
-    return {"threshold": 0.6, "embedding": table, "embedded": row, **drafting(shape, settings)}
+    return {"threshold": on_device(torch.float32), "embedding": table, "embedded": row, **drafting(shape, settings)}
 
 
 def draft_step(shape: ModelShape, settings: Settings) -> Calls:
@@ -172,12 +178,14 @@ def draft_step(shape: ModelShape, settings: Settings) -> Calls:
 
 def sampled_draft_head(shape: ModelShape, settings: Settings) -> Calls:
     """The head of a drafting step that samples."""
-    yield call(workload_of(shape, "sample_head"), settings, **drafting_head(shape, settings))
+    temperature = on_device(torch.float32)
+    yield call(workload_of(shape, "sample_head"), settings, temperature=temperature, **drafting_head(shape, settings))
 
 
 def filtered_draft_head(shape: ModelShape, settings: Settings) -> Calls:
     """The same with top-k and top-p."""
-    yield call(workload_of(shape, "sample_head"), settings, **FILTERS, **drafting_head(shape, settings))
+    step = drafting_head(shape, settings)
+    yield call(workload_of(shape, "sample_head"), settings, temperature=on_device(torch.float32), **FILTERS, **step)
 
 
 def draft_model(shape: ModelShape, settings: Settings, layers: int) -> DraftModel:
@@ -204,7 +212,7 @@ def draft_model(shape: ModelShape, settings: Settings, layers: int) -> DraftMode
 
 
 def draft_loop(
-    shape: ModelShape, settings: Settings, layers: int = DRAFT_LAYERS, most: int = 6, temperature: float | None = None
+    shape: ModelShape, settings: Settings, layers: int = DRAFT_LAYERS, most: int = 6, sampled: bool = False
 ) -> Calls:
     """The drafting loop of one launch, its bytes those of one draft."""
     model = draft_model(shape, settings, layers)
@@ -214,8 +222,9 @@ def draft_loop(
     positions = torch.empty(most + 3, dtype=torch.int64, device=META)
     newest = torch.empty(1, shape.hidden, dtype=settings.dtype, device=META)
     rows = torch.empty(most + 2, shape.hidden, dtype=settings.dtype, device=META)
-    seed = torch.empty(1, dtype=torch.int64, device=META)
-    more = {"threshold": 0.6, "temperature": temperature, "seed": seed, "prepared": loop}
+    temperature = on_device(torch.float32) if sampled else None
+    more = {"threshold": on_device(torch.float32), "temperature": temperature, "seed": on_device(torch.int64)}
+    more["prepared"] = loop
     moved = [each.bytes_moved for _ in range(layers) for each in layer(shape, settings)]
     moved += [each.bytes_moved for each in (*attention_block(shape, settings), *top1_head(shape, settings))]
     yield Call("draft_loop", "", (model, flags, positions, newest, rows), more, sum(filter(None, moved)))
@@ -236,5 +245,5 @@ STEPS = (
     Step("filtered draft head", filtered_draft_head, drafting=True, variant=True),
     Step("draft loop", draft_loop, drafting=True, variant=True),
     Step("draft loop, 4 layers", partial(draft_loop, layers=4, most=15), drafting=True, variant=True),
-    Step("sampling draft loop", partial(draft_loop, temperature=0.8), drafting=True, variant=True),
+    Step("sampling draft loop", partial(draft_loop, sampled=True), drafting=True, variant=True),
 )

@@ -1,5 +1,6 @@
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kangaroo_kernels._head import merge_tiles_kernel
-from kangaroo_kernels._launch import device_seed
+from kangaroo_kernels._launch import device_number, device_seed
 from kangaroo_kernels.gumbel_ref import gumbel, gumbel_rows
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.sample_head import (
@@ -289,7 +290,7 @@ def test_kernel_filters_in_odd_shapes(device, settings, vocab_size, inner):
 
 @pytest.mark.parametrize("inner", [48, 37])
 def test_one_binary_serves_any_number_of_rows(device, monkeypatch, inner):
-    """Wherever in a buffer they begin, whatever their positions, their stream and the k of a filter."""
+    """Wherever in a buffer they and the numbers begin, whatever their positions, their stream and the k of a filter."""
     recorded = [Recorded(sample_head_kernel), Recorded(filtered_sample_kernel)]
     monkeypatch.setattr("kangaroo_kernels.sample_head.sample_head_kernel", recorded[0])
     monkeypatch.setattr("kangaroo_kernels.sample_head.filtered_sample_kernel", recorded[1])
@@ -298,10 +299,12 @@ def test_one_binary_serves_any_number_of_rows(device, monkeypatch, inner):
     draw = {"eps": 1e-5, "temperature": 1.0, "seed": 1}
     for first, rows in enumerate((1, 2, 3, 7, 16)):
         kernel(x[first : first + rows], norm, head, first, stream=first, **draw)
+    kernel(x[:1], norm, head, 1, **(draw | {"temperature": on_device(1.0, device)}))
     assert len(recorded[0].binaries()) == 1
     assert recorded[1].launches == []
     for first, top_k in enumerate((1, 2, 8)):
         kernel(x[first : first + 1], norm, head, first, stream=first, top_k=top_k, **draw)
+    kernel(x[:1], norm, head, 1, top_k=on_device(3, device), **(draw | {"temperature": on_device(1.0, device)}))
     assert len(recorded[1].binaries()) == 1
 
 
@@ -503,6 +506,12 @@ def test_top_k_among_infinite_logits(device, top_k):
         assert torch.equal(kept, kept_by_reference(logits, fewest, None))
 
 
+def on_device(value: float, device: torch.device) -> Tensor:
+    """A number as an iteration on the device has it, in the middle of a buffer."""
+    dtype = torch.int64 if isinstance(value, int) else torch.float32
+    return torch.tensor([99, value, 99], dtype=dtype, device=device)[1:2]
+
+
 def filtered(
     logits: Tensor, device: torch.device, position: int, seed: int, temperature: float, **filters: float
 ) -> Top1:
@@ -517,8 +526,8 @@ def filtered(
         "confidence_ptr": out.confidence,
         "V": vocab_size,
         "stream": 0,
-        "temperature": temperature,
-        **filters,
+        "temperature_ptr": device_number(temperature, device),
+        **{f"{name}_ptr": on_device(value, device) for name, value in filters.items()},
     }
     numbers = {"embedding_row_stride", "embedded_row_stride", "K"}
     rest = {name: 0 if name in numbers else None for name in filtered_sample_kernel.arg_names}
@@ -649,6 +658,38 @@ def test_position_and_seed_may_lie_on_the_device(device, sample_head, settings):
         numbers = torch.tensor([99, position, seed - 2**64 if seed >= 2**63 else seed, 99], device=device)
         drawn = sample_head(x, norm, head, numbers[1:2], eps=1e-5, temperature=1.0, seed=numbers[2:3], **settings)
         assert same(drawn, wanted)
+
+
+@EITHER
+@pytest.mark.parametrize("settings", PATHS)
+@pytest.mark.parametrize("temperature", [0.7, 1.9])
+def test_settings_may_lie_on_the_device(device, sample_head, settings, temperature):
+    """The bits that the numbers give by value; the threshold is met or missed by one bit."""
+    x, norm, head = problem(device, 1, 67)
+    draw = {"eps": 1e-5, "seed": 5}
+    wanted = sample_head(x, norm, head, 3, temperature=temperature, **settings, **draw)
+    draw["temperature"] = on_device(temperature, device)
+    draw |= {name: on_device(value, device) for name, value in settings.items()}
+    confidence = float(wanted.confidence)
+    for threshold, up in ((confidence, 1), (np.nextafter(np.float32(confidence), np.float32(2)), 0)):
+        flag = torch.ones(1, dtype=torch.int32, device=device)
+        where = on_device(float(threshold), device)
+        assert same(sample_head(x, norm, head, 3, threshold=where, active=flag, **draw), wanted)
+        assert flag.tolist() == [up]
+
+
+@EITHER
+def test_filters_on_the_device_may_keep_all(device, sample_head):
+    """A k of the whole vocabulary and beyond; a share too small for any token still keeps the likeliest."""
+    x, norm, head = problem(device, 1, 67)
+    draw = {"eps": 1e-5, "seed": 5, "temperature": 1.3}
+    wanted = sample_head(x, norm, head, 3, **draw)
+    for top_k in (67, 1000):
+        assert torch.equal(sample_head(x, norm, head, 3, top_k=on_device(top_k, device), **draw).token, wanted.token)
+    likeliest = sample_head(x, norm, head, 3, top_k=1, **draw)
+    assert not torch.equal(likeliest.token, wanted.token)
+    for top_p in (0.0, 1e-40):
+        assert same(sample_head(x, norm, head, 3, top_p=on_device(top_p, device), **draw), likeliest)
 
 
 @EITHER

@@ -422,6 +422,9 @@ def test_the_threshold_lowers_the_flag_below_it_alone(device, top1_head):
             flag = torch.tensor([9, value, 9], dtype=torch.int32, device=device)
             top1_head(x, norm, head, eps=1e-5, threshold=threshold, active=flag[1:2])
             assert flag.tolist() == [9, up, 9]
+        flag, settings = flag.fill_(1), torch.tensor([7.0, threshold, 7.0], device=device)
+        top1_head(x, norm, head, eps=1e-5, threshold=settings[1:2], active=flag[1:2])
+        assert flag.tolist() == [1, up, 1]
 
 
 @EITHER

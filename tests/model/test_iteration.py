@@ -210,6 +210,44 @@ def test_an_abandoned_text_does_not_reach_the_next(host, resident, with_lag):
     assert counts(resident, max_new_tokens=10) == counts(host, max_new_tokens=10)
 
 
+OTHERS = (
+    {"draft_confidence_threshold": 0.9},
+    {"draft_confidence_threshold": 0.1, "seed": 11},
+    {"temperature": 3.0},
+    {"temperature": 0.2, "seed": 12, "draft_confidence_threshold": 0.5},
+    {"top_k": 2},
+    {"top_p": 0.2, "top_k": 40},
+)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
+def test_a_captured_iteration_serves_all_numbers(host, resident, monkeypatch, sampling, persistent):
+    """One graph, whatever threshold, temperature, filters and seed; what is replayed is the first request's work."""
+    first: dict[Any, Callable[[], None]] = {}
+    monkeypatch.setattr(resident.runner, "run", lambda key, work: first.setdefault(key, work)())
+    resident.persistent = persistent
+    settings = {"max_new_tokens": 30, "num_speculative_tokens": 4, "draft_confidence_threshold": 0.3, **sampling}
+    others = [each for each in OTHERS if each.keys() - {"draft_confidence_threshold"} <= sampling.keys()]
+    wanted = []
+    for other in ({}, *others):
+        wanted.append(counts(host, **(settings | other)))
+        assert counts(resident, **(settings | other)) == wanted[-1]
+    assert len(first) == 1
+    assert len({str(each) for each in wanted}) == len(wanted)  # the numbers matter
+
+
+def test_filters_that_keep_all_are_none(host, resident, iterations):
+    """They are launched, and drafted in one kernel, as if they were not asked for."""
+    keys = set()
+    resident.runner.run = lambda key, work: (keys.add(key), work())
+    resident.persistent = True
+    for filters in ({}, {"top_p": 1.0}, {"top_k": host.target.config.vocab_size}, {"top_k": 10**6, "top_p": 1}):
+        settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, **filters}
+        assert counts(resident, **settings) == counts(host, **settings)
+    assert len(keys) == 1
+
+
 @pytest.mark.parametrize("lag", [0, 2])
 def test_a_context_that_outgrows_its_bucket(host, resident, monkeypatch, with_lag, iterations, lag):
     """Reaches double; each holds every position that its iterations can touch."""
