@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from budget import assert_within_budget
+from recorded import Recorded
 from torch import Tensor
 from triton import knobs
 
@@ -177,54 +178,6 @@ def hold(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float, *
 
 def on(device: torch.device, dtype: torch.dtype, parts: tuple[Tensor, ...]) -> list[Tensor]:
     return [part.to(device, dtype) for part in parts]
-
-
-@pytest.fixture
-def guarded_workspaces(monkeypatch):
-    """New memory holds NaN between guards: what is read before it was written is seen, and what is written beside."""
-    empty, made = torch.empty, []
-
-    def guarded(*args, **settings):
-        like = empty(*args, **settings)
-        made.append(like.new_full((like.numel() + 128,), NAN if like.is_floating_point() else -77))
-        return made[-1][64:-64].view(like.shape)
-
-    monkeypatch.setattr(torch, "empty", guarded)
-    yield
-    for flat in made:
-        for guard in (flat[:64], flat[-64:]):
-            assert (guard.isnan() if flat.is_floating_point() else guard == -77).all()
-
-
-class Recorded:
-    """Stands for a kernel and keeps how it was launched."""
-
-    def __init__(self, jitted):
-        self.jitted, self.launches = jitted, []
-
-    def __getitem__(self, grid):
-        def launch(*args, **settings):
-            self.launches.append((grid, dict(zip(self.jitted.arg_names, args, strict=False)), settings))
-
-        return launch
-
-    def binaries(self) -> set[object]:
-        """What Triton would tell apart: constants, kinds and dtypes, alignment, and numbers that are 1 or 16 n."""
-        declared = getattr(self.jitted, "kwargs", vars(self.jitted))  # the interpreter's, or the compiler's
-        numbers = set(declared.get("do_not_specialize") or ())
-        pointers = set(declared.get("do_not_specialize_on_alignment") or ())
-        return {
-            (*((name, kind(args[name], name in numbers | pointers)) for name in args), *settings.items())
-            for _, args, settings in self.launches
-        }
-
-
-def kind(value: object, alike: bool) -> object:
-    if isinstance(value, Tensor):
-        return value.dtype, alike or value.data_ptr() % 16 == 0
-    if isinstance(value, int):
-        return abs(value) < 2**31, alike or (value == 1, value % 16 == 0)
-    return type(value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
