@@ -139,6 +139,8 @@ def demo(
     """
     from .compare import compare_all, report
     from .demo import bundled_pair
+    from .generate import check_lengths
+    from .sampling import Sampling
     from .show import show_comparisons, show_legend, show_steps, track
 
     settings: dict[str, Any] = {
@@ -148,6 +150,8 @@ def demo(
         "num_speculative_tokens": num_speculative_tokens,
         "draft_confidence_threshold": draft_confidence_threshold,
     }
+    Sampling(temperature, seed=seed)
+    check_lengths(max_new_tokens, num_speculative_tokens, draft_confidence_threshold)
     pair = bundled_pair()
     prompts, kangaroo = pair.prompts(), pair.load()
     console, comparisons, finish_reason = Console(), [], "complete"

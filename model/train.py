@@ -101,8 +101,8 @@ class TrainingSettings:
             raise KangarooError(f"num_attention_heads is {heads!r}; it must be a whole number of at least 1.")
         if not 0 < self.learning_rate < 1:
             raise KangarooError(f"learning_rate is {self.learning_rate!r}; it must be above 0 and below 1.")
-        if self.minutes is not None and not self.minutes > 0:
-            raise KangarooError(f"minutes is {self.minutes!r}; it must be above 0.")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise KangarooError(f"minutes is {self.minutes!r}; it must be a finite number above 0.")
         if not self.data:
             raise KangarooError("no data files were given; give at least one text file.")
 

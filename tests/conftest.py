@@ -1,6 +1,7 @@
 """What every test shares: one thread, and one small pair of target and adapter."""
 
 import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,10 @@ from pairs import make_adapter, make_target, make_tokenizer
 from kangaroo_kernels import Kangaroo
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# started in a shell's background, by nohup or by some CI systems, children would inherit that Ctrl-C is ignored
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)

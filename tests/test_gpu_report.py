@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import gpu_report
 import typer
 from iteration_profile import Event, StageRun
 from random_model import config_of, exit_layer_of, random_drafter, random_target
-from report import baselines, decode, energy, equality, kernels, runner
+from report import baselines, decode, energy, equality, kernels, pair, plots, runner, worker
 from report.decode import bytes_a_token
 from report.job import SMOKE, Job
 from report.page import SMOKE_LABEL, complaints, page, state_of
@@ -115,7 +116,10 @@ def test_decodes_are_measured(report):
     assert "synthetic" in report["parts"]["decode"]["synthetic"]["assumption"]
     steps = [(step["drafts"], step["drafting"]) for step in report["parts"]["decode"]["steps"]]
     ways = ("kernel by kernel", "kernel by kernel, chained", "in one kernel")
-    assert steps == [(drafts, way) for drafts in (1, 2, 6) for way in ways]
+    assert steps == [
+        *((drafts, way) for drafts in (1, 2, 6) for way in ways[:2]),
+        *((drafts, ways[2]) for drafts in (1, 2, 6)),
+    ]
     assert all(step["us_per_step"] > 0 for step in report["parts"]["decode"]["steps"])
     theirs = [cell["way"] for cell in report["parts"]["baselines"]["cells"]]
     assert theirs == ["eager", "assisted", "static, compiled"]
@@ -134,6 +138,16 @@ def test_the_pair_is_the_real_thing(report):
     assert total["identical"]
     assert total["mean_acceptance_length"] > 1.3
     assert len(total["acceptance_rate_per_position"]) >= 2
+
+
+def test_the_pair_stands_beside_transformers(smoke, report):
+    found = report["parts"]["pair"]
+    assert found["ways"] == [baselines.EAGER, baselines.COMPILED]
+    assert [total["prompts"] for total in found["baselines"]] == [2, 2]
+    for cell in found["cells"]:
+        assert cell["agreeing_tokens"] == cell["new_tokens"] == 24, "float32 on a CPU: the same text"
+        assert cell["tokens_per_second"] > 0
+    assert "transformers, static, compiled" in (smoke.folder / "report.md").read_text()
 
 
 def test_equality_compares_each_kind(report):
@@ -157,7 +171,7 @@ def test_a_stage_of_every_kind_is_in_the_timeline(report):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--minutes", "0"], "--minutes is 0; it must be above 0."),
+        (["--minutes", "0"], "--minutes is 0; it must be a finite number above 0."),
         (["--only", "decode,tset"], "there is no part called tset; there are environment, tests, "),
         (["--only", ""], "there is no part called"),
         (["--only", "pair"], "the part pair needs --pair DIR"),
@@ -257,6 +271,77 @@ def test_ctrl_c_keeps_what_was_found(command):
     assert list(done.report["parts"]) == NAMES[:2]
 
 
+def test_ctrl_c_in_a_part_keeps_what_that_found(command):
+    command.found["decode"] = {"status": "interrupted", "cells": [], "at": "m, 128, plain"}
+    done = command()
+    assert done.code == 130
+    assert list(done.report["parts"]) == NAMES[: NAMES.index("decode") + 1]
+
+
+def test_a_part_that_was_stopped_is_told(command):
+    command.found["tests"] = {"status": "stopped", "limit": 85.0, "at": "7 of 300"}
+    done = command("--only", "tests")
+    assert done.code == 1
+    assert "gpu_report: tests did not end within its 85 s and was stopped (at: 7 of 300).\n" in done.errors
+
+
+def test_a_picture_that_cannot_be_drawn_spoils_no_page(command, tmp_path, monkeypatch):
+    def broken(report, path):
+        raise ValueError("an axis with no end\nand more")
+
+    monkeypatch.setitem(plots.PLOTS, "decode", ("decode.png", broken))
+    done = command()
+    assert done.code == 1
+    assert "gpu_report: decode.png could not be drawn: ValueError: an axis with no end.\n" in done.errors
+    assert (tmp_path / "report.md").is_file()
+
+
+def test_results_are_no_change_of_the_commit(tmp_path, monkeypatch):
+    def git(*arguments):
+        settings = ("-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false")
+        subprocess.run(["git", *settings, *arguments], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+    results, source = tmp_path / "bench" / "results" / "report.json", tmp_path / "tools" / "a.py"
+    for file in (results, source):
+        file.parent.mkdir(parents=True)
+        file.write_text("1")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "m")
+    results.write_text("2")
+    assert len(gpu_report.commit()) == 12
+    source.write_text("2")
+    assert gpu_report.commit().endswith(" with changes")
+
+
+def test_without_git_the_sources_are_named_by_a_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "git", lambda *arguments: "")
+    digests = []
+    for name, text in (("a.py", "x = 1"), ("a.py", "x = 2"), ("b.py", "x = 2"), ("b.txt", "")):
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+        digests.append(gpu_report.digest_of_sources(tmp_path))
+    assert len(set(digests)) == 3
+    assert digests[3] == digests[2]
+    assert gpu_report.commit() == f"unknown, sources {gpu_report.digest_of_sources()}"
+
+
+def test_a_report_that_is_ended_writes_what_it_has(tmp_path):
+    """As ``timeout`` ends it: by SIGTERM."""
+    command = [sys.executable, str(TOOLS / "gpu_report.py"), "--smoke", "--out", str(tmp_path), "--only", "equality"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while "equality" not in process.stderr.readline():  # the plan, just before the part begins
+            assert process.poll() is None
+        time.sleep(3)  # while the part still imports PyTorch
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert json.loads((tmp_path / "report.json").read_text())["parts"]["equality"]["status"] == "interrupted"
+    assert "| equality | interrupted |" in (tmp_path / "report.md").read_text()
+
+
 def test_without_time_nothing_is_begun(command):
     done = command("--minutes", "0.04")
     assert done.given == []
@@ -315,6 +400,16 @@ def test_a_part_that_ends_is_done(tmp_path, monkeypatch):
     found = run("", tmp_path, monkeypatch, seconds=30)
     assert (found["status"], found["half"]) == ("done", 1)
     assert "doing" not in found
+    assert "at" not in found
+
+
+def test_ctrl_c_ends_a_part_and_keeps_what_it_found(tmp_path, monkeypatch):
+    def interrupt(doing):
+        if doing:
+            raise KeyboardInterrupt
+
+    found = run("time.sleep(300)", tmp_path, monkeypatch, seconds=60, update=interrupt)
+    assert (found["status"], found["half"], found["at"]) == ("interrupted", 1, "something")
 
 
 def test_a_crash_keeps_what_was_found_and_the_last_words(tmp_path, monkeypatch):
@@ -323,6 +418,9 @@ def test_a_crash_keeps_what_was_found_and_the_last_words(tmp_path, monkeypatch):
     )
     assert (found["status"], found["half"], found["exit_status"]) == ("failed", 1, 1)
     assert found["output"] == ["on stdout", "CUDA error: out of luck"]
+    assert found["at"] == "something"
+    wanted = "decode failed (at: something): CUDA error: out of luck"
+    assert complaints(report_of(decode=found)) == [wanted]
 
 
 def test_a_killed_part_has_failed(tmp_path, monkeypatch):
@@ -365,6 +463,21 @@ except KeyboardInterrupt:
 """
     found = run(script, tmp_path, monkeypatch, seconds=2)
     assert (found["status"], found["half"]) == ("stopped", 2)
+
+
+def test_a_part_hears_the_interrupt_where_the_report_does_not(tmp_path, monkeypatch):
+    """Started by nohup or in a shell's background, all of them would ignore it."""
+    heard = []
+    part = SimpleNamespace(run=lambda job: heard.append(signal.getsignal(signal.SIGINT)))
+    monkeypatch.setitem(sys.modules, "report.listening", part)
+    arguments = ["listening", "--piece", str(tmp_path / "piece"), "--folder", str(tmp_path), "--seconds", "9"]
+    monkeypatch.setattr(sys, "argv", ["worker", *arguments])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        worker.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.default_int_handler]
 
 
 def test_a_part_is_no_worker_of_another_pytest(tmp_path, monkeypatch):
@@ -425,7 +538,7 @@ def test_a_part_that_found_nothing_spoils_no_page(name, tmp_path):
     broken = piece(status="failed", output=["Traceback", "RuntimeError: boom", ""])
     report = report_of(**{name: broken})
     assert complaints(report) == [f"{name} failed: RuntimeError: boom"]
-    assert draw(report, tmp_path) == {}
+    assert draw(report, tmp_path) == ({}, [])
     text = page(report, {})
     assert f"- {name} failed: RuntimeError: boom" in text
     assert text.startswith("# NVIDIA H200\n")
@@ -457,6 +570,68 @@ def test_a_state_says_what_is_missing():
     assert state_of(piece()) == "done"
     assert state_of(piece(status="stopped", not_run=3)) == "stopped at its limit of 2 s, 3 not reached"
     assert state_of(piece(cells=[{"skipped": "no time left"}, {"us": 1}])) == "done, 1 not reached"
+
+
+def test_a_bar_in_a_figure_ends_no_column():
+    cells = [{"model": "m", "what": "decodes", "equal": False, "differing": ["a | b"]}]
+    assert "| not equal: a \\| b |" in page(report_of(equality=piece(cells=cells)), {})
+
+
+def test_texts_are_not_compared_in_vain_unseen():
+    runs = [{"settings": "s", "mean_acceptance_length": length} for length in (2.5, 1.0)]
+    cells = [
+        {"model": "m", "what": "operations", "equal": True, "compared": 7},
+        {"model": "m", "what": "decodes", "equal": True, "compared": 2, "runs": runs},
+    ]
+    text = page(report_of(equality=piece(cells=cells)), {})
+    assert "| m | operations | 7 | equal | - |" in text
+    assert "| m | decodes | 2 | equal | 1.00 to 2.50 |" in text
+
+
+def test_figures_say_what_they_are():
+    """Assumed acceptance, the context of the steps, what stands for a kernel on a CPU, and energy's roughness."""
+    cells = [
+        {"model": "m", "context": 128, "way": "kangaroo, synthetic", "tokens_per_second": 9.0, "joules_per_token": 2.0}
+    ]
+    steps = [{"model": "m", "context": 128, "drafts": 6, "drafting": "in one kernel", "us_per_step": 5.0}]
+    kernel = {"model": "m", "op": "gate_up", "role": "gate_up", "length": 8, "rows": 1, "way": "reference", "us": 3.0}
+    ways = ["plain", "kangaroo", "kangaroo, synthetic"]
+    found = report_of(decode=piece(ways=ways, cells=cells, steps=steps), kernels=piece(cells=[kernel]))
+    text = page(found, {})
+    assert (
+        "| model | context | plain | of the ceiling | Kangaroo, unforced | x plain | Kangaroo, synthetic acceptance |"
+        in text
+    )
+    assert text.index("Tokens a second of the steps") < text.index("| model | context | plain")
+    assert "| m | 128 | 6 | 5.0 |" in text
+    assert "| m | 128 | Kangaroo, synthetic acceptance | 2.00 |" in text
+    assert "rough for short decodes" in text
+    assert "The PyTorch references at small shapes" in text
+    kernel["way"] = "kernel"
+    assert "references" not in page(found, {})
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_a_picture_says_where_it_comes_from(smoke, monkeypatch, tmp_path):
+    titles = []
+    monkeypatch.setattr(plots.plt.Figure, "suptitle", lambda figure, text, **style: titles.append(text))
+    events = [{"lane": "draft 1", "name": "gate_up", "start": 0.0, "us": 2.0, "skipped": False}]
+    cells = [{"model": "m", "context": 8, "way": "plain", "tokens_per_second": 9.0, "slowest": 8.0, "fastest": 9.5}]
+    report = report_of(
+        decode=piece(ways=["plain"], cells=cells),
+        timeline=piece(events=events, us=2.0, busy_us=2.0, model="m", context=8),
+        pair=pair_piece(),
+    )
+    drawn, trouble = draw(report | {"smoke": smoke}, tmp_path)
+    assert trouble == []
+    assert list(drawn) == ["decode", "timeline", "pair"]
+    if smoke:
+        assert titles == [SMOKE_LABEL] * 3
+    else:
+        assert all(title.startswith("NVIDIA H200: ") for title in titles)
+        assert "random weights" in titles[0]
+        assert "synthetic acceptance" in titles[1]
+        assert "held-out prompts" in titles[2]
 
 
 def test_the_share_of_the_ceiling_is_that_of_the_bytes():
@@ -667,7 +842,36 @@ def test_a_verified_row_that_differs_is_found(wrong, job):
     assert found == {"equal": not wrong, "compared": 3, "differing": differing[wrong]}
 
 
+def test_what_may_take_all_down_comes_last(job, monkeypatch):
+    """Drafting in one kernel, behind the last model's other comparisons and steps."""
+    monkeypatch.setattr(Job, "models", (SMOKE, SMOKE._replace(name="other")))
+    for name in ("operations_are_equal", "rows_are_equal", "decodes_are_equal"):
+        monkeypatch.setattr(equality, name, lambda *arguments: {"equal": True})
+    monkeypatch.setattr(decode, "measure", lambda *arguments: {})
+    monkeypatch.setattr(decode, "measure_step", lambda *arguments: {})
+    equality.run(job)
+    drafting = [cell["what"].endswith("drafting in one kernel") for cell in job.values.pop("cells")]
+    assert drafting == [False] * 6 + [True] * 2
+    decode.run(job)
+    drafting = [step["drafting"] == "in one kernel" for step in job.values["steps"]]
+    assert drafting == [False] * 12 + [True] * 6
+
+
 # ---- tests, benchmarks and baselines
+
+
+def test_every_model_is_measured_eagerly_before_anything_is_compiled(job, monkeypatch):
+    monkeypatch.setattr(Job, "models", (SMOKE, SMOKE._replace(name="other")))
+    monkeypatch.setattr(baselines, "contexts_of", lambda job: (8, 16))
+    monkeypatch.setattr(baselines, "transformers_model", lambda shape, job: shape.name)
+    monkeypatch.setattr(baselines, "measure", lambda model, prompt, job, **how: {"asked": (model, sorted(how))})
+    baselines.run(job)
+    cells = [(cell["way"], cell["context"], *cell["asked"]) for cell in job.values["cells"]]
+    assert [way for way, *_ in cells] == ["eager"] * 4 + ["assisted"] * 2 + ["static, compiled"] * 4 + ["assisted"] * 2
+    assert [context for _, context, *_ in cells[4:]] == [8] * 4 + [16] * 4
+    assert cells[0] == ("eager", 8, "smoke", [])
+    assert cells[4] == ("assisted", 8, "smoke", ["assistant_model"])
+    assert cells[6] == ("static, compiled", 8, "smoke", ["cache_implementation", "disable_compile"])
 
 
 TESTS = """
@@ -774,22 +978,170 @@ def test_benchmarks_end_with_the_time(job):
     assert session.shouldstop
 
 
-def test_a_baselines_clock_starts_behind_the_prefill(job, monkeypatch):
-    """The prefill takes 100 seconds and every later token 0.5."""
-    now = [0.0]
-    monkeypatch.setattr(baselines.time, "perf_counter", lambda: now[0])
+class Timepiece:
+    """Stands in for a model and for its clock: a call takes 100 seconds, so do the first tokens, each later one 0.5."""
 
-    class Model:
-        def generate(self, prompt, max_new_tokens, stopping_criteria, **settings):
-            assert not settings["do_sample"]
-            now[0] += 100
-            for _ in range(max_new_tokens):
-                prompt = torch.cat([prompt, prompt[:, :1]], dim=1)
-                assert not stopping_criteria(prompt, None).any()
-                now[0] += 0.5 if prompt.shape[1] < 3 + max_new_tokens else 0
-            return prompt
+    def __init__(self, monkeypatch, slow_tokens, ends_after=None):
+        self.now, self.slow_tokens, self.ends_after = 0.0, slow_tokens, ends_after
+        monkeypatch.setattr(baselines.time, "perf_counter", lambda: self.now)
 
-    assert baselines.timed(Model(), torch.tensor([[1, 2, 3]]), 9, job) == pytest.approx(2.0)
+    def generate(self, prompt, attention_mask, max_new_tokens, do_sample, stopping_criteria, **settings):
+        assert not do_sample
+        self.now += 100
+        for new in range(1, (self.ends_after or max_new_tokens) + 1):
+            self.now += 100 if new <= self.slow_tokens else 0.5
+            prompt = torch.cat([prompt, torch.full_like(prompt[:, :1], new)], dim=1)
+            assert not stopping_criteria(prompt, None).any()
+        return prompt
+
+
+@pytest.mark.parametrize(("tokens", "slow"), [(64, 8), (32, 8), (12, 3), (6, 1), (2, 1)])
+def test_a_baselines_clock_starts_behind_prefill_and_first_tokens(tokens, slow, job, monkeypatch):
+    timed = baselines.timed(Timepiece(monkeypatch, slow), [1, 2, 3], tokens, job)
+    assert timed == (list(range(1, tokens + 1)), pytest.approx(2.0))
+
+
+def test_a_forward_that_was_not_compiled_is_no_compiled_way(job, monkeypatch):
+    """On a CPU ``generate`` compiles nothing, whatever it is asked for."""
+    from torch._dynamo import utils
+
+    asked = baselines.compiled(SimpleNamespace(smoke=False))
+    monkeypatch.setattr(utils, "counters", {"frames": Counter()})
+    baselines.require_compiled({})
+    baselines.require_compiled(baselines.compiled(SimpleNamespace(smoke=True)))
+    with pytest.raises(RuntimeError, match="generate compiled nothing"):
+        baselines.timed(Timepiece(monkeypatch, 8), [1], 64, job, **asked)
+    monkeypatch.setattr(utils, "counters", {"frames": Counter(ok=1)})
+    baselines.require_compiled(asked)
+
+
+@pytest.mark.parametrize("ends_after", [3, 8])
+def test_a_text_that_ends_in_them_has_no_speed(ends_after, job, monkeypatch):
+    timed = baselines.timed(Timepiece(monkeypatch, 8, ends_after), [1, 2, 3], 64, job)
+    assert timed == (list(range(1, ends_after + 1)), None)
+
+
+# ---- a trained pair beside transformers
+
+
+def test_tokens_agree_until_the_first_difference():
+    assert pair.agreeing([1, 2, 3], [1, 2, 3]) == 3
+    assert pair.agreeing([1, 2, 3], [1, 9, 3]) == 1
+    assert pair.agreeing([1, 2, 3], [1, 2]) == 2
+    assert pair.agreeing([1], [2]) == 0
+
+
+@pytest.fixture
+def beside(job, monkeypatch):
+    """``beside(timed)``: the cells of two prompts; ``timed(tokens, compiled)`` stands for transformers."""
+
+    def run(timed):
+        monkeypatch.setattr(baselines, "trained_model", lambda folder, job, dtype: (folder, dtype))
+
+        def called(model, prompt, tokens, job, **how):
+            assert model == ("TARGET", torch.bfloat16)
+            return baselines.Timed(*timed(prompt, tokens, "cache_implementation" in how))
+
+        monkeypatch.setattr(baselines, "timed", called)
+        texts = [pair.Decoded("short", [5], [1, 2, 3], 90.0), pair.Decoded("long", [5] * 8, [1, 2, 3, 4], 60.0)]
+        kangaroo = SimpleNamespace(target=SimpleNamespace(dtype=torch.bfloat16))
+        pair.beside_transformers(job, SimpleNamespace(target="TARGET"), kangaroo, texts)
+        return json.loads(job.piece.read_text())
+
+    return run
+
+
+def test_a_pair_is_set_beside_transformers(beside):
+    calls = []
+
+    def timed(prompt, tokens, compiled):
+        calls.append((len(prompt), tokens, compiled))
+        speed = 10.0 + 10 * compiled if len(calls) % 2 == 0 else 1.0  # the first time, something compiles
+        return [1, 2, 9, 4][:tokens], speed
+
+    found = beside(timed)
+    once = [(8, 4, False), (8, 4, True), (1, 3, False), (1, 3, True)]
+    assert calls == [call for call in once for _ in range(2)], "the longest text makes the static cache long enough"
+    assert found["cells"][1] == {
+        "prompt": "long",
+        "way": "static, compiled",
+        "tokens_per_second": 20.0,
+        "kangaroo_speedup": 3.0,
+        "new_tokens": 4,
+        "agreeing_tokens": 2,
+    }
+    assert found["baselines"][0] == {
+        "way": "eager",
+        "prompts": 2,
+        "tokens_per_second": 10.0,
+        "kangaroo_speedup": 7.5,
+        "new_tokens": 7,
+        "agreeing_tokens": 4,
+    }
+
+
+def test_a_way_of_transformers_that_fails_is_left_and_told(beside):
+    def timed(prompt, tokens, compiled):
+        if compiled:
+            raise RuntimeError("no C compiler")
+        return [], None
+
+    found = beside(timed)
+    assert [(cell["prompt"], cell["way"]) for cell in found["cells"]] == [
+        ("long", "eager"),
+        ("long", "static, compiled"),
+        ("short", "eager"),
+    ]
+    assert [total["prompts"] for total in found["baselines"]] == [2, 0]
+    assert found["baselines"][0]["tokens_per_second"] is None
+    report = report_of(pair=piece(**found))
+    assert complaints(report) == ["pair, long, static, compiled: RuntimeError: no C compiler"]
+
+
+def test_transformers_has_its_share_of_the_time(job):
+    job.pair, job.deadline = DEMO_PAIR, time.monotonic() + 0.39 * job.seconds
+    pair.run(job)
+    assert job.values["not_run"] == 2
+    assert "total" not in job.values
+
+
+def test_transformers_begins_nothing_without_time(beside, job):
+    job.deadline = 0
+    found = beside(lambda *arguments: pytest.fail("called"))
+    assert [cell["skipped"] for cell in found["cells"]] == ["no time left"] * 4
+    assert state_of(piece(**found)) == "done, 4 not reached"
+
+
+def pair_piece(**found):
+    """A pair's figures as its part leaves them."""
+    row = {"speedup": 1.5, "mean_acceptance_length": 2.0, "draft_acceptance_rate": 0.5, "identical": True}
+    row |= {"plain_tokens_per_second": 100.0, "kangaroo_tokens_per_second": 150.0}
+    row |= {"acceptance_rate_per_position": [0.5, 0.25]}
+    about = {"name": "p", "layers": 2, "hidden": 32, "exit_layer": 1, "num_speculative_tokens": 2, "dtype": "float32"}
+    about |= {"draft_confidence_threshold": 0.6, "kernels": "triton", "compiled": True}
+    return piece(
+        prompts=[row | {"name": name} for name in ("a.py", "b.py")], total=row | {"name": "all"}, **about, **found
+    )
+
+
+def test_the_page_has_the_pair_beside_transformers(tmp_path):
+    cell = {"tokens_per_second": 50.0, "kangaroo_speedup": 3.0, "new_tokens": 8, "agreeing_tokens": 7}
+    ended = {"tokens_per_second": None, "kangaroo_speedup": None, "new_tokens": 2, "agreeing_tokens": 2}
+    ways = ["eager", "static, compiled"]
+    cells = [
+        {"prompt": "b.py", "way": "eager", **cell},
+        {"prompt": "b.py", "way": "static, compiled", "error": "RuntimeError: no"},
+        {"prompt": "a.py", "way": "eager", **ended},
+    ]
+    found = pair_piece(ways=ways, cells=cells, baselines=[pair.total_of(cells, way) for way in ways])
+    text = page(report_of(pair=found), {})
+    assert "| a.py | - | - | 2 of 2 | - | - | - |" in text
+    assert "| b.py | 50.0 | 3.00 | 7 of 8 | - | - | - |" in text
+    assert "| all that were reached | 50.0 | 3.00 | 9 of 10 | - | - | - |" in text
+    assert "smoke" not in text
+    assert draw(report_of(pair=found), tmp_path) == ({"pair": "pair.png"}, [])
+    assert "transformers" not in page(report_of(pair=pair_piece()), {}), "an earlier report has none"
+    assert draw(report_of(pair=pair_piece()), tmp_path) == ({"pair": "pair.png"}, [])
 
 
 def test_energy_is_counted_between_beginning_and_end(monkeypatch):

@@ -476,8 +476,9 @@ def no_gpu(monkeypatch):
     [
         ([], "tune: tuning needs a CUDA GPU and there is none here; --dry-run lists the candidates without one.\n"),
         (["--dtype", "int8"], "tune: --dtype is int8; it must be one of bfloat16, float16, float32.\n"),
-        (["--minutes", "0"], "tune: --minutes is 0; it must be above 0.\n"),
-        (["--minutes", "nan"], "tune: --minutes is nan; it must be above 0.\n"),
+        (["--minutes", "0"], "tune: --minutes is 0; it must be a finite number above 0.\n"),
+        (["--minutes", "nan"], "tune: --minutes is nan; it must be a finite number above 0.\n"),
+        (["--minutes", "inf"], "tune: --minutes is inf; it must be a finite number above 0.\n"),
         (
             ["--dry-run", "--model", "gpt"],
             "tune: no model is called gpt; there are Vicuna-7B, Llama-3.1-8B, Llama-3.2-1B.\n",

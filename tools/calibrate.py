@@ -105,14 +105,18 @@ def main(
     model: Annotated[str, typer.Option(help="The target's folder or hub name.")],
     adapter: Annotated[Path, typer.Option(help="The adapter's folder.")],
     prompts: Annotated[Path, typer.Option(help="A JSON list of prompts.")],
-    new_tokens: Annotated[int, typer.Option(help="Tokens a decode.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a decode.")] = 128,
     write: Annotated[bool, typer.Option(help="Make the best setting the adapter's default.")] = False,
 ) -> None:
     """Print the table of settings, best first."""
     try:
-        kangaroo = Kangaroo.from_pretrained(model, adapter)
-        texts = json.loads(prompts.read_text())
-        rows = calibrate(kangaroo, texts, new_tokens)
+        try:
+            texts = json.loads(prompts.read_text(encoding="utf-8"))
+        except ValueError:  # no JSON, or no UTF-8
+            texts = None
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{prompts} must hold a JSON list of at least one text.")
+        rows = calibrate(Kangaroo.from_pretrained(model, adapter), texts, new_tokens)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     show(rows)

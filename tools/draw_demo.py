@@ -18,12 +18,15 @@ from kangaroo_kernels.model.show import show_legend, show_steps
 
 def main(
     name: Annotated[str, typer.Option(help="The prompt's name.")] = "unittest/suite.py",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 160,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 160,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("docs/img/demo.svg"),
 ) -> None:
     """Decode with Kangaroo and save what the terminal would show."""
     pair = bundled_pair()
-    prompt = pair.prompts()[name]
+    prompts = pair.prompts()
+    if name not in prompts:
+        raise typer.BadParameter(f"no prompt is called {name}; there are {', '.join(prompts)}.")
+    prompt = prompts[name]
     console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
     show_legend(console)
     show_steps(console, name, prompt, pair.load().progress(prompt, max_new_tokens=new_tokens))

@@ -10,13 +10,18 @@ beside transformers, one iteration kernel by kernel, and tuning with what time i
 its own within its share of the time; what one does not use, the next ones have. A part that fails or hangs is told of,
 and the others go on.
 
+``--pair`` measures a trained pair instead, on held-out prompts: acceptance, speed, whether the tokens are plain
+decoding's, and the same prompts in transformers.
+
 It writes ``report.json``, ``report.md`` and the plots to ``bench/results/<GPU>/``. Parts that are not run again keep
 what they had there, with their own date and commit. ``--smoke`` runs everything at tiny size on the CPU; no figure of
 it is about a GPU.
 """
 
+import hashlib
 import math
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +48,7 @@ INCOMPLETE, USER_ERROR, INTERRUPTED = 1, 2, 130
 FORMAT = 1
 """Of ``report.json``; parts of another one are not kept."""
 
+SOURCES = ("kangaroo_kernels", "model", "tools")
 PAIR_FILES = ("target", "adapter", "prompts.json")
 LEAST_SECONDS = 3.0
 """With less than this nothing is started: importing takes so long."""
@@ -67,9 +73,24 @@ def git(*arguments: str) -> str:
 
 
 def commit() -> str:
-    """The commit that is measured."""
+    """The commit that is measured; where git does not know it (a copy of the files), a digest of the sources.
+
+    Results that lie in the repository are no change of it.
+    """
     name = git("rev-parse", "--short=12", "HEAD")
-    return (name + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")) or "unknown"
+    if not name:
+        return f"unknown, sources {digest_of_sources()}"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+    return name + (" with changes" if changed else "")
+
+
+def digest_of_sources(root: Path = ROOT) -> str:
+    """Of all Python files in the packages and the tools, by name and content: the same for the same commit."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for file in sorted((root / folder).glob("**/*.py"), key=lambda path: path.as_posix()):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def folder_of(gpu: str) -> Path:
@@ -109,13 +130,13 @@ def time_bar(console: Console, limit: float) -> Iterator[Callable[[str], None]]:
 def write_report(report: dict[str, Any], folder: Path) -> list[str]:
     """Write JSON, plots and Markdown; what could not be drawn, as sentences."""
     write_json(folder / "report.json", report)
-    pictures, trouble = dict[str, str](), []
+    pictures, trouble = dict[str, str](), list[str]()
     try:
         from report.plots import draw  # noqa: PLC0415 (what is measured must not hang on a plotting library)
 
-        pictures = draw(report, folder)
+        pictures, trouble = draw(report, folder)
     except ImportError as error:
-        trouble.append(f"no plots: {error}; pip install -e '.[dev]' brings matplotlib.")
+        trouble = [f"no plots: {error}; pip install -e '.[dev]' brings matplotlib."]
     (folder / "report.md").write_text(page(report, pictures), encoding="utf-8")
     return trouble
 
@@ -131,8 +152,8 @@ def main(
 ) -> None:
     """Measure this library on this GPU and write a report."""
     began = time.monotonic()
-    if not minutes > 0:
-        raise refuse(f"--minutes is {minutes:g}; it must be above 0.")
+    if not 0 < minutes < math.inf:
+        raise refuse(f"--minutes is {minutes:g}; it must be a finite number above 0.")
     try:
         parts = choose(None if only is None else [name.strip() for name in only.split(",")], pair is not None)
     except ValueError as error:
@@ -182,6 +203,9 @@ def main(
                 report["parts"][part.name] = piece | where
                 write_json(folder / "report.json", report)
                 console.print(f"{part.name:12} {piece['seconds']:6.1f} s  {state_of(piece)}")
+                if piece["status"] == "interrupted":
+                    interrupted = True
+                    break
     except KeyboardInterrupt:
         interrupted = True
     order = [part.name for part in (*PARTS, PAIR) if part.name in report["parts"]]
@@ -196,4 +220,6 @@ def main(
 
 
 if __name__ == "__main__":
+    # whoever ends it (``timeout``, a scheduler) gets the report of what there is, and no part goes on alone
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     typer.run(main)

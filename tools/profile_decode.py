@@ -43,7 +43,7 @@ from rich.table import Table
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.model.demo import bundled_pair
-from kangaroo_kernels.model.generate import resolve_device, resolve_dtype
+from kangaroo_kernels.model.generate import check_lengths, resolve_device, resolve_dtype
 from kangaroo_kernels.workloads import MODELS, ModelShape
 
 USER_ERROR = 2
@@ -235,7 +235,7 @@ def main(
     command: typer.Context,
     model: Annotated[Path | None, typer.Option(help="The target's folder; the bundled pair by default.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.")] = None,
-    exit_layer: Annotated[int | None, typer.Option(help="Overrides the adapter's own.")] = None,
+    exit_layer: Annotated[int | None, typer.Option(min=1, help="Overrides the adapter's own.")] = None,
     shape: Annotated[str | None, typer.Option(help=f"Random weights at a model's shape: {', '.join(SHAPES)}.")] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 64,
     iterations: Annotated[int, typer.Option(min=1, max=200, help="How many to look at.")] = 20,
@@ -259,6 +259,7 @@ def main(
     if shape is not None and model is not None:
         refuse("give either --model or --shape.")
     try:
+        check_lengths(iterations, num_speculative_tokens, draft_confidence_threshold)
         where = resolve_device(device)
         if shape is not None and where.type == "cpu":
             refuse(f"{shape} would take minutes a step on a CPU; leave --shape out to profile the bundled pair here.")

@@ -16,6 +16,7 @@ land in ``training.json`` beside the weights.
 """
 
 import json
+import math
 import platform
 import shlex
 import shutil
@@ -83,6 +84,21 @@ def refuse(sentence: str) -> typer.Exit:
     return typer.Exit(USER_ERROR)
 
 
+def check_minutes(minutes: float) -> None:
+    """Refuse a time in which nothing could be done, or that has no end."""
+    if not 0 < minutes < math.inf:
+        raise refuse(f"--minutes is {minutes:g}; it must be a finite number above 0.")
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """A stage's decorator: a user's mistake becomes one sentence and exit code 2."""
+    try:
+        yield
+    except (KangarooError, OSError) as error:
+        raise refuse(str(error)) from error
+
+
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
@@ -106,8 +122,7 @@ def main(
         return
     chosen = PRESETS[preset.value]
     minutes = chosen.minutes if minutes is None else minutes
-    if not minutes > 0:
-        raise refuse(f"--minutes is {minutes:g}; it must be above 0.")
+    check_minutes(minutes)
     if minutes < chosen.least_minutes:
         raise refuse(f"--minutes is {minutes:g}; {preset.value} needs at least {chosen.least_minutes:g}.")
     out = Path("runs") / preset.value if out is None else out
@@ -138,11 +153,13 @@ def main(
 
 
 @app.command()
+@told()
 def target(
     out: Annotated[Path, typer.Option(help="Folder of the run; the target lands in OUT/target.")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(help="Training time, evaluation included.")] = 80.0,
 ) -> None:
     """Train the demo pair's tokenizer and target."""
+    check_minutes(minutes)
     recipe = TargetRecipe()
     torch.manual_seed(recipe.seed)
     folder = out / "target"
@@ -245,14 +262,16 @@ def utf8_files(documents: list[Document]) -> tuple[Path, ...]:
 
 
 @app.command()
+@told()
 def adapter(
     out: Annotated[Path, typer.Option(help="Folder of the run; the adapter lands in OUT/adapter.")] = Path("runs/demo"),
     minutes: Annotated[float, typer.Option(help="Time for the training steps.")] = 20.0,
-    exit_layer: Annotated[int, typer.Option(help="Layers of the target before the adapter.")] = 2,
+    exit_layer: Annotated[int, typer.Option(min=1, help="Layers of the target before the adapter.")] = 2,
     name: Annotated[str, typer.Option(help="Folder of the adapter within OUT.")] = "adapter",
-    windows: Annotated[int, typer.Option(help="Windows of self-generated text.")] = 4096,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of self-generated text.")] = 4096,
 ) -> None:
     """Train the adapter on text that the target wrote itself, from training files' beginnings."""
+    check_minutes(minutes)
     documents = stdlib_documents()
     settings = TrainingSettings(
         model=str(out / "target"),
@@ -309,10 +328,11 @@ CALIBRATION_PROMPTS = {
 
 
 @app.command("calibrate")
+@told()
 def calibrate_pair(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     name: Annotated[str, typer.Option(help="Folder of the adapter within OUT.")] = "adapter",
-    new_tokens: Annotated[int, typer.Option(help="Tokens a decode.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens a decode.")] = 128,
 ) -> None:
     """Set the adapter's default draft length and threshold by measuring on this machine."""
     documents = {document.path: document for document in stdlib_documents()}
@@ -323,6 +343,7 @@ def calibrate_pair(
 
 
 @app.command()
+@told()
 def ship(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/demo"),
     pair: Annotated[Path, typer.Option(help="Where the package keeps its pair.")] = Path("model/demo_pair"),

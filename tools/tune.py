@@ -512,8 +512,8 @@ def main(
     """Sweep launch configurations within a time limit and write the best, bit for bit equal to the defaults."""
     if dtype not in DTYPES:
         raise refuse(f"--dtype is {dtype}; it must be one of {', '.join(DTYPES)}.")
-    if not minutes > 0:
-        raise refuse(f"--minutes is {minutes:g}; it must be above 0.")
+    if not 0 < minutes < math.inf:
+        raise refuse(f"--minutes is {minutes:g}; it must be a finite number above 0.")
     if not dry_run and not torch.cuda.is_available():
         raise refuse("tuning needs a CUDA GPU and there is none here; --dry-run lists the candidates without one.")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -202,13 +202,17 @@ def test_ctrl_c_keeps_the_json(run: Run, pair: Pair, monkeypatch: pytest.MonkeyP
     assert len(answer["tokens"]) == answer["stats"]["new_tokens"] == 3
 
 
-def start_endless(endless: Path) -> "subprocess.Popen[bytes]":
+@pytest.fixture
+def endless_process(endless: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A decode that goes on and on; a test that fails leaves neither it nor its pipes behind."""
     arguments = ["generate", "--model", str(endless), "--plain", "--prompt", PROMPT, "--max-new-tokens", "29000"]
-    return subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        yield process
+        process.kill()
 
 
-def test_ctrl_c_keeps_the_text(endless: Path) -> None:
-    process = start_endless(endless)
+def test_ctrl_c_keeps_the_text(endless_process: "subprocess.Popen[bytes]") -> None:
+    process = endless_process
     assert process.stdout is not None
     begun = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
@@ -219,14 +223,13 @@ def test_ctrl_c_keeps_the_text(endless: Path) -> None:
     assert err.count(b"\n") == 1
 
 
-def test_a_closed_pipe_ends_quietly(endless: Path) -> None:
-    process = start_endless(endless)
+def test_a_closed_pipe_ends_quietly(endless_process: "subprocess.Popen[bytes]") -> None:
+    process = endless_process
     assert process.stdout is not None
     assert process.stdout.read(1)
     process.stdout.close()
     assert process.stderr is not None
-    with process.stderr as stderr:
-        assert stderr.read() == b""
+    assert process.stderr.read() == b""
     process.wait(timeout=60)
 
 

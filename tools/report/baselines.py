@@ -5,8 +5,9 @@
 - ``assisted``: transformers' speculative decoding, with an assistant of Llama-68M's shape and random weights, at its
   default settings. Nearly nothing is accepted, so this is its worst case, as ``kangaroo`` without forcing is ours.
 
-Tokens a second of the steps: a stopping criterion waits for the device once, behind the prefill's token, and the clock
-runs from there to the end.
+Tokens a second of the steps, without the prefill and the first ``SETTLED`` tokens: ``generate`` makes a new static
+cache in every call, for which the compiled forward records its CUDA graphs again. A stopping criterion waits for the
+device there, and the clock runs from there to the end. ``pair.py`` measures a trained target so, too.
 """
 
 import gc
@@ -14,9 +15,11 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.utils
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteriaList
@@ -28,8 +31,16 @@ from .job import Job
 
 CONTEXTS = (128, 2048)
 NEW_TOKENS, ROUNDS = 64, 2
+SETTLED = 8
+"""Tokens before the clock starts; of a text shorter than four times that, a quarter."""
+
 ASSISTANT = ModelShape("Llama-68M", 768, 3072, 12, 12, 64, 0, 2)
-WAYS = ("eager", "assisted", "static, compiled")
+EAGER, ASSISTED, COMPILED = WAYS = ("eager", "assisted", "static, compiled")
+
+
+def contexts_of(job: Job) -> tuple[int, ...]:
+    """Prompt lengths, the shortest first."""
+    return (20,) if job.smoke else CONTEXTS
 
 
 def transformers_model(shape: ModelShape, job: Job) -> Any:
@@ -51,38 +62,78 @@ def transformers_model(shape: ModelShape, job: Job) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=job.dtype).eval()
 
 
-def timed(model: Any, prompt: Tensor, tokens: int, job: Job, **how: Any) -> float:
-    """Tokens a second behind the first ones."""
+def trained_model(folder: Path, job: Job, dtype: torch.dtype) -> Any:
+    """A checkpoint as transformers loads it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(job.device).eval()
+
+
+def compiled(job: Job) -> dict[str, Any]:
+    """What makes ``generate`` take the compiled way; a smoke run has the static cache alone."""
+    return {"cache_implementation": "static", "disable_compile": job.smoke}
+
+
+def require_compiled(how: dict[str, Any]) -> None:
+    """``generate`` leaves compiling out without a word where something does not suit it.
+
+    Raises:
+        RuntimeError: nothing was compiled, though ``how`` asks for it.
+    """
+    asked = how.get("cache_implementation") == "static" and not how["disable_compile"]
+    if asked and not torch._dynamo.utils.counters["frames"]["ok"]:
+        raise RuntimeError("generate compiled nothing, so this is not the compiled way.")
+
+
+class Timed(NamedTuple):
+    """One call of ``generate``.
+
+    Attributes:
+        tokens: the new ones.
+        tokens_per_second: None for a text that ended before there was anything to time.
+    """
+
+    tokens: list[int]
+    tokens_per_second: float | None
+
+
+def timed(model: Any, prompt: list[int], tokens: int, job: Job, **how: Any) -> Timed:
+    """Generate greedily, up to so many tokens."""
+    settled = len(prompt) + max(1, min(SETTLED, tokens // 4))
+    row = torch.tensor([prompt], device=job.device)
     marks: list[tuple[float, int]] = []
 
     def note(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
-        if not marks:
+        if not marks and tokens.shape[1] >= settled:
             job.synchronize()
             marks.append((time.perf_counter(), tokens.shape[1]))
         return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
 
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=tokens,
-        do_sample=False,
-        stopping_criteria=StoppingCriteriaList([note]),
-        **how,
-    )
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = model.generate(
+            row,
+            attention_mask=torch.ones_like(row),
+            max_new_tokens=tokens,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([note]),
+            **how,
+        )
     job.synchronize()
-    began, before = marks[0]
-    speed: float = (out.shape[1] - before) / (time.perf_counter() - began)
-    return speed
+    ended, text = time.perf_counter(), out[0].tolist()
+    require_compiled(how)
+    speed = None
+    if marks and len(text) > marks[0][1]:
+        speed = (len(text) - marks[0][1]) / (ended - marks[0][0])
+    return Timed(text[len(prompt) :], speed)
 
 
 def measure(model: Any, prompt: list[int], job: Job, **how: Any) -> dict[str, Any]:
     """One way to generate: a warm-up of the same length, then the median of a few."""
     tokens = 6 if job.smoke else NEW_TOKENS
-    row = torch.tensor([prompt], device=job.device)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        timed(model, row, tokens, job, **how)
-        speeds = [timed(model, row, tokens, job, **how) for _ in range(1 if job.smoke else ROUNDS)]
+    timed(model, prompt, tokens, job, **how)
+    runs = [timed(model, prompt, tokens, job, **how) for _ in range(1 if job.smoke else ROUNDS)]
+    speeds = [run.tokens_per_second for run in runs if run.tokens_per_second is not None]
     return {
         "tokens_per_second": statistics.median(speeds),
         "slowest": min(speeds),
@@ -93,30 +144,24 @@ def measure(model: Any, prompt: list[int], job: Job, **how: Any) -> dict[str, An
 
 
 def run(job: Job) -> None:
-    """What needs no compiling first, for every model; then the compiled way, as far as the time reaches."""
-    transformers.logging.set_verbosity_error()
-    contexts = (20,) if job.smoke else CONTEXTS
+    """Eager for every model; then the other ways at the shortest context, and at the others as far as time reaches."""
     job.note(
-        note="random weights; tokens a second of the steps, prefill left out",
+        note="random weights; tokens a second of the steps, prefill and first tokens left out",
         ways=list(WAYS),
+        settled=SETTLED,
         assistant=f"{ASSISTANT.name}'s shape with the target's vocabulary and random weights, default settings",
         compiled=not job.smoke,
     )
-    compiled: dict[str, Any] = {"cache_implementation": "static", "disable_compile": job.smoke}
-    for shape in job.models:
-        models = Models(shape, job)
-        for context in contexts:
-            prompt = random_prompt(shape, context)
-            entry = {"model": shape.name, "context": context}
-            job.cell("cells", entry | {"way": WAYS[0]}, models.measure(prompt))
-            job.cell("cells", entry | {"way": WAYS[1]}, models.measure(prompt, assisted=True))
-        models.free()
-    for context in contexts:
+    contexts = contexts_of(job)
+    first, others = contexts[:1], contexts[1:]
+    for way, some in ((EAGER, contexts), (ASSISTED, first), (COMPILED, first), (COMPILED, others), (ASSISTED, others)):
         for shape in job.models:
-            models, prompt = Models(shape, job), random_prompt(shape, context)
-            entry = {"model": shape.name, "context": context, "way": WAYS[2]}
-            job.cell("cells", entry, models.measure(prompt, **compiled))
-            models.free()
+            for context in some:
+                models, prompt = Models(shape, job), random_prompt(shape, context)
+                how = compiled(job) if way == COMPILED else {}
+                entry = {"model": shape.name, "context": context, "way": way}
+                job.cell("cells", entry, models.measure(prompt, assisted=way == ASSISTED, **how))
+                models.free()
 
 
 class Models:

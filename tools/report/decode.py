@@ -3,11 +3,13 @@
 With random weights no draft is sure and next to none is accepted: unforced, Kangaroo is at its worst, a draft a step
 for nothing. ``synthetic.py`` says what the forced run assumes. Tokens a second are of the steps, prefill left out.
 Steps with a fixed number of drafts are timed besides: drafting kernel by kernel, in chained launches, in one kernel.
+They come last, and those in one kernel behind all others: what a kernel does wrong may end the process.
 A smoke run takes the same loop over the references: Triton's interpreter is a thousand times slower.
 """
 
 import gc
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -154,30 +156,41 @@ def run(job: Job) -> None:
         },
     )
     for index, shape in enumerate(job.models):
-        measure_model(job, shape, len(job.models) - index)
+        measure_decodes(job, shape, len(job.models) - index)
         gc.collect()
         job.free()
+    for some in (tuple(DRAFTING)[:-1], tuple(DRAFTING)[-1:]):
+        for shape in job.models:
+            measure_steps(job, shape, some)
+            gc.collect()
+            job.free()
 
 
-def measure_model(job: Job, shape: ModelShape, models_left: int) -> None:
-    """The decodes of one model, then its steps by the number of drafts."""
+def measure_decodes(job: Job, shape: ModelShape, models_left: int) -> None:
+    """The decodes of one model."""
     decoders = Decoders(shape, job)
 
     def decode_cell(way: str, prompt: list[int], seconds: float) -> dict[str, Any]:
         return measure(decoders("synthetic" if way == WAYS[2] else "kangaroo"), prompt, way, seconds, job)
-
-    def step_cell(drafting: str, prompt: list[int], drafts: int) -> dict[str, Any]:
-        kangaroo = decoders(DRAFTING[drafting])
-        with chained(drafting == CHAINED):
-            return measure_step(kangaroo, prompt, drafts, job)
 
     todo = [(context, way) for context in contexts_of(job) for way in WAYS]
     for done, (context, way) in enumerate(todo):
         seconds = job.left / (models_left * len(todo) - done)
         entry = {"model": shape.name, "context": context, "way": way}
         job.cell("cells", entry, partial(decode_cell, way, random_prompt(shape, context), seconds))
+
+
+def measure_steps(job: Job, shape: ModelShape, ways: Sequence[str]) -> None:
+    """The steps of one model by the number of drafts, drafting in these ways."""
+    decoders = Decoders(shape, job)
+
+    def step_cell(drafting: str, prompt: list[int], drafts: int) -> dict[str, Any]:
+        kangaroo = decoders(DRAFTING[drafting])
+        with chained(drafting == CHAINED):
+            return measure_step(kangaroo, prompt, drafts, job)
+
     context = contexts_of(job)[0]
     for drafts in STEP_DRAFTS:
-        for drafting in DRAFTING:
+        for drafting in ways:
             entry = {"model": shape.name, "context": context, "drafts": drafts, "drafting": drafting}
             job.cell("steps", entry, partial(step_cell, drafting, random_prompt(shape, context), drafts))

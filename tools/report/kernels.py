@@ -1,6 +1,7 @@
 """Microbenchmarks: ``bench/bench_kernels.py``, every result noted as it comes, the most telling ones first."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,7 +106,7 @@ class Collector:
 def run(job: Job) -> None:
     """``pytest bench/bench_kernels.py --benchmark-only``, in this process."""
     os.chdir(ROOT)
-    raw = job.folder / "kernels.json"
+    raw = Path(os.path.relpath(job.folder / "kernels.json"))  # the record has the command
     chosen = ["bench/bench_kernels.py", "--benchmark-only", f"--benchmark-json={raw}", "-p", "no:cacheprovider"]
     if job.smoke:
         chosen += ["-k", "M1 and (gate_up or attention)"]

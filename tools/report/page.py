@@ -6,12 +6,19 @@ from typing import Any
 Values = Mapping[str, Any]
 SMOKE_LABEL = "smoke, CPU: no figure is about a GPU"
 MISSING = "not measured"
+NAMES = {"kangaroo": "Kangaroo, unforced", "kangaroo, synthetic": "Kangaroo, synthetic acceptance"}
+
+
+def name_of(way: str) -> str:
+    """A way to decode, as a reader sees it."""
+    return NAMES.get(way, way)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table; the first column is left-aligned, the others right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)] + [""]
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in (header, rule, *rows)]
+    return [f"| {' | '.join(row)} |" for row in cells] + [""]
 
 
 def number(value: Any, digits: int = 0) -> str:
@@ -38,7 +45,9 @@ def complaints(report: Values) -> list[str]:
     for name, piece in report["parts"].items():
         if piece["status"] == "failed":
             last = next((line.strip() for line in reversed(piece.get("output", [])) if line.strip()), "no output")
-            found.append(f"{name} failed: {last}")
+            found.append(f"{name} failed{at(piece)}: {last}")
+        if piece["status"] == "stopped":
+            found.append(f"{name} did not end within its {piece['limit']:.0f} s and was stopped{at(piece)}.")
         for cell in (*piece.get("cells", ()), *piece.get("steps", ())):
             if "error" in cell:
                 found.append(f"{name}, {label_of(cell)}: {cell['error']}")
@@ -51,9 +60,17 @@ def complaints(report: Values) -> list[str]:
     return found
 
 
+CELL_KEYS = ("model", "prompt", "context", "way", "what", "drafts", "drafting")
+
+
+def at(piece: Values) -> str:
+    """What a part was doing when it ended."""
+    return f" (at: {piece['at']})" if "at" in piece else ""
+
+
 def label_of(cell: Values) -> str:
     """What a cell is about."""
-    return ", ".join(str(cell[key]) for key in ("model", "context", "way", "what", "drafts", "drafting") if key in cell)
+    return ", ".join(str(cell[key]) for key in CELL_KEYS if key in cell)
 
 
 def state_of(piece: Values) -> str:
@@ -75,7 +92,12 @@ def environment(piece: Values) -> list[str]:
         rows.append(("GPU", f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {gpu['l2_bytes'] >> 20} MiB"))
         rows.append(("driver", str(before.get("driver"))))
         clocks = (before.get("sm_mhz_max"), before.get("memory_mhz_max"), before.get("power_limit_w"))
-        rows.append(("highest clocks, power limit", f"SM {clocks[0]} MHz, memory {clocks[1]} MHz, {clocks[2]} W"))
+        rows.append(
+            (
+                "highest clocks, power limit",
+                f"SM {number(clocks[0])} MHz, memory {number(clocks[1])} MHz, {number(clocks[2])} W",
+            )
+        )
     rows.append(("CPU", f"{piece.get('cpu')}, {piece.get('cpu_count')} cores"))
     rows.append(
         ("versions", ", ".join(f"{name} {value}" for name, value in piece.get("versions", {}).items() if value))
@@ -103,6 +125,12 @@ def tests(piece: Values) -> list[str]:
 
 def equality(piece: Values) -> list[str]:
     """A line a comparison."""
+
+    def lengths(cell: Values) -> str:
+        """Of decodes: texts are compared in vain where no draft was accepted."""
+        found = [run["mean_acceptance_length"] for run in cell.get("runs", ())]
+        return f"{min(found):.2f} to {max(found):.2f}" if found else "-"
+
     rows = [
         (
             cell["model"],
@@ -111,11 +139,15 @@ def equality(piece: Values) -> list[str]:
             {True: "equal", False: "not equal: " + "; ".join(cell.get("differing", ()))}.get(
                 cell.get("equal"), cell.get("error") or cell.get("skipped") or "-"
             ),
+            lengths(cell),
         )
         for cell in piece.get("cells", ())
     ]
-    note = "Rows and decodes by `torch.equal`, the operations to the last bit."
-    return [note, "", *table(("model", "what", "comparisons", "result"), rows)]
+    note = (
+        "Rows and decodes by `torch.equal`, the operations to the last bit; random weights whose layers behind the "
+        "exit add little, so that drafts are accepted."
+    )
+    return [note, "", *table(("model", "what", "comparisons", "result", "mean acceptance lengths"), rows)]
 
 
 def kernels(piece: Values) -> list[str]:
@@ -149,7 +181,10 @@ def kernels(piece: Values) -> list[str]:
         "eager / ours",
         "compiled / ours",
     )
-    return table(header, rows)
+    note = "Medians on the device, bfloat16; GB/s are the bytes that must move over the time, for one row."
+    if any(cell["way"] == "reference" for cell in piece.get("cells", ())):
+        note = "The PyTorch references at small shapes, float32."
+    return [note, "", *table(header, rows)]
 
 
 def decode(piece: Values, baselines: Values, ceiling: float | None) -> list[str]:
@@ -174,42 +209,63 @@ def decode(piece: Values, baselines: Values, ceiling: float | None) -> list[str]
         rows.append((*row, *(number(speeds[way], 1) for way in theirs)))
     header = ["model", "context", "plain", "of the ceiling"]
     for way in ours[1:]:
-        header += [way, "x plain"]
+        header += [name_of(way), "x plain"]
     return table((*header, *(f"transformers, {way}" for way in theirs)), rows)
 
 
 def decode_notes(piece: Values, baselines: Values) -> list[str]:
     """What the figures assume."""
-    notes = ["Tokens a second of the steps at batch 1, prefill left out, random weights, medians."]
+    notes = [
+        "Tokens a second of the steps at batch 1, prefill left out, random weights, medians. Of the ceiling: the bytes "
+        "that a plain step must read over its time, and the card's measured read speed."
+    ]
     if "synthetic" in piece:
         synthetic = piece["synthetic"]
         notes.append(
             f"*{synthetic['assumption']}*: mean acceptance length {synthetic['mean_acceptance_length']:.3f}, "
-            f"{synthetic['drafted_per_step']:.2f} drafts a step. Kangaroo without it is at its worst: random weights "
+            f"{synthetic['drafted_per_step']:.2f} drafts a step. Unforced, Kangaroo is at its worst: random weights "
             "draft once a step, and next to nothing is accepted."
         )
     if "assistant" in baselines:
+        notes.append(
+            f"Of transformers the first {baselines['settled']} tokens are left out, too: the compiled way records its "
+            "graphs anew in every call."
+        )
         notes.append(f"Assisted: {baselines['assistant']}; nearly nothing is accepted, its worst case.")
         if not baselines["compiled"]:
             notes.append("In a smoke run nothing is compiled, and plain and Kangaroo run on the references.")
-    energy = [cell for cell in piece.get("cells", ()) if cell.get("joules_per_token")]
-    lines = [" ".join(notes), ""]
-    steps = {(step["model"], step["drafts"], step["drafting"]): step for step in piece.get("steps", ())}
-    if steps:
-        kinds = list(dict.fromkeys(drafting for _, _, drafting in steps))
-        rows = [
-            (
-                model,
-                str(drafts),
-                *(number(steps.get((model, drafts, kind), {}).get("us_per_step"), 1) for kind in kinds),
-            )
-            for model, drafts in dict.fromkeys((model, drafts) for model, drafts, _ in steps)
-        ]
-        lines += table(("model", "drafts a step", *(f"us a step, drafting {kind}" for kind in kinds)), rows)
-    if energy:
-        rows = [(c["model"], str(c["context"]), c["way"], number(c["joules_per_token"], 2)) for c in energy]
-        lines += table(("model", "context", "way", "J a token"), rows)
-    return lines
+    return [" ".join(notes), ""]
+
+
+def steps(piece: Values) -> list[str]:
+    """Microseconds of steps with a fixed number of drafts, a line a model and number, and a column a way to draft."""
+    keys = ("model", "context", "drafts", "drafting")
+    found = {tuple(step[key] for key in keys): step for step in piece.get("steps", ())}
+    if not found:
+        return []
+    kinds = list(dict.fromkeys(drafting for *_, drafting in found))
+    rows = [
+        (
+            model,
+            str(context),
+            str(drafts),
+            *(number(found.get((model, context, drafts, kind), {}).get("us_per_step"), 1) for kind in kinds),
+        )
+        for model, context, drafts in dict.fromkeys(tuple(key[:3]) for key in found)
+    ]
+    header = ("model", "context", "drafts a step", *(f"us a step, drafting {kind}" for kind in kinds))
+    note = "Steps that make so many drafts, whatever their confidence, verification included."
+    return [note, "", *table(header, rows)]
+
+
+def energy(piece: Values) -> list[str]:
+    """Joules a token, a line a model, context and way."""
+    cells = [cell for cell in piece.get("cells", ()) if cell.get("joules_per_token")]
+    if not cells:
+        return []
+    rows = [(c["model"], str(c["context"]), name_of(c["way"]), number(c["joules_per_token"], 2)) for c in cells]
+    note = "Energy of the whole card, from its own counter, which moves a few times a second: rough for short decodes."
+    return [note, "", *table(("model", "context", "way", "J a token"), rows)]
 
 
 def timeline(piece: Values) -> list[str]:
@@ -280,9 +336,41 @@ def pair(piece: Values) -> list[str]:
     about = (
         f"`{piece['name']}`: {piece['layers']} layers of {piece['hidden']}, exit layer {piece['exit_layer']}, at most "
         f"{plural(piece['num_speculative_tokens'], 'draft')}, threshold {piece['draft_confidence_threshold']:g}, "
-        f"{piece['dtype']}, {piece['kernels']} kernels, greedy; tokens a second without prefill, medians."
+        f"{piece['dtype']}, {piece['kernels']} kernels, greedy, on held-out prompts; tokens a second without prefill, "
+        "medians."
     )
-    return [about, "", *table(header, rows), *table(("position", "accepted, share of the steps"), positions)]
+    positions_table = table(("position", "accepted, share of the steps"), positions)
+    return [about, "", *table(header, rows), *beside_transformers(piece), *positions_table]
+
+
+def beside_transformers(piece: Values) -> list[str]:
+    """A line a prompt: the target in transformers' ``generate``."""
+    baselines = {total["way"]: total for total in piece.get("baselines", ())}
+    if not baselines:
+        return []
+    cells = {(cell["prompt"], cell["way"]): cell for cell in piece["cells"] if "agreeing_tokens" in cell}
+
+    def columns(cell: Values) -> list[str]:
+        same = f"{cell['agreeing_tokens']} of {cell['new_tokens']}" if cell.get("new_tokens") else "-"
+        return [number(cell.get("tokens_per_second"), 1), number(cell.get("kangaroo_speedup"), 2), same]
+
+    rows = []
+    for name in (row["name"] for row in piece["prompts"]):
+        found = [cells.get((name, way), {}) for way in baselines]
+        rows.append([name, *(column for cell in found for column in columns(cell))])
+    counts = {total["prompts"] for total in baselines.values()}
+    everything = "all" if counts == {len(piece["prompts"])} else "all that were reached"
+    rows.append([everything, *(column for total in baselines.values() for column in columns(total))])
+    header = ["prompt"]
+    for way in baselines:
+        header += [f"transformers, {way}", "Kangaroo / it", "same tokens until a difference"]
+    note = (
+        "The same target and prompts in transformers' `generate`: tokens a second without the prefill and the first "
+        "tokens, in which the compiled way records its graphs. Its text may differ from ours by rounding."
+    )
+    if not piece["compiled"]:
+        note += " In a smoke run nothing is compiled."
+    return [note, "", *table(header, rows)]
 
 
 # ---- the page
@@ -314,7 +402,10 @@ def page(report: Values, pictures: Mapping[str, str]) -> str:
         "decode": (
             "Decoding",
             lambda piece: (
-                decode(piece, baselines, ceilings.get("read_gigabytes_per_second")) + decode_notes(piece, baselines)
+                decode_notes(piece, baselines)
+                + decode(piece, baselines, ceilings.get("read_gigabytes_per_second"))
+                + steps(piece)
+                + energy(piece)
             ),
         ),
         "pair": ("A trained pair", pair),

@@ -1,7 +1,14 @@
-"""A trained pair on held-out prompts: real acceptance, real speed, and whether the tokens are plain decoding's."""
+"""A trained pair on held-out prompts: real acceptance, real speed, whether the tokens are plain decoding's.
 
+Then the same prompts with the pair's target in transformers' ``generate``, as ``baselines.py`` runs random models: what
+a user would pick instead. In a low precision its text may differ from ours by rounding; how many tokens agree is noted.
+"""
+
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model.compare import compare, summarise
@@ -10,10 +17,27 @@ from kangaroo_kernels.model.demo import DemoPair
 from .job import Job
 
 NEW_TOKENS, ROUNDS, PROMPTS = 256, 3, 12
+OWN_SHARE = 0.6
+"""Of the time, for plain decoding and Kangaroo at most; transformers has the rest."""
+
+
+class Decoded(NamedTuple):
+    """A prompt that plain decoding and Kangaroo went through.
+
+    Attributes:
+        prompt: its tokens.
+        new: the tokens of plain decoding.
+        speed: Kangaroo's tokens a second.
+    """
+
+    name: str
+    prompt: list[int]
+    new: list[int]
+    speed: float
 
 
 def run(job: Job) -> None:
-    """Every prompt, plain and Kangaroo in turns, then all of them together."""
+    """Every prompt, plain and Kangaroo in turns, then all of them together; then transformers."""
     assert job.pair is not None
     device = "cpu" if job.smoke else "cuda"
     pair = DemoPair(job.pair)
@@ -33,14 +57,72 @@ def run(job: Job) -> None:
         not_run=0,
     )
     prompts = list(pair.prompts().items())[: 2 if job.smoke else PROMPTS]
-    comparisons, rows = [], list[dict[str, Any]]()
-    settings = {"max_new_tokens": 24 if job.smoke else NEW_TOKENS, "rounds": 1 if job.smoke else ROUNDS}
-    for name, prompt in prompts:
-        if job.left <= 0:
+    comparisons, rows, decoded = [], list[dict[str, Any]](), list[Decoded]()
+    new_tokens, rounds = (24, 1) if job.smoke else (NEW_TOKENS, ROUNDS)
+    for name, text in prompts:
+        if job.left <= (1 - OWN_SHARE) * job.seconds:
             job.note(not_run=len(prompts) - len(rows))
             break
         job.doing(name)
-        comparison = compare(kangaroo, prompt, name=name, **settings)
+        plain = kangaroo.generate(text, max_new_tokens=new_tokens, plain=True)
+        comparison = compare(kangaroo, text, name=name, max_new_tokens=new_tokens, rounds=rounds)
         comparisons.append(comparison)
+        prompt = kangaroo.tokenizer(text)["input_ids"]
+        decoded.append(Decoded(name, prompt, plain.tokens, comparison.kangaroo_tokens_per_second))
         rows.append(comparison.as_dict())
         job.note(prompts=rows, total=summarise(comparisons).as_dict(), counts=asdict(summarise(comparisons).stats))
+    beside_transformers(job, pair, kangaroo, decoded)
+
+
+def agreeing(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens agree before the first that differs."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
+
+
+def beside_transformers(job: Job, pair: DemoPair, kangaroo: Kangaroo, decoded: list[Decoded]) -> None:
+    """Every prompt in every way, a cell each; a way that fails is left there.
+
+    The longest text comes first: ``generate`` keeps the length of its static cache from then on, and compiles once.
+    """
+    models: list[Any] = []
+
+    def cell(text: Decoded, way: str) -> dict[str, Any]:
+        # what is measured before must not hang on what this imports
+        from .baselines import COMPILED, compiled, timed, trained_model  # noqa: PLC0415
+
+        if not models:
+            models.append(trained_model(pair.target, job, kangaroo.target.dtype))
+        how = compiled(job) if way == COMPILED else {}
+        runs = [timed(models[0], text.prompt, len(text.new), job, **how) for _ in range(2)]  # the first warms up
+        speed = runs[1].tokens_per_second
+        return {
+            "tokens_per_second": speed,
+            "kangaroo_speedup": text.speed / speed if speed else None,
+            "new_tokens": len(text.new),
+            "agreeing_tokens": agreeing(text.new, runs[1].tokens),
+        }
+
+    ways = ["eager", "static, compiled"]
+    job.note(ways=list(ways), compiled=not job.smoke)
+    for text in sorted(decoded, key=lambda each: -len(each.prompt) - len(each.new)):
+        for way in list(ways):
+            job.cell("cells", {"prompt": text.name, "way": way}, partial(cell, text, way))
+            cells = job.values["cells"]
+            if "error" in cells[-1]:
+                ways.remove(way)
+            job.note(baselines=[total_of(cells, one) for one in job.values["ways"]])
+
+
+def total_of(cells: Sequence[dict[str, Any]], way: str) -> dict[str, Any]:
+    """One way over all prompts that it went through: medians of the speeds, sums of the tokens."""
+    some = [cell for cell in cells if cell["way"] == way and "agreeing_tokens" in cell]
+    timed = [cell for cell in some if cell["tokens_per_second"]]
+    return {
+        "way": way,
+        "prompts": len(some),
+        "tokens_per_second": median(cell["tokens_per_second"] for cell in timed) if timed else None,
+        "kangaroo_speedup": median(cell["kangaroo_speedup"] for cell in timed) if timed else None,
+        "new_tokens": sum(cell["new_tokens"] for cell in some),
+        "agreeing_tokens": sum(cell["agreeing_tokens"] for cell in some),
+    }

@@ -11,7 +11,8 @@ mpl.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from .page import SMOKE_LABEL
+from .job import one_line
+from .page import SMOKE_LABEL, name_of
 
 Values = Mapping[str, Any]
 
@@ -31,11 +32,14 @@ DPI = 130
 NAME_LENGTH = 34
 
 
-def _finish(figure: Any, path: Path, smoke: bool) -> None:
+def _finish(figure: Any, path: Path, report: Values, what: str) -> None:
+    """Say on the picture itself where and what it is, and write it."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    if smoke:
+    if report["smoke"]:
         figure.suptitle(SMOKE_LABEL, fontsize=9, color="#a03020")
+    else:
+        figure.suptitle(f"{report['gpu']}: {what}", fontsize=9)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
@@ -76,7 +80,7 @@ def roofline(report: Values, path: Path) -> bool:
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte that must move", ylabel="TFLOP/s")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, ncols=2, loc="lower right")
-    _finish(figure, path, report["smoke"])
+    _finish(figure, path, report, "kernels at real models' shapes, bfloat16")
     return True
 
 
@@ -88,7 +92,8 @@ def decode(report: Values, path: Path) -> bool:
     if not cells:
         return False
     ways = [*pieces[0].get("ways", ()), *pieces[1].get("ways", ())]
-    labels = [*pieces[0].get("ways", ()), *(f"transformers, {way}" for way in pieces[1].get("ways", ()))]
+    labels = [name_of(way) for way in pieces[0].get("ways", ())]
+    labels += [f"transformers, {way}" for way in pieces[1].get("ways", ())]
     models = list(dict.fromkeys(cell["model"] for cell in cells))
     figure, panels = plt.subplots(
         len(models), 1, figsize=(WIDTH, 2.6 * len(models) + 0.8), layout="constrained", squeeze=False
@@ -116,13 +121,14 @@ def decode(report: Values, path: Path) -> bool:
             )
             axes.bar_label(bars, fmt="{:,.0f}", fontsize=7, padding=2)
         axes.set_xticks(range(len(contexts)), [f"context {context:,}" for context in contexts])
+        axes.set_xlim(-0.5, len(contexts) - 0.5)
         axes.set(title=model, ylabel="tokens/s")
         axes.margins(y=0.15)
         axes.grid(alpha=0.3, axis="y")
         axes.set_axisbelow(True)
     handles, names = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, fontsize=8, ncols=3, loc="outside lower center")
-    _finish(figure, path, report["smoke"])
+    _finish(figure, path, report, "batch 1, random weights, prefill left out")
     return True
 
 
@@ -154,7 +160,7 @@ def timeline(report: Values, path: Path) -> bool:
     axes.grid(alpha=0.3, axis="x")
     axes.set_axisbelow(True)
     figure.legend(fontsize=8, ncols=len(bars), loc="outside lower center")
-    _finish(figure, path, report["smoke"])
+    _finish(figure, path, report, "one iteration, random weights, synthetic acceptance")
     return True
 
 
@@ -164,15 +170,30 @@ def pair(report: Values, path: Path) -> bool:
     if "total" not in piece:
         return False
     prompts, total = piece["prompts"], piece["total"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.4), layout="constrained")
-    left.barh(
-        ["/".join(row["name"].split("/")[-2:])[-NAME_LENGTH:] for row in prompts],
-        [row["speedup"] for row in prompts],
-        color=WAY_COLOURS[1],
-    )
+    plain = {row["name"]: row["plain_tokens_per_second"] for row in prompts}
+    ways = {"Kangaroo": {row["name"]: row["speedup"] for row in prompts}}
+    for cell in piece.get("cells", ()):
+        if cell.get("tokens_per_second") and plain[cell["prompt"]]:
+            speeds = ways.setdefault(f"transformers, {cell['way']}", {})
+            speeds[cell["prompt"]] = cell["tokens_per_second"] / plain[cell["prompt"]]
+    height = max(3.4, 0.17 * len(ways) * len(prompts) + 1.2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, height), layout="constrained")
+    thickness = 0.8 / len(ways)
+    colours = {"Kangaroo": WAY_COLOURS[1], "eager": WAY_COLOURS[3], "static, compiled": WAY_COLOURS[5]}
+    for index, (way, speeds) in enumerate(ways.items()):
+        left.barh(
+            [place + (index - (len(ways) - 1) / 2) * thickness for place, name in enumerate(plain) if name in speeds],
+            [speeds[name] for name in plain if name in speeds],
+            0.92 * thickness,
+            color=colours.get(way.removeprefix("transformers, "), OTHER),
+            label=way,
+        )
+    left.set_yticks(range(len(plain)), ["/".join(name.split("/")[-2:])[-NAME_LENGTH:] for name in plain])
     left.axvline(1, color=OTHER, linewidth=1)
     left.invert_yaxis()
-    left.set_title(f"speed over plain decoding, median {total['speedup']:.2f}", fontsize=10)
+    left.set_title(f"speed over plain decoding; Kangaroo's median {total['speedup']:.2f}", fontsize=10)
+    if len(ways) > 1:
+        figure.legend(fontsize=8, ncols=len(ways), loc="outside lower left")
     rates = total["acceptance_rate_per_position"]
     right.bar(range(1, len(rates) + 1), [100 * rate for rate in rates], color=WAY_COLOURS[2])
     right.set(
@@ -182,7 +203,7 @@ def pair(report: Values, path: Path) -> bool:
     )
     right.set_title(f"drafts accepted; {total['mean_acceptance_length']:.2f} tokens a step", fontsize=10)
     right.set_xticks(range(1, len(rates) + 1))
-    _finish(figure, path, report["smoke"])
+    _finish(figure, path, report, "a trained pair, held-out prompts, batch 1, greedy")
     return True
 
 
@@ -194,6 +215,14 @@ PLOTS: Mapping[str, tuple[str, Callable[[Values, Path], bool]]] = {
 }
 
 
-def draw(report: Values, folder: Path) -> dict[str, str]:
-    """Draw what there are figures for; the files' names by part."""
-    return {part: name for part, (name, plot) in PLOTS.items() if plot(report, folder / name)}
+def draw(report: Values, folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Draw what there are figures for: the files' names by part, and a sentence for each that could not be drawn."""
+    drawn, trouble = {}, []
+    for part, (name, plot) in PLOTS.items():
+        try:
+            if plot(report, folder / name):
+                drawn[part] = name
+        except Exception as error:  # a figure that no axis takes: the page and the other pictures are worth more
+            trouble.append(f"{name} could not be drawn: {one_line(error)}.")
+            plt.close("all")
+    return drawn, trouble

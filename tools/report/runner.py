@@ -66,8 +66,9 @@ def run_part(
         command: what runs a part.
 
     Returns:
-        Its piece, and ``status`` (``done``, ``stopped`` at its limit, ``failed``), ``seconds``, ``limit``, and for one
-        that failed its ``output``, the last lines.
+        Its piece, and ``status`` (``done``, ``stopped`` at its limit, ``failed``, ``interrupted`` by Ctrl-C),
+        ``seconds``, ``limit``, for one that is not done what it was ``at``, and for one that failed its ``output``, the
+        last lines.
     """
     with tempfile.TemporaryDirectory() as scratch:
         piece, log = Path(scratch) / "piece.json", Path(scratch) / "log"
@@ -87,11 +88,15 @@ def run_part(
             )
             try:
                 status = _wait(process, began + seconds, lambda: update(str(read_piece(piece).get("doing", ""))))
+            except KeyboardInterrupt:
+                status = "interrupted"
             finally:
                 _signal(process, signal.SIGKILL)
                 process.wait()
         found = read_piece(piece)
-        found.pop("doing", None)
+        doing = found.pop("doing", None)
+        if status != "done" and doing:
+            found["at"] = doing
         found |= {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": round(seconds, 1)}
         if status == "failed":
             lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()

@@ -1,6 +1,7 @@
 """One part of the report in a process of its own: ``python -m report.worker NAME``, run by ``runner.py``."""
 
 import argparse
+import signal
 from importlib import import_module
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from .job import Job
 
 def main() -> None:
     """Run a part; what it found is in its piece, what went wrong on stderr."""
+    # the runner's interrupt must arrive, also where the report was started with Ctrl-C ignored (nohup, a shell's "&")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
     parser.add_argument("--piece", type=Path, required=True)

@@ -1,0 +1,190 @@
+"""Every number on every command line: nonsense ends in a sentence and exit status 2, before any work."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from kangaroo_kernels import KangarooError
+from kangaroo_kernels.model import cli, demo, generate
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+
+DURATION = ("0", "-1", "nan", "inf")
+COUNT = ("0", "-1")
+SEED = ("-1",)
+SHARE = ("-0.1", "1.1", "nan")
+TEMPERATURE = ("-1", "nan", "inf")
+
+DECODING = {"num_speculative_tokens": COUNT, "draft_confidence_threshold": SHARE}
+NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
+    ("calibrate", "main"): {"new_tokens": COUNT},
+    ("draw_demo", "main"): {"new_tokens": COUNT},
+    ("gpu_report", "main"): {"minutes": DURATION},
+    ("kernel_report", "main"): {"arch": COUNT, "rows": (*COUNT, "17"), "length": COUNT},
+    ("profile_decode", "main"): {"exit_layer": COUNT, "context": ("1", "-1"), "iterations": COUNT, **DECODING},
+    ("train_demo", "main"): {"minutes": DURATION},
+    ("train_demo", "target"): {"minutes": DURATION},
+    ("train_demo", "adapter"): {"minutes": DURATION, "exit_layer": COUNT, "windows": COUNT},
+    ("train_demo", "calibrate_pair"): {"new_tokens": COUNT},
+    ("tune", "main"): {"minutes": DURATION},
+    ("cli", "demo"): {
+        "max_new_tokens": COUNT,
+        "rounds": COUNT,
+        "temperature": TEMPERATURE,
+        "seed": SEED,
+        **DECODING,
+    },
+    ("cli", "generate"): {
+        "max_new_tokens": COUNT,
+        "exit_layer": COUNT,
+        "temperature": TEMPERATURE,
+        "top_k": COUNT,
+        "top_p": ("0", *SHARE),
+        "seed": SEED,
+        **DECODING,
+    },
+    ("cli", "train"): {
+        "exit_layer": COUNT,
+        "generated_windows": COUNT,
+        "steps": COUNT,
+        "minutes": DURATION,
+        "batch_size": COUNT,
+        "reuse": COUNT,
+        "sequence_length": COUNT,
+        "num_attention_heads": COUNT,
+        "learning_rate": DURATION,
+        "seed": SEED,
+    },
+    ("cli", "info"): {"exit_layer": COUNT},
+}
+"""By command and option, values that mean nothing there."""
+
+BEFORE = {
+    ("calibrate", "main"): "--model M --adapter A --prompts P",
+    ("gpu_report", "main"): "--smoke --out OUT",
+    ("train_demo", "main"): "--preset smoke --out OUT",
+    ("train_demo", "target"): "target --out OUT",
+    ("train_demo", "adapter"): "adapter --out OUT",
+    ("train_demo", "calibrate_pair"): "calibrate --out OUT",
+    ("cli", "demo"): "demo --json",
+    ("cli", "generate"): "generate --model demo --prompt A",
+    ("cli", "train"): "train --model demo --data README.md --exit-layer 4 --out OUT",
+    ("cli", "info"): "info --model demo --adapter ADAPTER",
+}
+"""What must stand on the command line besides."""
+
+
+def commands() -> dict[tuple[str, str], Callable[..., Any]]:
+    """Every function of a tool or of the package's command that takes options."""
+    names = [path.stem for path in TOOLS.glob("*.py") if "import typer" in path.read_text()]
+    modules = {name: import_module(name) for name in names} | {"cli": cli}
+    return {
+        (module, name): function
+        for module, holder in modules.items()
+        for name, function in inspect.getmembers(holder, inspect.isfunction)
+        if function.__module__ == holder.__name__ and options(function)
+    }
+
+
+def options(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a command's options."""
+    hints = get_type_hints(inspect.unwrap(function), include_extras=True)
+    return {
+        name: get_args(hint)[0]
+        for name, hint in hints.items()
+        if get_origin(hint) is Annotated and isinstance(get_args(hint)[1], typer.models.OptionInfo)
+    }
+
+
+def is_number(kind: Any) -> bool:
+    return kind in (int, float) or any(is_number(part) for part in get_args(kind))
+
+
+def test_every_number_is_here() -> None:
+    found = {
+        name: {option for option, kind in options(function).items() if is_number(kind)}
+        for name, function in commands().items()
+    }
+    assert {name: some for name, some in found.items() if some} == {name: set(some) for name, some in NUMBERS.items()}
+
+
+def app_of(module: Any) -> typer.Typer:
+    if hasattr(module, "app"):
+        app: typer.Typer = module.app
+    else:
+        app = typer.Typer()
+        app.command()(module.main)
+    return app
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [pytest.param(name, option, id="-".join((*name, option))) for name, some in NUMBERS.items() for option in some],
+)
+def test_nonsense_is_refused_before_any_work(
+    command: tuple[str, str], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = cli if command[0] == "cli" else import_module(command[0])
+
+    def work(*arguments: Any, **settings: Any) -> None:
+        pytest.fail("work has begun")
+
+    monkeypatch.setattr(generate, "load_target", work)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if hasattr(module, "stdlib_documents"):
+        monkeypatch.setattr(module, "stdlib_documents", work)
+    before = BEFORE.get(command, "").replace("OUT", str(tmp_path / "out"))
+    before = before.replace("ADAPTER", str(demo.PAIR / "adapter"))
+    flag = f"--{option.replace('_', '-')}"
+    for value in NUMBERS[command][option]:
+        done = CliRunner().invoke(app_of(module), [*before.split(), flag, value])
+        if command[0] == "cli" and isinstance(done.exception, KangarooError):  # main makes a sentence of it
+            code, said = 2, str(done.exception)
+        else:
+            code, said = done.exit_code, done.stderr
+        assert code == 2, (value, done.output)
+        assert "Traceback" not in said
+        plainly = " ".join(said.replace("│", " ").split())
+        assert option in plainly.replace("-", "_"), plainly
+        assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "[1]", "no JSON", None])
+def test_calibration_prompts_that_are_none(
+    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "load_target", lambda *_: pytest.fail("work has begun"))
+    prompts = tmp_path / "prompts.json"
+    if content is not None:
+        prompts.write_text(content)
+    command = ["--model", str(demo.PAIR / "target"), "--adapter", str(demo.PAIR / "adapter"), "--prompts", str(prompts)]
+    done = CliRunner().invoke(app_of(import_module("calibrate")), command)
+    assert done.exit_code == 2
+    assert "prompts.json" in done.stderr.replace("\n", "").replace("│", "").replace(" ", "")
+
+
+def test_a_prompt_that_is_not_there_is_told() -> None:
+    done = CliRunner().invoke(app_of(import_module("draw_demo")), ["--name", "nobody.py"])
+    assert done.exit_code == 2
+    assert "no prompt is called nobody.py; there are" in done.stderr
+
+
+def test_a_stage_without_a_target_gets_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_demo = import_module("train_demo")
+    file = tmp_path / "some.py"
+    file.touch()
+    monkeypatch.setattr(train_demo, "stdlib_documents", lambda: [train_demo.Document("some.py", "", file)])
+    done = CliRunner().invoke(train_demo.app, ["adapter", "--out", str(tmp_path / "run")])
+    assert (done.exit_code, done.stderr.strip().count("\n")) == (2, 0)
+    assert "run/target" in done.stderr
+    assert "does not exist" in done.stderr
