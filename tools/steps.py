@@ -222,12 +222,17 @@ def draft_loop(
     positions = torch.empty(most + 3, dtype=torch.int64, device=META)
     newest = torch.empty(1, shape.hidden, dtype=settings.dtype, device=META)
     rows = torch.empty(most + 2, shape.hidden, dtype=settings.dtype, device=META)
-    temperature = on_device(torch.float32) if sampled else None
-    more = {"threshold": on_device(torch.float32), "temperature": temperature, "seed": on_device(torch.int64)}
-    more["prepared"] = loop
+    numbers = {"threshold": on_device(torch.float32), "seed": on_device(torch.int64)}
+    numbers |= {"temperature": on_device(torch.float32)} if sampled else {}
     moved = [each.bytes_moved for _ in range(layers) for each in layer(shape, settings)]
     moved += [each.bytes_moved for each in (*attention_block(shape, settings), *top1_head(shape, settings))]
-    yield Call("draft_loop", "", (model, flags, positions, newest, rows), more, sum(filter(None, moved)))
+    yield Call(
+        "draft_loop",
+        "",
+        (model, flags, positions, newest, rows),
+        numbers | {"prepared": loop},
+        sum(filter(None, moved)),
+    )
 
 
 STEPS = (
