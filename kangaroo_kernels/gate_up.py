@@ -74,7 +74,8 @@ def gate_up_kernel(
 ):
     """One program owns all rows of ``BLOCK_N`` columns of ``out``."""
     fetch_ahead(w_ptr, w_row_stride, I, K, active_ptr, BLOCK_N, CHAINED)
-    fetch_ahead(w_ptr + I.to(tl.int64) * w_row_stride, w_row_stride, I, K, active_ptr, BLOCK_N, CHAINED)
+    # a cast, since an I of 1 is a number and not a tensor
+    fetch_ahead(w_ptr + tl.cast(I, tl.int64) * w_row_stride, w_row_stride, I, K, active_ptr, BLOCK_N, CHAINED)
     follow(CHAINED)
     if active_ptr is not None:
         if tl.load(active_ptr) == 0:

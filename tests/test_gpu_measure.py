@@ -1,6 +1,7 @@
 """How kernels are measured: the arithmetic, the yardstick's kernel, and that nothing wrong gets as far as a clock."""
 
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -288,6 +289,8 @@ def test_positions_and_seeds_come_to_the_host():
 
 # ---- on a GPU
 
+ALONE = pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="other tests use the card meanwhile")
+
 
 @pytest.mark.gpu
 def test_calls_take_turns_in_the_graph(device):
@@ -305,6 +308,7 @@ def test_calls_take_turns_in_the_graph(device):
     assert [after - first for after, first in zip(values.tolist(), before, strict=True)] == [4, 4, 4]  # two replays
 
 
+@ALONE
 @pytest.mark.gpu
 def test_time_grows_with_the_bytes(device):
     small, large = (torch.randn(size, device=device) for size in (1 << 24, 1 << 27))
@@ -313,6 +317,7 @@ def test_time_grows_with_the_bytes(device):
     assert 4 < eight.p50 / one.p50 < 16
 
 
+@ALONE
 @pytest.mark.gpu
 def test_the_ceiling_is_plausible(device):
     ceiling = measure_ceiling(device)

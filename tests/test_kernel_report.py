@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import triton
 import typer
 from typer.testing import CliRunner
 
@@ -65,8 +66,8 @@ def finish(process: subprocess.Popen[str]) -> Any:
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[Callable[[str], Any]]:
-    """What each of the runs, ``SUMS`` and ``BAD`` printed; they all go on side by side."""
-    started = {"bad": start("-c", BAD), "sums": start("-c", SUMS)}
+    """What each of the runs, ``SUMS``, ``ONES`` and ``BAD`` printed; they all go on side by side."""
+    started = {"bad": start("-c", BAD), "sums": start("-c", SUMS), "ones": start("-c", ONES)}
     for name, options in RUNS.items():
         triton = OLDER_TRITON if name.startswith("Triton") else None
         if triton is None or triton.is_dir():
@@ -126,6 +127,13 @@ def is_known(row: Row) -> bool:
     return (older or short) and row["stack_bytes"] <= STACK_BYTES
 
 
+def least_sustained(row: Row) -> float:
+    """Triton 3.6 gives paged attention at Llama-3.2-1B's shape on sm_80 13 registers more: a program an SM fewer."""
+    place = (row["kernel"], row["step"], row["model"], row["architecture"])
+    fewer = place == ("attention_kernel", "layer, paged", "Llama-3.2-1B", "sm_80") and row["triton"].startswith("3.6.")
+    return 0.8 if fewer else 0.9
+
+
 FAULTS: dict[str, Callable[[Row], bool]] = {
     "it spills": lambda row: bool(row["spill_stores"] or row["spill_loads"]) and not is_known(row),
     "it has a stack frame": lambda row: row["stack_bytes"] > 0 and not is_known(row),
@@ -141,7 +149,7 @@ FAULTS: dict[str, Callable[[Row], bool]] = {
         streams(row) and row["dtype"] != "float32" and row["tensor_cores"] is None
     ),
     "it has too few bytes under way": lambda row: fills_a_card(row) and row["bytes_in_flight"] < row["bytes_needed"],
-    "its last wave is too small": lambda row: fills_a_card(row) and (row["sustained"] or 0) < 0.9,
+    "its last wave is too small": lambda row: fills_a_card(row) and (row["sustained"] or 0) < least_sustained(row),
 }
 
 
@@ -181,7 +189,8 @@ def test_a_row_a_kernel(rows: list[Row]) -> None:
 
 def test_each_triton_is_the_one_asked_for(rows: list[Row], request: pytest.FixtureRequest) -> None:
     older = request.node.callspec.params["rows"].startswith("Triton 3.6")
-    assert {row["triton"].startswith("3.6.") for row in rows} == {older}
+    found = {row["triton"] for row in rows}
+    assert all(name.startswith("3.6.") for name in found) if older else found == {triton.__version__}
 
 
 def test_every_weight_comes_asynchronously(rows: list[Row]) -> None:
@@ -399,6 +408,31 @@ def test_another_number_of_warps_is_found(sums: Any, architecture: str) -> None:
     found = sums[architecture]
     streaming = {"qkv_rope.py", "attention.py", "linear_residual.py", "gate_up.py", "top1_head.py"}
     assert sums_that_differ(found["eight warps"], found["draft loop"]) >= streaming
+
+
+ONES = """
+import json
+from importlib import import_module
+
+import torch
+from compiled import compile_only
+from steps import META, STEPS
+
+from kangaroo_kernels.workloads import ModelShape, Settings
+
+shape, settings = ModelShape("ones", 1, 1, 1, 1, 2, 1, 1), Settings(1, 1, torch.float32, META)
+with compile_only(90) as launches:
+    for step in STEPS:
+        if step.name in ("layer", "top-1 head", "sampling head", "filtered head", "accept", "commit"):
+            for each in step.calls(shape, settings):
+                getattr(import_module(f"kangaroo_kernels.{each.op}"), each.op)(*each.args, **each.kwargs)
+print(json.dumps(sorted({launch.kernel for launch in launches})))
+"""
+
+
+def test_sizes_of_one_compile(results: Callable[[str], Any]) -> None:
+    """Triton gives a kernel a size of 1 as a number, which has no methods; the interpreter does not."""
+    assert {*results("ones")} > STREAMING
 
 
 # ---- the checks bite

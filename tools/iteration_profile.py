@@ -203,7 +203,8 @@ def traced(kangaroo: Kangaroo, prompt: Sequence[int], count: int, settings: dict
     commits = [next(steps).commit, next(steps).commit]  # compiled, captured, and the prefill done
     if on_gpu:
         torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, acc_events=True) as profiler:  # torch 2.11 warns of what is not kept without
         commits += [next(steps).commit for _ in range(count)]
         if on_gpu:
             torch.cuda.synchronize()

@@ -265,7 +265,6 @@ def test_settings_change_nothing(block_n, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_launching_does_not_wait_for_the_device(device):
     x, norm, weight, _ = inputs(3, 256, 64, torch.float16, device)
     active = torch.ones(1, dtype=torch.int32, device=device)

@@ -608,7 +608,6 @@ def test_settings_change_nothing(block_n, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_launching_does_not_wait_for_the_device(device):
     case = projection(3, Sizes(256, 4, 2, 64), torch.float16, device)
     caches, table = fresh(case, 9), phases(64, 4, 3, device)
