@@ -1,11 +1,12 @@
 """What ``draft_loop`` needs of a model, made once: a launch then allocates nothing and asks nothing of the host."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 from kangaroo_kernels._cache import cache_layout
 from kangaroo_kernels._draft_stages import (
@@ -39,6 +40,12 @@ PROGRAMS_PER_SM = 2
 
 SPARE_SHARED = 4096
 """Bytes a program beside its tiles: reductions, and what the system takes."""
+
+MAX_REGISTERS = 242
+"""A thread; two programs an SM leave 256. Found by trying: the assembler's spills are no simple function of it."""
+
+SPARING_FROM = 90
+"""The architecture from which on the assembler is told to spare registers; before it that makes it spill."""
 
 ATTENTION_STAGES = 2
 """Of the pipeline over the KV cache: with more of them one program would take the shared memory of two."""
@@ -155,6 +162,16 @@ def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]
     return int(device.multi_processor_count * max(1, min(PROGRAMS_PER_SM, fit)))
 
 
+def gpu_options(x: Tensor) -> dict[str, Any]:
+    """What the launch is given besides its arguments: all programs are resident or none is, and no register spills."""
+    if x.device.type == "cpu":
+        return {}
+    options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
+    if driver.active.get_current_target().arch >= SPARING_FROM:
+        options["ptx_options"] = "--register-usage-level 0"
+    return options
+
+
 class DraftLoop:
     """A model's drafting loop, ready to be launched.
 
@@ -191,6 +208,7 @@ class DraftLoop:
             "LINEAR_N": launch_config("linear_residual", K, inner, x).block_n,
             "GATE_UP_N": launch_config("gate_up", inner, K, x).block_n,
         }
+        self.gpu_options = gpu_options(x)
         self.grid = self.programs = programs or resident_programs(x, self.config.num_stages, shapes)
 
         def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:

@@ -74,7 +74,7 @@ def qkv_stage(
 ):
     """A program's tiles of a block's ``qkv_rope``."""
     N = (GROUP + 2) * H_KV * HEAD_DIM
-    for tile in range(program, tl.cdiv(N, BLOCK_N), programs):
+    for tile in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
         qkv_rope_tile(
             tile,
             position,
@@ -138,7 +138,7 @@ def attend_stage(
     """A program's splits of a block's ``attention``: those that the text has, the long ones first."""
     length = tl.minimum(position + M, T)
     splits = count_splits_of(length)
-    for item in range(program, splits * H_KV, programs):
+    for item in tl.range(program, splits * H_KV, programs, disable_licm=True):
         split = splits - 1 - item // H_KV
         attention_split(
             split,
@@ -193,7 +193,7 @@ def merge_stage(
 ):
     """A program's heads of the merge of a block's splits."""
     splits = count_splits_of(tl.minimum(position + M, T))
-    for item in range(program, M * H, programs):
+    for item in tl.range(program, M * H, programs, disable_licm=True):
         attention_merge(
             item // H,
             item % H,

@@ -55,9 +55,6 @@ __all__ = ["PROGRAMS_PER_SM", "DraftLoop", "draft_loop", "draft_loop_kernel", "p
 PREFETCHED_STEPS = 4
 """Steps along K of a program's first tile: about what the memory delivers while a barrier lasts."""
 
-GPU_OPTIONS = {"launch_cooperative_grid": True, "maxnreg": 240}
-"""All programs are resident or none is; without the limit the assembler spills a few to get to a rounder number."""
-
 
 @triton.jit(
     do_not_specialize=["LAYERS", "R", "T", "ADAPTER_T", "programs", "polls", "stream"],
@@ -158,7 +155,8 @@ def draft_loop_kernel(
     arrivals = 0
     drafted = 0
     while turns > 0:
-        # What no turn changes is not to be computed ahead of them all: the registers would be full of it.
+        # What no turn changes is not to be computed ahead of them all, nor what no tile changes ahead of a stage's
+        # tiles (disable_licm): it would sit in registers through every loop over a weight or the cache.
         for turn in tl.range(0, turns, disable_licm=True):
             if turn < turns:
                 block = tl.cast(turn, tl.int32) // TURNS  # the interpreter's is Python's
@@ -320,7 +318,7 @@ def draft_loop_kernel(
                     queries = tl.where(adapting, ADAPTER_GROUP * ADAPTER_HEAD_DIM, GROUP * HEAD_DIM) * kv_heads
                     inputs = tl.where(is_down, I, queries)
                     last_ptr = tl.where(block == LAYERS - 1, exit_hidden_ptr + (drafted + 1) * K, hidden_ptr)
-                    for tile in range(program, tl.cdiv(K, LINEAR_N), programs):
+                    for tile in tl.range(program, tl.cdiv(K, LINEAR_N), programs, disable_licm=True):
                         linear_residual_tile(
                             tile,
                             tl.where(is_down, inner_ptr, mixed_ptr),
@@ -340,7 +338,7 @@ def draft_loop_kernel(
                             BLOCK_K,
                         )
                 elif stage == GATE_UP:
-                    for tile in range(program, tl.cdiv(I, GATE_UP_N), programs):
+                    for tile in tl.range(program, tl.cdiv(I, GATE_UP_N), programs, disable_licm=True):
                         gate_up_tile(
                             tile,
                             hidden_ptr,
@@ -361,7 +359,7 @@ def draft_loop_kernel(
                         )
                 elif stage == HEAD:
                     x_ptr = adapted_ptr + (M - 1) * K  # the newest row alone
-                    for tile in range(program, tiles, programs):
+                    for tile in tl.range(program, tiles, programs, disable_licm=True):
                         if seed_ptr is None:
                             top1_tile(
                                 tile,
@@ -411,7 +409,7 @@ def draft_loop_kernel(
                                 BLOCK_K,
                             )
                 else:
-                    for row in range(program, 1, programs):
+                    for row in tl.range(program, 1, programs, disable_licm=True):
                         merge_row(
                             row,
                             score_ptr,
@@ -574,6 +572,6 @@ def draft_loop(
         PREFETCHED=PREFETCHED_STEPS if on_gpu else 0,
         num_warps=loop.config.num_warps,
         num_stages=loop.config.num_stages,
-        **(GPU_OPTIONS if on_gpu else {}),
+        **loop.gpu_options,
     )
     return out
