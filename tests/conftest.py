@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels are tested: the GPU if there is one, else the CPU, in Triton's interpreter."""
     return DEVICE
+
+
+@pytest.fixture
+def guarded_workspaces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """New memory holds NaN between guards: what is read before it was written is seen, and what is written beside."""
+    empty, made = torch.empty, []
+
+    def guarded(*args, **settings):
+        like = empty(*args, **settings)
+        made.append(like.new_full((like.numel() + 128,), float("nan") if like.is_floating_point() else -77))
+        return made[-1][64:-64].view(like.shape)
+
+    monkeypatch.setattr(torch, "empty", guarded)
+    yield
+    for flat in made:
+        for guard in (flat[:64], flat[-64:]):
+            assert (guard.isnan() if flat.is_floating_point() else guard == -77).all()
 
 
 class Pair(NamedTuple):
