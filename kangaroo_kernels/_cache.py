@@ -52,13 +52,13 @@ def cache_layout(op: str, cache: Tensor, block_table: Tensor | None, x: Tensor) 
 
     Raises:
         ValueError: another number of dimensions than the block table asks for, or a stride along D that is not 1.
-        TypeError: another dtype or device than those of ``x``, or a block table that is not int32.
+        TypeError: another dtype or device than those of ``x``, or a block table that is not int32 there.
     """
     if cache.dtype != x.dtype or cache.device != x.device:
         raise TypeError(
             f"{op}: x is {x.dtype} on {x.device}, the cache {cache.dtype} on {cache.device}; they must agree."
         )
-    if cache.stride(-1) != 1:
+    if cache.ndim and cache.stride(-1) != 1:
         raise ValueError(f"{op}: the cache has stride {cache.stride(-1)} along its last dimension; it must be 1.")
     if block_table is None:
         if cache.ndim != 3:
@@ -68,10 +68,11 @@ def cache_layout(op: str, cache: Tensor, block_table: Tensor | None, x: Tensor) 
         raise ValueError(
             f"{op}: the cache is {list(cache.shape)}; with a block table it must be [blocks, H_kv, block_size, D]."
         )
-    if block_table.dtype != torch.int32 or block_table.ndim != 1 or block_table.stride(0) != 1:
+    is_row = block_table.ndim == 1 and block_table.stride(0) == 1
+    if not is_row or block_table.dtype != torch.int32 or block_table.device != x.device:
         raise TypeError(
-            f"{op}: the block table is {list(block_table.shape)} {block_table.dtype}; "
-            "it must be one contiguous row of int32."
+            f"{op}: the block table is {list(block_table.shape)} {block_table.dtype} on {block_table.device}; "
+            f"it must be one contiguous row of int32 on {x.device}."
         )
     size = cache.shape[2]
     blocks, heads, rows = cache.stride()[:3]

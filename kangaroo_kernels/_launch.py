@@ -1,16 +1,21 @@
 """What the launchers share: they hold arguments against what the kernels assume, and never wait for the device."""
 
 from functools import lru_cache
+from operator import index
 
 import torch
 from torch import Tensor
 from triton import knobs
 
 from kangaroo_kernels._stream import BLOCK_M, K_STEP_BYTES
+from kangaroo_kernels.check_ref import check_one, check_tensor, is_whole
 from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
 
 MAX_ROWS = BLOCK_M
 """Tokens in flight that the kernels are built for; more of them are a prefill, and the references' work."""
+
+COUNTED = 1 << 20
+"""Counts from here on, a length that means "no limit" say, are kept on the device one by one."""
 
 VECTOR_BYTES = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,15 +44,21 @@ def require_interpreter(op: str, x: Tensor) -> None:
         )
 
 
-def check_operands(op: str, x: Tensor, norm_weight: Tensor | None, matrix: Tensor) -> None:
+def check_flag(op: str, active: Tensor | None, device: torch.device) -> None:
+    """Raise unless a drafting step's flag is ``[1]`` int32 on ``device``, or there is none."""
+    if active is not None:
+        check_one(op, "active", active, torch.int32, device)
+
+
+def check_operands(
+    op: str, x: Tensor, norm_weight: Tensor | None, matrix: Tensor, active: Tensor | None = None
+) -> None:
     """Raise unless ``x`` ``[M, K]``, the norm's ``[K]`` and the matrix ``[N, K]`` fit each other and the kernels."""
-    if x.ndim < 1:
-        raise ValueError(f"{op}: x has no dimensions; it must be [M, K].")
-    check_rows(op, x)
     if x.ndim != 2 or matrix.ndim != 2 or x.shape[1] != matrix.shape[1]:
         raise ValueError(
             f"{op}: x is {list(x.shape)} and the weight {list(matrix.shape)}; they must be [M, K], [N, K]."
         )
+    check_rows(op, x)
     if matrix.stride(1) != 1:
         raise ValueError(f"{op}: the weight's rows have stride {matrix.stride(1)} along K; it must be 1.")
     if norm_weight is not None and (norm_weight.shape != x.shape[1:] or norm_weight.stride(0) != 1):
@@ -59,6 +70,7 @@ def check_operands(op: str, x: Tensor, norm_weight: Tensor | None, matrix: Tenso
             raise TypeError(
                 f"{op}: x is {x.dtype} on {x.device}, the {name} {operand.dtype} on {operand.device}; they must agree."
             )
+    check_flag(op, active, x.device)
 
 
 def aligned_rows(x: Tensor) -> Tensor:
@@ -77,11 +89,7 @@ def check_out(op: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor,
     """``out`` if it has ``shape`` and the dtype and device of ``like``, a new tensor if it is None."""
     if out is None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-    if out.shape != shape or out.dtype != like.dtype or out.stride(-1) != 1 or out.device != like.device:
-        raise ValueError(
-            f"{op}: {name} is {list(out.shape)} {out.dtype} on {out.device}, last stride {out.stride(-1)}; "
-            f"it must be {list(shape)} {like.dtype} on {like.device}, last stride 1."
-        )
+    check_tensor(op, name, out, shape, like.dtype, like.device)
     return out
 
 
@@ -102,9 +110,13 @@ def weight_and_bias(weight: Weight) -> tuple[Tensor, Tensor | None]:
     return matrix, bias
 
 
-def check_position(op: str, position: int | Tensor, rows: int, room: int) -> None:
+def check_position(op: str, position: int | Tensor, rows: int, room: int, device: torch.device) -> None:
     """Raise where a position that the host knows leaves no room for ``rows``; on the device, kernels mask."""
-    if isinstance(position, int) and not 0 <= position <= room - rows:
+    if isinstance(position, Tensor):
+        check_one(op, "position", position, torch.int64, device)
+    elif not is_whole(position):
+        raise TypeError(f"{op}: position is {position!r}; it must be a whole number, or [1] int64 on {device}.")
+    elif not 0 <= position <= room - rows:
         raise ValueError(
             f"{op}: position {position} with {rows} rows is outside of the {room} positions that the cache holds."
         )
@@ -115,10 +127,18 @@ def _counting(length: int, device: torch.device) -> Tensor:
     return torch.arange(length, dtype=torch.int64, device=device)
 
 
+@lru_cache(maxsize=64)
+def _kept_count(value: int, device: torch.device) -> Tensor:
+    return torch.tensor([value], dtype=torch.int64, device=device)
+
+
 def device_scalar(value: int | Tensor, device: torch.device) -> Tensor:
     """A position as ``[1]`` int64 on the device: the caller's own tensor, or a slice of 0, 1, 2, ... kept there."""
     if isinstance(value, Tensor):
         return value
+    value = index(value)
+    if value >= COUNTED:
+        return _kept_count(value, device)
     return _counting(1 << max(16, value.bit_length()), device)[value : value + 1]
 
 
@@ -135,4 +155,5 @@ def _kept_number(value: float, device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)
 def device_seed(seed: int, device: torch.device) -> Tensor:
     """A 64-bit seed as ``[1]`` int64 on the device, bit for bit."""
+    seed = index(seed)
     return torch.tensor([seed - (1 << 64) if seed >= 1 << 63 else seed], dtype=torch.int64, device=device)

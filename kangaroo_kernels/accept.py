@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kangaroo_kernels._chain import chain, follow
 from kangaroo_kernels._launch import MAX_ROWS, device_scalar, require_interpreter
+from kangaroo_kernels.accept_ref import MAX_STOPS, check_step
 
 
 @triton.jit(
@@ -63,16 +64,14 @@ def accept(
     out: Tensor | None = None,
 ) -> Tensor:
     """Compare drafts with the target's tokens; arguments and result as for ``accept_ref.accept``."""
-    most, device = draft.shape[0], draft.device
     require_interpreter("accept", draft)
-    if most >= MAX_ROWS or target.shape != (most + 1,):
+    check_step(draft, target, stop_tokens, length, limit, drafted, out)
+    most, device = len(draft), draft.device
+    if most >= MAX_ROWS or len(stop_tokens) > MAX_STOPS:
         raise ValueError(
-            f"accept: draft is {list(draft.shape)}, target {list(target.shape)}; they must be [R] and [R + 1], "
-            f"R below {MAX_ROWS}."
+            f"accept takes fewer than {MAX_ROWS} drafts and at most {MAX_STOPS} stop tokens, got {most} and "
+            f"{len(stop_tokens)}; its reference takes any number."
         )
-    for name, tokens in (("draft", draft), ("target", target), ("stop_tokens", stop_tokens)):
-        if tokens.dtype != torch.int64 or tokens.ndim != 1 or not tokens.is_contiguous():
-            raise TypeError(f"accept: {name} is {list(tokens.shape)} {tokens.dtype}; it must be one row of int64.")
     counts = device_scalar(most if drafted is None else drafted, device)
     if out is None:
         out = torch.empty(3, dtype=torch.int64, device=device)

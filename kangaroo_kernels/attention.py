@@ -20,7 +20,8 @@ from torch import Tensor
 
 from kangaroo_kernels._cache import cache_layout, row_offsets
 from kangaroo_kernels._chain import chain, follow
-from kangaroo_kernels._launch import MAX_ROWS, check_out, check_position, check_rows, device_scalar
+from kangaroo_kernels._launch import MAX_ROWS, check_flag, check_out, check_position, check_rows, device_scalar
+from kangaroo_kernels.attention_ref import check_max_length
 from kangaroo_kernels.launch_config import launch_config
 
 # Where the splits lie is part of the contract (docs/kernels.md) and never tuned.
@@ -332,20 +333,25 @@ def attention(
     ``max_length`` bounds ``position + M`` (the caches' capacity if None): programs are launched for so many positions,
     and return at once where the text is shorter.
     """
+    if q.ndim != 3:
+        raise ValueError(f"attention: q is {list(q.shape)}; it must be [M, H, D].")
     check_rows("attention", q)
+    check_flag("attention", active, q.device)
     keys = cache_layout("attention", k_cache, block_table, q)
     values = cache_layout("attention", v_cache, block_table, q)
     rows, heads, head_dim = q.shape
-    group = heads // keys.kv_heads
-    if heads % keys.kv_heads or k_cache.shape != v_cache.shape or k_cache.shape[-1] != head_dim or q.stride(2) != 1:
+    group, left = divmod(heads, max(1, keys.kv_heads))
+    no_heads = not heads or not keys.kv_heads
+    if no_heads or left or k_cache.shape != v_cache.shape or k_cache.shape[-1] != head_dim or q.stride(2) != 1:
         raise ValueError(
             f"attention: q is {list(q.shape)}, last stride {q.stride(2)}, the caches {list(k_cache.shape)} and "
             f"{list(v_cache.shape)}; they must be [M, H, D], last stride 1, and two caches of H_kv heads of size D, "
             "H a multiple of H_kv."
         )
     out = check_out("attention", out, (rows, heads * head_dim), q)
+    check_position("attention", position, rows, keys.capacity, q.device)
+    check_max_length(max_length, position, rows)
     splits = count_splits(keys.capacity if max_length is None else min(max_length, keys.capacity))
-    check_position("attention", position, rows, keys.capacity)
     whole = splits == 1
     sums = stats = None
     if not whole:

@@ -31,6 +31,15 @@ def _causal_mask(rows: int, length: int, dtype: torch.dtype, device: torch.devic
     return mask.triu_(length - rows + 1)
 
 
+def check_max_length(max_length: int | None, position: int | Tensor, rows: int) -> None:
+    """Raise for a bound below where the rows end, as far as the host knows the position."""
+    least = 1 if isinstance(position, Tensor) else position + rows
+    if max_length is not None and max_length < least:
+        raise ValueError(
+            f"attention: max_length is {max_length}; it bounds position + M, so it must be at least {least}."
+        )
+
+
 def attention(
     q: Tensor,
     k_cache: Tensor,
@@ -60,7 +69,11 @@ def attention(
 
     Returns:
         ``out``, ``[M, H * D]``, dtype of ``q``.
+
+    Raises:
+        ValueError: a ``max_length`` below ``position + M``, where the position is a number.
     """
+    check_max_length(max_length, position, q.shape[0])
     if is_down(active):
         return unwritten(out, (q.shape[0], q.shape[1] * q.shape[2]), q)
     position = int(position)

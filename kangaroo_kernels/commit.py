@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kangaroo_kernels._chain import chain, follow
 from kangaroo_kernels._launch import MAX_ROWS, require_interpreter
-from kangaroo_kernels.commit_ref import RECORD_HEAD
+from kangaroo_kernels.commit_ref import RECORD_HEAD, check_state
 
 CHUNK = tl.constexpr(1024)
+BLOCK = 2 * MAX_ROWS
 
 
 @triton.jit
@@ -23,7 +24,7 @@ def copy_row(source_ptr, target_ptr, K):
         tl.store(target_ptr + offs, tl.load(source_ptr + offs, mask=offs < K), mask=offs < K)
 
 
-@triton.jit(do_not_specialize=["R", "POSITIONS"])
+@triton.jit(do_not_specialize=["R", "CAPACITY", "POSITIONS"])
 def commit_kernel(
     decision_ptr,  # [3] int64
     target_ptr,  # [R + 1] int64
@@ -37,6 +38,7 @@ def commit_kernel(
     newest_ptr,  # [1, K]
     record_ptr,  # [5 + R + 1] int64
     R,
+    CAPACITY,
     POSITIONS,
     K,
     exit_row_stride,
@@ -57,7 +59,7 @@ def commit_kernel(
     last = tl.load(target_ptr + tl.maximum(count - 1, 0))
     tl.debug_barrier()  # everything is read before anything is written
 
-    tl.store(text_ptr + before + offs, target, mask=offs < count)
+    tl.store(text_ptr + before + offs, target, mask=(offs < count) & (before + offs < CAPACITY))
     tl.store(record_ptr, before)
     tl.store(record_ptr + 1, reached)
     tl.store(record_ptr + 2, agreed)
@@ -89,15 +91,12 @@ def commit(
 ) -> None:
     """Commit one iteration, in place; arguments as for ``commit_ref.commit``."""
     require_interpreter("commit", target)
+    check_state(decision, target, text, length, limit, positions, flags, exit_hidden, embedding, newest, record)
     most = len(target) - 1
-    shapes = {"decision": (decision, 3), "flags": (flags, most + 1), "record": (record, RECORD_HEAD + most + 1)}
-    for name, (tensor, size) in shapes.items():
-        if tensor.shape != (size,):
-            raise ValueError(f"commit: {name} is {list(tensor.shape)}; for {most} drafts it must be [{size}].")
-    if most >= MAX_ROWS or exit_hidden.shape[0] != most + 2:
+    if most >= MAX_ROWS or len(positions) > BLOCK:
         raise ValueError(
-            f"commit: target has {most + 1} rows, exit_hidden {exit_hidden.shape[0]}; they must be R + 1 and R + 2, "
-            f"R below {MAX_ROWS}."
+            f"commit takes fewer than {MAX_ROWS} drafts and at most {BLOCK} positions, got {most} and "
+            f"{len(positions)}; its reference takes any number."
         )
     commit_kernel[(1,)](
         decision,
@@ -112,12 +111,13 @@ def commit(
         newest,
         record,
         most,
+        len(text),
         len(positions),
         exit_hidden.shape[1],
         exit_hidden.stride(0),
         embedding.stride(0),
         RECORD_HEAD=RECORD_HEAD,
-        BLOCK=2 * MAX_ROWS,
+        BLOCK=BLOCK,
         num_warps=4,
         **chain(target),
     )

@@ -111,7 +111,7 @@ def gate_up(
 ) -> Tensor:
     """The MLP up to its down projection; arguments and result as for ``gate_up_ref.gate_up``."""
     matrix, bias = weight_and_bias(weight)
-    check_operands("gate_up", x, norm_weight, matrix)
+    check_operands("gate_up", x, norm_weight, matrix, active)
     if matrix.shape[0] % 2:
         raise ValueError(f"gate_up: the weight has {matrix.shape[0]} rows; it must be as many of gate as of up.")
     inner = matrix.shape[0] // 2

@@ -103,7 +103,7 @@ def linear_residual(
 ) -> Tensor:
     """Project and add; arguments and result as for ``linear_residual_ref.linear_residual``."""
     matrix, bias = weight_and_bias(weight)
-    check_operands("linear_residual", x, None, matrix)
+    check_operands("linear_residual", x, None, matrix, active)
     x = aligned_rows(x)
     shape = (x.shape[0], matrix.shape[0])
     check_out("linear_residual", residual, shape, x, name="residual")

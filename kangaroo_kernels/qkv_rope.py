@@ -192,13 +192,14 @@ def qkv_rope(
 ) -> Tensor:
     """Project M tokens and append their keys and values; arguments and result as for ``qkv_rope_ref.qkv_rope``."""
     matrix, bias = weight_and_bias(weight)
-    check_operands("qkv_rope", x, norm_weight, matrix)
+    check_operands("qkv_rope", x, norm_weight, matrix, active)
     x = aligned_rows(x)
     keys = cache_layout("qkv_rope", k_cache, block_table, x)
     values = cache_layout("qkv_rope", v_cache, block_table, x)
     head_dim = k_cache.shape[-1]
-    heads = matrix.shape[0] // head_dim - 2 * keys.kv_heads
-    if heads < 1 or matrix.shape[0] % head_dim or k_cache.shape != v_cache.shape:
+    heads = matrix.shape[0] // max(1, head_dim) - 2 * keys.kv_heads
+    no_heads = heads < 1 or keys.kv_heads < 1 or head_dim < 1
+    if no_heads or matrix.shape[0] % head_dim or k_cache.shape != v_cache.shape:
         raise ValueError(
             f"qkv_rope: the weight has {matrix.shape[0]} rows, the caches are {list(k_cache.shape)} and "
             f"{list(v_cache.shape)}; they must be (H + 2 * H_kv) * D rows and two caches of H_kv heads of size D."
@@ -207,8 +208,10 @@ def qkv_rope(
     if out.stride(1) != head_dim:
         raise ValueError(f"qkv_rope: out has stride {out.stride(1)} from head to head; it must be {head_dim}.")
     phases = phases_of("qkv_rope", table, head_dim)
+    if phases.device != x.device:
+        raise TypeError(f"qkv_rope: x is on {x.device}, the table on {phases.device}; they must agree.")
     room = min(keys.capacity, phases.shape[0])
-    check_position("qkv_rope", position, x.shape[0], room)
+    check_position("qkv_rope", position, x.shape[0], room, x.device)
     config = launch_config("qkv_rope", matrix.shape[0], matrix.shape[1], x)
     qkv_rope_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
         x,

@@ -36,6 +36,7 @@ from kangaroo_kernels._launch import (
     weight_and_bias,
 )
 from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
+from kangaroo_kernels.check_ref import check_count, check_sampling
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.top1_head_ref import Top1
@@ -326,8 +327,10 @@ def sample_head(
 ) -> Top1:
     """Sample a token for each row; arguments and result as for ``sample_head_ref.sample_head``."""
     matrix, bias = weight_and_bias(weight)
-    check_operands("sample_head", x, norm_weight, matrix)
+    check_operands("sample_head", x, norm_weight, matrix, active)
     x = aligned_rows(x)
+    check_count("sample_head", "position", position, x.device)
+    check_sampling("sample_head", temperature, top_k, top_p, seed, x.device)
     sure = active if sure is None else sure
     out = check_head("sample_head", x, out, threshold, sure, embedding, embedded)
     rows, vocab_size = x.shape[0], matrix.shape[0]

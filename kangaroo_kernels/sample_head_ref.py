@@ -1,4 +1,4 @@
-"""``sample_head``: RMSNorm, LM head, and a sample by Gumbel-max, ``argmax(filter(logits) / T + noise)``.
+"""``sample_head``: RMSNorm, LM head, and a sample by Gumbel-max, ``argmax(filter(logits / T) + noise)``.
 
 Top-k and top-p (Holtzman et al., arXiv 1904.09751) act on the tempered distribution, top-k first, as transformers has
 it. Bytes moved: the head, ``V * K`` elements, once.
@@ -7,6 +7,7 @@ it. Bytes moved: the head, ``V * K`` elements, once.
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.check_ref import check_count, check_sampling
 from kangaroo_kernels.gumbel_ref import gumbel_rows
 from kangaroo_kernels.out_ref import is_down
 from kangaroo_kernels.packed_weight import Weight
@@ -60,14 +61,20 @@ def sample_head(
         weight: ``[V, K]``.
         position: of the first row's new token; a tensor ``[1]`` int64 for a kernel that must not ask the host.
         eps: of the norm.
-        temperature: above 0.
+        temperature: above 0, finite.
         seed: of the noise, from 0 to 2^64 - 1; as a tensor, ``[1]`` int64 of the same bits.
         stream: of the noise; see ``gumbel_ref``.
-        top_k: keep this many tokens; None keeps all.
-        top_p: keep this share of the probability; None keeps all.
+        top_k: keep this many tokens, at least 1; None keeps all.
+        top_p: keep this share of the probability, above 0; None keeps all.
             These three may lie on the device as ``[1]`` float32, int64 and float32: captured work serves all values.
         threshold, active, sure, embedding, embedded, out: as for ``top1_head``.
+
+    Raises:
+        ValueError: a number out of these bounds; what lies on the device is not read.
+        TypeError: a tensor in a number's place that is of another dtype or device.
     """
+    check_count("sample_head", "position", position, x.device)
+    check_sampling("sample_head", temperature, top_k, top_p, seed, x.device)
     if is_down(active):
         return unwritten_top1(out, x)
     logits = lm_head(x, norm_weight, weight, eps=eps)

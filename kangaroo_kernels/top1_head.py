@@ -122,7 +122,7 @@ def top1_head(
 ) -> Top1:
     """The most likely token of each row; arguments and result as for ``top1_head_ref.top1_head``."""
     matrix, bias = weight_and_bias(weight)
-    check_operands("top1_head", x, norm_weight, matrix)
+    check_operands("top1_head", x, norm_weight, matrix, active)
     x = aligned_rows(x)
     sure = active if sure is None else sure
     out = check_head("top1_head", x, out, threshold, sure, embedding, embedded)

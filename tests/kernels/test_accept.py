@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton import knobs
 
+from kangaroo_kernels.accept import MAX_STOPS
 from kangaroo_kernels.accept import accept as kernel
 from kangaroo_kernels.accept_ref import accept as reference
 
@@ -229,22 +230,96 @@ def test_out_is_written_in_place_and_nothing_beside_it(device, accept):
     assert (draft.tolist(), target.tolist(), stop.tolist()) == ([1, 2], [1, 2, 3], [3])
 
 
-@pytest.mark.parametrize(("most", "targets"), [(16, 17), (3, 3), (3, 5), (0, 2)])
-def test_shapes_that_do_not_fit(device, most, targets):
+@EITHER
+@pytest.mark.parametrize(("most", "targets"), [(3, 3), (3, 5), (0, 2), (0, 0)])
+def test_shapes_that_do_not_fit(device, accept, most, targets):
     tokens = torch.zeros(20, dtype=torch.int64, device=device)
-    with pytest.raises(ValueError, match=r"\[R\] and \[R \+ 1\], R below 16"):
-        kernel(tokens[:most], tokens[:targets], tokens[:1], 0, 9)
+    sentence = rf"^accept: draft is \[{most}\], target \[{targets}\]; they must be \[R\] and \[R \+ 1\]\.$"
+    with pytest.raises(ValueError, match=sentence):
+        accept(tokens[:most], tokens[:targets], tokens[:1], 0, 9)
 
 
+@pytest.mark.parametrize(("most", "stops"), [(16, 0), (2, MAX_STOPS + 1)])
+def test_more_than_the_kernel_takes(device, most, stops):
+    tokens = torch.arange(MAX_STOPS + 1, device=device)
+    sentence = rf"^accept takes fewer than 16 drafts and at most {MAX_STOPS} stop tokens, got {most} and {stops}; its"
+    with pytest.raises(ValueError, match=sentence):
+        kernel(tokens[:most], tokens[: most + 1], tokens[:stops], 0, 99)
+    length, stopped = (1, 1) if stops else (most + 1, 0)
+    found = reference(tokens[:most], tokens[: most + 1], tokens[:stops], 0, 99)
+    assert found.tolist() == [most, length, stopped]
+
+
+def test_as_many_stop_tokens_as_the_kernel_takes(device):
+    stops = torch.arange(MAX_STOPS, device=device) + 50
+    for last, stopped in ((49 + MAX_STOPS, 1), (50 + MAX_STOPS, 0)):
+        assert kernel(row([1], device), row([1, last], device), stops, 4, 9).tolist() == [1, 6, stopped]
+
+
+@EITHER
 @pytest.mark.parametrize("name", ["draft", "target", "stop_tokens"])
-def test_tokens_that_are_no_row_of_int64(device, name):
+def test_tokens_that_are_no_row_of_int64(device, accept, name):
     right = {"draft": row([1, 2], device), "target": row([1, 2, 3], device), "stop_tokens": row([3, 4], device)}
-    faults = [right[name].int(), right[name].repeat_interleave(2)[::2]]
-    if name == "stop_tokens":  # two dimensions of the others are another shape
-        faults.append(right[name][None])
-    for fault in faults:
-        with pytest.raises(TypeError, match=f"accept: {name} is"):
-            kernel(**(right | {name: fault}), length=0, limit=9)
+    tokens = right[name]
+    for fault in (tokens.int(), tokens.float(), tokens.repeat_interleave(2)[::2], tokens[None], tokens[0]):
+        with pytest.raises(TypeError, match=f"^accept: {name} is .*; it must be one contiguous row of int64 on "):
+            accept(**(right | {name: fault}), length=0, limit=9)
+    if name != "draft":  # which names the device of all
+        with pytest.raises(TypeError, match=f"^accept: {name} is .* on meta; it must be .* on {device.type}"):
+            accept(**(right | {name: tokens.to("meta")}), length=0, limit=9)
+
+
+@EITHER
+@pytest.mark.parametrize("name", ["length", "limit"])
+def test_lengths_that_are_none(device, accept, name):
+    tokens = row([1, 2, 3], device)
+    for fault in (-1, 5.5, 1 << 63):
+        with pytest.raises(ValueError, match=rf"^accept: {name} is {fault}; it must be a whole number from 0 to 2\^63"):
+            accept(tokens[:2], tokens, tokens[:0], **({"length": 0, "limit": 9} | {name: fault}))
+    for fault in (tokens[:2], tokens[:0], tokens[:1].int(), tokens[:1] + 4.5, tokens[:1].to("meta")):
+        with pytest.raises(TypeError, match=rf"^accept: {name} is \[\d\] .*; it must be \[1\] torch.int64 on "):
+            accept(tokens[:2], tokens, tokens[:0], **({"length": 0, "limit": 9} | {name: fault}))
+
+
+@EITHER
+def test_a_limit_below_the_length(device, accept):
+    tokens = row([1, 2, 3], device)
+    with pytest.raises(ValueError, match=r"^accept: limit is 6; it must not be below the length, 7\.$"):
+        accept(tokens[:2], tokens, tokens[:0], 7, 6)
+    assert accept(tokens[:2], tokens, tokens[:0], 7, 7).tolist() == [2, 7, 0]
+
+
+@EITHER
+def test_no_limit(device, accept):
+    """A number of any size; nothing is made of its size."""
+    tokens = row([1, 2, 3], device)
+    for limit in (1 << 40, (1 << 63) - 1):
+        assert accept(tokens[:2], tokens, tokens[:0], 7, limit).tolist() == [2, 10, 0]
+
+
+@EITHER
+def test_counts_of_drafts_that_are_none(device, accept):
+    tokens = row([1, 2, 3], device)
+    for fault in (-1, 3, 1.5):
+        with pytest.raises(ValueError, match=rf"^accept: drafted is {fault}; it must be a whole number from 0 to 2\.$"):
+            accept(tokens[:2], tokens, tokens[:0], 0, 9, drafted=fault)
+    flags = torch.ones(8, dtype=torch.int32, device=device)
+    for fault in (flags[:3], flags[:2].float(), flags[:2].bool(), flags[:4:2], flags[:2].to("meta")):
+        with pytest.raises(
+            TypeError, match=r"^accept: drafted is \[\d\] .*; it must be a count or at most 2 contiguous"
+        ):
+            accept(tokens[:2], tokens, tokens[:0], 0, 9, drafted=fault)
+    assert accept(tokens[:0], tokens[:1], tokens[:0], 0, 9, drafted=flags[:0]).tolist() == [0, 1, 0]
+    assert accept(tokens[:0], tokens[:1], tokens[:0], 0, 9, drafted=0 * flags[:1]).tolist() == [0, 1, 0]
+
+
+@EITHER
+def test_an_out_that_does_not_fit(device, accept):
+    tokens, out = row([1, 2, 3], device), row([0] * 6, device)
+    for fault in (out[:1], out[:4], out[None, :3], out[::2], out[:3].int(), out[:3].float(), out[:3].to("meta")):
+        with pytest.raises(ValueError, match=r"^accept: out is .*; it must be \[3\] torch.int64 on \S+, last stride 1"):
+            accept(tokens[:2], tokens, tokens[:0], 0, 9, out=fault)
+    assert out.tolist() == [0] * 6
 
 
 def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):

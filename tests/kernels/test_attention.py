@@ -318,6 +318,21 @@ def test_programs_are_launched_for_the_bound(device, monkeypatch, capacity, boun
     assert len(recorded[1].launches) == (splits > 1)
 
 
+@pytest.mark.parametrize("attention", [reference, kernel], ids=["reference", "kernel"])
+def test_a_bound_below_the_rows_is_refused(device, attention):
+    """The programs that would see the last positions are not launched."""
+    q, keys, values = on(device, torch.float32, inputs(3, 4, 2, 16, 400))
+    attention(q, keys, values, 400, scale=0.25, max_length=403)
+    for bound in (402, 100, 0, -1):
+        sentence = rf"^attention: max_length is {bound}; it bounds position \+ M, so it must be at least 403\.$"
+        with pytest.raises(ValueError, match=sentence):
+            attention(q, keys, values, 400, scale=0.25, max_length=bound)
+    position = torch.tensor([400], device=device)  # not read, so what it allows is the caller's to know
+    for bound in (0, -1):
+        with pytest.raises(ValueError, match=f"max_length is {bound}; .* at least 1\\.$"):
+            attention(q, keys, values, position, scale=0.25, max_length=bound)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "position"), [(1, 0), (1, 63), (7, 30), (16, 112), (1, 127)])
 def test_a_larger_bound_changes_no_bit(device, rows, position, dtype):
@@ -628,6 +643,10 @@ def test_arguments_that_do_not_fit(device):
     for error, message, parts, settings in [
         (ValueError, "1 to 16 rows, got 17", (q.repeat(9, 1, 1)[:17], keys, values), {}),
         (ValueError, "1 to 16 rows, got 0", (q[:0], keys, values), {}),
+        (ValueError, r"^attention: q is \[2, 64\]; it must be \[M, H, D\]\.$", (q.flatten(1), keys, values), {}),
+        (ValueError, r"^attention: q is \[\]; it must be \[M, H, D\]\.$", (q[0, 0, 0], keys, values), {}),
+        (ValueError, "multiple of H_kv", (q[:, :0], keys, values), {}),
+        (ValueError, "multiple of H_kv", (q, keys[:0], values[:0]), {}),
         (TypeError, "float32, float16 or bfloat16", (q.double(), keys.double(), values.double()), {}),
         (TypeError, "must agree", (q, keys.half(), values), {}),
         (TypeError, "must agree", (q, keys, values.half()), {}),

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernel_inputs import ROW_STRIDES, drawer, framed, same_bits
@@ -106,7 +107,7 @@ def transposed(weight: Tensor) -> PackedWeight:
     return PackedWeight(weight, None, Layout.TRANSPOSED)
 
 
-Refusal = tuple[str, Callable[[Any], Any], type[Exception], str]
+Refusal = tuple[str, Callable[[Any], Any], type[Exception] | tuple[type[Exception], ...], str]
 """Which argument, what is done to it, the error, and its words."""
 
 PROJECTIONS: list[Refusal] = [
@@ -118,6 +119,8 @@ PROJECTIONS: list[Refusal] = [
     ),
     ("x", lambda x: x[..., None], ValueError, r"x is \[3, 24, 1\] and the weight"),
     ("x", lambda x: x[0, :12], ValueError, r"x is \[12\] and the weight"),
+    ("x", lambda x: x.flatten(), ValueError, r"x is \[72\] and the weight \[\d+, 24\]; they must be"),
+    ("x", lambda x: x[0, 0], ValueError, r"x is \[\] and the weight \[\d+, 24\]; they must be"),
     ("weight", lambda weight: weight[None], ValueError, r"and the weight \[1, \d+, 24\]; they must be"),
     ("weight", every_other, ValueError, "the weight's rows have stride 2 along K; it must be 1"),
     ("weight", Tensor.half, TypeError, r"x is torch.float32 on .*, the weight torch.float16 on .*; they must agree"),
@@ -132,6 +135,7 @@ NORMS: list[Refusal] = [
     ("norm_weight", on_meta, TypeError, "the norm's weight torch.float32 on meta; they must agree"),
 ]
 OUTPUTS_OF_TWO_DIMENSIONS: list[Refusal] = [
+    ("out", lambda out: out[0, 0], ValueError, r"out is \[\] torch.float32 on \S+; it must be \[3, (17|22)\] t"),
     (
         "out",
         lambda out: out[:2],
@@ -149,6 +153,24 @@ RESIDUALS: list[Refusal] = [
     ("residual", Tensor.half, ValueError, "torch.float16.* must be .* torch.float32"),
     ("residual", every_other, ValueError, "last stride 2; it must be .* last stride 1"),
 ]
+FLAGS: list[Refusal] = [
+    ("active", Tensor.long, TypeError, r"active is \[1\] torch.int64 on \S+; it must be \[1\] torch.int32 on"),
+    ("active", lambda active: active[:0], TypeError, r"active is \[0\] torch.int32 on"),
+    ("active", lambda active: active.expand(2), TypeError, r"active is \[2\] torch.int32 on"),
+    ("active", on_meta, TypeError, r"active is \[1\] torch.int32 on meta; it must be \[1\] torch.int32 on (cpu|cuda)"),
+]
+POSITIONS: list[Refusal] = [
+    ("position", lambda _: 2.0, (TypeError, ValueError), r"position is 2\.0; it must be a whole number"),
+    ("position", lambda _: torch.tensor([2.5]), TypeError, r"position is \[1\] torch.float32 on cpu; it must be \[1\]"),
+    (
+        "position",
+        lambda _: torch.tensor([2]).int(),
+        TypeError,
+        r"position is \[1\] torch.int32 on cpu; it must be \[1\]",
+    ),
+    ("position", lambda _: torch.tensor([2, 3]), TypeError, r"position is \[2\] torch.int64 on cpu; it must be \[1\]"),
+    ("position", lambda _: torch.tensor([2], device="meta"), TypeError, r"position is \[1\] torch.int64 on meta; it"),
+]
 CACHES: list[Refusal] = [
     refusal
     for part in ("k_cache", "v_cache")
@@ -156,6 +178,7 @@ CACHES: list[Refusal] = [
         (part, Tensor.half, TypeError, "x is torch.float32 on .*, the cache torch.float16 on .*; they must agree"),
         (part, on_meta, TypeError, "the cache torch.float32 on meta; they must agree"),
         (part, every_other, ValueError, "the cache has stride 2 along its last dimension; it must be 1"),
+        (part, lambda cache: cache[0, 0, 0], ValueError, r"the cache is \[\]; without a block table .* \[H_kv, T, D\]"),
         (part, lambda cache: cache[None], ValueError, r"\[1, 2, 20, 8\]; without a block table .* \[H_kv, T, D\]"),
         (part, lambda cache: cache[:, 1:], ValueError, r"\[2, 19, 8\].* two caches of H_kv heads of size D"),
         (part, lambda cache: cache[1:], ValueError, r"\[1, 20, 8\].* two caches of H_kv heads of size D"),
@@ -171,18 +194,22 @@ HEADS_OF_ROWS: list[Refusal] = [
     ("out", lambda out: torch.cat((out, out), 2)[..., :8], ValueError, "out has stride 16 from head to head; .* be 8"),
     ("table", lambda table: table[..., 1:], ValueError, r"the table is \[20, 1, 3\] .*; make it with rope_table"),
     ("table", every_other, ValueError, r"the table is \[20, 1, 4\] torch.complex64; make it with rope_table"),
+    ("table", on_meta, TypeError, r"x is on (cpu|cuda:\d), the table on meta; they must agree"),
     ("table", torch.angle, ValueError, r"the table is \[20, 1, 4\] torch.float32; make it with rope_table"),
 ]
 CASES = [
-    *(("qkv_rope", *case) for case in PROJECTIONS + NORMS + CACHES + HEADS_OF_ROWS),
-    *(("gate_up", *case) for case in PROJECTIONS + NORMS + OUTPUTS_OF_TWO_DIMENSIONS),
-    *(("linear_residual", *case) for case in PROJECTIONS + RESIDUALS + OUTPUTS_OF_TWO_DIMENSIONS),
+    *(("qkv_rope", *case) for case in PROJECTIONS + NORMS + CACHES + HEADS_OF_ROWS + POSITIONS + FLAGS),
+    *(("gate_up", *case) for case in PROJECTIONS + NORMS + OUTPUTS_OF_TWO_DIMENSIONS + FLAGS),
+    *(("linear_residual", *case) for case in PROJECTIONS + RESIDUALS + OUTPUTS_OF_TWO_DIMENSIONS + FLAGS),
+    *((name, *case) for name in ("attention", "sample_head") for case in POSITIONS + FLAGS),
+    *(("top1_head", *case) for case in FLAGS),
 ]
 
 
 @pytest.mark.parametrize(("name", "part", "change", "error", "message"), CASES, ids=[f"{c[0]}: {c[4]}" for c in CASES])
 def test_refusals(name, part, change, error, message, device):
     given = arguments(name, device)
+    given["active"] = torch.ones(1, dtype=torch.int32, device=device)
     given["out"] = launcher(name)(**given)
     given[part] = change(given[part])
     with pytest.raises(error, match=f"^the weight is {message}" if "Layout" in message else f"^{name}: .*{message}"):
@@ -193,9 +220,10 @@ BLOCKS: list[Refusal] = [
     ("k_cache", lambda cache: cache[0], ValueError, r"\[2, 4, 8\]; with a block .* \[blocks, H_kv, block_size, D\]"),
     ("v_cache", lambda cache: cache[0], ValueError, r"\[2, 4, 8\]; with a block .* \[blocks, H_kv, block_size, D\]"),
     ("v_cache", lambda cache: cache[:, :, 1:], ValueError, r"\[5, 2, 4, 8\] and \[5, 2, 3, 8\]; they must be"),
-    ("block_table", Tensor.long, TypeError, r"the block table is \[5\] torch.int64; .* one contiguous row of int32"),
-    ("block_table", lambda table: table[None], TypeError, r"the block table is \[1, 5\] torch.int32; it must be one"),
-    ("block_table", every_other, TypeError, r"the block table is \[5\] torch.int32; it must be one contiguous row"),
+    ("block_table", Tensor.long, TypeError, r"the block table is \[5\] torch.int64 on .* one contiguous row of int32"),
+    ("block_table", lambda table: table[None], TypeError, r"the block table is \[1, 5\] torch.int32 on .* must be one"),
+    ("block_table", every_other, TypeError, r"the block table is \[5\] torch.int32 on .* one contiguous row"),
+    ("block_table", on_meta, TypeError, r"the block table is \[5\] torch.int32 on meta; .* of int32 on (cpu|cuda)"),
     ("block_table", lambda _: None, ValueError, r"the cache is \[5, 2, 4, 8\]; without a block table it must be"),
 ]
 
@@ -361,12 +389,27 @@ def test_a_step_is_512_bytes():
 # ---- numbers for the device
 
 
-@pytest.mark.parametrize("value", [0, 1, 17, 65535, 65536, 131071, 131072, 1 << 20])
+@pytest.mark.parametrize("value", [0, 1, 17, 65535, 65536, 131071, 131072, 1 << 20, 1 << 40, (1 << 63) - 1])
 def test_an_int_becomes_a_tensor_on_the_device(value, device):
     scalar = device_scalar(value, device)
     assert (scalar.dtype, scalar.shape, scalar.device.type) == (torch.int64, (1,), device.type)
     assert int(scalar) == value
     assert device_scalar(value, device).data_ptr() == scalar.data_ptr()  # nothing is uploaded again
+
+
+def test_a_number_without_bound_takes_no_memory(device, monkeypatch):
+    """Counting up to it would."""
+    sizes = []
+    arange = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *args, **settings: sizes.append(args[0]) or arange(*args, **settings))
+    device_scalar(12_345_678_901, device)
+    device_scalar(1 << 20, device)
+    assert not sizes
+
+
+def test_numbers_of_numpy_are_numbers(device):
+    assert int(device_scalar(np.int64(70_001), device)) == 70_001
+    assert int(device_seed(np.uint64((1 << 63) + 5), device)) == 5 - (1 << 63)
 
 
 def test_a_tensor_stays_the_callers_own(device):
@@ -429,6 +472,14 @@ def test_a_bias_that_does_not_fit_is_refused(name, kind, device):
     given["weight"] = PackedWeight(weight, bad_biases(weight.shape[0])[kind].to(device), Layout.ROWS)
     with pytest.raises(ValueError, match=r"the bias is .* it must be \[\d+\] torch.float32 on \S+, stride 1"):
         launcher(name)(**given)
+
+
+@pytest.mark.parametrize("caches", [(0, CAPACITY, HEAD_DIM), (KV_HEADS, CAPACITY, 0)])
+def test_caches_of_no_heads_are_refused(caches, device):
+    given = arguments("qkv_rope", device)
+    given["k_cache"] = given["v_cache"] = torch.zeros(caches, device=device)
+    with pytest.raises(ValueError, match=r"^qkv_rope: the weight has 64 rows.* two caches of H_kv heads of size D"):
+        launcher("qkv_rope")(**given)
 
 
 def test_gate_and_up_are_as_many(device):

@@ -1,3 +1,4 @@
+import re
 from itertools import permutations
 
 import numpy as np
@@ -747,6 +748,53 @@ def test_arguments_that_do_not_fit(device):
     ]:
         with pytest.raises(ValueError, match=message):
             kernel(*arguments, 3, eps=1e-5, temperature=1.0, seed=1, **settings)
+
+
+NO_NUMBERS = [
+    *(
+        ("temperature", value, "above 0 and finite, as a float32")
+        for value in (0, 0.0, -1.0, NAN, INFINITY, 1e-46, 1e39)
+    ),
+    *(("top_k", value, "a whole number of at least 1, or None to keep all") for value in (0, -3, 2.5)),
+    *(("top_p", value, "above 0, or None to keep all") for value in (0, 0.0, -0.5, NAN)),
+    *(("seed", value, r"a whole number from 0 to 2\^64 - 1, or \[1\] int64") for value in (-1, 2**64, 1.5)),
+    *(("position", value, r"a whole number from 0 to 2\^63 - 1, or \[1\] int64") for value in (-1, 2**63, 1.5)),
+]
+
+
+@EITHER
+@pytest.mark.parametrize(("name", "value", "right"), NO_NUMBERS, ids=[f"{case[0]}={case[1]}" for case in NO_NUMBERS])
+def test_numbers_that_draw_no_token(device, sample_head, name, value, right):
+    """A temperature of 0 or infinity, for one, gave a token outside of the vocabulary."""
+    x, norm, head = problem(device, 2, 67)
+    settings = {"position": 3, "temperature": 1.0, "seed": 1, name: value}
+    with pytest.raises(ValueError, match=rf"^sample_head: {name} is {re.escape(str(value))}; it must be {right}\.$"):
+        sample_head(x, norm, head, eps=1e-5, **settings)
+
+
+@EITHER
+def test_numbers_at_their_bounds(device, sample_head):
+    x, norm, head = problem(device, 2, 67)
+    draw = {"eps": 1e-5, "temperature": 1.0, "seed": 1}
+    for settings in ({"seed": 0}, {"seed": 2**64 - 1}, {"top_k": 1}, {"top_p": 1e-40}, {"temperature": 1e30}):
+        token = sample_head(x, norm, head, 0, **draw | settings).token
+        assert ((token >= 0) & (token < 67)).all()
+    wanted = sample_head(x, norm, head, 0, **draw)
+    for settings in ({"top_k": 67}, {"top_k": 2**62}, {"top_p": 1.0}, {"top_p": INFINITY}):
+        assert same(sample_head(x, norm, head, 0, **draw | settings), wanted)
+
+
+@EITHER
+@pytest.mark.parametrize("name", ["temperature", "top_k", "top_p", "seed", "position"])
+def test_numbers_on_the_device_of_another_kind(device, sample_head, name):
+    """They are not read; what can be told without is."""
+    x, norm, head = problem(device, 2, 67)
+    settings = {"position": 3, "temperature": 1.0, "seed": 1, "eps": 1e-5}
+    right = on_device({"temperature": 1.0, "top_p": 0.9}.get(name, 3), device)
+    sample_head(x, norm, head, **settings | {name: right})
+    for fault in (right.double() if right.is_floating_point() else right.int(), right.expand(2), right.to("meta")):
+        with pytest.raises(TypeError, match=rf"^sample_head: {name} is \[.\] .*; it must be \[1\] {right.dtype} on "):
+            sample_head(x, norm, head, **settings | {name: fault})
 
 
 @pytest.mark.gpu
