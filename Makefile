@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/kangaroo demo
 
 test: .venv/installed $(OLDER_TRITON)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # what a file compiles is compiled once
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from kangaroo_kernels._head import TileResults
 from kangaroo_kernels._launch import MAX_ROWS, VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
 from kangaroo_kernels._stream import BLOCK_M, K_STEP_BYTES
 from kangaroo_kernels.attention import MAX_PACKED_ROWS, TILE, count_splits
-from kangaroo_kernels.draft_loop_ref import AttentionBlock, DraftModel
+from kangaroo_kernels.draft_loop_ref import WIDEST_HEAD, AttentionBlock, DraftModel
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.qkv_rope import phases_of
@@ -199,6 +199,12 @@ class DraftLoop:
         (vocab_size, K), inner = model.embedding.shape, weight_and_bias(model.layers[0].gate_up)[0].shape[0] // 2
         self.shape, self.adapter_shape = shape_of(model.layers[0].attention, x), shape_of(model.adapter, x)
         shapes = self.shape, self.adapter_shape
+        widest = max(each.head_dim for each in shapes)
+        if x.device.type != "cpu" and (x.dtype == torch.float32 or widest > WIDEST_HEAD):
+            raise refuse(
+                f"the weights are {x.dtype}, the heads {widest} wide; its bits are those of the stage kernels in "
+                f"float16 and bfloat16 with heads of at most {WIDEST_HEAD}. Draft step by step."
+            )
         self.head = matrix_of("the head", x, model.norm, model.head, (vocab_size, K))
         self._fill_table(x, inner)
 

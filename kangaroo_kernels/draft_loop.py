@@ -43,6 +43,7 @@ from kangaroo_kernels._head import merge_row
 from kangaroo_kernels._launch import device_number, device_seed, step_of
 from kangaroo_kernels._stream import BLOCK_M
 from kangaroo_kernels.attention import TILE
+from kangaroo_kernels.check_ref import check_sampling
 from kangaroo_kernels.draft_loop_ref import DraftModel
 from kangaroo_kernels.gate_up import gate_up_tile
 from kangaroo_kernels.linear_residual import linear_residual_tile
@@ -494,6 +495,8 @@ def draft_loop(
     loop = DraftLoop(model, most) if prepared is None else prepared
     out = loop.check(model, flags, positions, newest, exit_hidden, out)
     sampled = temperature is not None
+    if temperature is not None:
+        check_sampling("draft_loop", temperature, top_k, top_p, seed, newest.device)
     vocab_size, K = model.embedding.shape
     if sampled and (real_filter(top_k, vocab_size) is not None or real_filter(top_p, 1.0) is not None):
         raise ValueError(

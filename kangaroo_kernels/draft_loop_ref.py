@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels.attention_ref import attention
+from kangaroo_kernels.check_ref import check_sampling
 from kangaroo_kernels.gate_up_ref import gate_up
 from kangaroo_kernels.linear_residual_ref import linear_residual
 from kangaroo_kernels.out_ref import is_down
@@ -21,6 +22,9 @@ from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.qkv_rope_ref import qkv_rope
 from kangaroo_kernels.sample_head_ref import sample_head
 from kangaroo_kernels.top1_head_ref import Top1, top1_head
+
+WIDEST_HEAD = 128
+"""Of the kernel on a GPU, in 16 bits: beyond them the stages' attention has 8 warps, which sum in another order."""
 
 
 class AttentionBlock(NamedTuple):
@@ -134,6 +138,8 @@ def draft_loop(
     most, device = len(flags) - 1, newest.device
     if out is None:
         out = Top1(torch.empty(most, dtype=torch.int64, device=device), torch.empty(most, device=device))
+    if temperature is not None:
+        check_sampling("draft_loop", temperature, top_k, top_p, seed, device)
     if is_down(flags[0]):
         return out
     newest_position = int(positions[0]) + 1

@@ -67,7 +67,9 @@ def finish(process: subprocess.Popen[str]) -> Any:
 @pytest.fixture(scope="module")
 def results() -> Iterator[Callable[[str], Any]]:
     """What each of the runs, ``SUMS``, ``ONES`` and ``BAD`` printed; they all go on side by side."""
-    started = {"bad": start("-c", BAD), "sums": start("-c", SUMS), "ones": start("-c", ONES)}
+    started = {"bad": start("-c", BAD), "sums": start("-c", SUMS, "--warps"), "ones": start("-c", ONES)}
+    if OLDER_TRITON.is_dir():
+        started["sums under Triton 3.6"] = start("-c", SUMS, triton=OLDER_TRITON)
     for name, options in RUNS.items():
         triton = OLDER_TRITON if name.startswith("Triton") else None
         if triton is None or triton.is_dir():
@@ -332,6 +334,7 @@ def test_one_binary_for_any_number_of_rows(rows: list[Row]) -> None:
 
 SUMS = """
 import json
+import sys
 from importlib import import_module
 
 import torch
@@ -342,9 +345,10 @@ from kangaroo_kernels import launch_config
 from kangaroo_kernels.launch_config import configured_by
 from kangaroo_kernels.workloads import MODELS, Settings
 
-shape, settings = MODELS[1], Settings(1, 4096, torch.bfloat16, META)
+settings = Settings(1, 4096, torch.bfloat16, META)
+names = ("draft step", "draft loop", "sampling draft head", "sampling draft loop")
 
-def sums_of(name, launches):
+def sums_of(shape, name, launches):
     found = {}
     for step in STEPS:
         for each in step.calls(shape, settings) if step.name == name else ():
@@ -358,19 +362,20 @@ def sums_of(name, launches):
 found = {}
 for architecture in (80, 90):
     with compile_only(architecture) as launches:
-        names = ("draft step", "draft loop", "sampling draft head", "sampling draft loop")
-        found[f"sm_{architecture}"] = {name: sums_of(name, launches) for name in names}
-        shipped = launch_config._pickers[-1]
-        with configured_by(lambda *place: shipped(*place)._replace(num_warps=8)):
-            found[f"sm_{architecture}"]["eight warps"] = sums_of("draft step", launches)
+        for shape in MODELS:
+            found[f"{shape.name} sm_{architecture}"] = {name: sums_of(shape, name, launches) for name in names}
+        if "--warps" in sys.argv:
+            shipped = launch_config._pickers[-1]
+            with configured_by(lambda *place: shipped(*place)._replace(num_warps=8)):
+                found[f"{shape.name} sm_{architecture}"]["eight warps"] = sums_of(shape, "draft step", launches)
 print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def sums(results: Callable[[str], Any]) -> Any:
-    """How the sums of Llama-3.1-8B's drafting step and loop lie across threads, by place in the source."""
-    return results("sums")
+@pytest.fixture(scope="module", params=["sums", "sums under Triton 3.6"])
+def sums(request: pytest.FixtureRequest, results: Callable[[str], Any]) -> Any:
+    """How the sums of a drafting step and loop lie across threads, by place in the source, for each model."""
+    return results(request.param)
 
 
 def sums_that_differ(stages: dict[str, list[str]], loop: dict[str, list[str]]) -> set[str]:
@@ -389,23 +394,24 @@ def sums_that_differ(stages: dict[str, list[str]], loop: dict[str, list[str]]) -
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("stages", "loop", "count"),
     [("draft step", "draft loop", 14), ("sampling draft head", "sampling draft loop", 4)],
 )
 def test_the_drafting_loop_adds_as_its_stages_do(
-    sums: Any, stages: str, loop: str, count: int, architecture: str
+    sums: Any, stages: str, loop: str, count: int, model: str, architecture: str
 ) -> None:
     """All but the order of a sum is theirs by construction; that follows from how the compiler lays tiles out."""
-    found = sums[architecture]
+    found = sums[f"{model} {architecture}"]
     assert len(found[stages]) == count
     assert len(found[loop]) == 14
     assert sums_that_differ(found[stages], found[loop]) == set()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_another_number_of_warps_is_found(sums: Any, architecture: str) -> None:
-    found = sums[architecture]
+def test_another_number_of_warps_is_found(results: Callable[[str], Any], architecture: str) -> None:
+    found = results("sums")[f"Llama-3.2-1B {architecture}"]
     streaming = {"qkv_rope.py", "attention.py", "linear_residual.py", "gate_up.py", "top1_head.py"}
     assert sums_that_differ(found["eight warps"], found["draft loop"]) >= streaming
 

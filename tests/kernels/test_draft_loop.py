@@ -2,224 +2,39 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from kernel_inputs import drawer, same_bits
+from draft_steps import (
+    CAPACITY,
+    FEW_POLLS,
+    HIDDEN,
+    INNER,
+    NAN,
+    VOCAB,
+    Step,
+    begin,
+    blocks_of,
+    by,
+    by_stages,
+    draft,
+    make_model,
+    same,
+    with_caches,
+)
+from kernel_inputs import same_bits
 from torch import Tensor
 
 from kangaroo_kernels import draft_loop_ref
 from kangaroo_kernels._grid import BROKEN, COUNTER, ERROR, LEFT, STATE_WORDS, arrive, leave, wait
 from kangaroo_kernels._launch import weight_and_bias
-from kangaroo_kernels.attention import attention, count_splits
+from kangaroo_kernels.attention import count_splits
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop, prepare_draft_loop
-from kangaroo_kernels.draft_loop_ref import AttentionBlock, DraftModel, Layer
-from kangaroo_kernels.gate_up import gate_up
-from kangaroo_kernels.linear_residual import linear_residual
-from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
-from kangaroo_kernels.qkv_rope import qkv_rope
-from kangaroo_kernels.qkv_rope_ref import rope_table
-from kangaroo_kernels.sample_head import sample_head
-from kangaroo_kernels.top1_head import top1_head
+from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.top1_head_ref import Top1
-
-HIDDEN, INNER, VOCAB, CAPACITY = 40, 56, 67, 320
-NAN = float("nan")
-FEW_POLLS: dict[str, Any] = {} if torch.cuda.is_available() else {"polls": 20}
-"""A broken barrier is then an error at once; in the interpreter nobody has to wait for another."""
-
-
-# ---- a drafter, and what a step begins with
-
-
-def make_model(
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    layers: int = 2,
-    biases: tuple[str, ...] = ("qkv", "output", "gate_up", "down", "adapter's qkv", "head"),
-    heads: tuple[int, int, int] = (4, 2, 8),
-    adapter_heads: tuple[int, int, int] = (4, 2, 8),
-    capacity: int = CAPACITY,
-    adapter_capacity: int | None = None,
-) -> DraftModel:
-    """A small drafter; no size is a multiple of a tile. ``heads``: H, H_kv, D. Caches are NaN but for what is drawn."""
-    draw = drawer(layers, dtype, device)
-
-    def weight(name: str, rows: int, columns: int) -> Weight:
-        bias = draw(rows, scale=0.3) if name in biases else None
-        return PackedWeight(draw(rows, columns, scale=columns**-0.5), bias, Layout.ROWS)
-
-    def tables(head_dim: int, base: float, capacity: int = capacity) -> Tensor:
-        return rope_table(base ** -torch.linspace(0, 1, head_dim // 2, device=device), capacity)
-
-    def block(shape: tuple[int, int, int], table: Tensor, whose: str = "") -> AttentionBlock:
-        query_heads, kv_heads, head_dim = shape
-        caches = [draw(kv_heads, len(table), head_dim) for _ in range(2)]
-        qkv = weight(f"{whose}qkv", (query_heads + 2 * kv_heads) * head_dim, HIDDEN)
-        projection = weight(f"{whose}output", HIDDEN, query_heads * head_dim)
-        return AttentionBlock(1 + draw(HIDDEN, scale=0.1), qkv, projection, *caches, table, 1e-5, head_dim**-0.5)
-
-    table = tables(heads[2], 1e2)
-    blocks = [
-        Layer(
-            block(heads, table),
-            1 + draw(HIDDEN, scale=0.1),
-            weight("gate_up", 2 * INNER, HIDDEN),
-            weight("down", HIDDEN, INNER),
-        )
-        for _ in range(layers)
-    ]
-    own_table = tables(adapter_heads[2], 1e3, adapter_capacity or capacity)
-    adapter = block(adapter_heads, own_table, "adapter's ")._replace(eps=1e-6)
-    head = weight("head", VOCAB, HIDDEN)
-    return DraftModel(tuple(blocks), adapter, 1 + draw(HIDDEN, scale=0.1), head, 1e-4, draw(VOCAB, HIDDEN))
-
-
-class Step(NamedTuple):
-    """What a drafting loop is given, and what it leaves."""
-
-    flags: Tensor
-    positions: Tensor
-    newest: Tensor
-    exit_hidden: Tensor
-    out: Top1
-    caches: list[Tensor]
-
-
-def blocks_of(model: DraftModel) -> list[AttentionBlock]:
-    return [*(layer.attention for layer in model.layers), model.adapter]
-
-
-def caches_of(model: DraftModel) -> list[Tensor]:
-    return [cache for block in blocks_of(model) for cache in (block.k_cache, block.v_cache)]
-
-
-def with_caches(model: DraftModel, caches: list[Tensor]) -> DraftModel:
-    pairs = list(zip(caches[::2], caches[1::2], strict=True))
-    layers = [
-        layer._replace(attention=layer.attention._replace(k_cache=k, v_cache=v))
-        for layer, (k, v) in zip(model.layers, pairs[:-1], strict=True)
-    ]
-    k, v = pairs[-1]
-    return model._replace(layers=tuple(layers), adapter=model.adapter._replace(k_cache=k, v_cache=v))
-
-
-def begin(model: DraftModel, most: int, before: int) -> Step:
-    """The newest token is at ``before + 1``; whatever is not to be read is NaN, whatever is to be written, too."""
-    device, dtype = model.embedding.device, model.embedding.dtype
-    draw = drawer(4, dtype, device)  # so that the third of six drafts is the least sure
-    caches = [cache.clone() for cache in caches_of(model)]
-    for cache in caches:
-        cache[:, before + 1 :] = NAN
-    if before >= 0:  # the adapter lags by one
-        for cache in caches[-2:]:
-            cache[:, before:] = NAN
-    exit_hidden = draw(most + 2, HIDDEN)
-    exit_hidden[1:] = NAN
-    flags = torch.full((most + 1,), -7, dtype=torch.int32, device=device)
-    flags[0] = 1
-    out = Top1(torch.full((most,), -5, dtype=torch.int64, device=device), torch.full((most,), NAN, device=device))
-    positions = torch.arange(before, before + most + 3, device=device)
-    return Step(flags, positions, draw(1, HIDDEN), exit_hidden, out, caches)
-
-
-def same(one: Step, other: Step) -> None:
-    for name in ("flags", "newest", "exit_hidden"):
-        mine, theirs = getattr(one, name), getattr(other, name)
-        assert torch.equal(mine, theirs) if mine.dtype == torch.int32 else same_bits(mine, theirs), name
-    assert torch.equal(one.out.token, other.out.token)
-    assert same_bits(one.out.confidence, other.out.confidence)
-    for index, (mine, theirs) in enumerate(zip(one.caches, other.caches, strict=True)):
-        assert same_bits(mine, theirs), f"cache {index}"
-
-
-# ---- three ways to draft
-
-
-def by_stages(
-    model: DraftModel, step: Step, *, threshold: float, temperature: float | None = None, **sampling: Any
-) -> None:
-    """The stage launchers one after the other, as a captured graph has them: each under the flag of its step."""
-    model = with_caches(model, step.caches)
-    most = len(step.flags) - 1
-
-    def attend(block: AttentionBlock, x: Tensor, position: Tensor, active: Tensor) -> Tensor:
-        caches = block.k_cache, block.v_cache
-        q = qkv_rope(x, block.norm, block.qkv, block.table, *caches, position, eps=block.eps, active=active)
-        mixed = attention(q, *caches, position, scale=block.scale, active=active)
-        return linear_residual(mixed, block.output, x, active=active)
-
-    for drafted in range(most + 1):
-        # the row of a draft is computed where that draft was begun, for the last one is verified, too
-        active = step.flags[max(drafted - 1, 0) :][:1]
-        if not int(active):
-            break
-        hidden, position = step.newest, step.positions[drafted + 1 :][:1]
-        for layer in model.layers:
-            hidden = attend(layer.attention, hidden, position, active)
-            inner = gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=layer.attention.eps, active=active)
-            hidden = linear_residual(inner, layer.down, hidden, active=active)
-        step.exit_hidden[drafted + 1] = hidden[0]
-        active = step.flags[drafted:][:1]
-        if drafted == most or not int(active):
-            break
-        first = 0 if drafted == 0 else drafted + 1
-        rows = step.exit_hidden[first : drafted + 2]
-        hidden = attend(model.adapter, rows, step.positions[first:][:1], active)[-1:]
-        settings = {
-            "eps": model.eps,
-            "threshold": threshold,
-            "active": active,
-            "sure": step.flags[drafted + 1 :][:1],
-            "embedding": model.embedding,
-            "embedded": step.newest,
-            "out": Top1(step.out.token[drafted:][:1], step.out.confidence[drafted:][:1]),
-        }
-        if temperature is None:
-            top1_head(hidden, model.norm, model.head, **settings)
-        else:
-            noise_at = step.positions[drafted + 2 :][:1]
-            sample_head(hidden, model.norm, model.head, noise_at, temperature=temperature, **sampling, **settings)
-
-
-def by(operation: Callable[..., Top1], model: DraftModel, step: Step, **settings: Any) -> None:
-    """The operation itself, kernel or reference."""
-    out = operation(with_caches(model, step.caches), *step[:4], out=step.out, **settings)
-    assert out.token.data_ptr() == step.out.token.data_ptr()
-
-
-def draft(model: DraftModel, most: int, before: int, **settings: Any) -> tuple[Step, int]:
-    """A step of the kernel, its bits those of the stages, its tokens those of the reference; how many it drafted."""
-    kernel, stages, reference = (begin(model, most, before) for _ in range(3))
-    drafted_model = with_caches(model, kernel.caches)
-    loop = DraftLoop(drafted_model, most, **FEW_POLLS)
-    poison(loop)
-    draft_loop(drafted_model, *kernel[:4], prepared=loop, out=kernel.out, **settings)
-    assert not loop.state.any()  # as it began: a graph launches it again
-    by_stages(model, stages, **settings)
-    same(kernel, stages)
-    by(draft_loop_ref.draft_loop, model, reference, **settings)
-    assert torch.equal(kernel.flags, reference.flags)
-    assert torch.equal(kernel.out.token, reference.out.token)
-    close = {"rtol": 0, "atol": 2e-2 if model.embedding.dtype == torch.float16 else 1e-4, "equal_nan": True}
-    torch.testing.assert_close(kernel.out.confidence, reference.out.confidence, **close)
-    torch.testing.assert_close(kernel.exit_hidden, reference.exit_hidden, **close)
-    for mine, theirs in zip(kernel.caches, reference.caches, strict=True):
-        torch.testing.assert_close(mine, theirs, **close)
-    return kernel, int((kernel.out.token >= 0).sum())
-
-
-def poison(loop: DraftLoop) -> None:
-    """NaN in every workspace: nothing is read before it is written."""
-    for value in (loop.q, loop.sums, loop.stats, loop.mixed, loop.hidden, loop.inner, loop.adapted):
-        value.fill_(NAN)
-    for _, results in loop.heads:
-        for tile in (results.scores, results.largest, results.sums):
-            tile.fill_(NAN)
-
 
 # ---- the bits of the stages
 
@@ -479,6 +294,7 @@ def refusals() -> dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exceptio
     return {
         "top-k": (change(temperature=1.0, top_k=5), ValueError, "top_k 5 and top_p None need a whole row of logits"),
         "top-p": (change(temperature=1.0, top_p=0.9), ValueError, "draft with the stage kernels"),
+        "temperature": (change(temperature=0.0), ValueError, "draft_loop: temperature is 0.0; it must be"),
         "no drafts": (
             reshape("flags", lambda x: x[:1]),
             ValueError,
@@ -551,6 +367,14 @@ def test_another_model_than_it_was_prepared_for(device):
         draft_loop(model, step.flags[:3], *step[1:4], threshold=0.5, prepared=loop)
 
 
+@pytest.mark.parametrize("other", [{"dtype": torch.float32}, {"heads": (2, 1, 256)}, {"adapter_heads": (2, 1, 256)}])
+def test_on_a_gpu_it_takes_what_sums_as_the_stages_do(other):
+    """Decided before anything is launched; a device that holds nothing will do."""
+    given = {"dtype": torch.float16, **other}
+    with pytest.raises(ValueError, match="its bits are those of the stage kernels in float16 and bfloat16 with heads"):
+        prepare_draft_loop(make_model(torch.device("meta"), **given), 3)
+
+
 def test_no_interpreter(device, monkeypatch):
     if device.type != "cpu":
         pytest.skip("a GPU needs none")
@@ -565,7 +389,7 @@ def test_no_interpreter(device, monkeypatch):
 # ---- on a GPU
 
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.gpu

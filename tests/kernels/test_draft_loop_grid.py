@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from draft_steps import Step, begin, by_stages, make_model, poison, same, with_caches
 from side_by_side import side_by_side
-from test_draft_loop import Step, begin, by_stages, make_model, poison, same, with_caches
 
 from kangaroo_kernels._draft_stages import ATTEND, CHOOSE, DOWN, GATE_UP, HEAD, MERGE, OUTPUT, QKV
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop
