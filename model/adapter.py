@@ -13,7 +13,7 @@ from torch import Tensor
 from .cache import KVCache
 from .config import LlamaConfig, load_config_values, parse_config
 from .errors import KangarooError
-from .llama import AttentionBlock, Llama, RotaryTable
+from .llama import AttentionBlock, Llama
 from .weights import AdapterWeights, load_adapter
 
 PAPER_NUM_SPECULATIVE_TOKENS = 6
@@ -82,7 +82,6 @@ class Adapter:
         self.config, self.target = config, target
         self.norm = weights.norm
         self.block = AttentionBlock(config.llama, weights.attention, target.operations)
-        self.rotary = RotaryTable(config.llama, target.device)
 
     @classmethod
     def load(cls, folder: Path, target: Llama, exit_layer: int | None = None) -> "Adapter":
@@ -113,4 +112,4 @@ class Adapter:
         ``position``, ``reach`` and ``active`` are those of ``Llama.run``.
         """
         keys, values = cache.keys[0], cache.values[0]
-        return self.block(exit_hidden, keys, values, position, self.rotary.phases, reach=reach, active=active)
+        return self.block(exit_hidden, keys, values, position, cache.phases, reach=reach, active=active)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.qkv_rope_ref import rope_table
+
 from .config import LlamaConfig
 
 GRANULE = 64
@@ -16,25 +18,37 @@ def roomy(length: int) -> int:
 
 
 class KVCache:
-    """Keys and values of ``layers`` attention layers.
+    """Keys and values of ``layers`` attention layers, and the RoPE phases of their positions.
 
     Attributes:
         keys: one ``[H_kv, capacity, D]`` a layer; rows beyond the text's length hold whatever was there.
         values: likewise.
+        phases: ``[capacity, 1, D / 2]`` complex64, made again only when a text needs more of them or other ones.
     """
 
     def __init__(self, config: LlamaConfig, layers: int, device: torch.device, dtype: torch.dtype) -> None:
         self.layers, self.device, self.dtype = layers, device, dtype
-        self.shape = (config.num_key_value_heads, config.head_dim)
-        self.capacity = 0
+        self.config, self.shape = config, (config.num_key_value_heads, config.head_dim)
+        self.capacity = self._scaled_for = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.phases = torch.empty(0)
 
-    def reserve(self, length: int) -> None:
-        """Make room for ``length`` positions; what the cache held is lost if it has to grow."""
-        if length <= self.capacity:
-            return
-        self.capacity = roomy(length)
+    def reserve(self, length: int, text_length: int | None = None) -> None:
+        """Make room for ``length`` positions; what the cache held is lost if it has to grow.
+
+        ``text_length`` is how long the text may become, which dynamic RoPE depends on; None means ``length``.
+        """
+        if length > self.capacity:
+            self._grow(roomy(length))
+        longest = length if text_length is None else text_length
+        scaled_for = longest if self.config.rope.rope_type == "dynamic" else 0
+        if self.capacity > len(self.phases) or scaled_for != self._scaled_for:
+            self.phases = rope_table(self.config.inv_freq(longest).to(self.device), self.capacity)
+            self._scaled_for = scaled_for
+
+    def _grow(self, capacity: int) -> None:
+        self.capacity = capacity
         heads, head_dim = self.shape
         self.keys, self.values = [], []  # the old memory goes before the new comes
         store = torch.empty(2, self.layers, heads, self.capacity, head_dim, device=self.device, dtype=self.dtype)

@@ -120,16 +120,14 @@ class DecodeStats:
 def prefill(target: Llama, drafter: Drafter | None, state: TextState, length: int, max_drafts: int) -> None:
     """Fill all caches for every token but the last, and make room for a text of ``length`` tokens."""
     reach = length + max_drafts + 1  # drafts beyond the limit still write their rows
-    state.cache.reserve(reach)
-    target.rotary.reserve(state.cache.capacity, length)
+    state.cache.reserve(reach, length)
     tokens = state.tokens[:-1]
     hidden = target.embed(tokens) if tokens else None
     first = 0
     if drafter is not None:
         assert state.adapter_cache is not None
         adapter = drafter.adapter
-        state.adapter_cache.reserve(reach)
-        adapter.rotary.reserve(state.adapter_cache.capacity, length)
+        state.adapter_cache.reserve(reach, length)
         state.exit_hidden = target.weights.embedding.new_zeros(1 + max_drafts + 1, target.config.hidden_size)
         state.adapter_length = len(tokens)
         if hidden is not None:
@@ -213,7 +211,7 @@ def device_steps(
         lag = 1 if runner.device.type == "cuda" else 0
     rows = iteration.max_drafts + 1
     mailbox = Mailbox(iteration.report, lag + 1)
-    while True:
+    while len(state.tokens) < length:
         while len(mailbox) <= lag and len(state.tokens) + len(mailbox) < length:  # each commits a token at least
             reach = bucket(len(state.tokens) + (len(mailbox) + 1) * rows, state.cache.capacity)
             runner.run((iteration.key, reach), partial(iteration.run, reach))
@@ -227,7 +225,7 @@ def device_steps(
             raise RuntimeError("an iteration committed nothing; the device memory of this decode is damaged.")
         state.tokens += step.tokens
         yield step
-        if step.stopped or len(state.tokens) == length:
+        if step.stopped:
             return
 
 

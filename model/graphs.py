@@ -50,7 +50,7 @@ class GraphRunner:
         self.device = device
         self.captures = capture and device.type == "cuda"
         self._buffers: dict[str, Tensor] = {}
-        self._relied_on: dict[str, tuple[int, ...]] = {}
+        self._relied_on: dict[str, tuple[tuple[object, ...], ...]] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -81,11 +81,11 @@ class GraphRunner:
         return self._buffers[name]
 
     def rely_on(self, name: str, *tensors: Tensor) -> None:
-        """Name memory that work reads and others own; where any of it has moved since, every graph is dropped."""
-        addresses = tuple(tensor.data_ptr() for tensor in tensors)
-        if self._relied_on.get(name, addresses) != addresses:
+        """Name memory that work reads and others own; where any has moved or changed shape, every graph is dropped."""
+        memory = tuple((tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors)
+        if self._relied_on.get(name, memory) != memory:
             self.clear()
-        self._relied_on[name] = addresses
+        self._relied_on[name] = memory
 
     def keep(self, name: str, make: Callable[[], Kept]) -> Kept:
         """What ``make`` gave when it was first asked for that name; it goes with the graphs."""

@@ -114,10 +114,10 @@ class Iteration:
         self.chooser = Chooser(sampling, target.operations, self.sampling)
         persistent = persistent and adapter is not None and not by_k and not by_p
         self.key = (kind, persistent, sampling.greedy, by_k, by_p)
-        runner.rely_on("target", state.cache.keys[0], target.rotary.phases)
+        runner.rely_on("target", state.cache.keys[0], state.cache.phases)
         if adapter is not None:
             assert state.adapter_cache is not None
-            runner.rely_on("adapter", state.adapter_cache.keys[0], adapter.rotary.phases)
+            runner.rely_on("adapter", state.adapter_cache.keys[0], state.adapter_cache.phases)
         self.loop: PreparedLoop | None = None
         if persistent and adapter is not None:
             self.loop = runner.keep(f"{kind}: draft loop", lambda: prepare_loop(target, adapter, state, drafts))
@@ -284,16 +284,14 @@ def prepare_loop(target: Llama, adapter: Adapter, state: TextState, drafts: int)
     """Gather the shallow layers and the adapter, over the caches of a text."""
     assert state.adapter_cache is not None
 
-    def block(
-        weights: AttentionWeights, config: LlamaConfig, cache: KVCache, index: int, table: Tensor
-    ) -> AttentionBlock:
+    def block(weights: AttentionWeights, config: LlamaConfig, cache: KVCache, index: int) -> AttentionBlock:
         caches = cache.keys[index], cache.values[index]
-        scale = config.head_dim**-0.5
-        return AttentionBlock(weights.norm, weights.qkv, weights.output, *caches, table, config.rms_norm_eps, scale)
+        eps, scale = config.rms_norm_eps, config.head_dim**-0.5
+        return AttentionBlock(weights.norm, weights.qkv, weights.output, *caches, cache.phases, eps, scale)
 
     layers = tuple(
         Layer(
-            block(layer.attention, target.config, state.cache, index, target.rotary.phases),
+            block(layer.attention, target.config, state.cache, index),
             layer.mlp_norm,
             layer.gate_up,
             layer.down,
@@ -302,7 +300,7 @@ def prepare_loop(target: Llama, adapter: Adapter, state: TextState, drafts: int)
     )
     model = DraftModel(
         layers,
-        block(adapter.block.weights, adapter.config.llama, state.adapter_cache, 0, adapter.rotary.phases),
+        block(adapter.block.weights, adapter.config.llama, state.adapter_cache, 0),
         adapter.norm,
         target.weights.head,
         adapter.config.llama.rms_norm_eps,

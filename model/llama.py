@@ -5,29 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.qkv_rope_ref import rope_table
 from kangaroo_kernels.top1_head_ref import lm_head
 
 from .cache import KVCache
 from .config import LlamaConfig
 from .operations import REFERENCES, Operations
 from .weights import AttentionWeights, TargetWeights
-
-
-class RotaryTable:
-    """RoPE's phases, made again only when a text needs more of them or other ones."""
-
-    def __init__(self, config: LlamaConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self.scaled_for = 0
-        self.phases = torch.empty(0)
-
-    def reserve(self, rows: int, text_length: int) -> None:
-        """Make ``phases`` ``[>= rows, 1, head_dim / 2]`` complex64, for a text of up to ``text_length`` tokens."""
-        scaled_for = text_length if self.config.rope.rope_type == "dynamic" else 0
-        if rows > len(self.phases) or scaled_for != self.scaled_for:
-            self.phases = rope_table(self.config.inv_freq(text_length).to(self.device), rows)
-            self.scaled_for = scaled_for
 
 
 class AttentionBlock:
@@ -71,7 +54,6 @@ class Llama:
         self.config, self.weights, self.operations = config, weights, operations
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         self.blocks = [AttentionBlock(config, layer.attention, operations) for layer in weights.layers]
-        self.rotary = RotaryTable(config, self.device)
 
     def new_cache(self) -> KVCache:
         """An empty cache for all layers."""
@@ -107,7 +89,7 @@ class Llama:
             active: ``[1]`` int32; where it is 0 nothing is done.
             out: ``[M, hidden]``, made if None.
         """
-        phases, eps = self.rotary.phases, self.config.rms_norm_eps
+        phases, eps = cache.phases, self.config.rms_norm_eps
         operations = self.operations.for_rows(hidden.shape[0])
         for index in range(first, last):
             layer, keys, values = self.weights.layers[index], cache.keys[index], cache.values[index]

@@ -128,6 +128,17 @@ def test_memory_of_others_that_moves_drops_the_graphs(runner):
     assert runner.graphs == 1
 
 
+def test_memory_of_others_that_changes_shape_drops_the_graphs(runner):
+    """A cache that grew may begin where the old one did."""
+    memory = torch.zeros(8)
+    for shape, kept in (((2, 2), 1), ((2, 2), 1), ((2, 4), 0)):
+        runner.rely_on("cache", memory[: shape[0] * shape[1]].view(shape))
+        if shape == (2, 2):
+            for _ in range(2):
+                runner.run("key", lambda: None)
+        assert runner.graphs == kept
+
+
 def test_what_is_kept_goes_with_the_graphs(runner):
     made = []
     for _ in range(2):

@@ -104,6 +104,15 @@ def test_requests_leave_nothing_behind(host, resident):
         assert counts(resident, prompt, **settings) == counts(host, prompt, **settings)
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_prompt_that_fills_the_context(host, resident, iterations, plain):
+    prompt = [1] * host.target.config.context_length
+    assert counts(resident, prompt, max_new_tokens=3, plain=plain) == counts(
+        host, prompt, max_new_tokens=3, plain=plain
+    )
+    assert iterations == []
+
+
 def test_steps_behind_the_early_exit_do_nothing(resident, monkeypatch):
     """The draft that is unsure still gets its row of the exit layer; those that are not made get none."""
     made = []

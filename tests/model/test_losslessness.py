@@ -492,6 +492,23 @@ def test_stretched_positions(tmp_path):
             assert generation.tokens == wanted
 
 
+def test_logits_in_the_middle_of_a_text(tmp_path):
+    """They have positions of their own, which dynamic RoPE stretches for another length."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    target = make_target(tmp_path / "t", quiet_from=2, quiet=0.2, max_position_embeddings=32, rope_parameters=rope)
+    kangaroo = Kangaroo.from_pretrained(target, make_adapter(tmp_path / "a", target, exit_layer=2, copy_layer=2))
+    other = Kangaroo(kangaroo.target, kangaroo.drafter)
+    wanted = kangaroo.generate(PROMPTS[1], max_new_tokens=60, plain=True).tokens
+    for plain in (True, False):
+        got: list[int] = []
+        for step in kangaroo.progress(PROMPTS[1], max_new_tokens=60, plain=plain):
+            got += step.commit.tokens
+            kangaroo.logits([1, 2])
+            kangaroo.draft_logits([3] * 90)
+            other.generate([5] * 40, max_new_tokens=2)
+        assert got == wanted
+
+
 # --- the state between steps
 
 
@@ -581,7 +598,6 @@ def test_the_cache_holds_what_one_pass_over_the_text_would_put_there(kangaroo, p
     with torch.inference_mode():
         cache = target.new_cache()
         cache.reserve(len(text))
-        target.rotary.reserve(len(text), len(text))
         target.run(target.embed(text), cache, 0, 0, target.config.num_hidden_layers)
     for say in (None, oracle(text), right_until(text, 1, VOCAB)):
         _, drafter = decode_scripted(

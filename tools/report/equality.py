@@ -57,7 +57,6 @@ def rows_are_equal(job: Job, kangaroo: Kangaroo, prompt: list[int]) -> dict[str,
     rows = 3 if job.smoke else ROWS
     cache = target.new_cache()
     cache.reserve(position + rows)
-    target.rotary.reserve(position + rows, position + rows)
     target.run(target.embed(prompt), cache, 0, 0, config.num_hidden_layers)
     generator = torch.Generator(job.device).manual_seed(0)
     states = torch.empty(rows, config.hidden_size, dtype=job.dtype, device=job.device).normal_(generator=generator)
