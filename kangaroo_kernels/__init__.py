@@ -12,16 +12,17 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Kangaroo": "kangaroo_kernels.model.generate",
     "Generation": "kangaroo_kernels.model.generate",
+    "Progress": "kangaroo_kernels.model.generate",
     "DecodeStats": "kangaroo_kernels.model.decode",
     "KangarooError": "kangaroo_kernels.model.errors",
 }
 
-__all__ = ["DecodeStats", "Generation", "Kangaroo", "KangarooError", "__version__"]
+__all__ = ["DecodeStats", "Generation", "Kangaroo", "KangarooError", "Progress", "__version__"]
 
 if TYPE_CHECKING:
     from kangaroo_kernels.model.decode import DecodeStats
     from kangaroo_kernels.model.errors import KangarooError
-    from kangaroo_kernels.model.generate import Generation, Kangaroo
+    from kangaroo_kernels.model.generate import Generation, Kangaroo, Progress
 
 
 def __getattr__(name: str) -> Any:

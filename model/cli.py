@@ -18,11 +18,10 @@ from typer.core import TyperCommand
 
 from kangaroo_kernels import __version__
 
+from .demo import DEMO_MODEL, bundled_pair, find_pair
 from .errors import KangarooError
 
 NOT_IDENTICAL, USER_ERROR, INTERRUPTED = 1, 2, 130
-DEMO_MODEL = "demo"
-"""What ``--model`` calls the bundled pair; a folder of that name is ``./demo``."""
 
 LOADING, SAMPLING, DRAFTING, TRAINING = "Loading", "Sampling", "Drafting", "Training"
 Model = Annotated[
@@ -138,8 +137,7 @@ def demo(
     The exit code is 1 if the two ever differ in a token.
     """
     from .compare import compare_all, report
-    from .demo import bundled_pair
-    from .generate import check_lengths
+    from .generate import Kangaroo, check_lengths
     from .sampling import Sampling
     from .show import show_comparisons, show_legend, show_steps, track
 
@@ -152,8 +150,7 @@ def demo(
     }
     Sampling(temperature, seed=seed)
     check_lengths(max_new_tokens, num_speculative_tokens, draft_confidence_threshold)
-    pair = bundled_pair()
-    prompts, kangaroo = pair.prompts(), pair.load()
+    prompts, kangaroo = bundled_pair().prompts(), Kangaroo.from_pretrained(DEMO_MODEL)
     console, comparisons, finish_reason = Console(), [], "complete"
     try:
         if not as_json:
@@ -220,8 +217,7 @@ def generate(
     if plain and with_comparison:
         raise KangarooError("--plain and --compare exclude each other; give one of them.")
     text = read_prompt(prompt, prompt_file)
-    model, adapter = find_pair(model, adapter)
-    if adapter is None and not plain:
+    if find_pair(model, adapter)[1] is None and not plain:
         raise KangarooError("no adapter was given; add --adapter, or --plain to decode without one.")
 
     from .compare import compare
@@ -349,7 +345,7 @@ def train(
     from .train import TrainingSettings, train_adapter
 
     settings = TrainingSettings(
-        model=find_pair(model, None)[0],
+        model=model,
         data=tuple(data),
         exit_layer=exit_layer,
         out=out,
@@ -394,7 +390,6 @@ def info(
         raise KangarooError("--adapter was given without --model; give both or neither.")
     here, cost = environment(), None
     if model is not None:
-        model, adapter = find_pair(model, adapter)
         cost = footprint(model, adapter, exit_layer, device, dtype)
     if as_json:
         print_json(asdict(here) | {"model": None if cost is None else asdict(cost)})
@@ -428,16 +423,6 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise KangarooError(f"{source} is not UTF-8 text (byte {error.start}).") from error
-
-
-def find_pair(model: str, adapter: str | None) -> tuple[str, str | None]:
-    """The folders behind the model name ``demo``; any other model and adapter as they are."""
-    if model != DEMO_MODEL:
-        return model, adapter
-    from .demo import bundled_pair
-
-    pair = bundled_pair()
-    return str(pair.target), adapter or str(pair.adapter)
 
 
 def print_json(values: Any) -> None:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import KangarooError
-from .generate import Kangaroo
 
 PAIR = Path(__file__).parent / "demo_pair"
+DEMO_MODEL = "demo"
+"""The bundled pair, where a model is named; a folder called so is ``./demo``."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,18 @@ class DemoPair:
         entries = json.loads(self.prompts_file.read_text(encoding="utf-8"))
         return {entry["name"]: entry["prompt"] for entry in entries}
 
-    def load(self) -> Kangaroo:
-        """The target with its adapter."""
-        return Kangaroo.from_pretrained(self.target, self.adapter)
-
 
 def bundled_pair() -> DemoPair:
     """The pair that comes with the package."""
     return DemoPair(PAIR)
+
+
+def find_pair(model: str | Path, adapter: str | Path | None) -> tuple[str | Path, str | Path | None]:
+    """The bundled pair's folders for the model called ``demo``, an adapter that is given in its own adapter's place.
+
+    Any other model and adapter as they are.
+    """
+    if model != DEMO_MODEL:
+        return model, adapter
+    pair = bundled_pair()
+    return pair.target, pair.adapter if adapter is None else adapter

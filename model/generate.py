@@ -2,7 +2,7 @@
 
 import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.accept_ref import MAX_STOPS
+from kangaroo_kernels.draft_loop_ref import WIDEST_HEAD
 from kangaroo_kernels.top1_head_ref import lm_head
 
 from .adapter import (
@@ -28,6 +30,7 @@ from .decode import (
     plain_steps,
     prefill,
 )
+from .demo import find_pair
 from .draft import Drafter
 from .errors import KangarooError
 from .graphs import GraphRunner
@@ -207,11 +210,18 @@ class Kangaroo:
         graphs: bool = True,
         persistent: bool = False,
     ) -> None:
+        widest = max(each.head_dim for each in (target.config, *([drafter.adapter.config.llama] if drafter else [])))
+        if persistent and target.device.type == "cuda" and (target.dtype == torch.float32 or widest > WIDEST_HEAD):
+            raise KangarooError(
+                f"persistent=True drafts in float16 or bfloat16 with heads of at most {WIDEST_HEAD}, this model is "
+                f"{target.dtype} with heads of {widest}; leave persistent out."
+            )
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.graphs, self.persistent = graphs, persistent
         self.runner = GraphRunner(target.device, graphs)
         self._cache = target.new_cache()
         self._adapter_cache = drafter.adapter.new_cache() if drafter is not None else None
+        self._text: TextState | None = None  # whose keys and values the caches hold
         self._threads: int | None = None
 
     @classmethod
@@ -229,20 +239,22 @@ class Kangaroo:
         """Load a Hugging Face Llama checkpoint and an adapter for it.
 
         Args:
-            model: a folder or a hub name.
-            adapter: likewise; None allows plain decoding alone.
+            model: a folder, a hub name, or ``demo``: the bundled pair.
+            adapter: a folder or a hub name; None allows plain decoding alone, but for the bundled pair, which has one.
             exit_layer: overrides the adapter's own; needed for adapters that do not name it.
             device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
             dtype: of the weights; None means float32 on a CPU and the checkpoint's own on a GPU.
             kernels: ``triton`` or ``reference``; None means the Triton kernels on a GPU and the PyTorch references on a
                 CPU. (``triton`` on a CPU needs TRITON_INTERPRET=1 in the environment, and is for tests.)
             graphs: capture iterations in CUDA graphs on a GPU; False launches kernel by kernel, for debuggers.
-            persistent: on the kernels, draft in one persistent launch (``draft_loop``) instead of kernel by kernel.
+            persistent: on the kernels, draft in one persistent launch (``draft_loop``) instead of kernel by kernel;
+                nothing to the references, nor with top-k, top-p or rejection sampling, which draft step by step.
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.
         """
         where = resolve_device(device)
+        model, adapter = find_pair(model, adapter)
         if exit_layer is not None and adapter is None:
             raise KangarooError("exit_layer was given without an adapter; give both or neither.")
         folder = find_folder(model, "model")
@@ -275,7 +287,6 @@ class Kangaroo:
         drafter = self._require_drafter()
         adapter = drafter.adapter
         exit_hidden = self._run_all(tokens, drafter.exit_layer)
-        adapter.rotary.reserve(len(tokens), len(tokens))
         cache = adapter.new_cache()
         cache.reserve(len(tokens))
         hidden = adapter.run(exit_hidden, cache, 0)
@@ -283,7 +294,6 @@ class Kangaroo:
 
     def _run_all(self, tokens: Sequence[int], layers: int) -> Tensor:
         checked = self._check_prompt_tokens(tokens)
-        self.target.rotary.reserve(len(checked), len(checked))
         cache = self.target.new_cache()
         cache.reserve(len(checked))
         return self.target.run(self.target.embed(checked), cache, 0, 0, layers)
@@ -336,7 +346,10 @@ class Kangaroo:
         return outcome.generation()
 
     def stream(self, prompt: str | Sequence[int], *, max_new_tokens: int, **settings: Any) -> Iterator[str]:
-        """As ``generate``, yielding pieces of text as they are committed; joined, they are its ``text``."""
+        """As ``generate``, yielding pieces of text as they are committed; joined, they are its ``text``.
+
+        Statistics and the reason of the end are had from ``progress``.
+        """
         steps = self.progress(prompt, max_new_tokens=max_new_tokens, **settings)
         return (step.text for step in steps if step.text)
 
@@ -351,7 +364,10 @@ class Kangaroo:
         plain: bool = False,
         **sampling: Any,
     ) -> Iterator[Progress]:
-        """As ``stream``, with the tokens and their origin beside each piece."""
+        """As ``stream``, with the tokens and their origin beside each piece, and the ``Generation`` so far.
+
+        The last step's is what ``generate`` returns; a prompt that fills the context has no step.
+        """
         unknown = sampling.keys() - {field.name for field in fields(Sampling)}
         if unknown:
             raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}; Kangaroo.generate lists them all.")
@@ -372,6 +388,8 @@ class Kangaroo:
         return self.drafter
 
     def _check_prompt_tokens(self, tokens: Sequence[int]) -> list[int]:
+        if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
+            raise KangarooError(f"the prompt is {tokens!r}; it must be a text or a list of tokens.")
         checked = check_tokens(tokens, self.target.config.vocab_size)
         context = self.target.config.context_length
         if not checked:
@@ -382,13 +400,13 @@ class Kangaroo:
 
     def _prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
-            if not isinstance(prompt, Iterable):
-                raise KangarooError(f"the prompt is {prompt!r}; it must be a text or a list of tokens.")
             return self._check_prompt_tokens(prompt)
         if self.tokenizer is None:
             raise KangarooError("this checkpoint has no tokenizer; give the prompt as a list of tokens.")
         if not prompt:
             raise KangarooError("the prompt is empty; give at least one character.")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise KangarooError("the prompt holds a lone surrogate, which is no character; give valid Unicode text.")
         return self._check_prompt_tokens(self.tokenizer(prompt)["input_ids"])
 
     def _request(
@@ -412,7 +430,7 @@ class Kangaroo:
         check_lengths(max_new_tokens, gamma, eta)
         if isinstance(stop, str):
             stop = (stop,)
-        if not isinstance(stop, Iterable):
+        if isinstance(stop, bytes | Mapping) or not isinstance(stop, Iterable):
             raise KangarooError(f"stop is {stop!r}; it must be a list of strings and token ids.")
         stops = tuple(stop)
         strings = tuple(entry for entry in stops if isinstance(entry, str))
@@ -422,6 +440,9 @@ class Kangaroo:
             raise KangarooError("a stop string is empty; give at least one character.")
         config = self.target.config
         stop_ids = check_tokens([entry for entry in stops if not isinstance(entry, str)], config.vocab_size)
+        ends = frozenset(stop_ids) | frozenset(config.eos_token_ids)
+        if len(ends) > MAX_STOPS:
+            raise KangarooError(f"there are {len(ends)} stop tokens; give at most {MAX_STOPS}.")
         tokens = self._prompt_tokens(prompt)
         length = len(tokens) + max_new_tokens
         return _Request(
@@ -431,7 +452,7 @@ class Kangaroo:
             sampling,
             gamma,
             float(eta),
-            frozenset(stop_ids) | frozenset(config.eos_token_ids),
+            ends,
             strings,
             plain,
         )
@@ -467,7 +488,7 @@ class Kangaroo:
     def _steps(self, request: _Request, outcome: _Outcome) -> Iterator[Commit]:
         """The commits of a request, timed; each step runs in inference mode with the fastest number of threads."""
         drafter = None if request.plain else self._require_drafter()
-        state = TextState(list(request.tokens), self._cache, self._adapter_cache)
+        state = self._text = TextState(list(request.tokens), self._cache, self._adapter_cache)
         if self._threads is None and self.target.device.type == "cpu" and self.target.operations is REFERENCES:
             self._threads = self._measure_threads()
         began = time.perf_counter()
@@ -478,6 +499,11 @@ class Kangaroo:
                 torch.cuda.synchronize(self.target.device)  # the prefill's time is its own
         outcome.stats.prefill_seconds = time.perf_counter() - began
         while True:
+            if self._text is not state:
+                raise KangarooError(
+                    "another text was begun on this Kangaroo before this one ended; it serves one at a time, so load "
+                    "a second one."
+                )
             began = time.perf_counter()
             with torch.inference_mode(), threads(self._threads):
                 commit = next(steps, None)
@@ -523,7 +549,6 @@ class Kangaroo:
         target = self.target
         cache = target.new_cache()
         cache.reserve(1)
-        target.rotary.reserve(1, 1)
         hidden = target.embed([0])
         layers = target.config.num_hidden_layers
         return fastest_thread_count(lambda: target.logits(target.run(hidden, cache, 0, 0, layers)))

@@ -13,6 +13,7 @@ from kangaroo_kernels.packed_weight import Layout
 
 from .adapter import load_adapter_config
 from .config import DTYPES, SUPPORTED_MODEL_TYPES, SUPPORTED_ROPE_TYPES, LlamaConfig, load_config
+from .demo import find_pair
 from .errors import KangarooError
 from .generate import resolve_device, resolve_dtype
 from .weights import find_folder
@@ -25,7 +26,7 @@ class Environment:
     Attributes:
         versions: of each package; None for one that is not installed.
         devices: PyTorch's name and a description of each.
-        operations: what carries them in this version.
+        operations: what carries them, in general and on this machine.
         supported: the kinds of checkpoints that load, and the layouts that packed weights can take on this CPU.
     """
 
@@ -46,7 +47,7 @@ def environment() -> Environment:
             "transformers": _version("transformers"),
         },
         devices=_devices(),
-        operations="PyTorch references on every device; this version has no Triton kernels yet",
+        operations="Triton kernels on a GPU, PyTorch references on a CPU; by default here: " + _default_operations(),
         supported={
             "model_types": list(SUPPORTED_MODEL_TYPES),
             "rope_types": list(SUPPORTED_ROPE_TYPES),
@@ -61,6 +62,10 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _default_operations() -> str:
+    return "Triton kernels" if resolve_device(None).type == "cuda" else "PyTorch references"
 
 
 def _devices() -> dict[str, str]:
@@ -124,6 +129,7 @@ def footprint(
         KangarooError: as ``Kangaroo.from_pretrained`` does.
     """
     where = resolve_device(device)
+    model, adapter = find_pair(model, adapter)
     if exit_layer is not None and adapter is None:
         raise KangarooError("exit_layer was given without an adapter; give both or neither.")
     config = load_config(find_folder(model, "model"))

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from .adapter import check_exit_layer
 from .config import LlamaConfig, load_config_values, parse_config
+from .demo import find_pair
 from .errors import KangarooError
 from .generate import resolve_device, resolve_dtype
 from .text import load_tokenizer
@@ -44,7 +45,7 @@ class TrainingSettings:
     """Every setting of an adapter's training.
 
     Attributes:
-        model: the target's folder or hub name.
+        model: the target's folder or hub name, or ``demo``: the bundled pair's.
         data: text files.
         exit_layer: how many of the target's layers run before the adapter.
         out: the adapter's folder; a run that was stopped goes on from the state in it.
@@ -247,8 +248,10 @@ def read_tokens(files: tuple[Path, ...], tokenizer: Any) -> Tensor:
         for file in files[start : start + FILES_AT_ONCE]:
             try:
                 texts.append(file.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError) as error:
-                raise KangarooError(f"data file {file} cannot be read as UTF-8 text ({error}).") from error
+            except OSError as error:
+                raise KangarooError(f"data file {file} cannot be read: {error.strerror}.") from error
+            except UnicodeDecodeError as error:
+                raise KangarooError(f"data file {file} is not UTF-8 text (byte {error.start}).") from error
         for row in tokenizer(texts, verbose=False)["input_ids"]:
             tokens += row
     return torch.tensor(tokens, dtype=torch.int64)
@@ -359,7 +362,7 @@ def train_adapter(
         KangarooError: before any work, for settings, files or folders that cannot serve.
     """
     device = resolve_device(settings.device)
-    folder = find_folder(settings.model, "model")
+    folder = find_folder(find_pair(settings.model, None)[0], "model")
     target_values = load_config_values(folder, "model")
     check_exit_layer(settings.exit_layer, parse_config(target_values, folder / "config.json"))
     values = adapter_config_values(target_values, settings)
@@ -375,9 +378,16 @@ def train_adapter(
     cut = int(len(tokens) * (1 - HELD_OUT_SHARE))
     held_out = read_tokens(settings.held_out, tokenizer) if settings.held_out else tokens[cut:]
     tokens = tokens if settings.held_out else tokens[:cut]
-    for name, row in (("data", tokens), ("held-out text", held_out)):
+    measured, more = "held-out text", "more text"
+    if not settings.held_out:
+        measured += f" (the last {100 * HELD_OUT_SHARE:.0f} % of the data)"
+        more = "more data, held-out files"
+    for name, row in (("text to train on", tokens), (measured, held_out)):
         if len(row) < settings.sequence_length:
-            raise KangarooError(f"the {name} has {len(row)} tokens; one window takes {settings.sequence_length}.")
+            raise KangarooError(
+                f"the {name} has {len(row)} tokens, and one window takes {settings.sequence_length}; give {more} or a "
+                "smaller sequence_length."
+            )
     if settings.out.exists() and not settings.out.is_dir():
         raise KangarooError(f"{settings.out} is a file; give a folder for the adapter.")
     state_path = settings.out / STATE_FILE

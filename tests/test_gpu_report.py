@@ -23,7 +23,7 @@ from random_model import config_of, exit_layer_of, random_drafter, random_target
 from report import baselines, decode, energy, equality, kernels, pair, plots, runner, worker
 from report.decode import bytes_a_token
 from report.job import SMOKE, Job
-from report.page import SMOKE_LABEL, complaints, page, state_of
+from report.page import SMOKE_LABEL, complaints, page, state_of, table
 from report.parts import PAIR, PARTS, Part, budgets, choose
 from report.plots import draw
 from report.runner import run_part
@@ -191,6 +191,13 @@ def test_a_mistake_gets_one_sentence(arguments, message, tmp_path):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+def test_help_names_the_parts():
+    app = typer.Typer()
+    app.command()(gpu_report.main)
+    said = CliRunner().invoke(app, ["--help"], terminal_width=200).stdout
+    assert all(name in said.partition("--only")[2].partition("--pair")[0] for name in (*NAMES, "pair"))
 
 
 def test_without_a_gpu_it_says_what_helps(monkeypatch):
@@ -577,6 +584,29 @@ def test_a_bar_in_a_figure_ends_no_column():
     assert "| not equal: a \\| b |" in page(report_of(equality=piece(cells=cells)), {})
 
 
+def test_figures_are_aligned_right_and_texts_left():
+    cells = [{"model": "m", "context": 128, "way": "plain", "tokens_per_second": 9.5, "joules_per_token": None}]
+    cells += [{"model": "m2", "context": 2048, "way": "plain", "tokens_per_second": None}]
+    text = page(report_of(decode=piece(ways=["plain"], cells=cells, status="failed", output=["boom"])), {})
+    assert "| part | state | seconds | date | commit |\n| --- | --- | ---: | --- | --- |\n" in text
+    assert "| model | context | plain | of the ceiling |\n| --- | ---: | ---: | ---: |\n" in text
+    assert table(("share", "same"), [("5.0 %", "7 of 24"), ("-", "-")])[1] == "| ---: | ---: |"
+    assert table(("", ""), [("driver", "570.1"), ("CPU", "Zen 4")])[1] == "| --- | --- |"
+
+
+@pytest.mark.parametrize("smoke", [False, True])
+def test_a_smoke_run_has_no_figures_for_ways_that_are_the_same_references(smoke):
+    ways = ("kernel by kernel", "kernel by kernel, chained", "in one kernel")
+    steps = [
+        {"model": "m", "context": 128, "drafts": 6, "drafting": way, "us_per_step": 5.0 + index}
+        for index, way in enumerate(ways)
+    ]
+    text = page(report_of(decode=piece(ways=["plain"], steps=steps)) | {"smoke": smoke}, {})
+    assert all(f"us a step, drafting {way} |" in text for way in ways)
+    assert ("| m | 128 | 6 | 5.0 | - | - |" if smoke else "| m | 128 | 6 | 5.0 | 6.0 | 7.0 |") in text
+    assert ("the same references" in text) == smoke
+
+
 def test_texts_are_not_compared_in_vain_unseen():
     runs = [{"settings": "s", "mean_acceptance_length": length} for length in (2.5, 1.0)]
     cells = [
@@ -736,7 +766,6 @@ def test_states_stay_near_one_through_many_layers():
     assert {tensor.dtype for tensor in (target.weights.embedding, target.weights.head.rows)} == {torch.bfloat16}
     cache = target.new_cache()
     cache.reserve(64)
-    target.rotary.reserve(64, 64)
     with torch.inference_mode():
         hidden = target.run(target.embed(list(range(64))), cache, 0, 0, shape.layers)
         logits = target.logits(hidden)
@@ -829,7 +858,6 @@ def test_a_verified_row_that_differs_is_found(wrong, job):
     target = SimpleNamespace(
         config=config_of(SMOKE, torch.float32),
         weights=SimpleNamespace(norm=None, head=None),
-        rotary=SimpleNamespace(reserve=lambda *lengths: None),
         operations=SimpleNamespace(top1_head=top1_head),
         new_cache=lambda: SimpleNamespace(reserve=lambda length: None),
         embed=lambda tokens: torch.ones(len(tokens), SMOKE.hidden),

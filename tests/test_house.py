@@ -1,6 +1,8 @@
 """The house's order: imports run one way, and importing the kernels stays light."""
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,21 +18,21 @@ KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 # each other.
 ORDER = (
     {"errors", "graphs", "mailbox", "spans", "threads"},
-    {"config", "operations", "text"},
+    {"config", "demo", "operations", "text"},
     {"sampling", "weights", "cache"},
     {"llama", "state"},
     {"adapter"},
     {"draft", "iteration", "verify"},
     {"decode"},
     {"generate"},
-    {"compare", "demo", "info", "train"},
+    {"compare", "info", "train"},
     {"show"},
     {"cli"},
 )
 RANKS = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
 LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"}
 TERMINAL = {"typer", "rich", "pynvml"}
-FOR_THE_TERMINAL = {"cli", "compare", "demo", "info", "show", "train"}
+FOR_THE_TERMINAL = {"cli", "compare", "info", "show", "train"}
 
 
 class Import(NamedTuple):
@@ -179,6 +181,29 @@ def test_every_module_has_its_place() -> None:
     found = {path.stem for path in modules(MODEL)} - {"__init__"}
     assert found <= set(RANKS), f"no place in ORDER for {sorted(found - set(RANKS))}"
     assert set(RANKS) <= found, f"ORDER names {sorted(set(RANKS) - found)}, which model/ does not hold"
+
+
+def tree_in_the_document(folder: str) -> list[str]:
+    """The modules that docs/architecture.md names in its picture of a folder, in its order."""
+    picture = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition(f"\n{folder}/ ")[2]
+    lines = itertools.takewhile(lambda line: line.startswith("  "), picture.splitlines()[1:])
+    return re.findall(r"(\w+)\.py\b", "\n".join(lines))
+
+
+def test_the_document_has_every_module_in_its_order() -> None:
+    named = tree_in_the_document("model")
+    assert sorted(named) == sorted(RANKS)
+    assert named == sorted(named, key=RANKS.__getitem__)
+
+
+def test_the_documents_have_every_module_of_the_kernels() -> None:
+    stems = {path.stem for path in KERNELS.glob("*.py")} - {"__init__"}
+    own = {stem for stem in stems if stem.startswith("_")}
+    assert set(tree_in_the_document("kangaroo_kernels")) - {"_ref"} == {
+        stem for stem in stems - own if not stem.endswith("_ref")
+    }
+    text = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(_\w+)\.py`", text)) == own
 
 
 @pytest.mark.parametrize("path", modules(MODEL), ids=show)

@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kangaroo_kernels.model.demo import bundled_pair
+from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.model.demo import DEMO_MODEL, bundled_pair
 from kangaroo_kernels.model.show import show_legend, show_steps
 
 
@@ -22,14 +23,14 @@ def main(
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("docs/img/demo.svg"),
 ) -> None:
     """Decode with Kangaroo and save what the terminal would show."""
-    pair = bundled_pair()
-    prompts = pair.prompts()
+    prompts = bundled_pair().prompts()
     if name not in prompts:
         raise typer.BadParameter(f"no prompt is called {name}; there are {', '.join(prompts)}.")
     prompt = prompts[name]
     console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
     show_legend(console)
-    show_steps(console, name, prompt, pair.load().progress(prompt, max_new_tokens=new_tokens))
+    steps = Kangaroo.from_pretrained(DEMO_MODEL).progress(prompt, max_new_tokens=new_tokens)
+    show_steps(console, name, prompt, steps)
     out.parent.mkdir(parents=True, exist_ok=True)
     console.save_svg(str(out), title="kangaroo demo")
 

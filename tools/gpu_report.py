@@ -49,6 +49,7 @@ FORMAT = 1
 """Of ``report.json``; parts of another one are not kept."""
 
 SOURCES = ("kangaroo_kernels", "model", "tools")
+PART_NAMES = ", ".join(part.name for part in (*PARTS, PAIR))
 PAIR_FILES = ("target", "adapter", "prompts.json")
 LEAST_SECONDS = 3.0
 """With less than this nothing is started: importing takes so long."""
@@ -143,7 +144,7 @@ def write_report(report: dict[str, Any], folder: Path) -> list[str]:
 
 def main(
     minutes: Annotated[float, typer.Option(help="The time limit of the whole.")] = 9.0,
-    only: Annotated[str | None, typer.Option(help="Parts to run, with commas between them.")] = None,
+    only: Annotated[str | None, typer.Option(help=f"Parts to run, with commas between them: {PART_NAMES}.")] = None,
     pair: Annotated[
         Path | None, typer.Option(help="Measure a trained pair: a folder with target/, adapter/ and prompts.json.")
     ] = None,

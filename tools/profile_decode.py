@@ -1,6 +1,6 @@
 """Where the time of a decode goes, stage by stage.
 
-    python tools/profile_decode.py [--model DIR --adapter DIR | --shape Vicuna-7B] [--context N] [--out runs/profile]
+    python tools/profile_decode.py [--model DIR_OR_HUB_NAME --adapter DIR_OR_HUB_NAME | --shape Vicuna-7B] [--context N]
 
 Prints a table of stages (time, bytes, GB/s, share of the measured ceiling, launches, gaps), and writes the profiler's
 trace for chrome://tracing or ui.perfetto.dev, a picture of one iteration, and everything as JSON. On a CPU it profiles
@@ -42,7 +42,7 @@ from rich.table import Table
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.launch_config import chained
-from kangaroo_kernels.model.demo import bundled_pair
+from kangaroo_kernels.model.demo import DEMO_MODEL, bundled_pair
 from kangaroo_kernels.model.generate import check_lengths, resolve_device, resolve_dtype
 from kangaroo_kernels.workloads import MODELS, ModelShape
 
@@ -199,8 +199,8 @@ def refuse(sentence: str) -> NoReturn:
 
 
 def load(
-    model: Path | None,
-    adapter: Path | None,
+    model: str,
+    adapter: str | None,
     exit_layer: int | None,
     shape: ModelShape | None,
     device: torch.device,
@@ -208,13 +208,11 @@ def load(
     graphs: bool,
     persistent: bool,
 ) -> Kangaroo:
-    """The pair that was asked for: from folders, at random, or the bundled one."""
+    """The pair that was asked for: from folders, from the hub, at random, or the bundled one."""
     if shape is not None:
         target = random_target(shape, device, resolve_dtype(dtype, device, torch.bfloat16))
         drafter = random_drafter(target, exit_layer or exit_layer_of(shape))
         return Kangaroo(target, drafter, graphs=graphs, persistent=persistent)
-    if model is None:
-        model, adapter = bundled_pair().target, bundled_pair().adapter
     return Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, graphs=graphs, persistent=persistent)
 
 
@@ -233,8 +231,10 @@ def decode_under_ranges(kangaroo: Kangaroo, prompt: Sequence[int], tokens: int, 
 
 def main(
     command: typer.Context,
-    model: Annotated[Path | None, typer.Option(help="The target's folder; the bundled pair by default.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="The adapter's folder.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The target's folder or hub name; by default 'demo', the bundled pair.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="The adapter's folder or hub name.")] = None,
     exit_layer: Annotated[int | None, typer.Option(min=1, help="Overrides the adapter's own.")] = None,
     shape: Annotated[str | None, typer.Option(help=f"Random weights at a model's shape: {', '.join(SHAPES)}.")] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 64,
@@ -265,7 +265,7 @@ def main(
             refuse(f"{shape} would take minutes a step on a CPU; leave --shape out to profile the bundled pair here.")
         if chain:
             command.with_resource(chained())  # until the command ends
-        pair = model, adapter, exit_layer, SHAPES.get(shape or "")
+        pair = model or DEMO_MODEL, adapter, exit_layer, SHAPES.get(shape or "")
         kangaroo = load(*pair, where, dtype, graphs, persistent)
         settings: dict[str, Any] = {"plain": plain or kangaroo.drafter is None}
         if not settings["plain"]:
@@ -288,13 +288,14 @@ def main(
     rows = stage_rows(profiled, stage_bytes(kangaroo, profiled.length))
     timed = timed_decode(kangaroo, prompt, settings, 2.0)
     way = "plain decoding" if settings["plain"] else "Kangaroo"
+    name = "the bundled pair" if model in (None, DEMO_MODEL) else model
     how = (
         ("CUDA graphs replayed" if profiled.graphs else "kernels launched one by one") + ", chained" * chain
         if on_gpu
         else ("on the CPU: the PyTorch references, led by the host; no figure is about a GPU")
     )
     record = {
-        "what": f"{way}, {shape + ' with random weights' if shape else model or 'the bundled pair'}",
+        "what": f"{way}, {shape + ' with random weights' if shape else name}",
         "how": how,
         "device": torch.cuda.get_device_name(where) if on_gpu else "cpu",
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()},

@@ -15,6 +15,7 @@ from pairs import make_adapter, make_target, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels.model import generate
 
 NAN, INFINITY = float("nan"), float("inf")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -537,9 +538,14 @@ def test_empty_text(pair: Any) -> None:
     refuse(lambda: pair.load().generate("", max_new_tokens=3), "prompt is empty")
 
 
-@pytest.mark.parametrize("prompt", [None, 5, 1.5])
+@pytest.mark.parametrize("prompt", [None, 5, 1.5, b"ab"])
 def test_prompt_that_is_neither_text_nor_tokens(prompt: Any, kangaroo: Kangaroo) -> None:
-    refuse(lambda: kangaroo.generate(prompt, max_new_tokens=3), "prompt")
+    refuse(lambda: kangaroo.generate(prompt, max_new_tokens=3), f"the prompt is {prompt!r}")
+    refuse(lambda: kangaroo.logits(prompt), f"the prompt is {prompt!r}")
+
+
+def test_text_that_is_not_unicode(pair: Any) -> None:
+    refuse(lambda: pair.load().generate("a\ud800", max_new_tokens=3), "lone surrogate")
 
 
 def test_text_without_a_tokenizer(kangaroo: Kangaroo) -> None:
@@ -560,9 +566,15 @@ def test_stop_tokens_out_of_range(stop: Any, kangaroo: Kangaroo) -> None:
     refuse(lambda: kangaroo.generate([1, 2], max_new_tokens=3, stop=stop), repr(stop[0]), "0 to 66")
 
 
-@pytest.mark.parametrize("stop", [None, 5, 1.5])
+@pytest.mark.parametrize("stop", [None, 5, 1.5, b"ab", {1: 2}])
 def test_stop_that_is_no_list(stop: Any, kangaroo: Kangaroo) -> None:
     refuse(lambda: kangaroo.generate([1, 2], max_new_tokens=3, stop=stop), "stop")
+
+
+def test_more_stop_tokens_than_are_looked_for(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "MAX_STOPS", 5)
+    assert kangaroo.generate([1, 2], max_new_tokens=3, stop=[3, 4, 5, 6, 3]).tokens
+    refuse(lambda: kangaroo.generate([1, 2], max_new_tokens=3, stop=range(6)), "6 stop tokens", "at most 5")
 
 
 @pytest.mark.parametrize("stop", ["x", ["x"], [3, "x"]])
@@ -581,6 +593,24 @@ def test_drafting_without_an_adapter(checkpoint: Path) -> None:
     refuse(lambda: kangaroo.progress([1, 2], max_new_tokens=3), "adapter", "plain=True")
     refuse(lambda: kangaroo.draft_logits([1, 2]), "adapter")
     assert len(kangaroo.generate([1, 2], max_new_tokens=3, plain=True).tokens) == 3
+
+
+def test_drafting_in_one_kernel_takes_16_bits(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kangaroo.target, "device", torch.device("cuda"))
+    Kangaroo(kangaroo.target, kangaroo.drafter)
+    refuse(lambda: Kangaroo(kangaroo.target, kangaroo.drafter, persistent=True), "float16 or bfloat16", "torch.float32")
+    monkeypatch.setattr(kangaroo.target, "dtype", torch.float16)
+    Kangaroo(kangaroo.target, kangaroo.drafter, persistent=True)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_one_text_at_a_time(plain: bool, kangaroo: Kangaroo) -> None:
+    """A text that goes on after another was begun would read the other's keys and values."""
+    first = kangaroo.progress([1, 2], max_new_tokens=20, plain=plain)
+    next(first)
+    wanted = kangaroo.generate([4, 5], max_new_tokens=8).tokens
+    refuse(lambda: next(first), "another text was begun", "one at a time")
+    assert kangaroo.generate([4, 5], max_new_tokens=8).tokens == wanted
 
 
 def test_a_refused_call_leaves_the_next_one_alone(kangaroo: Kangaroo) -> None:

@@ -1,15 +1,18 @@
 """The demo command on a scratch pair in the bundled pair's place."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from conftest import Pair
+from pairs import make_adapter
 from typer.testing import CliRunner
 
-from kangaroo_kernels import KangarooError
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model import cli, compare, demo
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [{"name": "upper.py", "prompt": "ABCDEF"}, {"name": "lower.py", "prompt": "abcdef"}]
 QUICK = ["--max-new-tokens", "12", "--rounds", "1"]
 
@@ -41,19 +44,19 @@ def test_json_holds_the_figures_and_nothing_else() -> None:
 
 @pytest.mark.usefixtures("bundled")
 def test_the_text_is_that_of_generate() -> None:
-    pair = demo.bundled_pair()
+    prompts, kangaroo = demo.bundled_pair().prompts(), Kangaroo.from_pretrained("demo")
     result = CliRunner().invoke(cli.app, ["demo", *QUICK, "--temperature", "0.8", "--seed", "5"])
     assert result.exit_code == 0
-    for name, prompt in pair.prompts().items():
+    for name, prompt in prompts.items():
         assert name in result.output
-        assert prompt + pair.load().generate(prompt, max_new_tokens=12, temperature=0.8, seed=5).text in result.output
+        assert prompt + kangaroo.generate(prompt, max_new_tokens=12, temperature=0.8, seed=5).text in result.output
     assert "identical: yes" in result.output
     assert "\x1b" not in result.output
 
 
 @pytest.mark.usefixtures("bundled")
 def test_a_difference_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    kangaroo = demo.bundled_pair().load()
+    kangaroo = Kangaroo.from_pretrained("demo")
     different = compare.Comparison("x", 1.0, 1.0, 1.0, False, kangaroo.generate("A", max_new_tokens=2).stats)
     monkeypatch.setattr(compare, "compare_all", lambda *_, **__: [different])
     result = CliRunner().invoke(cli.app, ["demo", "--json", *QUICK])
@@ -78,9 +81,30 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_name_demo_stands_for_the_pair(bundled: Path) -> None:
-    assert cli.find_pair("demo", None) == (str(bundled / "target"), str(bundled / "adapter"))
-    assert cli.find_pair("demo", "mine") == (str(bundled / "target"), "mine")
-    assert cli.find_pair("./demo", None) == ("./demo", None)
+    assert demo.find_pair("demo", None) == (bundled / "target", bundled / "adapter")
+    assert demo.find_pair("demo", "mine") == (bundled / "target", "mine")
+    assert demo.find_pair("./demo", None) == ("./demo", None)
+    assert demo.find_pair(Path("demo"), None) == (Path("demo"), None)
+
+
+def test_the_pair_loads_by_its_name(bundled: Path, pair: Pair, tmp_path: Path) -> None:
+    wanted = pair.load().generate("ABC", max_new_tokens=12)
+    found = Kangaroo.from_pretrained("demo").generate("ABC", max_new_tokens=12)
+    assert (found.tokens, found.stats.drafted) == (wanted.tokens, wanted.stats.drafted)
+    other = make_adapter(tmp_path / "other", pair.target, exit_layer=1)
+    for settings, exit_layer in (({}, 2), ({"exit_layer": 1}, 1), ({"adapter": other}, 1)):
+        drafter = Kangaroo.from_pretrained("demo", **settings).drafter
+        assert drafter is not None
+        assert drafter.exit_layer == exit_layer
+    with pytest.raises(KangarooError, match=r"model folder './demo' does not exist"):
+        Kangaroo.from_pretrained("./demo")
+
+
+def test_the_readme_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    [block] = [block for block in blocks if "from_pretrained" in block]
+    exec(block, {})
+    assert "self" in capsys.readouterr().out
 
 
 def test_a_missing_pair_is_one_sentence(bundled: Path) -> None:

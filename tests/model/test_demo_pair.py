@@ -19,8 +19,8 @@ def bundled() -> DemoPair:
 
 
 @pytest.fixture(scope="module")
-def kangaroo(bundled: DemoPair) -> Kangaroo:
-    return bundled.load()
+def kangaroo() -> Kangaroo:
+    return Kangaroo.from_pretrained("demo")
 
 
 def test_size_and_contents(bundled: DemoPair) -> None:

@@ -10,6 +10,7 @@ from pairs import make_adapter, make_target
 from safetensors.torch import load_file
 
 from kangaroo_kernels import KangarooError
+from kangaroo_kernels.model.demo import bundled_pair
 from kangaroo_kernels.model.info import environment, footprint
 
 
@@ -18,6 +19,25 @@ def test_the_machine() -> None:
     assert here.versions["torch"] == torch.__version__
     assert "cpu" in here.devices
     assert {"rows", "transposed"} <= set(here.supported["cpu_layouts"])
+
+
+@pytest.mark.parametrize(("gpu", "name"), [(True, "Triton kernels"), (False, "PyTorch references")])
+def test_what_carries_the_operations(gpu: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    wanted = f"Triton kernels on a GPU, PyTorch references on a CPU; by default here: {name}"
+    assert environment().operations == wanted
+
+
+def test_what_loads_by_default_is_what_it_says(pair: Pair) -> None:
+    kernels = pair.load().target.operations.kernels
+    assert kernels in environment().operations.rpartition(":")[2].lower()
+
+
+def test_the_name_demo_stands_for_the_pair() -> None:
+    folder = bundled_pair().folder
+    assert footprint("demo") == footprint(folder / "target", folder / "adapter")
+    assert footprint("demo", exit_layer=1).exit_layer == 1
 
 
 @pytest.mark.parametrize("tied", [False, True])

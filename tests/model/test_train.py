@@ -232,12 +232,21 @@ def test_files_that_cannot_serve(target: Path, text: Path, tmp_path: Path) -> No
         TrainingSettings(model=str(target), data=(), exit_layer=2, out=out)
     short = tmp_path / "short.txt"
     short.write_text("hello")
-    with pytest.raises(KangarooError, match="one window takes 32"):
+    with pytest.raises(KangarooError, match=r"the text to train on has .* tokens, and one window takes 32; give more"):
+        train_adapter(settings(target, short, out))
+    with pytest.raises(KangarooError, match=r"the text to train on has"):
+        train_adapter(settings(Path("demo"), short, out))
+    with pytest.raises(KangarooError, match=r"the held-out text has .*; give more text or a smaller sequence_length"):
+        train_adapter(settings(target, text, out, held_out=(short,)))
+    short.write_text("hello " * 40)
+    with pytest.raises(KangarooError, match=r"the last 3 % of the data\) has .*; give more data, held-out files or a"):
         train_adapter(settings(target, short, out))
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(KangarooError, match="UTF-8"):
+    with pytest.raises(KangarooError, match=r"binary.txt is not UTF-8 text \(byte 0\)"):
         train_adapter(settings(target, binary, out))
+    with pytest.raises(KangarooError, match=r"data file .*gone.txt cannot be read: No such file or directory\."):
+        train_adapter(settings(target, tmp_path / "gone.txt", out))
     bare = make_target(tmp_path / "bare")
     with pytest.raises(KangarooError, match="no tokenizer"):
         train_adapter(settings(bare, text, out))
