@@ -42,10 +42,12 @@ SPARE_SHARED = 4096
 """Bytes a program beside its tiles: reductions, and what the system takes."""
 
 MAX_REGISTERS = 242
-"""A thread; two programs an SM leave 256. Found by trying: the assembler's spills are no simple function of it."""
+"""A thread; two programs an SM leave 256."""
 
-SPARING_FROM = 90
-"""The architecture from which on the assembler is told to spare registers; before it that makes it spill."""
+SPARING_FROM, SPARING_REGISTERS, LARGE_TILE = 90, 160, 64 * 128
+"""From that architecture on the assembler is told to be sparing with registers (before it, that makes it spill), and
+gets only so many unless the queries of an attention program are a large tile. Found by trying: its spills are no simple
+function of the limit, and often more where it has more."""
 
 ATTENTION_STAGES = 2
 """Of the pipeline over the KV cache: with more of them one program would take the shared memory of two."""
@@ -162,13 +164,15 @@ def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]
     return int(device.multi_processor_count * max(1, min(PROGRAMS_PER_SM, fit)))
 
 
-def gpu_options(x: Tensor) -> dict[str, Any]:
+def gpu_options(x: Tensor, shapes: tuple[BlockShape, ...]) -> dict[str, Any]:
     """What the launch is given besides its arguments: all programs are resident or none is, and no register spills."""
     if x.device.type == "cpu":
         return {}
     options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
     if driver.active.get_current_target().arch >= SPARING_FROM:
         options["ptx_options"] = "--register-usage-level 0"
+        if max(each.block_rows * each.block_d for each in shapes) < LARGE_TILE:
+            options["maxnreg"] = SPARING_REGISTERS
     return options
 
 
@@ -214,7 +218,7 @@ class DraftLoop:
             "LINEAR_N": launch_config("linear_residual", K, inner, x).block_n,
             "GATE_UP_N": launch_config("gate_up", inner, K, x).block_n,
         }
-        self.gpu_options = gpu_options(x)
+        self.gpu_options = gpu_options(x, shapes)
         self.grid = self.programs = programs or resident_programs(x, self.config.num_stages, shapes)
 
         def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:

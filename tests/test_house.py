@@ -281,3 +281,9 @@ def test_public_names() -> None:
         assert getattr(kangaroo_kernels, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
         _ = kangaroo_kernels.nothing
+
+
+def test_helpers_of_tests_have_names_of_their_own() -> None:
+    """Tests import them by name alone; of two the first found would hide the other, a second conftest the first."""
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    assert len({path.name for path in paths}) == len(paths)

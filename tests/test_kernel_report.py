@@ -122,11 +122,10 @@ def shared(row: Row) -> int:
 
 
 def is_known(row: Row) -> bool:
-    """The greedy persistent kernel of one model under Triton 3.6; the end of a short text's attention on sm_80."""
-    place = (row["kernel"], row["step"], row["model"], row["architecture"])
-    older = row["triton"].startswith("3.6.") and place == (PERSISTENT, "draft loop", "Llama-3.2-1B", "sm_90")
-    short = place[0] == "attention_kernel" and "short" in place[1] and place[2:] == ("Llama-3.1-8B", "sm_80")
-    return (older or short) and row["stack_bytes"] <= STACK_BYTES
+    """The end of a short text's attention on sm_80."""
+    place = (row["kernel"], row["model"], row["architecture"])
+    short = place == ("attention_kernel", "Llama-3.1-8B", "sm_80") and "short" in row["step"]
+    return short and row["stack_bytes"] <= STACK_BYTES
 
 
 def least_sustained(row: Row) -> float:
