@@ -3,7 +3,7 @@
     python tools/gpu_report.py --minutes 9
     python tools/gpu_report.py --only decode,baselines --minutes 4
     python tools/gpu_report.py --pair runs/large
-    python tools/gpu_report.py --smoke --out /tmp/report
+    python tools/gpu_report.py --smoke --out build/report
 
 In this order: versions and the card's measured ceilings, the GPU's tests, bit-equality, microbenchmarks, decode speeds
 beside transformers, one iteration kernel by kernel, and tuning with what time is left. Every part runs in a process of
