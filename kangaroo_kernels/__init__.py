@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Kangaroo": "kangaroo_kernels.model.generate",
-    "Generation": "kangaroo_kernels.model.generate",
-    "Progress": "kangaroo_kernels.model.generate",
-    "DecodeStats": "kangaroo_kernels.model.decode",
+    "Kangaroo": "kangaroo_kernels.model.kangaroo",
+    "Generation": "kangaroo_kernels.model.kangaroo",
+    "Progress": "kangaroo_kernels.model.kangaroo",
+    "DecodeStats": "kangaroo_kernels.model.loop.decode",
     "KangarooError": "kangaroo_kernels.model.errors",
 }
 
 __all__ = ["DecodeStats", "Generation", "Kangaroo", "KangarooError", "Progress", "__version__"]
 
 if TYPE_CHECKING:
-    from kangaroo_kernels.model.decode import DecodeStats
     from kangaroo_kernels.model.errors import KangarooError
-    from kangaroo_kernels.model.generate import Generation, Kangaroo, Progress
+    from kangaroo_kernels.model.kangaroo import Generation, Kangaroo, Progress
+    from kangaroo_kernels.model.loop.decode import DecodeStats
 
 
 def __getattr__(name: str) -> Any:

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels._chain import chain, follow
-from kangaroo_kernels._launch import MAX_ROWS, device_scalar, require_interpreter
-from kangaroo_kernels.accept_ref import MAX_STOPS, check_step
+from kangaroo_kernels.reference.accept import MAX_STOPS, check_step
+from kangaroo_kernels.shared.chain import chain, follow
+from kangaroo_kernels.shared.launch import MAX_ROWS, device_scalar, require_interpreter
 
 
 @triton.jit(
@@ -63,7 +63,7 @@ def accept(
     drafted: int | Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Compare drafts with the target's tokens; arguments and result as for ``accept_ref.accept``."""
+    """Compare drafts with the target's tokens; arguments and result as for ``reference.accept``."""
     require_interpreter("accept", draft)
     check_step(draft, target, stop_tokens, length, limit, drafted, out)
     most, device = len(draft), draft.device

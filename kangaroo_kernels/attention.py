@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels._cache import cache_layout, row_offsets
-from kangaroo_kernels._chain import chain, follow
-from kangaroo_kernels._launch import MAX_ROWS, check_flag, check_out, check_position, check_rows, device_scalar
-from kangaroo_kernels.attention_ref import check_max_length
 from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.reference.attention import check_max_length
+from kangaroo_kernels.shared.cache_layout import cache_layout, row_offsets
+from kangaroo_kernels.shared.chain import chain, follow
+from kangaroo_kernels.shared.launch import MAX_ROWS, check_flag, check_out, check_position, check_rows, device_scalar
 
 # Where the splits lie is part of the contract (docs/kernels.md) and never tuned.
 SHORT = tl.constexpr(128)
@@ -328,7 +328,7 @@ def attention(
     active: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attend from M rows to the cache; arguments and result as for ``attention_ref.attention``.
+    """Attend from M rows to the cache; arguments and result as for ``reference.attention``.
 
     ``max_length`` bounds ``position + M`` (the caches' capacity if None): programs are launched for so many positions,
     and return at once where the text is shorter.

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels._chain import chain, follow
-from kangaroo_kernels._launch import MAX_ROWS, require_interpreter
-from kangaroo_kernels.commit_ref import RECORD_HEAD, check_state
+from kangaroo_kernels.reference.commit import RECORD_HEAD, check_state
+from kangaroo_kernels.shared.chain import chain, follow
+from kangaroo_kernels.shared.launch import MAX_ROWS, require_interpreter
 
 CHUNK = tl.constexpr(1024)
 BLOCK = 2 * MAX_ROWS
@@ -89,7 +89,7 @@ def commit(
     newest: Tensor,
     record: Tensor,
 ) -> None:
-    """Commit one iteration, in place; arguments as for ``commit_ref.commit``."""
+    """Commit one iteration, in place; arguments as for ``reference.commit``."""
     require_interpreter("commit", target)
     check_state(decision, target, text, length, limit, positions, flags, exit_hidden, embedding, newest, record)
     most = len(target) - 1

@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels._chain import chain, fetch_ahead, follow
-from kangaroo_kernels._launch import aligned_rows, check_operands, check_out, step_of, weight_and_bias
-from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
+from kangaroo_kernels.shared.launch import aligned_rows, check_operands, check_out, step_of, weight_and_bias
+from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def gate_up(
     active: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The MLP up to its down projection; arguments and result as for ``gate_up_ref.gate_up``."""
+    """The MLP up to its down projection; arguments and result as for ``reference.gate_up``."""
     matrix, bias = weight_and_bias(weight)
     check_operands("gate_up", x, norm_weight, matrix, active)
     if matrix.shape[0] % 2:

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels._chain import chain, fetch_ahead, follow
-from kangaroo_kernels._launch import aligned_rows, check_operands, check_out, step_of, weight_and_bias
-from kangaroo_kernels._stream import BLOCK_M, add_bias, project
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
+from kangaroo_kernels.shared.launch import aligned_rows, check_operands, check_out, step_of, weight_and_bias
+from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, project
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def linear_residual(
     active: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Project and add; arguments and result as for ``linear_residual_ref.linear_residual``."""
+    """Project and add; arguments and result as for ``reference.linear_residual``."""
     matrix, bias = weight_and_bias(weight)
     check_operands("linear_residual", x, None, matrix, active)
     x = aligned_rows(x)

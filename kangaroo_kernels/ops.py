@@ -13,21 +13,21 @@ from torch import Tensor
 
 from kangaroo_kernels import (
     accept,
-    accept_ref,
     attention,
-    attention_ref,
     gate_up,
-    gate_up_ref,
     linear_residual,
-    linear_residual_ref,
     qkv_rope,
-    qkv_rope_ref,
     sample_head,
-    sample_head_ref,
     top1_head,
-    top1_head_ref,
 )
 from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
+from kangaroo_kernels.reference import accept as accept_ref
+from kangaroo_kernels.reference import attention as attention_ref
+from kangaroo_kernels.reference import gate_up as gate_up_ref
+from kangaroo_kernels.reference import linear_residual as linear_residual_ref
+from kangaroo_kernels.reference import qkv_rope as qkv_rope_ref
+from kangaroo_kernels.reference import sample_head as sample_head_ref
+from kangaroo_kernels.reference import top1_head as top1_head_ref
 
 NAMESPACE = "kangaroo"
 _library = torch.library.Library(NAMESPACE, "DEF")

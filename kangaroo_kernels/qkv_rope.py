@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels._cache import cache_layout, row_offsets
-from kangaroo_kernels._chain import chain, fetch_ahead, follow
-from kangaroo_kernels._launch import (
+from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.shared.cache_layout import cache_layout, row_offsets
+from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
+from kangaroo_kernels.shared.launch import (
     aligned_rows,
     check_operands,
     check_out,
@@ -21,9 +23,7 @@ from kangaroo_kernels._launch import (
     step_of,
     weight_and_bias,
 )
-from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
-from kangaroo_kernels.launch_config import launch_config
-from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def qkv_rope(
     active: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Project M tokens and append their keys and values; arguments and result as for ``qkv_rope_ref.qkv_rope``."""
+    """Project M tokens and append their keys and values; arguments and result as for ``reference.qkv_rope``."""
     matrix, bias = weight_and_bias(weight)
     check_operands("qkv_rope", x, norm_weight, matrix, active)
     x = aligned_rows(x)

@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels._chain import chain, fetch_ahead, follow
-from kangaroo_kernels._gumbel import gumbel_tile
-from kangaroo_kernels._head import (
+from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.reference.top1_head import Top1
+from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
+from kangaroo_kernels.shared.checks import check_count, check_sampling
+from kangaroo_kernels.shared.head import (
     NO_TOKEN,
     TileResults,
     check_head,
@@ -26,7 +29,7 @@ from kangaroo_kernels._head import (
     merge_tiles,
     nan_wins,
 )
-from kangaroo_kernels._launch import (
+from kangaroo_kernels.shared.launch import (
     aligned_rows,
     check_operands,
     device_number,
@@ -35,11 +38,8 @@ from kangaroo_kernels._launch import (
     step_of,
     weight_and_bias,
 )
-from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
-from kangaroo_kernels.check_ref import check_count, check_sampling
-from kangaroo_kernels.launch_config import launch_config
-from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.top1_head_ref import Top1
+from kangaroo_kernels.shared.noise import gumbel_tile
+from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project
 
 CHUNK = tl.constexpr(4096)
 """Logits of a row that the filter takes at a time."""
@@ -325,7 +325,7 @@ def sample_head(
     embedded: Tensor | None = None,
     out: Top1 | None = None,
 ) -> Top1:
-    """Sample a token for each row; arguments and result as for ``sample_head_ref.sample_head``."""
+    """Sample a token for each row; arguments and result as for ``reference.sample_head``."""
     matrix, bias = weight_and_bias(weight)
     check_operands("sample_head", x, norm_weight, matrix, active)
     x = aligned_rows(x)

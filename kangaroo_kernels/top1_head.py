@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels._chain import chain, fetch_ahead, follow
-from kangaroo_kernels._head import TileResults, check_head, exponential_sum, first_best, merge_tiles, nan_wins
-from kangaroo_kernels._launch import aligned_rows, check_operands, step_of, weight_and_bias
-from kangaroo_kernels._stream import BLOCK_M, add_bias, norm_project
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.top1_head_ref import Top1
+from kangaroo_kernels.reference.top1_head import Top1
+from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
+from kangaroo_kernels.shared.head import TileResults, check_head, exponential_sum, first_best, merge_tiles, nan_wins
+from kangaroo_kernels.shared.launch import aligned_rows, check_operands, step_of, weight_and_bias
+from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def top1_head(
     embedded: Tensor | None = None,
     out: Top1 | None = None,
 ) -> Top1:
-    """The most likely token of each row; arguments and result as for ``top1_head_ref.top1_head``."""
+    """The most likely token of each row; arguments and result as for ``reference.top1_head``."""
     matrix, bias = weight_and_bias(weight)
     check_operands("top1_head", x, norm_weight, matrix, active)
     x = aligned_rows(x)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.qkv_rope_ref import rope_table
+from kangaroo_kernels.reference.qkv_rope import rope_table
 
 
 class ModelShape(NamedTuple):

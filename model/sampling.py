@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.gumbel_ref import gumbel_rows, uniform
 from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.sample_head_ref import filter_logits
-from kangaroo_kernels.top1_head_ref import Top1, confidence_of, lm_head
+from kangaroo_kernels.reference.noise import gumbel_rows, uniform
+from kangaroo_kernels.reference.sample_head import filter_logits
+from kangaroo_kernels.reference.top1_head import Top1, confidence_of, lm_head
 
+from .backend import REFERENCES, Operations
 from .errors import KangarooError
-from .operations import REFERENCES, Operations
 
 ACCEPTANCES = ("coupled", "rejection")
 TARGET_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)

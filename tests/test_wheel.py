@@ -60,7 +60,7 @@ def test_the_only_top_level_name(names: list[str]) -> None:
 def test_every_module_is_inside(names: list[str]) -> None:
     kernels = {f"kangaroo_kernels/{name}" for name in files_of(ROOT / "kangaroo_kernels", ("*.py", "py.typed"))}
     model = {f"kangaroo_kernels/model/{name}" for name in files_of(ROOT / "model", ("*.py", "py.typed"))}
-    assert "kangaroo_kernels/model/generate.py" in model
+    assert "kangaroo_kernels/model/kangaroo.py" in model
     assert "kangaroo_kernels/py.typed" in kernels
     assert "kangaroo_kernels/model/py.typed" in model
     assert {name for name in names if name.endswith((".py", "py.typed"))} == kernels | model
@@ -92,7 +92,7 @@ def test_the_command(site: Path) -> None:
     (path,) = site.glob("*.dist-info/entry_points.txt")
     entries = configparser.ConfigParser()
     entries.read(path)
-    assert dict(entries["console_scripts"]) == {"kangaroo": "kangaroo_kernels.model.cli:main"}
+    assert dict(entries["console_scripts"]) == {"kangaroo": "kangaroo_kernels.model.commands.cli:main"}
 
 
 def test_version(site: Path) -> None:
@@ -107,8 +107,8 @@ import importlib.util, sys
 from pathlib import Path
 site = Path(sys.argv[1])
 import kangaroo_kernels
-import kangaroo_kernels.model.generate as generate
-from kangaroo_kernels.model.cli import main
+import kangaroo_kernels.model.kangaroo as generate
+from kangaroo_kernels.model.commands.cli import main
 assert Path(kangaroo_kernels.__file__).is_relative_to(site), kangaroo_kernels.__file__
 assert Path(generate.__file__).is_relative_to(site), generate.__file__
 assert kangaroo_kernels.Kangaroo is generate.Kangaroo

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.model.commands.show import show_legend, show_steps
 from kangaroo_kernels.model.demo import DEMO_MODEL, bundled_pair
-from kangaroo_kernels.model.show import show_legend, show_steps
 
 
 def main(

@@ -24,10 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.gumbel_ref import gumbel_rows
-from kangaroo_kernels.model.graphs import no_garbage_collection
-from kangaroo_kernels.sample_head_ref import filter_logits
-from kangaroo_kernels.top1_head_ref import confidence_of, lm_head
+from kangaroo_kernels.model.loop.graphs import no_garbage_collection
+from kangaroo_kernels.reference.noise import gumbel_rows
+from kangaroo_kernels.reference.sample_head import filter_logits
+from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
 
 OVERFLOW = 4
 """The argument sets' weights together are larger than so many times the L2."""
@@ -327,7 +327,7 @@ def launcher(op: str) -> Callable[..., Any]:
 
 def reference(op: str) -> Callable[..., Any]:
     """The operation in PyTorch."""
-    function: Callable[..., Any] = getattr(import_module(f"kangaroo_kernels.{op}_ref"), op)
+    function: Callable[..., Any] = getattr(import_module(f"kangaroo_kernels.reference.{op}"), op)
     return function
 
 

@@ -16,9 +16,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.config import LlamaConfig
-from kangaroo_kernels.model.decode import Commit
-from kangaroo_kernels.model.operations import MAX_KERNEL_ROWS
+from kangaroo_kernels.model.backend import MAX_KERNEL_ROWS
+from kangaroo_kernels.model.loop.decode import Commit
+from kangaroo_kernels.model.target.config import LlamaConfig
 
 PREFIX = "kangaroo/"
 DRAFT_STAGES = (PREFIX + "draft/shallow", PREFIX + "draft/step")

@@ -43,7 +43,7 @@ from rich.table import Table
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.model.demo import DEMO_MODEL, bundled_pair
-from kangaroo_kernels.model.generate import check_lengths, resolve_device, resolve_dtype
+from kangaroo_kernels.model.kangaroo import check_lengths, resolve_device, resolve_dtype
 from kangaroo_kernels.workloads import MODELS, ModelShape
 
 USER_ERROR = 2

@@ -9,17 +9,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.model.adapter import (
+from kangaroo_kernels.model.backend import Operations, load_operations
+from kangaroo_kernels.model.drafters.adapter import (
     PAPER_DRAFT_CONFIDENCE_THRESHOLD,
     PAPER_NUM_SPECULATIVE_TOKENS,
     Adapter,
     AdapterConfig,
 )
-from kangaroo_kernels.model.config import LlamaConfig, RopeConfig
-from kangaroo_kernels.model.draft import Drafter
-from kangaroo_kernels.model.llama import Llama
-from kangaroo_kernels.model.operations import Operations, load_operations
-from kangaroo_kernels.model.weights import AdapterWeights, AttentionWeights, LayerWeights, TargetWeights
+from kangaroo_kernels.model.drafters.kangaroo import Drafter
+from kangaroo_kernels.model.target.config import LlamaConfig, RopeConfig
+from kangaroo_kernels.model.target.llama import Llama
+from kangaroo_kernels.model.target.weights import AdapterWeights, AttentionWeights, LayerWeights, TargetWeights
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.workloads import ModelShape
 

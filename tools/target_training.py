@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from kangaroo_kernels import KangarooError
-from kangaroo_kernels.model.config import LlamaConfig as TargetConfig
-from kangaroo_kernels.model.config import parse_config
-from kangaroo_kernels.model.train import AdapterBlock
+from kangaroo_kernels.model.target.config import LlamaConfig as TargetConfig
+from kangaroo_kernels.model.target.config import parse_config
+from kangaroo_kernels.model.training.train import AdapterBlock
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -48,10 +48,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from kangaroo_kernels import launch_config
-from kangaroo_kernels._launch import step_of
-from kangaroo_kernels._stream import BLOCK_M
 from kangaroo_kernels.attention import TILE
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
+from kangaroo_kernels.shared.launch import step_of
+from kangaroo_kernels.shared.tiles import BLOCK_M
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings, Workload, workloads
 
 NOTHING_FOUND, USER_ERROR, INTERRUPTED = 1, 2, 130

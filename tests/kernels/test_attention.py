@@ -10,7 +10,6 @@ from recorded import Recorded
 from torch import Tensor
 from triton import knobs
 
-from kangaroo_kernels._cache import row_offsets
 from kangaroo_kernels.attention import attention as kernel
 from kangaroo_kernels.attention import (
     attention_kernel,
@@ -19,8 +18,9 @@ from kangaroo_kernels.attention import (
     count_splits_of,
     first_position,
 )
-from kangaroo_kernels.attention_ref import MANY_ROWS
-from kangaroo_kernels.attention_ref import attention as reference
+from kangaroo_kernels.reference.attention import MANY_ROWS
+from kangaroo_kernels.reference.attention import attention as reference
+from kangaroo_kernels.shared.cache_layout import row_offsets
 
 NAN, INFINITY = float("nan"), float("inf")
 HALF = torch.float16

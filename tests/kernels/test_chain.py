@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from kangaroo_kernels import _chain, launch_config
-from kangaroo_kernels._chain import chain
 from kangaroo_kernels.launch_config import chained
+from kangaroo_kernels.shared.chain import chain
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 META, CPU = torch.zeros(1, device="meta"), torch.zeros(1)

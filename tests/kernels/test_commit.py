@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels import commit as commit_triton
-from kangaroo_kernels import commit_ref
+from kangaroo_kernels.reference import commit as commit_ref
 
 EITHER = pytest.mark.parametrize("commit", [commit_ref.commit, commit_triton.commit], ids=["reference", "kernel"])
 VOCAB, CAPACITY = 11, 40

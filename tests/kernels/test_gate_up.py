@@ -18,9 +18,9 @@ from kernel_inputs import (
 from torch import Tensor
 
 from kangaroo_kernels.gate_up import gate_up as launch
-from kangaroo_kernels.gate_up_ref import gate_up
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
+from kangaroo_kernels.reference.gate_up import gate_up
 
 EPS = 1e-5
 BOTH = pytest.mark.parametrize("operation", [gate_up, launch], ids=["reference", "kernel"])

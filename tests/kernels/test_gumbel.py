@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kangaroo_kernels._gumbel import gumbel_tile
-from kangaroo_kernels._launch import device_seed
-from kangaroo_kernels.gumbel_ref import BLOCK, _gumbel_block, gumbel, gumbel_rows, philox4x32, uniform
+from kangaroo_kernels.reference.noise import BLOCK, _gumbel_block, gumbel, gumbel_rows, philox4x32, uniform
+from kangaroo_kernels.shared.launch import device_seed
+from kangaroo_kernels.shared.noise import gumbel_tile
 
 WORD = 1 << 32
 

@@ -15,9 +15,9 @@ import torch
 from kernel_inputs import ROW_STRIDES, drawer, framed, same_bits
 from torch import Tensor
 
-from kangaroo_kernels._launch import aligned_rows, device_scalar, device_seed, step_of
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
-from kangaroo_kernels.qkv_rope_ref import rope_table
+from kangaroo_kernels.reference.qkv_rope import rope_table
+from kangaroo_kernels.shared.launch import aligned_rows, device_scalar, device_seed, step_of
 
 OPERATIONS = ("qkv_rope", "attention", "linear_residual", "gate_up", "top1_head", "sample_head", "accept")
 TESTS = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def launcher(name: str) -> Callable[..., Any]:
 
 
 def reference(name: str) -> Callable[..., Any]:
-    return getattr(import_module(f"kangaroo_kernels.{name}_ref"), name)
+    return getattr(import_module(f"kangaroo_kernels.reference.{name}"), name)
 
 
 def arguments(name: str, device: torch.device, rows: int = ROWS) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from kangaroo_kernels.launch_config import (
 )
 from kangaroo_kernels.linear_residual import linear_residual
 from kangaroo_kernels.qkv_rope import qkv_rope
-from kangaroo_kernels.qkv_rope_ref import rope_table
+from kangaroo_kernels.reference.qkv_rope import rope_table
 
 CONDITIONS = {"n", "k", "dtype", "max_n"}
 WITH_TILES = {"qkv_rope", "linear_residual", "gate_up", "top1_head", "sample_head"}

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
 from kangaroo_kernels.linear_residual import linear_residual as launch
-from kangaroo_kernels.linear_residual_ref import linear_residual
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
+from kangaroo_kernels.reference.linear_residual import linear_residual
 
 BOTH = pytest.mark.parametrize("operation", [linear_residual, launch], ids=["reference", "kernel"])
 

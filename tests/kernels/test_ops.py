@@ -5,16 +5,16 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels import (
-    accept_ref,
-    attention_ref,
-    gate_up_ref,
-    linear_residual_ref,
     ops,  # noqa: F401 (registers them)
-    qkv_rope_ref,
-    sample_head_ref,
-    top1_head_ref,
 )
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
+from kangaroo_kernels.reference import accept as accept_ref
+from kangaroo_kernels.reference import attention as attention_ref
+from kangaroo_kernels.reference import gate_up as gate_up_ref
+from kangaroo_kernels.reference import linear_residual as linear_residual_ref
+from kangaroo_kernels.reference import qkv_rope as qkv_rope_ref
+from kangaroo_kernels.reference import sample_head as sample_head_ref
+from kangaroo_kernels.reference import top1_head as top1_head_ref
 
 ROWS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LENGTH, VOCAB = 3, 24, 4, 2, 8, 20, 37
 NAMES = ("qkv_rope", "attention", "linear_residual", "gate_up", "top1_head", "sample_head", "accept")

@@ -22,7 +22,7 @@ from torch import Tensor
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.qkv_rope import qkv_rope as launch
-from kangaroo_kernels.qkv_rope_ref import interleave_rope, qkv_rope, rope_table
+from kangaroo_kernels.reference.qkv_rope import interleave_rope, qkv_rope, rope_table
 
 EPS = 1e-5
 NAN = float("nan")

@@ -3,7 +3,7 @@ import torch
 from budget import assert_within_budget
 from torch import Tensor
 
-from kangaroo_kernels.rms_norm_ref import rms_norm
+from kangaroo_kernels.reference.rms_norm import rms_norm
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

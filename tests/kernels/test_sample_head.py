@@ -14,10 +14,11 @@ from recorded import Recorded
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from kangaroo_kernels._head import merge_tiles_kernel
-from kangaroo_kernels._launch import device_number, device_seed
-from kangaroo_kernels.gumbel_ref import gumbel, gumbel_rows
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
+from kangaroo_kernels.reference.noise import gumbel, gumbel_rows
+from kangaroo_kernels.reference.sample_head import filter_logits
+from kangaroo_kernels.reference.sample_head import sample_head as reference
+from kangaroo_kernels.reference.top1_head import Top1, confidence_of, lm_head, top1_head
 from kangaroo_kernels.sample_head import (
     filtered_sample_kernel,
     kept_by_top_k,
@@ -26,9 +27,8 @@ from kangaroo_kernels.sample_head import (
     sample_head_kernel,
 )
 from kangaroo_kernels.sample_head import sample_head as kernel
-from kangaroo_kernels.sample_head_ref import filter_logits
-from kangaroo_kernels.sample_head_ref import sample_head as reference
-from kangaroo_kernels.top1_head_ref import Top1, confidence_of, lm_head, top1_head
+from kangaroo_kernels.shared.head import merge_tiles_kernel
+from kangaroo_kernels.shared.launch import device_number, device_seed
 
 NAN, INFINITY = float("nan"), float("inf")
 NANS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy, which warns of them
@@ -248,7 +248,7 @@ def test_one_binary_serves_any_number_of_rows(device, monkeypatch, inner):
     recorded = [Recorded(sample_head_kernel), Recorded(filtered_sample_kernel)]
     monkeypatch.setattr("kangaroo_kernels.sample_head.sample_head_kernel", recorded[0])
     monkeypatch.setattr("kangaroo_kernels.sample_head.filtered_sample_kernel", recorded[1])
-    monkeypatch.setattr("kangaroo_kernels._head.merge_tiles_kernel", Recorded(merge_tiles_kernel))
+    monkeypatch.setattr("kangaroo_kernels.shared.head.merge_tiles_kernel", Recorded(merge_tiles_kernel))
     x, norm, head = problem(device, 20, 9, inner, HALF)
     draw = {"eps": 1e-5, "temperature": 1.0, "seed": 1}
     for first, rows in enumerate((1, 2, 3, 7, 16)):

@@ -7,12 +7,12 @@ from recorded import Recorded
 from torch import Tensor
 from triton import knobs
 
-from kangaroo_kernels._head import TileResults, merge_tiles, merge_tiles_kernel
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
+from kangaroo_kernels.reference.top1_head import Top1, confidence_of, lm_head
+from kangaroo_kernels.reference.top1_head import top1_head as reference
+from kangaroo_kernels.shared.head import TileResults, merge_tiles, merge_tiles_kernel
 from kangaroo_kernels.top1_head import top1_head as kernel
 from kangaroo_kernels.top1_head import top1_head_kernel
-from kangaroo_kernels.top1_head_ref import Top1, confidence_of, lm_head
-from kangaroo_kernels.top1_head_ref import top1_head as reference
 
 NAN, INFINITY = float("nan"), float("inf")
 NANS = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy, which warns of them
@@ -182,7 +182,7 @@ def test_one_binary_serves_any_number_of_rows(device, monkeypatch, inner):
     """Wherever in a buffer they begin."""
     recorded = [Recorded(top1_head_kernel), Recorded(merge_tiles_kernel)]
     monkeypatch.setattr("kangaroo_kernels.top1_head.top1_head_kernel", recorded[0])
-    monkeypatch.setattr("kangaroo_kernels._head.merge_tiles_kernel", recorded[1])
+    monkeypatch.setattr("kangaroo_kernels.shared.head.merge_tiles_kernel", recorded[1])
     x, norm, head = problem(device, 20, 9, inner, HALF)
     for rows in range(1, 17):
         for first in (0, 1, 4):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import linear
 
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model.adapter import load_adapter_config
-from kangaroo_kernels.model.config import load_config
+from kangaroo_kernels.model.drafters.adapter import load_adapter_config
+from kangaroo_kernels.model.target.config import load_config
 
 TOLERANCE = 1e-4
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}

@@ -17,7 +17,7 @@ from kangaroo_kernels import Kangaroo, __version__
 from kangaroo_kernels.model import cli, compare
 
 PROMPT = "ABCabc"
-COMMAND = [sys.executable, "-c", "from kangaroo_kernels.model.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from kangaroo_kernels.model.commands.cli import main; main()"]
 
 
 class Outcome(NamedTuple):
@@ -89,7 +89,7 @@ def test_version(run: Run) -> None:
 
 
 def test_the_command_line_is_there_before_torch() -> None:
-    code = "import sys, kangaroo_kernels.model.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, kangaroo_kernels.model.commands.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -4,7 +4,7 @@ import pytest
 from conftest import Pair
 
 from kangaroo_kernels import DecodeStats, KangarooError
-from kangaroo_kernels.model.compare import Comparison, compare, compare_all, report, summarise
+from kangaroo_kernels.model.evaluation.compare import Comparison, compare, compare_all, report, summarise
 
 
 def comparison(plain: float, kangaroo: float, identical: bool = True, **counts: object) -> Comparison:

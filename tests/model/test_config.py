@@ -9,7 +9,7 @@ import torch
 from pairs import make_target
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.config import LlamaConfig, RopeConfig, load_config, parse_config
+from kangaroo_kernels.model.target.config import LlamaConfig, RopeConfig, load_config, parse_config
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],

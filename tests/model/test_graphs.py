@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kangaroo_kernels.model import graphs
-from kangaroo_kernels.model.graphs import GraphRunner, no_garbage_collection
+from kangaroo_kernels.model.loop.graphs import GraphRunner, no_garbage_collection
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from pairs import make_adapter, make_target
 from safetensors.torch import load_file
 
 from kangaroo_kernels import KangarooError
+from kangaroo_kernels.model.commands.info import environment, footprint
 from kangaroo_kernels.model.demo import bundled_pair
-from kangaroo_kernels.model.info import environment, footprint
 
 
 def test_the_machine() -> None:

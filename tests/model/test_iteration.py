@@ -14,8 +14,8 @@ from pairs import make_adapter, make_target
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model import decode
 from kangaroo_kernels.model import generate as generate_module
-from kangaroo_kernels.model.iteration import Iteration
-from kangaroo_kernels.model.operations import REFERENCES
+from kangaroo_kernels.model.backend import REFERENCES
+from kangaroo_kernels.model.loop.iteration import Iteration
 
 PROMPT = [7, 3, 5]
 SAMPLINGS = ({}, {"temperature": 1.0, "seed": 2**64 - 3}, {"temperature": 0.8, "seed": 4, "top_k": 9, "top_p": 0.9})

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kangaroo_kernels.model.mailbox import Mailbox
+from kangaroo_kernels.model.loop.mailbox import Mailbox
 
 
 def test_records_are_read_in_order_as_they_were_posted(device):

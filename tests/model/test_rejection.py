@@ -12,8 +12,8 @@ from pairs import make_adapter, make_target
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.gumbel_ref import uniform
 from kangaroo_kernels.model.sampling import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, Chooser, Sampling
+from kangaroo_kernels.reference.noise import uniform
 
 CPU = torch.device("cpu")
 DRAWS = 60_000

@@ -8,9 +8,9 @@ from chi_square import REJECTED, p_value, transform, uniform_p_value
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.gumbel_ref import BLOCK, gumbel_rows
 from kangaroo_kernels.model.sampling import DRAFT_STREAM, TARGET_STREAM, Chooser, Sampling
-from kangaroo_kernels.top1_head_ref import lm_head
+from kangaroo_kernels.reference.noise import BLOCK, gumbel_rows
+from kangaroo_kernels.reference.top1_head import lm_head
 
 CPU = torch.device("cpu")
 SIZE = 7

@@ -7,8 +7,8 @@ from conftest import Pair
 from rich.console import Console
 
 from kangaroo_kernels import DecodeStats, Generation
-from kangaroo_kernels.model.compare import Comparison
-from kangaroo_kernels.model.show import show_comparisons, show_steps, summary, track
+from kangaroo_kernels.model.commands.show import show_comparisons, show_steps, summary, track
+from kangaroo_kernels.model.evaluation.compare import Comparison
 
 
 def terminal() -> Console:

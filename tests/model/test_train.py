@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model import train
-from kangaroo_kernels.model.config import load_config
+from kangaroo_kernels.model.target.config import load_config
 from kangaroo_kernels.model.text import load_tokenizer
-from kangaroo_kernels.model.train import TrainableAdapter, TrainingSettings, train_adapter
+from kangaroo_kernels.model.training.train import TrainableAdapter, TrainingSettings, train_adapter
 
 TEXT = "the quick brown fox jumps over the lazy dog 0123456789 " * 60
 

@@ -20,8 +20,8 @@ from synthetic import ASSUMPTION, MAX_DRAFTS, paper_trace, with_synthetic_accept
 
 from kangaroo_kernels import Generation, Kangaroo
 from kangaroo_kernels.launch_config import chained
-from kangaroo_kernels.model.llama import Llama
-from kangaroo_kernels.model.operations import REFERENCES
+from kangaroo_kernels.model.backend import REFERENCES
+from kangaroo_kernels.model.target.llama import Llama
 from kangaroo_kernels.workloads import ModelShape
 
 from .energy import EnergyMeter

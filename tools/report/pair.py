@@ -11,8 +11,8 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.compare import compare, summarise
 from kangaroo_kernels.model.demo import DemoPair
+from kangaroo_kernels.model.evaluation.compare import compare, summarise
 
 from .job import Job
 

@@ -9,7 +9,7 @@ from random_model import exit_layer_of, random_drafter, random_target
 from synthetic import MAX_DRAFTS, paper_trace, with_synthetic_acceptance
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.operations import REFERENCES
+from kangaroo_kernels.model.backend import REFERENCES
 
 from .decode import random_prompt
 from .job import Job

@@ -1,0 +1,322 @@
+"""What ``draft_loop`` needs of a model, made once: a launch then allocates nothing and asks nothing of the host."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from kangaroo_kernels.attention import MAX_PACKED_ROWS, TILE, count_splits
+from kangaroo_kernels.draft_loop.stages import (
+    DOWN_BIAS_AT,
+    GATE_UP_BIAS_AT,
+    KEYS_AT,
+    MLP_NORM_AT,
+    NORM_AT,
+    OUTPUT_AT,
+    OUTPUT_BIAS_AT,
+    QKV_AT,
+    QKV_BIAS_AT,
+    TABLE_WORDS,
+    VALUES_AT,
+)
+from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.qkv_rope import phases_of
+from kangaroo_kernels.reference.draft_loop import WIDEST_HEAD, AttentionBlock, DraftModel
+from kangaroo_kernels.reference.top1_head import Top1
+from kangaroo_kernels.shared.cache_layout import cache_layout
+from kangaroo_kernels.shared.grid import ERROR, STATE_WORDS
+from kangaroo_kernels.shared.head import TileResults
+from kangaroo_kernels.shared.launch import MAX_ROWS, VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
+from kangaroo_kernels.shared.tiles import BLOCK_M, K_STEP_BYTES
+
+POLLS = 1 << 20
+"""Looks at the counter before a program takes another for lost: about a second, where a stage takes microseconds."""
+
+PROGRAMS_PER_SM = 2
+
+SPARE_SHARED = 4096
+"""Bytes a program beside its tiles: reductions, and what the system takes."""
+
+MAX_REGISTERS = 242
+"""A thread; two programs an SM leave 256."""
+
+SPARING_FROM, SPARING_REGISTERS, LARGE_TILE = 90, 160, 64 * 128
+"""From that architecture on the assembler is told to be sparing with registers (before it, that makes it spill), and
+gets only so many unless the queries of an attention program are a large tile. Found by trying: its spills are no simple
+function of the limit, and often more where it has more."""
+
+ATTENTION_STAGES = 2
+"""Of the pipeline over the KV cache: with more of them one program would take the shared memory of two."""
+
+
+class BlockShape(NamedTuple):
+    """The sizes of an attention block and the strides of its caches.
+
+    Attributes:
+        kv_heads: ``H_kv``.
+        group: query heads a key-value head.
+        head_dim: ``D``.
+        room: positions that caches and phases hold.
+        head_stride: of the caches, from head to head.
+        row_stride: from position to position.
+        scale: of the scores, times log2(e).
+        eps: of the norm.
+        itemsize: of an element.
+        phases: ``[T, 1, D / 2, 2]`` float32.
+    """
+
+    kv_heads: int
+    group: int
+    head_dim: int
+    room: int
+    head_stride: int
+    row_stride: int
+    scale: float
+    eps: float
+    itemsize: int
+    phases: Tensor
+
+    @property
+    def heads(self) -> int:
+        """``H``."""
+        return self.kv_heads * self.group
+
+    @property
+    def queries(self) -> int:
+        """``H * D``."""
+        return self.heads * self.head_dim
+
+    @property
+    def qkv_rows(self) -> int:
+        """``(H + 2 * H_kv) * D``."""
+        return self.queries + 2 * self.kv_heads * self.head_dim
+
+    @property
+    def block_d(self) -> int:
+        """As ``attention`` has it."""
+        return int(max(16, triton.next_power_of_2(self.head_dim)))
+
+    @property
+    def block_rows(self) -> int:
+        """As ``attention`` has it, for the bits: a drafting step needs two of them."""
+        return int(min(MAX_PACKED_ROWS[self.itemsize], triton.next_power_of_2(MAX_ROWS * self.group)))
+
+
+def refuse(sentence: str) -> ValueError:
+    """The error to raise."""
+    return ValueError(f"draft_loop: {sentence}")
+
+
+def shape_of(block: AttentionBlock, x: Tensor) -> BlockShape:
+    """What an attention block looks like, by its caches and the rows of its qkv."""
+    keys = cache_layout("draft_loop", block.k_cache, None, x)
+    values = cache_layout("draft_loop", block.v_cache, None, x)
+    rows, head_dim = weight_and_bias(block.qkv)[0].shape[0], block.k_cache.shape[-1]
+    heads = rows // head_dim - 2 * keys.kv_heads
+    if keys != values or block.v_cache.shape[-1] != head_dim:
+        raise refuse("the keys' cache and the values' differ in shape or strides; they must be alike.")
+    if rows % head_dim or heads < 1 or heads % keys.kv_heads:
+        raise refuse(
+            f"qkv has {rows} rows, a cache is {list(block.k_cache.shape)}; they must be (H + 2 * H_kv) * D rows and "
+            "[H_kv, T, D], H a multiple of H_kv."
+        )
+    phases = phases_of("draft_loop", block.table, head_dim)
+    return BlockShape(
+        keys.kv_heads,
+        heads // keys.kv_heads,
+        head_dim,
+        min(keys.capacity, phases.shape[0]),
+        keys.head_stride,
+        keys.row_stride,
+        block.scale * math.log2(math.e),
+        block.eps,
+        x.element_size(),
+        phases,
+    )
+
+
+def matrix_of(
+    name: str, x: Tensor, norm: Tensor | None, weight: Weight, shape: tuple[int, int]
+) -> tuple[Tensor, Tensor | None]:
+    """The matrix of a weight of ``shape``, and its bias."""
+    matrix, bias = weight_and_bias(weight)
+    if matrix.shape != shape or not matrix.is_contiguous():
+        raise refuse(
+            f"{name} is {list(matrix.shape)} with strides {matrix.stride()}; it must be {list(shape)}, contiguous."
+        )
+    check_operands("draft_loop", x if norm is not None else x.new_empty(1, shape[1]), norm, matrix)
+    return matrix, bias
+
+
+def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]) -> int:
+    """Programs of the grid: as many as are resident at once, ``PROGRAMS_PER_SM`` at most; one for the interpreter."""
+    if x.device.type != "cuda":
+        return 1
+    device = torch.cuda.get_device_properties(x.device)
+    # 32 weight rows, 16 rows of x and the norm's weight a stage; the cache's tiles twice beside the queries'
+    weights = (num_stages - 1) * (3 * BLOCK_M + 1) * K_STEP_BYTES
+    caches = max((4 * TILE[each.itemsize] + each.block_rows) * each.block_d * each.itemsize for each in shapes)
+    fit = device.shared_memory_per_multiprocessor // (max(weights, caches) + SPARE_SHARED)
+    return int(device.multi_processor_count * max(1, min(PROGRAMS_PER_SM, fit)))
+
+
+def gpu_options(x: Tensor, shapes: tuple[BlockShape, ...]) -> dict[str, Any]:
+    """What the launch is given besides its arguments: all programs are resident or none is, and no register spills."""
+    if x.device.type == "cpu":
+        return {}
+    options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
+    if driver.active.get_current_target().arch >= SPARING_FROM:
+        options["ptx_options"] = "--register-usage-level 0"
+        if max(each.block_rows * each.block_d for each in shapes) < LARGE_TILE:
+            options["maxnreg"] = SPARING_REGISTERS
+    return options
+
+
+class DraftLoop:
+    """A model's drafting loop, ready to be launched.
+
+    A captured graph holds the addresses of everything in it, the model's weights and caches too: when one of them is
+    replaced, prepare and capture again.
+
+    Attributes:
+        model: as given.
+        most: drafts a step, R.
+        grid: programs that are launched; all must be resident at once.
+        programs: that a barrier waits for; another number than ``grid`` is for tests.
+        error: ``[1]`` int32 on the device: 0, or 1 + the stage where the grid waited in vain for a program. What that
+            launch left is worthless, and later ones do nothing until ``reset``.
+    """
+
+    def __init__(self, model: DraftModel, most: int, programs: int | None = None, polls: int = POLLS) -> None:
+        x = model.embedding[:1]
+        require_interpreter("draft_loop", x)
+        if not 1 <= most < MAX_ROWS or not model.layers:
+            raise refuse(
+                f"got {len(model.layers)} layers and {most} drafts a step; there must be a layer, and 1 to "
+                f"{MAX_ROWS - 1} drafts."
+            )
+        self.model, self.most, self.polls = model, most, polls
+        (vocab_size, K), inner = model.embedding.shape, weight_and_bias(model.layers[0].gate_up)[0].shape[0] // 2
+        self.shape, self.adapter_shape = shape_of(model.layers[0].attention, x), shape_of(model.adapter, x)
+        shapes = self.shape, self.adapter_shape
+        widest = max(each.head_dim for each in shapes)
+        if x.device.type != "cpu" and (x.dtype == torch.float32 or widest > WIDEST_HEAD):
+            raise refuse(
+                f"the weights are {x.dtype}, the heads {widest} wide; its bits are those of the stage kernels in "
+                f"float16 and bfloat16 with heads of at most {WIDEST_HEAD}. Draft step by step."
+            )
+        self.head = matrix_of("the head", x, model.norm, model.head, (vocab_size, K))
+        self._fill_table(x, inner)
+
+        self.config = launch_config("draft_loop", vocab_size, K, x)
+        self.block_n = {
+            "QKV_N": launch_config("qkv_rope", self.shape.qkv_rows, K, x).block_n,
+            "LINEAR_N": launch_config("linear_residual", K, inner, x).block_n,
+            "GATE_UP_N": launch_config("gate_up", inner, K, x).block_n,
+        }
+        self.gpu_options = gpu_options(x, shapes)
+        self.grid = self.programs = programs or resident_programs(x, self.config.num_stages, shapes)
+
+        def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=x.device)
+
+        queries, heads = max(each.queries for each in shapes), max(each.heads for each in shapes)
+        splits = max(count_splits(each.room) for each in shapes)
+        self.q, self.mixed, self.adapted = empty(2, queries), empty(2, queries), empty(2, K)
+        self.hidden, self.inner = empty(1, K), empty(1, inner)
+        self.sums = empty(splits, 2, queries, dtype=torch.float32)
+        self.stats = empty(splits, 2, heads, 2, dtype=torch.float32)
+        self.heads = []
+        for op in ("top1_head", "sample_head"):
+            block_n = launch_config(op, vocab_size, K, x).block_n
+            results = TileResults(1, triton.cdiv(vocab_size, block_n), x.device, sampled=op == "sample_head")
+            self.heads.append((block_n, results))
+        self.state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=x.device)
+        self.error = self.state[ERROR.value : ERROR.value + 1]
+
+    def _fill_table(self, x: Tensor, inner: int) -> None:
+        """Set ``base``, ``table`` and ``biased``: where the tensors of each block lie, the adapter's last."""
+        model, K = self.model, x.shape[1]
+        first = model.layers[0].attention
+        rows = [self._tensors_of(model.adapter, self.adapter_shape, x)]
+        for layer in reversed(model.layers):
+            block = layer.attention
+            if shape_of(block, x)[:-1] != self.shape[:-1] or block.table.data_ptr() != first.table.data_ptr():
+                raise refuse("the layers differ in shape, strides, eps, scale or RoPE table; they must be alike.")
+            row = self._tensors_of(block, self.shape, x)
+            matrices = (
+                *matrix_of("gate_up", x, layer.mlp_norm, layer.gate_up, (2 * inner, K)),
+                *matrix_of("the down projection", x, None, layer.down, (K, inner)),
+            )
+            row[MLP_NORM_AT.value : DOWN_BIAS_AT.value + 1] = [layer.mlp_norm, *matrices]
+            rows.insert(0, row)
+        biases = {
+            "QKV_BIAS": (QKV_BIAS_AT,),
+            "LINEAR_BIAS": (OUTPUT_BIAS_AT, DOWN_BIAS_AT),
+            "GATE_UP_BIAS": (GATE_UP_BIAS_AT,),
+        }
+        self.biased = {
+            name: any(row[word.value] is not None for row in rows for word in words) for name, words in biases.items()
+        }
+        # a missing bias beside others is one of -0.0, which changes no bit of any sum
+        self.blank = x.new_full((max(self.shape.qkv_rows, self.adapter_shape.qkv_rows, 2 * inner, K),), -0.0)
+        tensors = [[self.blank if tensor is None else tensor for tensor in row] for row in rows]
+        self.base = min((tensor for row in tensors for tensor in row), key=Tensor.data_ptr)
+        start = self.base.data_ptr()
+        offsets = [[tensor.data_ptr() - start for tensor in row] for row in tensors]
+        if any(offset % VECTOR_BYTES for row in offsets for offset in row) or start % VECTOR_BYTES:
+            raise refuse(f"a weight or cache begins at an address that is no multiple of {VECTOR_BYTES} bytes.")
+        words = [[offset // VECTOR_BYTES for offset in row] for row in offsets]
+        self.table = torch.tensor(words, dtype=torch.int64, device=x.device)
+
+    def _tensors_of(self, block: AttentionBlock, shape: BlockShape, x: Tensor) -> list[Tensor | None]:
+        """A block's row of the table, its MLP still missing."""
+        row: list[Tensor | None] = [None] * TABLE_WORDS.value
+        K = x.shape[1]
+        row[NORM_AT.value] = block.norm
+        row[QKV_AT.value : QKV_BIAS_AT.value + 1] = matrix_of("qkv", x, block.norm, block.qkv, (shape.qkv_rows, K))
+        output = matrix_of("the output projection", x, None, block.output, (K, shape.queries))
+        row[OUTPUT_AT.value : OUTPUT_BIAS_AT.value + 1] = output
+        row[KEYS_AT.value], row[VALUES_AT.value] = block.k_cache, block.v_cache
+        return row
+
+    def reset(self) -> None:
+        """Make the loop usable again after an error."""
+        self.state.zero_()
+
+    def check(
+        self, model: DraftModel, flags: Tensor, positions: Tensor, newest: Tensor, exit_hidden: Tensor, out: Top1 | None
+    ) -> Top1:
+        """``out``, made if need be; raises where arguments of a launch do not fit what was prepared."""
+        if model is not self.model or len(flags) != self.most + 1:
+            raise refuse(
+                f"it was prepared for another model, or for {self.most} drafts and not for {len(flags) - 1}; "
+                "prepare it again."
+            )
+        x = model.embedding
+        rows = {"newest": (newest, (1, x.shape[1])), "exit_hidden": (exit_hidden, (self.most + 2, x.shape[1]))}
+        for name, (tensor, shape) in rows.items():
+            fits = tensor.shape == shape and (tensor.dtype, tensor.device) == (x.dtype, x.device)
+            if not fits or not tensor.is_contiguous() or tensor.data_ptr() % VECTOR_BYTES:
+                raise refuse(
+                    f"{name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}; it must be {list(shape)} "
+                    f"{x.dtype} on {x.device}, contiguous, at a multiple of {VECTOR_BYTES} bytes."
+                )
+        dtypes, devices = (flags.dtype, positions.dtype), {flags.device, positions.device}
+        if dtypes != (torch.int32, torch.int64) or devices != {x.device}:
+            raise refuse(
+                f"flags are {flags.dtype} on {flags.device}, positions {positions.dtype} on {positions.device}; they "
+                f"must be int32 and int64 on {x.device}."
+            )
+        if out is None:
+            token = torch.empty(self.most, dtype=torch.int64, device=x.device)
+            return Top1(token, torch.empty(self.most, dtype=torch.float32, device=x.device))
+        if (out.token.dtype, out.confidence.dtype) != (torch.int64, torch.float32) or not (
+            out.token.shape == out.confidence.shape == (self.most,)
+        ):
+            raise refuse(f"out must be Top1([{self.most}] int64, [{self.most}] float32).")
+        return out

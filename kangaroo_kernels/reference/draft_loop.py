@@ -1,0 +1,167 @@
+"""``draft_loop``: the whole drafting loop, until the drafter is unsure (Kangaroo, arXiv 2404.18911, section 3.2).
+
+    for j = 0 .. R:  exit_hidden[j + 1] = the shallow layers on the newest token, which append to their caches
+                     stop where j drafts exist and j = R or the last of them was unsure
+                     the adapter over that row (over two rows where j = 0, for it may lag by one), then the head:
+                     token j, its confidence, whether that reaches the threshold; its embedding is the newest token's
+
+Bytes moved, a draft: the weights of the shallow layers, of the adapter and of the head, once, and their caches.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.reference.attention import attention
+from kangaroo_kernels.reference.gate_up import gate_up
+from kangaroo_kernels.reference.linear_residual import linear_residual
+from kangaroo_kernels.reference.out import is_down
+from kangaroo_kernels.reference.qkv_rope import qkv_rope
+from kangaroo_kernels.reference.sample_head import sample_head
+from kangaroo_kernels.reference.top1_head import Top1, top1_head
+from kangaroo_kernels.shared.checks import check_sampling
+
+WIDEST_HEAD = 128
+"""Of the kernel on a GPU, in 16 bits: beyond them the stages' attention has 8 warps, which sum in another order."""
+
+
+class AttentionBlock(NamedTuple):
+    """Pre-norm attention with its residual, and the cache that it attends to: the adapter, or half of a layer.
+
+    Attributes:
+        norm: ``[K]``.
+        qkv: ``[(H + 2 * H_kv) * D, K]``, as ``qkv_rope`` takes it.
+        output: ``[K, H * D]``.
+        k_cache: ``[H_kv, T, D]``.
+        v_cache: likewise.
+        table: ``[>= T, 1, D / 2]`` complex64 from ``rope_table``.
+        eps: of the norm.
+        scale: of the scores.
+    """
+
+    norm: Tensor
+    qkv: Weight
+    output: Weight
+    k_cache: Tensor
+    v_cache: Tensor
+    table: Tensor
+    eps: float
+    scale: float
+
+
+class Layer(NamedTuple):
+    """A decoder layer; its second norm has the eps of the first.
+
+    Attributes:
+        attention: the first half.
+        mlp_norm: ``[K]``.
+        gate_up: ``[2 * I, K]``, the gate's rows first.
+        down: ``[K, I]``.
+    """
+
+    attention: AttentionBlock
+    mlp_norm: Tensor
+    gate_up: Weight
+    down: Weight
+
+
+class DraftModel(NamedTuple):
+    """The drafter and its caches.
+
+    Attributes:
+        layers: the target's first ones.
+        adapter: behind them.
+        norm: ``[K]``, the adapter's, before the head.
+        head: ``[V, K]``, the target's.
+        eps: of that norm.
+        embedding: ``[V, K]``.
+    """
+
+    layers: tuple[Layer, ...]
+    adapter: AttentionBlock
+    norm: Tensor
+    head: Weight
+    eps: float
+    embedding: Tensor
+
+
+def attend(block: AttentionBlock, hidden: Tensor, position: int) -> Tensor:
+    """``hidden + attention(rms_norm(hidden))`` for M rows at ``position, ...``; appends to the block's caches."""
+    caches = block.k_cache, block.v_cache
+    q = qkv_rope(hidden, block.norm, block.qkv, block.table, *caches, position, eps=block.eps)
+    return linear_residual(attention(q, *caches, position, scale=block.scale), block.output, hidden)
+
+
+def shallow_layers(layers: tuple[Layer, ...], hidden: Tensor, position: int) -> Tensor:
+    """The layers on one row at ``position``."""
+    for layer in layers:
+        hidden = attend(layer.attention, hidden, position)
+        inner = gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=layer.attention.eps)
+        hidden = linear_residual(inner, layer.down, hidden)
+    return hidden
+
+
+def draft_loop(
+    model: DraftModel,
+    flags: Tensor,
+    positions: Tensor,
+    newest: Tensor,
+    exit_hidden: Tensor,
+    *,
+    threshold: float | Tensor,
+    temperature: float | Tensor | None = None,
+    seed: int | Tensor = 0,
+    stream: int = 0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    prepared: Any = None,
+    out: Top1 | None = None,
+) -> Top1:
+    """Draft up to R tokens, in place.
+
+    Args:
+        model: the drafter and its caches, which grow by a position a row.
+        flags: ``[R + 1]`` int32; ``flags[0]`` 0 means that there is nothing to do, and nothing is written.
+            ``flags[j + 1]`` becomes 1 where draft j is sure, 0 where it is not; those behind it stay as they were.
+        positions: ``[>= 1]`` int64, the position before the newest token first; only that one is read.
+        newest: ``[1, K]``, the newest token's embedding; at the end that of the last draft.
+        exit_hidden: ``[R + 2, K]``; row 0, of the position before the newest token, is read, row ``j + 1`` is written
+            for the newest token (j = 0) and every draft. Row 0 is of no position, and masked, where that is -1.
+        threshold: a confidence below it, or NaN, is unsure and ends the drafting; a number or ``[1]`` float32.
+        temperature: of a sample, a number or ``[1]`` float32; None takes the most likely token.
+        seed, stream, top_k, top_p: as for ``sample_head``; without a temperature they have no effect.
+        prepared: what the kernel's ``prepare_draft_loop`` made of ``model``; None prepares it on the spot.
+        out: ``Top1([R], [R])``, made if None; behind the last draft it stays as it was.
+    """
+    most, device = len(flags) - 1, newest.device
+    if out is None:
+        out = Top1(torch.empty(most, dtype=torch.int64, device=device), torch.empty(most, device=device))
+    if temperature is not None:
+        check_sampling("draft_loop", temperature, top_k, top_p, seed, device)
+    if is_down(flags[0]):
+        return out
+    newest_position = int(positions[0]) + 1
+    for drafted in range(most + 1):
+        position = newest_position + drafted
+        exit_hidden[drafted + 1] = shallow_layers(model.layers, newest, position)[0]
+        if drafted == most or is_down(flags[drafted]):
+            break
+        lag = 1 if drafted == 0 and position > 0 else 0
+        rows = exit_hidden[drafted + 1 - lag : drafted + 2]
+        hidden = attend(model.adapter, rows, position - lag)[-1:]
+        settings: dict[str, Any] = {
+            "eps": model.eps,
+            "threshold": threshold,
+            "sure": flags[drafted + 1 : drafted + 2],
+            "embedding": model.embedding,
+            "embedded": newest,
+            "out": Top1(out.token[drafted : drafted + 1], out.confidence[drafted : drafted + 1]),
+        }
+        if temperature is None:
+            top1_head(hidden, model.norm, model.head, **settings)
+        else:
+            settings |= {"temperature": temperature, "seed": seed, "stream": stream, "top_k": top_k, "top_p": top_p}
+            sample_head(hidden, model.norm, model.head, position + 1, **settings)
+    return out

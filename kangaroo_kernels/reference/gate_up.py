@@ -1,0 +1,39 @@
+"""``gate_up``: RMSNorm, the gate and up projections, and ``silu(gate) * up`` (SwiGLU, arXiv 2002.05202).
+
+Bytes moved: the packed weight, ``2 * I * K`` elements, once.
+"""
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.packed_weight import Weight, linear, out_features
+from kangaroo_kernels.reference.out import deliver, is_down, unwritten
+from kangaroo_kernels.reference.rms_norm import rms_norm
+
+
+def gate_up(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Weight,
+    *,
+    eps: float,
+    active: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The MLP up to its down projection.
+
+    Args:
+        x: ``[M, K]``.
+        norm_weight: ``[K]``, same dtype.
+        weight: ``[2 * I, K]``, the gate's rows first.
+        eps: of the norm.
+        active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
+        out: ``[M, I]``, made if None.
+
+    Returns:
+        ``out``, ``[M, I]``.
+    """
+    if is_down(active):
+        return unwritten(out, (x.shape[0], out_features(weight) // 2), x)
+    gate, up = linear(rms_norm(x, norm_weight, eps), weight).chunk(2, dim=-1)
+    return deliver(torch.nn.functional.silu(gate).mul_(up), out)

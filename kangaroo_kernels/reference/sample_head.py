@@ -1,0 +1,84 @@
+"""``sample_head``: RMSNorm, LM head, and a sample by Gumbel-max, ``argmax(filter(logits / T) + noise)``.
+
+Top-k and top-p (Holtzman et al., arXiv 1904.09751) act on the tempered distribution, top-k first, as transformers has
+it. Bytes moved: the head, ``V * K`` elements, once.
+"""
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.reference.noise import gumbel_rows
+from kangaroo_kernels.reference.out import is_down
+from kangaroo_kernels.reference.top1_head import Top1, confidence_of, finish_step, lm_head, unwritten_top1
+from kangaroo_kernels.shared.checks import check_count, check_sampling
+
+
+def filter_logits(
+    logits: Tensor, temperature: float | Tensor, top_k: int | Tensor | None, top_p: float | Tensor | None
+) -> Tensor:
+    """``logits / temperature`` with -inf outside of the top-k and top-p sets: ``[M, V]`` float32, a new tensor.
+
+    Top-k keeps every token that ties with the k-th. Top-p keeps the fewest most likely tokens whose probabilities
+    reach ``top_p``, at least one, and every token that ties with the last of them.
+    """
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = torch.topk(logits, int(top_k), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p is not None and top_p < 1.0:
+        descending = torch.sort(logits, dim=-1, descending=True).values
+        probabilities = torch.softmax(descending, dim=-1)
+        kept = (probabilities.cumsum(dim=-1) - probabilities < top_p).sum(dim=-1, keepdim=True).clamp_(min=1)
+        logits = logits.masked_fill(logits < descending.gather(-1, kept - 1), float("-inf"))
+    return logits
+
+
+def sample_head(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Weight,
+    position: int | Tensor,
+    *,
+    eps: float,
+    temperature: float | Tensor,
+    seed: int | Tensor,
+    stream: int = 0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    threshold: float | Tensor | None = None,
+    active: Tensor | None = None,
+    sure: Tensor | None = None,
+    embedding: Tensor | None = None,
+    embedded: Tensor | None = None,
+    out: Top1 | None = None,
+) -> Top1:
+    """Sample a token for each row; the confidence is that of the un-tempered, unfiltered distribution.
+
+    Args:
+        x: ``[M, K]`` hidden states before the final norm.
+        norm_weight: ``[K]``, same dtype.
+        weight: ``[V, K]``.
+        position: of the first row's new token; a tensor ``[1]`` int64 for a kernel that must not ask the host.
+        eps: of the norm.
+        temperature: above 0, finite.
+        seed: of the noise, from 0 to 2^64 - 1; as a tensor, ``[1]`` int64 of the same bits.
+        stream: of the noise; see ``reference.noise``.
+        top_k: keep this many tokens, at least 1; None keeps all.
+        top_p: keep this share of the probability, above 0; None keeps all.
+            These three may lie on the device as ``[1]`` float32, int64 and float32: captured work serves all values.
+        threshold, active, sure, embedding, embedded, out: as for ``top1_head``.
+
+    Raises:
+        ValueError: a number out of these bounds; what lies on the device is not read.
+        TypeError: a tensor in a number's place that is of another dtype or device.
+    """
+    check_count("sample_head", "position", position, x.device)
+    check_sampling("sample_head", temperature, top_k, top_p, seed, x.device)
+    if is_down(active):
+        return unwritten_top1(out, x)
+    logits = lm_head(x, norm_weight, weight, eps=eps)
+    noise = gumbel_rows(int(seed) % (1 << 64), stream, int(position), logits.shape[0], logits.shape[1], logits.device)
+    token = filter_logits(logits, temperature, top_k, top_p).add_(noise).argmax(dim=-1)
+    verdict = active if sure is None else sure
+    return finish_step(Top1(token, confidence_of(logits)), threshold, verdict, embedding, embedded, out)

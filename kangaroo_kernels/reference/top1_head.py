@@ -1,0 +1,94 @@
+"""``top1_head``: RMSNorm, LM head, top-1 token and its softmax probability, without keeping the logits.
+
+Ties go to the lowest index, as ``torch.argmax`` has it. Bytes moved: the head, ``V * K`` elements, once.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.packed_weight import Weight, linear
+from kangaroo_kernels.reference.out import is_down
+from kangaroo_kernels.reference.rms_norm import rms_norm
+
+
+class Top1(NamedTuple):
+    """The winning token of each row.
+
+    Attributes:
+        token: ``[M]`` int64.
+        confidence: ``[M]`` float32, the token's softmax probability; NaN where the row holds a NaN.
+    """
+
+    token: Tensor
+    confidence: Tensor
+
+
+def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Tensor:
+    """The logits themselves, ``[M, V]`` float32, for callers that need every one of them."""
+    return linear(rms_norm(x, norm_weight, eps), weight).float()
+
+
+def confidence_of(logits: Tensor) -> Tensor:
+    """The top-1 softmax probability of each row: ``[M, V]`` to ``[M]`` float32."""
+    return torch.softmax(logits, dim=-1).amax(dim=-1)
+
+
+def finish_step(
+    found: Top1,
+    threshold: float | Tensor | None,
+    sure: Tensor | None,
+    embedding: Tensor | None,
+    embedded: Tensor | None,
+    out: Top1 | None,
+) -> Top1:
+    """What a drafting step does with what a head found: flag, next token's embedding, delivery."""
+    if threshold is not None:
+        assert sure is not None
+        sure.copy_(found.confidence >= threshold)  # a NaN is unsure
+    if embedding is not None:
+        assert embedded is not None
+        torch.index_select(embedding, 0, found.token, out=embedded)
+    return found if out is None else Top1(out.token.copy_(found.token), out.confidence.copy_(found.confidence))
+
+
+def unwritten_top1(out: Top1 | None, x: Tensor) -> Top1:
+    """The result of a head that did nothing."""
+    rows = x.shape[0]
+    return Top1(x.new_empty(rows, dtype=torch.int64), x.new_empty(rows, dtype=torch.float32)) if out is None else out
+
+
+def top1_head(
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Weight,
+    *,
+    eps: float,
+    threshold: float | Tensor | None = None,
+    active: Tensor | None = None,
+    sure: Tensor | None = None,
+    embedding: Tensor | None = None,
+    embedded: Tensor | None = None,
+    out: Top1 | None = None,
+) -> Top1:
+    """The most likely token of each row and how sure the head is of it.
+
+    Args:
+        x: ``[M, K]`` hidden states before the final norm.
+        norm_weight: ``[K]``, same dtype.
+        weight: ``[V, K]``.
+        eps: of the norm.
+        threshold: for a drafting step, M = 1: ``sure`` says whether the confidence reaches it; a number, or ``[1]``
+            float32 for captured work that serves every threshold.
+        active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
+        sure: ``[1]`` int32, becomes 1 or 0; None means ``active`` itself, which is then lowered below the threshold.
+        embedding: ``[V, K]``, same dtype: the tokens' rows of it go to ``embedded``, where the next step begins.
+        embedded: ``[M, K]``.
+        out: made if None.
+    """
+    if is_down(active):
+        return unwritten_top1(out, x)
+    logits = lm_head(x, norm_weight, weight, eps=eps)
+    found = Top1(logits.argmax(dim=-1), confidence_of(logits))
+    return finish_step(found, threshold, active if sure is None else sure, embedding, embedded, out)

@@ -1,0 +1,256 @@
+"""What the two heads share: the merge of the vocabulary's tiles, and what a drafting step does with the winner.
+
+Every tile of the vocabulary leaves, for each row, its best score with the lowest index that has it, its largest logit
+and the sum of exp(logit - largest). The merge takes tiles in order, ``CHUNK`` at a time. A NaN counts as infinity: the
+first of them is the token, as with ``torch.argmax``, and the confidence is NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kangaroo_kernels.reference.top1_head import Top1
+from kangaroo_kernels.shared.chain import chain, follow
+from kangaroo_kernels.shared.launch import device_number
+
+CHUNK = tl.constexpr(1024)
+NO_TOKEN = tl.constexpr(2**31 - 1)
+
+MERGE_WARPS = 4
+"""Of the merge: as many as ``draft_loop`` has, for the order of its sum depends on it."""
+
+
+@triton.jit
+def nan_wins(values):
+    """``values`` with infinity for every NaN."""
+    is_nan = values != values  # noqa: PLR0124 (a NaN differs from itself)
+    return tl.where(is_nan, float("inf"), values)
+
+
+@triton.jit
+def first_best(scores, indices, axis: tl.constexpr):
+    """The largest of ``scores`` along ``axis`` and the lowest of ``indices`` that has it."""
+    best = tl.max(scores, axis=axis)
+    is_best = scores == tl.expand_dims(best, axis)
+    return best, tl.min(tl.where(is_best, indices, NO_TOKEN), axis=axis)
+
+
+@triton.jit
+def exponential_sum(logits, largest, axis: tl.constexpr):
+    """Sum of exp(logits - largest) along ``axis``; 0 where every logit is -inf."""
+    pivot = tl.where(largest == float("-inf"), 0.0, largest)
+    return tl.sum(tl.exp(logits - tl.expand_dims(pivot, axis)), axis=axis)
+
+
+@triton.jit
+def confidence_from(total):
+    """The largest probability from the sum of exp(logit - largest); NaN where a logit was NaN, or every one -inf."""
+    return 1.0 / tl.where(total > 0.0, total, float("nan"))
+
+
+@triton.jit
+def finish_row(
+    row,
+    token,
+    confidence,
+    token_ptr,  # [M] int64
+    confidence_ptr,  # [M] float32
+    sure_ptr,  # [1] int32 or None
+    threshold_ptr,  # [1] float32 or None
+    embedding_ptr,  # [V, K] or None
+    embedded_ptr,  # [M, K] or None
+    embedding_row_stride,
+    embedded_row_stride,
+    K,
+):
+    """Write what a head found, and whether it is sure; fetch the token's embedding for the next step."""
+    tl.store(token_ptr + row, token.to(tl.int64))
+    tl.store(confidence_ptr + row, confidence)
+    if threshold_ptr is not None:
+        tl.store(sure_ptr, (confidence >= tl.load(threshold_ptr)).to(tl.int32))  # a NaN is unsure
+    if embedding_ptr is not None:
+        source = embedding_ptr + token.to(tl.int64) * embedding_row_stride
+        for first in range(0, K, CHUNK):
+            offs = first + tl.arange(0, CHUNK)
+            values = tl.load(source + offs, mask=offs < K)
+            tl.store(embedded_ptr + row * embedded_row_stride + offs, values, mask=offs < K)
+
+
+@triton.jit
+def merge_row(
+    row,
+    score_ptr,
+    index_ptr,
+    largest_ptr,
+    sum_ptr,
+    token_ptr,
+    confidence_ptr,
+    sure_ptr,
+    threshold_ptr,
+    embedding_ptr,
+    embedded_ptr,
+    TILES,
+    embedding_row_stride,
+    embedded_row_stride,
+    K,
+):
+    """Merge the tiles of ``row`` and finish it; arguments as for the kernel."""
+    score = tl.full((), float("-inf"), dtype=tl.float32)
+    token = tl.full((), NO_TOKEN, dtype=tl.int32)
+    largest = tl.full((), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((), dtype=tl.float32)
+    for first in range(0, TILES, CHUNK):
+        offs = first + tl.arange(0, CHUNK)
+        there = offs < TILES
+        scores = tl.load(score_ptr + row * TILES + offs, mask=there, other=float("-inf"), cache_modifier=".cg")
+        indices = tl.load(index_ptr + row * TILES + offs, mask=there, other=NO_TOKEN, cache_modifier=".cg")
+        tops = tl.load(largest_ptr + row * TILES + offs, mask=there, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(sum_ptr + row * TILES + offs, mask=there, other=0.0, cache_modifier=".cg")
+        best, index = first_best(scores, indices, 0)
+        token = tl.where(best > score, index, tl.where(best == score, tl.minimum(token, index), token))
+        score = tl.maximum(score, best)
+        higher = tl.maximum(largest, tl.max(tops, axis=0))
+        pivot = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(largest - pivot) + tl.sum(sums * tl.exp(tops - pivot), axis=0)
+        largest = higher
+    finish_row(
+        row,
+        token,
+        confidence_from(total),
+        token_ptr,
+        confidence_ptr,
+        sure_ptr,
+        threshold_ptr,
+        embedding_ptr,
+        embedded_ptr,
+        embedding_row_stride,
+        embedded_row_stride,
+        K,
+    )
+
+
+@triton.jit(do_not_specialize_on_alignment=["token_ptr", "confidence_ptr", "active_ptr", "sure_ptr", "threshold_ptr"])
+def merge_tiles_kernel(
+    score_ptr,  # [M, tiles] float32, each tile's best score
+    index_ptr,  # [M, tiles] int32, its lowest index
+    largest_ptr,  # [M, tiles] float32, each tile's largest logit; the scores themselves for a greedy head
+    sum_ptr,  # [M, tiles] float32
+    token_ptr,  # [M] int64
+    confidence_ptr,  # [M] float32
+    active_ptr,  # [1] int32 or None
+    sure_ptr,  # [1] int32 or None
+    threshold_ptr,  # [1] float32 or None
+    embedding_ptr,  # [V, K] or None
+    embedded_ptr,  # [M, K] or None
+    TILES,
+    embedding_row_stride,
+    embedded_row_stride,
+    K,
+    CHAINED: tl.constexpr,
+):
+    """One program owns one row."""
+    follow(CHAINED)
+    if active_ptr is not None:
+        if tl.load(active_ptr) == 0:
+            return
+    merge_row(
+        tl.program_id(0),
+        score_ptr,
+        index_ptr,
+        largest_ptr,
+        sum_ptr,
+        token_ptr,
+        confidence_ptr,
+        sure_ptr,
+        threshold_ptr,
+        embedding_ptr,
+        embedded_ptr,
+        TILES,
+        embedding_row_stride,
+        embedded_row_stride,
+        K,
+    )
+
+
+class TileResults:
+    """The workspace between the two launches of a head: one value a row and tile each."""
+
+    def __init__(self, rows: int, tiles: int, device: torch.device, sampled: bool) -> None:
+        self.rows, self.tiles = rows, tiles
+
+        def empty(dtype: torch.dtype) -> Tensor:  # each begins at an aligned address, whatever the number of rows
+            return torch.empty((rows, tiles), dtype=dtype, device=device)
+
+        self.largest, self.sums, self.indices = empty(torch.float32), empty(torch.float32), empty(torch.int32)
+        self.scores = empty(torch.float32) if sampled else self.largest
+
+
+def check_head(
+    op: str,
+    x: Tensor,
+    out: Top1 | None,
+    threshold: float | Tensor | None,
+    sure: Tensor | None,
+    embedding: Tensor | None,
+    embedded: Tensor | None,
+) -> Top1:
+    """``out``, made if need be; raises where the settings of a drafting step do not fit each other."""
+    rows = x.shape[0]
+    if threshold is not None and (sure is None or rows != 1):
+        raise ValueError(
+            f"{op}: a threshold lowers the flag of one drafted row; give active or sure, and x of one row."
+        )
+    if (embedding is None) != (embedded is None):
+        raise ValueError(f"{op}: give both embedding and embedded, or neither.")
+    for name, table in (("embedding", embedding), ("embedded", embedded)):
+        if table is not None and (table.shape[1] != x.shape[1] or table.stride(1) != 1 or table.dtype != x.dtype):
+            raise ValueError(
+                f"{op}: {name} is {list(table.shape)} {table.dtype}; "
+                f"it must be [.., {x.shape[1]}] {x.dtype} with contiguous rows."
+            )
+    if embedded is not None and embedded.shape[0] != rows:
+        raise ValueError(f"{op}: embedded has {embedded.shape[0]} rows, x {rows}; they must agree.")
+    if out is None:
+        return Top1(
+            torch.empty(rows, dtype=torch.int64, device=x.device),
+            torch.empty(rows, dtype=torch.float32, device=x.device),
+        )
+    if (out.token.dtype, out.confidence.dtype) != (torch.int64, torch.float32) or not (
+        out.token.shape == out.confidence.shape == (rows,)
+    ):
+        raise ValueError(f"{op}: out must be Top1([{rows}] int64, [{rows}] float32).")
+    return out
+
+
+def merge_tiles(
+    tiles: TileResults,
+    out: Top1,
+    active: Tensor | None,
+    threshold: float | Tensor | None,
+    embedding: Tensor | None,
+    embedded: Tensor | None,
+    sure: Tensor | None = None,
+) -> Top1:
+    """Launch the merge."""
+    sure = active if sure is None else sure
+    merge_tiles_kernel[(tiles.rows,)](
+        tiles.scores,
+        tiles.indices,
+        tiles.largest,
+        tiles.sums,
+        out.token,
+        out.confidence,
+        active,
+        sure,
+        None if threshold is None else device_number(threshold, out.token.device),
+        embedding,
+        embedded,
+        tiles.tiles,
+        0 if embedding is None else embedding.stride(0),
+        0 if embedded is None else embedded.stride(0),
+        0 if embedding is None else embedding.shape[1],
+        num_warps=MERGE_WARPS,
+        **chain(out.token),
+    )
+    return out

@@ -1,0 +1,159 @@
+"""What the launchers share: they hold arguments against what the kernels assume, and never wait for the device."""
+
+from functools import lru_cache
+from operator import index
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
+from kangaroo_kernels.shared.checks import check_one, check_tensor, is_whole
+from kangaroo_kernels.shared.tiles import BLOCK_M, K_STEP_BYTES
+
+MAX_ROWS = BLOCK_M
+"""Tokens in flight that the kernels are built for; more of them are a prefill, and the references' work."""
+
+COUNTED = 1 << 20
+"""Counts from here on, a length that means "no limit" say, are kept on the device one by one."""
+
+VECTOR_BYTES = 16
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def step_of(dtype: torch.dtype) -> int:
+    """Elements of a step along K."""
+    return K_STEP_BYTES // dtype.itemsize
+
+
+def check_rows(op: str, x: Tensor) -> None:
+    """Raise unless ``x`` ``[M, ...]`` has a number of rows and a dtype that the kernels take, where they can run."""
+    if not 1 <= x.shape[0] <= MAX_ROWS:
+        raise ValueError(f"{op} takes 1 to {MAX_ROWS} rows, got {x.shape[0]}; its reference takes any number.")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op} takes float32, float16 or bfloat16, got {x.dtype}.")
+    require_interpreter(op, x)
+
+
+def require_interpreter(op: str, x: Tensor) -> None:
+    """Raise for tensors on the CPU unless Triton interprets."""
+    if x.device.type == "cpu" and not knobs.runtime.interpret:
+        raise RuntimeError(
+            f"{op} got tensors on the CPU, where Triton's interpreter runs it: set TRITON_INTERPRET=1 in the "
+            "environment before Python starts, or call its reference."
+        )
+
+
+def check_flag(op: str, active: Tensor | None, device: torch.device) -> None:
+    """Raise unless a drafting step's flag is ``[1]`` int32 on ``device``, or there is none."""
+    if active is not None:
+        check_one(op, "active", active, torch.int32, device)
+
+
+def check_operands(
+    op: str, x: Tensor, norm_weight: Tensor | None, matrix: Tensor, active: Tensor | None = None
+) -> None:
+    """Raise unless ``x`` ``[M, K]``, the norm's ``[K]`` and the matrix ``[N, K]`` fit each other and the kernels."""
+    if x.ndim != 2 or matrix.ndim != 2 or x.shape[1] != matrix.shape[1]:
+        raise ValueError(
+            f"{op}: x is {list(x.shape)} and the weight {list(matrix.shape)}; they must be [M, K], [N, K]."
+        )
+    check_rows(op, x)
+    if matrix.stride(1) != 1:
+        raise ValueError(f"{op}: the weight's rows have stride {matrix.stride(1)} along K; it must be 1.")
+    if norm_weight is not None and (norm_weight.shape != x.shape[1:] or norm_weight.stride(0) != 1):
+        raise ValueError(
+            f"{op}: the norm's weight is {list(norm_weight.shape)}; it must be [{x.shape[1]}], contiguous."
+        )
+    for name, operand in (("norm's weight", norm_weight), ("weight", matrix)):
+        if operand is not None and (operand.dtype != x.dtype or operand.device != x.device):
+            raise TypeError(
+                f"{op}: x is {x.dtype} on {x.device}, the {name} {operand.dtype} on {operand.device}; they must agree."
+            )
+    check_flag(op, active, x.device)
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """``x`` ``[M, K]`` itself, or a copy where its address or row stride would make Triton compile another binary.
+
+    Rows out of the middle of a buffer begin anywhere when K is odd; the contract wants one binary for them all.
+    """
+    stride, width = x.stride(0), x.shape[1]
+    same_class = stride == width or stride % VECTOR_BYTES == width % VECTOR_BYTES == 0
+    if x.stride(1) == 1 and same_class and x.data_ptr() % VECTOR_BYTES == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def check_out(op: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor, name: str = "out") -> Tensor:
+    """``out`` if it has ``shape`` and the dtype and device of ``like``, a new tensor if it is None."""
+    if out is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    check_tensor(op, name, out, shape, like.dtype, like.device)
+    return out
+
+
+def weight_and_bias(weight: Weight) -> tuple[Tensor, Tensor | None]:
+    """The row-major matrix and the bias of a weight that the kernels can read."""
+    if not isinstance(weight, PackedWeight):
+        return weight, None
+    if weight.layout is not Layout.ROWS:
+        raise ValueError(f"the weight is packed as {weight.layout.name}; the kernels read Layout.ROWS.")
+    matrix, bias = weight.rows, weight.bias
+    if bias is not None:
+        wanted = (matrix.shape[0],)
+        if bias.shape != wanted or bias.stride(0) != 1 or (bias.dtype, bias.device) != (matrix.dtype, matrix.device):
+            raise ValueError(
+                f"the bias is {list(bias.shape)} {bias.dtype} on {bias.device}, stride {bias.stride()}; "
+                f"for this weight it must be {list(wanted)} {matrix.dtype} on {matrix.device}, stride 1."
+            )
+    return matrix, bias
+
+
+def check_position(op: str, position: int | Tensor, rows: int, room: int, device: torch.device) -> None:
+    """Raise where a position that the host knows leaves no room for ``rows``; on the device, kernels mask."""
+    if isinstance(position, Tensor):
+        check_one(op, "position", position, torch.int64, device)
+    elif not is_whole(position):
+        raise TypeError(f"{op}: position is {position!r}; it must be a whole number, or [1] int64 on {device}.")
+    elif not 0 <= position <= room - rows:
+        raise ValueError(
+            f"{op}: position {position} with {rows} rows is outside of the {room} positions that the cache holds."
+        )
+
+
+@lru_cache(maxsize=8)
+def _counting(length: int, device: torch.device) -> Tensor:
+    return torch.arange(length, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=64)
+def _kept_count(value: int, device: torch.device) -> Tensor:
+    return torch.tensor([value], dtype=torch.int64, device=device)
+
+
+def device_scalar(value: int | Tensor, device: torch.device) -> Tensor:
+    """A position as ``[1]`` int64 on the device: the caller's own tensor, or a slice of 0, 1, 2, ... kept there."""
+    if isinstance(value, Tensor):
+        return value
+    value = index(value)
+    if value >= COUNTED:
+        return _kept_count(value, device)
+    return _counting(1 << max(16, value.bit_length()), device)[value : value + 1]
+
+
+def device_number(value: float | Tensor, device: torch.device) -> Tensor:
+    """A threshold, temperature or share as ``[1]`` float32 on the device: the caller's tensor, or one kept there."""
+    return value if isinstance(value, Tensor) else _kept_number(value, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_number(value: float, device: torch.device) -> Tensor:
+    return torch.tensor([value], dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=64)
+def device_seed(seed: int, device: torch.device) -> Tensor:
+    """A 64-bit seed as ``[1]`` int64 on the device, bit for bit."""
+    seed = index(seed)
+    return torch.tensor([seed - (1 << 64) if seed >= 1 << 63 else seed], dtype=torch.int64, device=device)

@@ -1,0 +1,18 @@
+"""The noise of ``reference.noise`` in registers: the same bits, a function of seed, stream, position and token."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gumbel_tile(seed, stream, positions, first, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Standard Gumbel noise for ``positions`` [BLOCK_M] and BLOCK_N tokens from ``first`` on, both multiples of 4."""
+    words = first // 4 + tl.arange(0, BLOCK_N // 4)
+    zero = tl.zeros((BLOCK_M, BLOCK_N // 4), dtype=tl.uint32)
+    c0 = zero + words[None, :].to(tl.uint32)
+    c1 = zero + positions[:, None].to(tl.uint32)
+    b0, b1, b2, b3 = tl.philox(seed, c0, c1, zero + stream.to(tl.uint32), zero)
+    # token % 4 picks the word, so the four lie side by side
+    bits = tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), (BLOCK_M, BLOCK_N))
+    u = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
+    return -tl.log(-tl.log(u))

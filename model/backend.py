@@ -1,0 +1,125 @@
+"""Which implementation of the operations a decode runs on: the Triton kernels or their references."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.packed_weight import Layout
+from kangaroo_kernels.reference import (
+    accept,
+    attention,
+    commit,
+    draft_loop,
+    gate_up,
+    linear_residual,
+    qkv_rope,
+    sample_head,
+    top1_head,
+)
+from kangaroo_kernels.reference.top1_head import Top1
+
+from .errors import KangarooError
+
+KERNELS = ("triton", "reference")
+MAX_KERNEL_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations of a decode step; what each computes, its reference's docstring says.
+
+    Attributes:
+        kernels: one of ``KERNELS``.
+        layout: of the weights that these operations read; None where any will do.
+    """
+
+    kernels: str
+    layout: Layout | None
+    qkv_rope: Callable[..., Tensor]
+    attention: Callable[..., Tensor]
+    linear_residual: Callable[..., Tensor]
+    gate_up: Callable[..., Tensor]
+    top1_head: Callable[..., Top1]
+    sample_head: Callable[..., Top1]
+    accept: Callable[..., Tensor]
+    commit: Callable[..., None]
+    draft_loop: Callable[..., Top1]
+    prepare_draft_loop: Callable[..., Any]
+
+    def for_rows(self, rows: int) -> "Operations":
+        """These operations, or the references for more rows than the kernels take: a prefill, cuBLAS's and SDPA's."""
+        return self if rows <= MAX_KERNEL_ROWS else REFERENCES
+
+
+REFERENCES = Operations(
+    "reference",
+    None,
+    qkv_rope.qkv_rope,
+    attention.attention,
+    linear_residual.linear_residual,
+    gate_up.gate_up,
+    top1_head.top1_head,
+    sample_head.sample_head,
+    accept.accept,
+    commit.commit,
+    draft_loop.draft_loop,
+    lambda model, most: None,  # the reference needs nothing prepared
+)
+
+
+def load_operations(kernels: str | None, device: torch.device, dtype: torch.dtype) -> Operations:
+    """The operations asked for; None means the kernels on a GPU and the references on a CPU.
+
+    Raises:
+        KangarooError: an unknown name, no Triton, or a CPU where Triton was not told to interpret.
+    """
+    if kernels is None:
+        kernels = "triton" if device.type == "cuda" else "reference"
+    if kernels not in KERNELS:
+        raise KangarooError(f"kernels {kernels!r} are unknown; use one of {', '.join(KERNELS)}.")
+    if kernels == "reference":
+        return REFERENCES
+    try:
+        from triton import knobs
+    except ImportError as error:
+        raise KangarooError("Triton is not installed here; install triton, or use kernels='reference'.") from error
+    if device.type == "cpu" and not knobs.runtime.interpret:
+        raise KangarooError(
+            "on a CPU the Triton kernels run in Triton's interpreter: set TRITON_INTERPRET=1 in the environment before "
+            "Python starts, or use kernels='reference'."
+        )
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        raise KangarooError("Triton's interpreter gets bfloat16 products wrong; use dtype float32 or float16 with it.")
+    return _triton_operations()
+
+
+def _triton_operations() -> Operations:
+    from kangaroo_kernels import (
+        accept,
+        attention,
+        commit,
+        draft_loop,
+        gate_up,
+        linear_residual,
+        qkv_rope,
+        sample_head,
+        top1_head,
+    )
+
+    return Operations(
+        "triton",
+        Layout.ROWS,
+        qkv_rope.qkv_rope,
+        attention.attention,
+        linear_residual.linear_residual,
+        gate_up.gate_up,
+        top1_head.top1_head,
+        sample_head.sample_head,
+        accept.accept,
+        commit.commit,
+        draft_loop.draft_loop,
+        draft_loop.prepare_draft_loop,
+    )

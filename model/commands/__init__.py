@@ -1,0 +1,1 @@
+"""The ``kangaroo`` command and what it shows."""

@@ -1,0 +1,185 @@
+"""What the ``kangaroo`` command draws in a terminal: text coloured by origin, tables and progress bars."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.bar import Bar
+from rich.box import SIMPLE, SIMPLE_HEAD
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.progress import Progress as Bars
+from rich.progress import TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..evaluation.compare import Comparison, summarise
+from ..kangaroo import Generation, Progress
+from .info import Environment, Footprint
+
+PROMPT_STYLE, DRAFTED_STYLE, TARGET_STYLE = "dim", "green", "bold yellow"
+PROMPT_LINES = 4
+BAR_WIDTH = 40
+ENDINGS = {
+    "length": "the wanted length was reached",
+    "stop": "the text came to its end",
+    "context": "the model's context is full",
+    "interrupted": "interrupted",
+}
+"""What each ``finish_reason`` means."""
+
+Item = TypeVar("Item")
+
+
+def show_legend(console: Console) -> None:
+    """Say what the colours of ``show_steps`` mean."""
+    console.print(
+        Text("   ").join(
+            (
+                Text("the prompt", PROMPT_STYLE),
+                Text("drafted and accepted", DRAFTED_STYLE),
+                Text("the target's own", TARGET_STYLE),
+            )
+        )
+    )
+
+
+def show_steps(console: Console, name: str, prompt: str, steps: Iterable[Progress]) -> None:
+    """Print the last lines of a prompt and the text as it comes, each token in the colour of its origin."""
+
+    def write(text: str, style: str) -> None:
+        console.print(Text(text, style), end="", soft_wrap=True)
+
+    console.rule(Text(name))
+    write("".join(prompt.splitlines(keepends=True)[-PROMPT_LINES:]), PROMPT_STYLE)
+    for step in steps:
+        for index, piece in enumerate(step.pieces):
+            write(piece, DRAFTED_STYLE if index < step.commit.accepted else TARGET_STYLE)
+    console.print()
+
+
+def summary(generation: Generation) -> str:
+    """A line about one decode."""
+    stats = generation.stats
+    facts = [f"{stats.new_tokens} tokens in {stats.decode_seconds:.2f} s ({stats.tokens_per_second:.0f} tokens/s)"]
+    if stats.drafted:
+        facts.append(f"{stats.mean_acceptance_length:.2f} tokens a verification step")
+        facts.append(f"{stats.draft_acceptance_rate:.0%} of the drafts accepted")
+    return f"{', '.join(facts)}; {ENDINGS[generation.finish_reason]}."
+
+
+def show_comparisons(console: Console, comparisons: Sequence[Comparison]) -> None:
+    """A row for each prompt and one for all, the acceptance rates as bars, and whether the tokens agree."""
+    if not comparisons:
+        return
+    total = summarise(comparisons)
+    console.print(comparison_table(comparisons, total))
+    console.print(Text("\nacceptance rate per position", "bold"))
+    console.print(acceptance_bars(total.stats.acceptance_rate_per_position))
+    console.print(Text.assemble("\nidentical: ", ("yes", "bold green") if total.identical else ("no", "bold red")))
+
+
+def comparison_table(comparisons: Sequence[Comparison], total: Comparison) -> Table:
+    """The rows, and ``total`` below where there are several."""
+    table = Table(box=SIMPLE_HEAD, padding=0, show_footer=len(comparisons) > 1, footer_style="bold")
+    table.add_column("prompt")
+    for header in (
+        "plain\ntokens/s",
+        "Kangaroo\ntokens/s",
+        "speedup",
+        "mean\nacceptance\nlength",
+        "draft\nacceptance\nrate",
+        "identical",
+    ):
+        table.add_column(header, justify="right")
+    for comparison in comparisons:
+        table.add_row(*_cells(comparison))
+    for column, cell in zip(table.columns, _cells(total), strict=True):
+        column.footer = cell
+    return table
+
+
+def _cells(comparison: Comparison) -> tuple[str, ...]:
+    return (
+        escape(comparison.name),
+        f"{comparison.plain_tokens_per_second:.0f}",
+        f"{comparison.kangaroo_tokens_per_second:.0f}",
+        f"{comparison.speedup:.2f}x",
+        f"{comparison.stats.mean_acceptance_length:.2f}",
+        f"{comparison.stats.draft_acceptance_rate:.0%}",
+        "yes" if comparison.identical else "no",
+    )
+
+
+def acceptance_bars(rates: Sequence[float]) -> Table:
+    """A bar for each draft position."""
+    chart = Table.grid(padding=(0, 1))
+    chart.add_column(justify="right")
+    for position, rate in enumerate(rates, start=1):
+        chart.add_row(str(position), Bar(1, 0, rate, width=BAR_WIDTH, color=DRAFTED_STYLE), f"{rate:.0%}")
+    return chart
+
+
+def show_environment(console: Console, here: Environment) -> None:
+    """Versions, devices and what is supported."""
+    versions = {name: number or "not installed" for name, number in here.versions.items()}
+    _show_facts(console, "here", {**versions, **here.devices})
+    supported = {name.replace("_", " "): ", ".join(values) for name, values in here.supported.items()}
+    _show_facts(console, "supported", {"operations": here.operations, **supported})
+
+
+def show_footprint(console: Console, cost: Footprint) -> None:
+    """A model's shape and costs."""
+    facts = {}
+    for name, value in vars(cost).items():
+        if value is not None:
+            text = f"{value:,}" if isinstance(value, int) else value
+            facts[name.replace("_", " ")] = decimal(value, precision=2) if "bytes" in name else text
+    _show_facts(console, "model", facts)
+
+
+def show_training(console: Console, out: Path, report: Mapping[str, Any]) -> None:
+    """The figures of a training report."""
+    figures = {name.replace("_", " "): f"{value:,.4g}" for name, value in report.items() if isinstance(value, float)}
+    figures |= {name: f"{value:,}" for name, value in report.items() if isinstance(value, int)}
+    _show_facts(console, f"adapter in {out}", figures)
+
+
+def _show_facts(console: Console, title: str, facts: Mapping[str, str]) -> None:
+    table = Table(title=Text(title), title_justify="left", title_style="bold", box=SIMPLE, show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, Text(value))
+    console.print(table)
+
+
+def track(items: Iterable[Item], name: str, total: int) -> Iterator[Item]:
+    """Pass ``items`` on, with a bar on stderr that is drawn between them only.
+
+    A thread that draws would disturb what is timed meanwhile.
+    """
+    console = Console(stderr=True)
+    with Bars(console=console, disable=not console.is_terminal, auto_refresh=False, transient=True) as bars:
+        task = bars.add_task(name, total=total)
+        bars.refresh()
+        for item in items:
+            bars.advance(task)
+            bars.refresh()
+            yield item
+
+
+@contextmanager
+def training_bars() -> Iterator[Callable[[str, int, int, str], None]]:
+    """A bar on stderr for each stage of a training: call it with ``(stage, done, total, note)``."""
+    console = Console(stderr=True)
+    columns = (*Bars.get_default_columns(), TextColumn("{task.fields[note]}"))
+    with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note="")
+            bars.update(tasks[stage], completed=done, note=note)
+
+        yield show

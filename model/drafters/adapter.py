@@ -1,0 +1,115 @@
+"""The adapter: the small trained network that turns the exit layer's hidden states into drafts.
+
+``h + attention(rms_norm(h))``, a norm, then the target's own LM head (arXiv 2404.18911, section 3.1). The folder holds
+a ``config.json`` (a one-layer Llama configuration with ``exit_layer`` besides) and its weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import KangarooError
+from ..target.cache import KVCache
+from ..target.config import LlamaConfig, load_config_values, parse_config
+from ..target.llama import AttentionBlock, Llama
+from ..target.weights import AdapterWeights, load_adapter
+
+PAPER_NUM_SPECULATIVE_TOKENS = 6
+PAPER_DRAFT_CONFIDENCE_THRESHOLD = 0.6
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """An adapter's shape and its calibrated defaults.
+
+    Attributes:
+        llama: the shape of its attention block.
+        exit_layer: how many of the target's layers run before it.
+        num_speculative_tokens: the most drafts a step that suit the pair.
+        draft_confidence_threshold: the confidence below which drafting should stop.
+    """
+
+    llama: LlamaConfig
+    exit_layer: int
+    num_speculative_tokens: int
+    draft_confidence_threshold: float
+
+
+def _number(values: dict[str, Any], name: str, default: float, low: float, high: float, path: Path) -> float:
+    value = values.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        raise KangarooError(f"{path}: {name} is {value!r}; it must be a number from {low:g} to {high:g}.")
+    return value
+
+
+def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | None) -> AdapterConfig:
+    """Read ``folder/config.json`` and hold it against the target.
+
+    Raises:
+        KangarooError: another hidden size or vocabulary, no exit layer, or one out of the target's range.
+    """
+    values = load_config_values(folder, "adapter")
+    path = folder / "config.json"
+    config = parse_config(values, path)
+    for name in ("hidden_size", "vocab_size"):
+        ours, theirs = getattr(config, name), getattr(target, name)
+        if ours != theirs:
+            raise KangarooError(f"{path}: {name} is {ours}, the target's is {theirs}; this adapter is another model's.")
+    exit_layer = values.get("exit_layer") if exit_layer is None else exit_layer
+    if exit_layer is None:
+        raise KangarooError(f"{path} names no exit_layer; give the one the adapter was trained with.")
+    check_exit_layer(exit_layer, target)
+    gamma = _number(values, "num_speculative_tokens", PAPER_NUM_SPECULATIVE_TOKENS, 1, 15, path)
+    if gamma != int(gamma):
+        raise KangarooError(f"{path}: num_speculative_tokens is {gamma!r}; it must be a whole number.")
+    eta = _number(values, "draft_confidence_threshold", PAPER_DRAFT_CONFIDENCE_THRESHOLD, 0, 1, path)
+    return AdapterConfig(config, exit_layer, int(gamma), float(eta))
+
+
+def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:
+    """Raise unless at least one layer lies on either side of the exit."""
+    highest = target.num_hidden_layers - 1
+    if not isinstance(exit_layer, int) or isinstance(exit_layer, bool) or not 1 <= exit_layer <= highest:
+        raise KangarooError(f"exit_layer is {exit_layer!r}; this target allows 1 to {highest}.")
+
+
+class Adapter:
+    """An adapter, loaded, with the target's head behind it."""
+
+    def __init__(self, config: AdapterConfig, weights: AdapterWeights, target: Llama) -> None:
+        self.config, self.target = config, target
+        self.norm = weights.norm
+        self.block = AttentionBlock(config.llama, weights.attention, target.operations)
+
+    @classmethod
+    def load(cls, folder: Path, target: Llama, exit_layer: int | None = None) -> "Adapter":
+        """Read an adapter folder for ``target``.
+
+        Raises:
+            KangarooError: a folder that is damaged or made for another target.
+        """
+        config = load_adapter_config(folder, target.config, exit_layer)
+        layout = target.operations.layout
+        return cls(config, load_adapter(folder, config.llama, target.device, target.dtype, layout), target)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for the one attention layer."""
+        return KVCache(self.config.llama, 1, self.target.device, self.target.dtype)
+
+    def run(
+        self,
+        exit_hidden: Tensor,
+        cache: KVCache,
+        position: int | Tensor,
+        *,
+        reach: int | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor:
+        """The exit layer's rows at ``position, ...`` to the input of the adapter's norm and head: ``[M, hidden]``.
+
+        ``position``, ``reach`` and ``active`` are those of ``Llama.run``.
+        """
+        keys, values = cache.keys[0], cache.values[0]
+        return self.block(exit_hidden, keys, values, position, cache.phases, reach=reach, active=active)

@@ -1,0 +1,121 @@
+"""Plain decoding and Kangaroo on the same prompt, timed in turns, so that a slow minute is slow for both."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from statistics import median
+from typing import Any
+
+from ..errors import KangarooError
+from ..kangaroo import Kangaroo
+from ..loop.decode import DecodeStats
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What Kangaroo made of one prompt, or of several together.
+
+    Attributes:
+        name: of the prompt.
+        plain_tokens_per_second: of plain decoding; prefill left out.
+        kangaroo_tokens_per_second: likewise.
+        speedup: Kangaroo's speed over the plain one.
+        identical: whether every run, plain and Kangaroo, gave the same tokens.
+        stats: counts of one Kangaroo run.
+    """
+
+    name: str
+    plain_tokens_per_second: float
+    kangaroo_tokens_per_second: float
+    speedup: float
+    identical: bool
+    stats: DecodeStats
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every figure by name, for JSON."""
+        stats = self.stats
+        return {
+            "name": self.name,
+            "plain_tokens_per_second": self.plain_tokens_per_second,
+            "kangaroo_tokens_per_second": self.kangaroo_tokens_per_second,
+            "speedup": self.speedup,
+            "identical": self.identical,
+            "new_tokens": stats.new_tokens,
+            "verification_steps": stats.verification_steps,
+            "mean_acceptance_length": stats.mean_acceptance_length,
+            "draft_acceptance_rate": stats.draft_acceptance_rate,
+            "acceptance_rate_per_position": stats.acceptance_rate_per_position,
+        }
+
+
+def compare(
+    kangaroo: Kangaroo, prompt: str | Sequence[int], *, name: str = "", rounds: int = 3, **settings: Any
+) -> Comparison:
+    """Decode ``prompt`` plainly and with Kangaroo, ``rounds`` times in alternation after a run of each to warm up.
+
+    Args:
+        kangaroo: a target with its adapter.
+        prompt: as for ``Kangaroo.generate``.
+        name: of the prompt.
+        rounds: each speed is the median of so many.
+        settings: as for ``Kangaroo.generate``, without ``plain``.
+
+    Raises:
+        KangarooError: a setting or prompt that cannot serve.
+    """
+    if rounds < 1:
+        raise KangarooError(f"rounds is {rounds!r}; it must be a whole number of at least 1.")
+    warm_up = kangaroo.generate(prompt, plain=True, **settings)
+    drafted = kangaroo.generate(prompt, **settings)
+    plain_runs, kangaroo_runs = [], []
+    for _ in range(rounds):
+        plain_runs.append(kangaroo.generate(prompt, plain=True, **settings))
+        kangaroo_runs.append(kangaroo.generate(prompt, **settings))
+    plain_speed = median(run.stats.tokens_per_second for run in plain_runs)
+    kangaroo_speed = median(run.stats.tokens_per_second for run in kangaroo_runs)
+    return Comparison(
+        name,
+        plain_speed,
+        kangaroo_speed,
+        speedup=kangaroo_speed / plain_speed if plain_speed else 0.0,
+        identical=all(run.tokens == warm_up.tokens for run in (drafted, *plain_runs, *kangaroo_runs)),
+        stats=drafted.stats,
+    )
+
+
+def compare_all(kangaroo: Kangaroo, prompts: Mapping[str, str], **settings: Any) -> Iterator[Comparison]:
+    """``compare`` for each of the named prompts, as soon as it is measured; ``settings`` are its own."""
+    for name, prompt in prompts.items():
+        yield compare(kangaroo, prompt, name=name, **settings)
+
+
+def summarise(comparisons: Sequence[Comparison], name: str = "all") -> Comparison:
+    """At least one comparison as one: median speeds and speedup, summed counts, identical if all are."""
+    return Comparison(
+        name,
+        median(entry.plain_tokens_per_second for entry in comparisons),
+        median(entry.kangaroo_tokens_per_second for entry in comparisons),
+        speedup=median(entry.speedup for entry in comparisons),
+        identical=all(entry.identical for entry in comparisons),
+        stats=_add([entry.stats for entry in comparisons]),
+    )
+
+
+def report(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Each comparison and all together, for JSON."""
+    return {
+        "prompts": [comparison.as_dict() for comparison in comparisons],
+        "total": summarise(comparisons).as_dict() if comparisons else None,
+    }
+
+
+def _add(parts: Sequence[DecodeStats]) -> DecodeStats:
+    return DecodeStats(
+        new_tokens=sum(part.new_tokens for part in parts),
+        verification_steps=sum(part.verification_steps for part in parts),
+        drafted=sum(part.drafted for part in parts),
+        accepted=sum(part.accepted for part in parts),
+        accepted_at=[sum(counts) for counts in zip_longest(*(part.accepted_at for part in parts), fillvalue=0)],
+        prefill_seconds=sum(part.prefill_seconds for part in parts),
+        decode_seconds=sum(part.decode_seconds for part in parts),
+    )

@@ -1,0 +1,1 @@
+"""The decode loop, led by the host or resident on the device."""

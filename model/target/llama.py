@@ -1,0 +1,104 @@
+"""The target: a Llama model as a sequence of the operations of ``kangaroo_kernels``."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.reference.top1_head import lm_head
+
+from ..backend import REFERENCES, Operations
+from .cache import KVCache
+from .config import LlamaConfig
+from .weights import AttentionWeights, TargetWeights
+
+
+class AttentionBlock:
+    """Pre-norm self-attention with its residual: all of an adapter, the first half of a decoder layer."""
+
+    def __init__(self, config: LlamaConfig, weights: AttentionWeights, operations: Operations) -> None:
+        self.weights, self.operations = weights, operations
+        self.eps, self.scale = config.rms_norm_eps, config.head_dim**-0.5
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        position: int | Tensor,
+        phases: Tensor,
+        *,
+        reach: int | None = None,
+        active: Tensor | None = None,
+    ) -> Tensor:
+        """``hidden + attention(rms_norm(hidden))``, ``[M, hidden]``; appends M rows to ``keys`` and ``values``."""
+        weights, operations = self.weights, self.operations.for_rows(hidden.shape[0])
+        q = operations.qkv_rope(
+            hidden, weights.norm, weights.qkv, phases, keys, values, position, eps=self.eps, active=active
+        )
+        mixed = operations.attention(q, keys, values, position, scale=self.scale, max_length=reach, active=active)
+        return operations.linear_residual(mixed, weights.output, hidden, active=active)
+
+
+class Llama:
+    """A Llama model whose layers can be run a part at a time.
+
+    Attributes:
+        config: its shape.
+        device: where it lives.
+        dtype: of its weights and hidden states.
+        operations: what it computes with.
+    """
+
+    def __init__(self, config: LlamaConfig, weights: TargetWeights, operations: Operations = REFERENCES) -> None:
+        self.config, self.weights, self.operations = config, weights, operations
+        self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.blocks = [AttentionBlock(config, layer.attention, operations) for layer in weights.layers]
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for all layers."""
+        return KVCache(self.config, self.config.num_hidden_layers, self.device, self.dtype)
+
+    def embed(self, tokens: Sequence[int]) -> Tensor:
+        """Token embeddings: ``[M, hidden]``."""
+        if len(tokens) == 1:
+            return self.weights.embedding[tokens[0] : tokens[0] + 1]
+        return self.weights.embedding[torch.tensor(tokens, device=self.device)]
+
+    def run(
+        self,
+        hidden: Tensor,
+        cache: KVCache,
+        position: int | Tensor,
+        first: int,
+        last: int,
+        *,
+        reach: int | None = None,
+        active: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Layers ``[first, last)`` on M tokens at ``position, position + 1, ...``: ``[M, hidden]`` to the same.
+
+        Args:
+            hidden: ``[M, hidden]``.
+            cache: the keys and values of all layers; M rows are appended to those that run.
+            position: of the first token; a tensor ``[1]`` int64 where the host does not know it.
+            first: the first layer to run.
+            last: the one after the last.
+            reach: bound of ``position + M`` where the host does not know it; None means the cache's capacity.
+            active: ``[1]`` int32; where it is 0 nothing is done.
+            out: ``[M, hidden]``, made if None.
+        """
+        phases, eps = cache.phases, self.config.rms_norm_eps
+        operations = self.operations.for_rows(hidden.shape[0])
+        for index in range(first, last):
+            layer, keys, values = self.weights.layers[index], cache.keys[index], cache.values[index]
+            hidden = self.blocks[index](hidden, keys, values, position, phases, reach=reach, active=active)
+            inner = operations.gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=eps, active=active)
+            end = out if index == last - 1 else None
+            hidden = operations.linear_residual(inner, layer.down, hidden, active=active, out=end)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The LM head over the last layer's output: ``[M, V]`` float32."""
+        return lm_head(hidden, self.weights.norm, self.weights.head, eps=self.config.rms_norm_eps)
