@@ -28,15 +28,19 @@ MAX_KERNEL_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Operations:
-    """The operations of a decode step; what each computes, its reference's docstring says.
+class Backend:
+    """The operations of a decode step and what a decode must know of them; their references' docstrings say the rest.
 
     Attributes:
-        kernels: one of ``KERNELS``.
+        name: one of ``KERNELS``.
+        resident: whether the decode loop lives on the device; else the host leads it.
+        max_rows: the most tokens in flight that the operations take; None means any number.
         layout: of the weights that these operations read; None where any will do.
     """
 
-    kernels: str
+    name: str
+    resident: bool
+    max_rows: int | None
     layout: Layout | None
     qkv_rope: Callable[..., Tensor]
     attention: Callable[..., Tensor]
@@ -49,13 +53,15 @@ class Operations:
     draft_loop: Callable[..., Top1]
     prepare_draft_loop: Callable[..., Any]
 
-    def for_rows(self, rows: int) -> "Operations":
+    def for_rows(self, rows: int) -> "Backend":
         """These operations, or the references for more rows than the kernels take: a prefill, cuBLAS's and SDPA's."""
-        return self if rows <= MAX_KERNEL_ROWS else REFERENCES
+        return self if self.max_rows is None or rows <= self.max_rows else REFERENCES
 
 
-REFERENCES = Operations(
+REFERENCES = Backend(
     "reference",
+    False,
+    None,
     None,
     qkv_rope.qkv_rope,
     attention.attention,
@@ -70,8 +76,8 @@ REFERENCES = Operations(
 )
 
 
-def load_operations(kernels: str | None, device: torch.device, dtype: torch.dtype) -> Operations:
-    """The operations asked for; None means the kernels on a GPU and the references on a CPU.
+def load_backend(kernels: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend asked for; None means the kernels on a GPU and the references on a CPU.
 
     Raises:
         KangarooError: an unknown name, no Triton, or a CPU where Triton was not told to interpret.
@@ -93,10 +99,10 @@ def load_operations(kernels: str | None, device: torch.device, dtype: torch.dtyp
         )
     if device.type == "cpu" and dtype == torch.bfloat16:
         raise KangarooError("Triton's interpreter gets bfloat16 products wrong; use dtype float32 or float16 with it.")
-    return _triton_operations()
+    return _triton_backend()
 
 
-def _triton_operations() -> Operations:
+def _triton_backend() -> Backend:
     from kangaroo_kernels import (
         accept,
         attention,
@@ -109,8 +115,10 @@ def _triton_operations() -> Operations:
         top1_head,
     )
 
-    return Operations(
+    return Backend(
         "triton",
+        True,
+        MAX_KERNEL_ROWS,
         Layout.ROWS,
         qkv_rope.qkv_rope,
         attention.attention,
