@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_ROWS, Top1
 from kangaroo_kernels.packed_weight import Layout
 from kangaroo_kernels.reference import (
     accept,
@@ -19,12 +20,10 @@ from kangaroo_kernels.reference import (
     sample_head,
     top1_head,
 )
-from kangaroo_kernels.reference.top1_head import Top1
 
 from .errors import KangarooError
 
 KERNELS = ("triton", "reference")
-MAX_KERNEL_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Operations:
 
     def for_rows(self, rows: int) -> "Operations":
         """These operations, or the references for more rows than the kernels take: a prefill, cuBLAS's and SDPA's."""
-        return self if rows <= MAX_KERNEL_ROWS else REFERENCES
+        return self if rows <= MAX_ROWS else REFERENCES
 
 
 REFERENCES = Operations(

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.reference.accept import MAX_STOPS
-from kangaroo_kernels.reference.draft_loop import WIDEST_HEAD
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, MAX_STOPS, WIDEST_HEAD
 from kangaroo_kernels.reference.top1_head import lm_head
 
 from .backend import REFERENCES, load_operations
@@ -25,7 +24,6 @@ from .drafters.adapter import (
 from .drafters.kangaroo import Drafter
 from .errors import KangarooError
 from .loop.decode import (
-    MAX_SPECULATIVE_TOKENS,
     Commit,
     DecodeStats,
     device_steps,

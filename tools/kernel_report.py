@@ -29,6 +29,7 @@ from sass import Pipeline
 from steps import META, STEPS, Call, Step
 from triton import knobs
 
+from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings
 
 USER_ERROR = 2
@@ -36,7 +37,6 @@ TABLE_WIDTH = 200
 """Columns that the table may take; a narrower terminal breaks its lines rather than losing figures."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MAX_ROWS = 16
 PERSISTENT = "draft_loop_kernel"
 
 

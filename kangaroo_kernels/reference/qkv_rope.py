@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels.packed_weight import Weight, linear, out_features
-from kangaroo_kernels.reference.out import deliver, is_down, unwritten
 from kangaroo_kernels.reference.rms_norm import rms_norm
 
 
@@ -70,8 +69,9 @@ def qkv_rope(
         The turned queries, ``[M, H, D]``: ``out``, or a view of the projection's output.
     """
     kv_heads, head_dim = k_cache.shape[-3], k_cache.shape[-1]
-    if is_down(active):
-        return unwritten(out, (x.shape[0], out_features(weight) // head_dim - 2 * kv_heads, head_dim), x)
+    if active is not None and not active:
+        heads = out_features(weight) // head_dim - 2 * kv_heads
+        return x.new_empty(x.shape[0], heads, head_dim) if out is None else out
     position = int(position)
     rows, last = x.shape[0], position + x.shape[0]
     qkv = linear(rms_norm(x, norm_weight, eps), weight).view(rows, -1, head_dim)
@@ -91,4 +91,4 @@ def qkv_rope(
     else:
         blocks, slots = paged_rows(block_table, position, last, k_cache.shape[2])
         k_cache[blocks, :, slots], v_cache[blocks, :, slots] = new_keys, new_values
-    return deliver(queries, out)
+    return queries if out is None else out.copy_(queries)

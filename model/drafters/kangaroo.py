@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.reference.top1_head import Top1
+from kangaroo_kernels.contract import Top1
 
 from ..loop.state import TextState
 from ..sampling import Chooser

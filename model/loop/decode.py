@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kangaroo_kernels.reference.commit import RECORD_HEAD
+from kangaroo_kernels.contract import RECORD_HEAD
 
 from ..drafters.kangaroo import Drafter
 from ..sampling import Chooser
@@ -22,9 +22,6 @@ from .iteration import Iteration
 from .mailbox import Mailbox
 from .state import TextState
 from .verify import verify
-
-MAX_SPECULATIVE_TOKENS = 15
-"""The most drafts a step: with the newest token they fill the 16 rows that the verification kernels are built for."""
 
 LEAST_REACH = 256
 """Positions: the smallest bucket of contexts that share a captured iteration. The next ones are twice as long each."""

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.reference.commit import RECORD_HEAD
-from kangaroo_kernels.reference.draft_loop import AttentionBlock, DraftModel, Layer
-from kangaroo_kernels.reference.top1_head import Top1
+from kangaroo_kernels.contract import RECORD_HEAD, AttentionBlock, DraftModel, Layer, Top1
 
 from ..drafters.adapter import Adapter
 from ..sampling import Chooser, Sampling, SamplingTensors
