@@ -10,7 +10,8 @@ from torch import Tensor
 from triton.runtime import driver
 
 from kangaroo_kernels.contract import RECORD_HEAD, AttentionBlock, DraftModel, Layer
-from kangaroo_kernels.draft_loop import PROGRAMS_PER_SM, DraftLoop
+from kangaroo_kernels.draft_loop import DraftLoop
+from kangaroo_kernels.draft_loop.table import PROGRAMS_PER_SM
 from kangaroo_kernels.workloads import EPS, ModelShape, Settings, Workload, workloads
 
 META = torch.device("meta")
