@@ -8,18 +8,8 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels.contract import MAX_ROWS, Top1
+from kangaroo_kernels.operation import OPERATIONS
 from kangaroo_kernels.packed_weight import Layout
-from kangaroo_kernels.reference import (
-    accept,
-    attention,
-    commit,
-    draft_loop,
-    gate_up,
-    linear_residual,
-    qkv_rope,
-    sample_head,
-    top1_head,
-)
 
 from .errors import KangarooError
 
@@ -56,16 +46,8 @@ class Operations:
 REFERENCES = Operations(
     "reference",
     None,
-    qkv_rope.qkv_rope,
-    attention.attention,
-    linear_residual.linear_residual,
-    gate_up.gate_up,
-    top1_head.top1_head,
-    sample_head.sample_head,
-    accept.accept,
-    commit.commit,
-    draft_loop.draft_loop,
-    lambda model, most: None,  # the reference needs nothing prepared
+    **{name: operation.reference for name, operation in OPERATIONS.items()},
+    prepare_draft_loop=lambda model, most: None,  # the reference needs nothing prepared
 )
 
 
@@ -96,29 +78,7 @@ def load_operations(kernels: str | None, device: torch.device, dtype: torch.dtyp
 
 
 def _triton_operations() -> Operations:
-    from kangaroo_kernels import (
-        accept,
-        attention,
-        commit,
-        draft_loop,
-        gate_up,
-        linear_residual,
-        qkv_rope,
-        sample_head,
-        top1_head,
-    )
+    from kangaroo_kernels.draft_loop import prepare_draft_loop
 
-    return Operations(
-        "triton",
-        Layout.ROWS,
-        qkv_rope.qkv_rope,
-        attention.attention,
-        linear_residual.linear_residual,
-        gate_up.gate_up,
-        top1_head.top1_head,
-        sample_head.sample_head,
-        accept.accept,
-        commit.commit,
-        draft_loop.draft_loop,
-        draft_loop.prepare_draft_loop,
-    )
+    launchers = {name: operation.launcher for name, operation in OPERATIONS.items()}
+    return Operations("triton", Layout.ROWS, **launchers, prepare_draft_loop=prepare_draft_loop)

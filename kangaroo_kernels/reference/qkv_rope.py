@@ -55,7 +55,7 @@ def qkv_rope(
         x: ``[M, K]`` hidden states.
         norm_weight: ``[K]``, same dtype.
         weight: ``[(H + 2 * H_kv) * D, K]``, rows q, k, v, the first two with ``interleave_rope`` applied.
-        table: ``[T, 1, D / 2]`` complex64 from ``rope_table``.
+        table: ``[T, 1, D / 2]`` complex64 from ``rope_table``, or the same as ``[T, 1, D / 2, 2]`` float32.
         k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D); rows ``position .. position + M`` are written.
             With a block table, ``[blocks, H_kv, block_size, D]``.
         v_cache: likewise.
@@ -77,7 +77,7 @@ def qkv_rope(
     qkv = linear(rms_norm(x, norm_weight, eps), weight).view(rows, -1, head_dim)
     turned: Tensor
     turned, new_values = qkv.split((qkv.shape[1] - kv_heads, kv_heads), dim=1)
-    phases = table[position:last]
+    phases = (table if table.is_complex() else torch.view_as_complex(table))[position:last]
     if qkv.dtype == torch.float32:
         torch.view_as_complex(turned.view(rows, -1, head_dim // 2, 2)).mul_(phases)
     else:
