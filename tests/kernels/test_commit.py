@@ -1,7 +1,5 @@
 """``commit``: kernel and reference move the same state, and the state is that of the text."""
 
-import inspect
-
 import pytest
 import torch
 from torch import Tensor
@@ -39,10 +37,6 @@ def state(most: int, device: torch.device, hidden: int = 24, length: int = 7, li
 
 def copy(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in given.items()}
-
-
-def test_launcher_and_reference_have_one_signature():
-    assert inspect.signature(commit_triton.commit) == inspect.signature(commit_ref.commit)
 
 
 @EITHER
