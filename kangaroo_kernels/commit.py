@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, Record
 from kangaroo_kernels.shared.chain import chain, follow
-from kangaroo_kernels.shared.checks import check_commit
+from kangaroo_kernels.shared.checks import check_commit_counts, check_commit_states
 from kangaroo_kernels.shared.launch import require_interpreter
 
 CHUNK = tl.constexpr(1024)
@@ -94,7 +94,8 @@ def commit(
 ) -> None:
     """Commit one iteration, in place; arguments as for ``reference.commit``."""
     require_interpreter("commit", target)
-    check_commit(decision, target, text, length, limit, positions, flags, exit_hidden, embedding, newest, record)
+    check_commit_counts(decision, target, text, length, limit, positions, flags, record)
+    check_commit_states(target, exit_hidden, embedding, newest)
     most = len(target) - 1
     if most >= MAX_ROWS or len(positions) > BLOCK:
         raise ValueError(

@@ -9,6 +9,7 @@ A new operand of an operation is added in its reference, in its kernel, in its r
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -103,7 +104,7 @@ class Operation:
         """Of the operation, of its kernel's module and of the function in it."""
         return self.reference.__name__
 
-    @property
+    @cached_property
     def launcher(self) -> Callable[..., Any]:
         """The function that launches the kernel, of the reference's signature."""
         function: Callable[..., Any] = getattr(import_module(f"kangaroo_kernels.{self.name}"), self.name)

@@ -11,7 +11,7 @@ Bytes moved: three rows of the hidden size.
 from torch import Tensor
 
 from kangaroo_kernels.contract import Record
-from kangaroo_kernels.shared.checks import check_commit
+from kangaroo_kernels.shared.checks import check_commit_counts, check_commit_states
 
 
 def commit(
@@ -45,7 +45,8 @@ def commit(
     Raises:
         ValueError: a tensor of another shape, dtype or device, or with rows that are not contiguous.
     """
-    check_commit(decision, target, text, length, limit, positions, flags, exit_hidden, embedding, newest, record)
+    check_commit_counts(decision, target, text, length, limit, positions, flags, record)
+    check_commit_states(target, exit_hidden, embedding, newest)
     agreed, reached, stopped = decision.tolist()
     before, most = int(length), len(target) - 1
     count = reached - before

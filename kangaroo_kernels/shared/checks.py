@@ -127,7 +127,7 @@ def check_accept(
         check_tensor("accept", "out", out, (3,), torch.int64, device)
 
 
-def check_commit(
+def check_commit_counts(
     decision: Tensor,
     target: Tensor,
     text: Tensor,
@@ -135,13 +135,10 @@ def check_commit(
     limit: Tensor,
     positions: Tensor,
     flags: Tensor,
-    exit_hidden: Tensor,
-    embedding: Tensor,
-    newest: Tensor,
     record: Tensor,
 ) -> None:
-    """Raise where the arguments of ``commit`` do not fit each other."""
-    device, rows, hidden = target.device, max(1, target.numel()), exit_hidden.shape[-1:]
+    """Raise where what ``commit`` counts does not fit."""
+    device, rows = target.device, max(1, target.numel())
     numbers = {
         "target": (target, rows),
         "decision": (decision, 3),
@@ -154,10 +151,15 @@ def check_commit(
     for name, (tensor, size) in numbers.items():
         check_tensor("commit", name, tensor, (size,), torch.int64, device)
     check_tensor("commit", "flags", flags, (rows,), torch.int32, device)
+
+
+def check_commit_states(target: Tensor, exit_hidden: Tensor, embedding: Tensor, newest: Tensor) -> None:
+    """Raise where the hidden states that ``commit`` copies do not fit each other, or the rows of ``target``."""
+    rows, hidden = max(1, target.numel()), exit_hidden.shape[-1:]
     states = {
         "exit_hidden": (exit_hidden, (rows + 1, *hidden)),
         "embedding": (embedding, (*embedding.shape[:1], *hidden)),
         "newest": (newest, (1, *hidden)),
     }
     for name, (tensor, shape) in states.items():
-        check_tensor("commit", name, tensor, shape, exit_hidden.dtype, device)
+        check_tensor("commit", name, tensor, shape, exit_hidden.dtype, target.device)
