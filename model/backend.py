@@ -7,24 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_ROWS, Top1
+from kangaroo_kernels.operation import OPERATIONS
 from kangaroo_kernels.packed_weight import Layout
-from kangaroo_kernels.reference import (
-    accept,
-    attention,
-    commit,
-    draft_loop,
-    gate_up,
-    linear_residual,
-    qkv_rope,
-    sample_head,
-    top1_head,
-)
-from kangaroo_kernels.reference.top1_head import Top1
 
 from .errors import KangarooError
 
 KERNELS = ("triton", "reference")
-MAX_KERNEL_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -59,20 +48,12 @@ class Backend:
 
 
 REFERENCES = Backend(
-    "reference",
-    False,
-    None,
-    None,
-    qkv_rope.qkv_rope,
-    attention.attention,
-    linear_residual.linear_residual,
-    gate_up.gate_up,
-    top1_head.top1_head,
-    sample_head.sample_head,
-    accept.accept,
-    commit.commit,
-    draft_loop.draft_loop,
-    lambda model, most: None,  # the reference needs nothing prepared
+    name="reference",
+    resident=False,
+    max_rows=None,
+    layout=None,
+    **{name: operation.reference for name, operation in OPERATIONS.items()},
+    prepare_draft_loop=lambda model, most: None,  # the reference needs nothing prepared
 )
 
 
@@ -103,31 +84,13 @@ def load_backend(kernels: str | None, device: torch.device, dtype: torch.dtype) 
 
 
 def _triton_backend() -> Backend:
-    from kangaroo_kernels import (
-        accept,
-        attention,
-        commit,
-        draft_loop,
-        gate_up,
-        linear_residual,
-        qkv_rope,
-        sample_head,
-        top1_head,
-    )
+    from kangaroo_kernels.draft_loop import prepare_draft_loop
 
     return Backend(
-        "triton",
-        True,
-        MAX_KERNEL_ROWS,
-        Layout.ROWS,
-        qkv_rope.qkv_rope,
-        attention.attention,
-        linear_residual.linear_residual,
-        gate_up.gate_up,
-        top1_head.top1_head,
-        sample_head.sample_head,
-        accept.accept,
-        commit.commit,
-        draft_loop.draft_loop,
-        draft_loop.prepare_draft_loop,
+        name="triton",
+        resident=True,
+        max_rows=MAX_ROWS,
+        layout=Layout.ROWS,
+        **{name: operation.launcher for name, operation in OPERATIONS.items()},
+        prepare_draft_loop=prepare_draft_loop,
     )

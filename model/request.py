@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from kangaroo_kernels.reference.accept import MAX_STOPS
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, MAX_STOPS
 
-from .drafters.protocol import MAX_SPECULATIVE_TOKENS, Drafter
+from .drafters.protocol import Drafter
 from .errors import KangarooError
 from .sampling import Sampling, is_number, is_whole
 from .target.config import LlamaConfig

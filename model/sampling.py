@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, Top1
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.reference.noise import gumbel_rows, uniform
 from kangaroo_kernels.reference.sample_head import filter_logits
-from kangaroo_kernels.reference.top1_head import Top1, confidence_of, lm_head
+from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
 
 from .backend import REFERENCES, Backend
 from .errors import KangarooError
 
 ACCEPTANCES = ("coupled", "rejection")
-TARGET_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)
 
 
 @dataclass(frozen=True)

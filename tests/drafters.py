@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.model.backend import REFERENCES, Backend
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.drafters.protocol import Draft
 from kangaroo_kernels.model.loop.state import TextState
 from kangaroo_kernels.model.sampling import Chooser
-from kangaroo_kernels.reference.top1_head import Top1
 
 Say = Callable[[int, int, int, float], tuple[int, float]]
 """(position of the token, its place in this step's draft, the adapter's own token and confidence) to what is said."""

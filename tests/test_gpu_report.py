@@ -31,10 +31,10 @@ from report.timeline import events_of
 from synthetic import MAX_DRAFTS, Trace, conditional_rate, paper_trace, with_synthetic_acceptance
 
 from kangaroo_kernels import DecodeStats, Kangaroo
+from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.model import generate
 from kangaroo_kernels.model.backend import REFERENCES
 from kangaroo_kernels.model.demo import PAIR as DEMO_PAIR
-from kangaroo_kernels.reference.top1_head import Top1
 from kangaroo_kernels.workloads import MODELS, TINY, workloads
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"

@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import pynvml
@@ -25,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.model.loop.graphs import no_garbage_collection
+from kangaroo_kernels.operation import OPERATIONS, Arguments
 from kangaroo_kernels.reference.noise import gumbel_rows
 from kangaroo_kernels.reference.sample_head import filter_logits
 from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
@@ -310,9 +310,6 @@ def measure_ceiling(device: torch.device) -> Ceiling:
 
 # ---- right before fast
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Of a launcher and of its reference, as ``workloads`` makes them."""
-
 HEADS = ("top1_head", "sample_head")
 
 ALLOWED = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -321,14 +318,12 @@ ALLOWED = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 def launcher(op: str) -> Callable[..., Any]:
     """The kernel's."""
-    function: Callable[..., Any] = getattr(import_module(f"kangaroo_kernels.{op}"), op)
-    return function
+    return OPERATIONS[op].launcher
 
 
 def reference(op: str) -> Callable[..., Any]:
     """The operation in PyTorch."""
-    function: Callable[..., Any] = getattr(import_module(f"kangaroo_kernels.reference.{op}"), op)
-    return function
+    return OPERATIONS[op].reference
 
 
 def row_operands(op: str) -> tuple[int, ...]:

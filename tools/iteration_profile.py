@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.backend import MAX_KERNEL_ROWS
+from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.model.loop.decode import Commit
 from kangaroo_kernels.model.target.config import LlamaConfig
 
@@ -193,7 +193,7 @@ class Profile:
 
 def room_for(iterations: int) -> int:
     """Tokens that so many iterations and those around them may add."""
-    return (iterations + 4) * MAX_KERNEL_ROWS
+    return (iterations + 4) * MAX_ROWS
 
 
 def traced(kangaroo: Kangaroo, prompt: Sequence[int], count: int, settings: dict[str, Any]) -> Any:

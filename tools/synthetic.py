@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.model.backend import Operations
 from kangaroo_kernels.model.target.llama import Llama
-from kangaroo_kernels.reference.top1_head import Top1
 
 PAPER_MEAN_ACCEPTANCE_LENGTH = 1.93
 MAX_DRAFTS = 6

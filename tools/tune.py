@@ -27,7 +27,6 @@ import typer
 from gpu_measure import (
     ALLOWED,
     ROUNDS,
-    Arguments,
     Card,
     Quantiles,
     first_rows,
@@ -50,6 +49,7 @@ from rich.table import Table
 from kangaroo_kernels import launch_config
 from kangaroo_kernels.attention import TILE
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
+from kangaroo_kernels.operation import Arguments
 from kangaroo_kernels.shared.launch import step_of
 from kangaroo_kernels.shared.tiles import BLOCK_M
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings, Workload, workloads

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+
 from ..errors import KangarooError
 from ..target.cache import KVCache
 from ..target.checkpoint import read_tensors
@@ -60,7 +62,8 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
     if exit_layer is None:
         raise KangarooError(f"{path} names no exit_layer; give the one the adapter was trained with.")
     check_exit_layer(exit_layer, target)
-    gamma = _number(values, "num_speculative_tokens", PAPER_NUM_SPECULATIVE_TOKENS, 1, 15, path)
+    most = MAX_SPECULATIVE_TOKENS
+    gamma = _number(values, "num_speculative_tokens", PAPER_NUM_SPECULATIVE_TOKENS, 1, most, path)
     if gamma != int(gamma):
         raise KangarooError(f"{path}: num_speculative_tokens is {gamma!r}; it must be a whole number.")
     eta = _number(values, "draft_confidence_threshold", PAPER_DRAFT_CONFIDENCE_THRESHOLD, 0, 1, path)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kangaroo_kernels.reference.draft_loop import AttentionBlock, DraftModel, Layer
+from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer
 
 from ..target.cache import KVCache
 from ..target.config import LlamaConfig

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.reference.draft_loop import WIDEST_HEAD
-from kangaroo_kernels.reference.top1_head import Top1
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Top1
 
 from ..errors import KangarooError
 from ..spans import span
@@ -20,7 +19,7 @@ from ..target.cache import KVCache
 from ..target.llama import Llama
 from .adapter import Adapter
 from .draft_model import PreparedLoop, prepare_loop
-from .protocol import MAX_SPECULATIVE_TOKENS, Draft, Drafter, Stage
+from .protocol import Draft, Drafter, Stage
 
 if TYPE_CHECKING:
     from ..loop.iteration import Iteration

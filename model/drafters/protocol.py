@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+
 from ..errors import KangarooError
 
 if TYPE_CHECKING:
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
     from ..loop.state import TextState
     from ..sampling import Chooser
     from ..target.llama import Llama
-
-MAX_SPECULATIVE_TOKENS = 15
-"""The most drafts a step: with the newest token they fill the 16 rows that the verification kernels are built for."""
 
 PAPER_NUM_SPECULATIVE_TOKENS = 6
 PAPER_DRAFT_CONFIDENCE_THRESHOLD = 0.6

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.reference.commit import RECORD_HEAD
-from kangaroo_kernels.reference.top1_head import Top1
+from kangaroo_kernels.contract import RECORD_HEAD, Top1
 
 from ..request import Request
 from ..sampling import SamplingTensors

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
-from kangaroo_kernels.reference.commit import RECORD_HEAD
+from kangaroo_kernels.contract import RECORD_HEAD, Record
 
 from ..results import Commit
 from .iteration import Iteration
@@ -48,7 +48,7 @@ def bucket(positions: int, capacity: int) -> int:
 
 def read_record(record: list[int], length: int) -> Commit:
     """What an iteration's record says, counted as the host's loop counts: no draft is made for beyond the limit."""
-    before, reached, agreed, drafted, stopped = record[:RECORD_HEAD]
-    tokens, most = record[RECORD_HEAD:][: reached - before], length - before - 1
-    agreed, drafted = min(agreed, most), min(drafted, most)
-    return Commit(tokens, min(agreed, len(tokens)), drafted, agreed, bool(stopped))
+    head = Record(*record[:RECORD_HEAD])
+    tokens, most = record[RECORD_HEAD:][: head.reached - head.before], length - head.before - 1
+    agreed, drafted = min(head.agreed, most), min(head.drafted, most)
+    return Commit(tokens, min(agreed, len(tokens)), drafted, agreed, bool(head.stopped))

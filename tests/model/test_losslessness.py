@@ -11,7 +11,7 @@ from drafters import NotANumber, Scripted, oracle, right_until, with_drafter
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Generation, Kangaroo
-from kangaroo_kernels.model.sampling import TARGET_STREAM
+from kangaroo_kernels.contract import TARGET_STREAM
 from kangaroo_kernels.reference.noise import gumbel
 
 VOCAB = 67

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.model.drafters.kangaroo import AdapterMemory, KangarooDrafter
 from kangaroo_kernels.model.loop.state import TextState
 from kangaroo_kernels.model.target.cache import KVCache
 from kangaroo_kernels.reference.accept import accept
-from kangaroo_kernels.reference.top1_head import Top1
 
 STALE = -1.0
 
