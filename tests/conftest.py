@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: its interpreter runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import row_by_row
 from pairs import make_adapter, make_target, make_tokenizer
 
 from kangaroo_kernels import Kangaroo
@@ -24,6 +25,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
+row_by_row.install()
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("tests")
 

@@ -171,18 +171,11 @@ def test_kernel_formula(device, vocab_size, inner, rows, dtype):
 @pytest.mark.usefixtures("guarded_workspaces")
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_kernel_rows(device, rows):
-    """The same bits for a row of a pass as for the row alone, whatever lies beside it.
-
-    In the interpreter NumPy's product chooses its order by shape on some processors, so there the last digits may
-    differ.
-    """
+    """The same bits for a row of a pass as for the row alone, whatever lies beside it."""
     x, norm, head = problem(device, 16, 67)
     whole = hold(x[:rows], norm, head)
-    alone, among = kernel(x[rows - 1 : rows], norm, head, eps=1e-5), Top1(*(part[-1:] for part in whole))
-    if device.type == "cuda":
-        assert same(alone, among)
-    assert torch.equal(alone.token, among.token)
-    torch.testing.assert_close(alone.confidence, among.confidence, rtol=1e-6, atol=0)
+    alone = kernel(x[rows - 1 : rows], norm, head, eps=1e-5)
+    assert same(alone, Top1(*(part[-1:] for part in whole)))
 
 
 @pytest.mark.parametrize("inner", [48, 37])
