@@ -25,7 +25,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from kangaroo_kernels import KangarooError
 from kangaroo_kernels.model.target.config import LlamaConfig as TargetConfig
 from kangaroo_kernels.model.target.config import parse_config
-from kangaroo_kernels.model.training.train import AdapterBlock
+from kangaroo_kernels.model.training.adapter_module import AdapterBlock
 
 END_OF_TEXT = "<|endoftext|>"
 

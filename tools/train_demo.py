@@ -49,7 +49,8 @@ from train_pair import Report, characters_of, train_pair, write_json
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.kangaroo import resolve_device
-from kangaroo_kernels.model.training.train import TrainingSettings, train_adapter
+from kangaroo_kernels.model.training.settings import TrainingSettings
+from kangaroo_kernels.model.training.trainer import train_adapter
 
 USER_ERROR = 2
 

@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerFast
 
 import kangaroo_kernels
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model.training.train import TrainingSettings, train_adapter
+from kangaroo_kernels.model.training.settings import TrainingSettings
+from kangaroo_kernels.model.training.trainer import train_adapter
 
 PROBES = 12
 """Points of the learning curve."""
