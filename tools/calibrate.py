@@ -121,11 +121,11 @@ def main(
             texts = None
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{prompts} must hold a JSON list of at least one text.")
-        kangaroo = Kangaroo.from_pretrained(model, adapter)
+        with training_bars() as report:
+            plan = Calibration(new_tokens=new_tokens)
+            rows = calibrate(Kangaroo.from_pretrained(model, adapter), texts, plan, report=report)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    with training_bars() as report:
-        rows = calibrate(kangaroo, texts, Calibration(new_tokens=new_tokens), report=report)
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(f"{value:g}" for value in row.values()))

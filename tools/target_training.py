@@ -141,14 +141,14 @@ class Windows:
 def target_config(recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """The target's configuration: a Llama with tied embeddings."""
     return LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.num_hidden_layers,
         num_attention_heads=recipe.num_attention_heads,
         num_key_value_heads=recipe.num_key_value_heads,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
         max_position_embeddings=recipe.context,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -179,11 +179,6 @@ class TargetTraining:
         if on_gpu:
             self.compile_layers()
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers are trained."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
     def add_gradients(self, batch: Tensor, weight: float) -> Tensor:
         """One forward and backward pass of ``[B, T + 1]`` tokens; ``weight`` times the mean loss, on the device."""
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -199,7 +194,8 @@ class TargetTraining:
         batch = self.windows.batch(recipe.batch_tokens // length, length)
         parts = batch.split(max(1, recipe.pass_tokens // length))
         losses = [self.add_gradients(part, len(part) / len(batch)) for part in parts]
-        self.optimizers.step(learning_rate_factor(share, recipe), recipe.clip)
+        factor = min(share / recipe.warmup_share, 1.0, max(0.0, 1 - share) / (1 - recipe.decay_from))
+        self.optimizers.step(factor, recipe.clip)
         return torch.stack(losses).sum()
 
     def compile_layers(self) -> None:
@@ -259,11 +255,6 @@ def evaluate(
             right += int((logits.argmax(-1) == wanted).sum())
     characters = len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
     return {"bits_per_character": bits / characters, "top1_accuracy": right / (len(tokens) - 1)}
-
-
-def learning_rate_factor(share: float, recipe: TargetRecipe) -> float:
-    """Warm-up, plateau and straight decay."""
-    return min(share / recipe.warmup_share, 1.0, max(0.0, 1 - share) / (1 - recipe.decay_from))
 
 
 def exact_in_both_halves(weight: Tensor) -> Tensor:

@@ -35,14 +35,6 @@ def refuse(sentence: str) -> typer.Exit:
     return typer.Exit(USER_ERROR)
 
 
-def check_time(name: str, minutes: float) -> None:
-    """Refuse a time in which nothing could be done, or that has no end."""
-    if not 0 < minutes < math.inf:
-        raise refuse(f"--minutes is {minutes:g}; it must be a finite number above 0.")
-    if minutes < PRESETS[name].least_minutes:
-        raise refuse(f"--minutes is {minutes:g}; {name} needs at least {PRESETS[name].least_minutes:g}.")
-
-
 @app.command(no_args_is_help=True)
 def main(
     preset: Annotated[str, typer.Option(help=f"The pair: {', '.join(PRESETS)}.")],
@@ -58,7 +50,9 @@ def main(
         raise refuse(f"--preset is {preset}; there are {', '.join(PRESETS)}.")
     chosen = PRESETS[preset]
     minutes = chosen.minutes if minutes is None else minutes
-    check_time(preset, minutes)
+    if not (0 < minutes < math.inf and minutes >= chosen.least_minutes):
+        least = f"of at least {chosen.least_minutes:g}" if chosen.least_minutes else "above 0"
+        raise refuse(f"--minutes is {minutes:g}; {preset} needs a finite number {least}.")
     out = Path("runs") / preset if out is None else out
     try:
         where = resolve_device(device)

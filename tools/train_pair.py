@@ -145,7 +145,7 @@ def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, h
     training.save(run.out / "target")
     record = {
         "recipe": asdict(recipe),
-        "parameters": training.parameters,
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "steps": step,
         "tokens_trained": step * recipe.batch_tokens,
         "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if run.device.type == "cuda" else None,
@@ -158,10 +158,9 @@ def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, h
 
 
 def train_its_adapter(run: Run, seen: list[Document], held_out: list[Document]) -> None:
-    """Train the adapter, half of it on what the target writes itself; its numbers are such as both halves hold."""
-    preset, folder = run.preset, run.out / "adapter"
-    seconds = max((preset.adapter_by - preset.target_by) * run.minutes * 60, 1e-3)
-    limits = {} if "steps" in preset.adapter else {"minutes": seconds / 60}
+    """Train the adapter, half of it on what the target writes itself."""
+    preset = run.preset
+    minutes = (preset.adapter_by - preset.target_by) * run.minutes
     files, measured = (
         tuple(document.file for document in documents if document.file is not None)
         for documents in (beginning(seen, preset.adapter_characters), held_out)
@@ -170,15 +169,19 @@ def train_its_adapter(run: Run, seen: list[Document], held_out: list[Document]) 
         model=str(run.out / "target"),
         data=files,
         held_out=measured[:HELD_OUT_FILES],
-        out=folder,
+        out=run.out / "adapter",
         self_generated=True,
+        minutes=None if "steps" in preset.adapter else minutes,
         device=str(run.device),
-        **{**limits, **preset.adapter},
+        **preset.adapter,
     )
     train_adapter(settings, run.report, run.deadline(preset.adapter_by))
-    weights = load_file(folder / "model.safetensors")
-    rounded = {name: exact_in_both_halves(weight).contiguous() for name, weight in weights.items()}
-    save_file(rounded, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def round_weights(file: Path) -> None:
+    """Round the weights of a checkpoint to numbers that bf16 and fp16 both hold, as the target's are."""
+    rounded = {name: exact_in_both_halves(weight).contiguous() for name, weight in load_file(file).items()}
+    save_file(rounded, file, metadata={"format": "pt"})
 
 
 def find_defaults(run: Run, prompts: list[str]) -> list[Row]:
@@ -201,6 +204,7 @@ def train_pair(run: Run) -> dict[str, Any]:
     transformers.logging.disable_progress_bar()  # of loading a checkpoint, in the midst of ours
     torch.manual_seed(preset.target.seed)
     with run.stage("sources"):
+        run.report("sources", 0, 1, "")
         documents = preset.sources()
         seen = [document for document in documents if not document.held_out]
         held_out = [document for document in documents if document.held_out]
@@ -208,11 +212,14 @@ def train_pair(run: Run) -> dict[str, Any]:
         practice = cut_prompts(seen, preset.practice, preset.prompt_characters)
         if not prompts or not practice:
             raise KangarooError(f"only {len(seen)} sources are installed here, {len(held_out)} of them held out.")
+        run.report("sources", 1, 1, f"{len(documents)} files")
         (out / "target").mkdir(parents=True, exist_ok=True)
         write_json(out / "prompts.json", [{"name": name, "prompt": prompt} for name, prompt in prompts.items()])
     with run.stage("tokenizer"):
+        run.report("tokenizer", 0, 1, "")
         tokenizer = train_tokenizer(beginning(seen, preset.tokenizer_characters), preset.target.vocab_size)
         tokenizer.save_pretrained(out / "target")
+        run.report("tokenizer", 1, 1, "")
     with run.stage("encoding"):
         valid = encode(tokenizer, beginning(held_out, 8 * preset.held_out_tokens)).to(run.device)
         tokens = encode(tokenizer, seen, run.deadline(preset.encoded_by), run.report).to(run.device)
@@ -222,6 +229,7 @@ def train_pair(run: Run) -> dict[str, Any]:
     with run.stage("adapter"):
         if not (out / "adapter" / "training.json").exists():
             train_its_adapter(run, seen, held_out)
+        round_weights(out / "adapter" / "model.safetensors")
     with run.stage("calibration"):
         rows = find_defaults(run, list(practice.values()))
 
