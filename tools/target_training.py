@@ -230,7 +230,7 @@ class TargetTraining:
             parameter.data = exact_in_both_halves(parameter.data)
         state = {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in self.model.named_parameters()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(self.model.config.to_json_string(use_diff=False))
+        self.model.config.save_pretrained(folder)
 
 
 @torch.inference_mode()

@@ -126,6 +126,22 @@ def test_reuse_asks_the_target_less_often(target: Path, text: Path, tmp_path: Pa
     assert asked.count(1) == 12
 
 
+def test_half_of_what_is_learned_the_target_wrote(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "generate_windows", lambda *_: torch.full((3, 32), 66))
+    own = []
+    teach = Teacher.__call__
+
+    def note(self: Teacher, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        own.append(int((windows == 66).all(1).sum()))
+        return teach(self, windows)
+
+    monkeypatch.setattr(Teacher, "__call__", note)
+    train_adapter(settings(target, text, tmp_path / "a", self_generated=True, batch_size=5))
+    assert own[:12] == [2, 3] * 6
+
+
 def test_minutes_count_whatever_the_steps(target: Path, text: Path, tmp_path: Path) -> None:
     assert train_adapter(settings(target, text, tmp_path / "a", minutes=0.005, steps=1))["steps"] > 1
 
