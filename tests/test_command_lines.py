@@ -32,9 +32,6 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("kernel_report", "main"): {"arch": COUNT, "rows": (*COUNT, "17"), "length": COUNT},
     ("profile_decode", "main"): {"exit_layer": COUNT, "context": ("1", "-1"), "iterations": COUNT, **DECODING},
     ("train_demo", "main"): {"minutes": DURATION},
-    ("train_demo", "target"): {"minutes": DURATION},
-    ("train_demo", "adapter"): {"minutes": DURATION, "exit_layer": COUNT, "windows": COUNT},
-    ("train_demo", "calibrate_pair"): {"new_tokens": COUNT},
     ("tune", "main"): {"minutes": DURATION},
     ("cli", "demo"): {
         "max_new_tokens": COUNT,
@@ -72,9 +69,6 @@ BEFORE = {
     ("calibrate", "main"): "--model M --adapter A --prompts P",
     ("gpu_report", "main"): "--smoke --out OUT",
     ("train_demo", "main"): "--preset smoke --out OUT",
-    ("train_demo", "target"): "target --out OUT",
-    ("train_demo", "adapter"): "adapter --out OUT",
-    ("train_demo", "calibrate_pair"): "calibrate --out OUT",
     ("cli", "demo"): "demo --json",
     ("cli", "generate"): "generate --model demo --prompt A",
     ("cli", "train"): "train --model demo --data README.md --exit-layer 4 --out OUT",
@@ -140,8 +134,8 @@ def test_nonsense_is_refused_before_any_work(
 
     monkeypatch.setattr(generate, "load_target", work)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    if hasattr(module, "stdlib_documents"):
-        monkeypatch.setattr(module, "stdlib_documents", work)
+    if hasattr(module, "train_pair"):
+        monkeypatch.setattr(module, "train_pair", work)
     before = BEFORE.get(command, "").replace("OUT", str(tmp_path / "out"))
     before = before.replace("ADAPTER", str(demo.PAIR / "adapter"))
     flag = f"--{option.replace('_', '-')}"
@@ -177,14 +171,3 @@ def test_a_prompt_that_is_not_there_is_told() -> None:
     done = CliRunner().invoke(app_of(import_module("draw_demo")), ["--name", "nobody.py"])
     assert done.exit_code == 2
     assert "no prompt is called nobody.py; there are" in done.stderr
-
-
-def test_a_stage_without_a_target_gets_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_demo = import_module("train_demo")
-    file = tmp_path / "some.py"
-    file.touch()
-    monkeypatch.setattr(train_demo, "stdlib_documents", lambda: [train_demo.Document("some.py", "", file)])
-    done = CliRunner().invoke(train_demo.app, ["adapter", "--out", str(tmp_path / "run")])
-    assert (done.exit_code, done.stderr.strip().count("\n")) == (2, 0)
-    assert "run/target" in done.stderr
-    assert "does not exist" in done.stderr

@@ -1,4 +1,4 @@
-"""The corpora: the standard library and its language reference (the bundled pair), all installed sources (the presets).
+"""What pairs learn from: the standard library and its language reference, or all installed Python sources.
 
 A file is held out when the hash of its path says so, so that every stage (tokenizer, target, adapter, calibration,
 prompts) agrees on the split without a list to keep.
@@ -10,7 +10,9 @@ import re
 import sys
 import sysconfig
 import tokenize
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 HELD_OUT_PERCENT = 3
@@ -20,6 +22,7 @@ LONG_LINE = 24
 """Characters; shorter lines are in every file."""
 SKIPPED = ("pydoc_data/", "encodings/", "_sysconfigdata")
 """Beginnings of standard-library paths that hold tables."""
+PACKAGES = ("site-packages", "dist-packages")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Document:
 
     Attributes:
         path: below the standard library; of an installed package behind ``site-packages/``.
-        file: None for a topic.
+        file: None for what is no UTF-8 file: a topic, or a source in another encoding.
     """
 
     path: str
@@ -41,53 +44,58 @@ class Document:
         return int(hashlib.sha256(self.path.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
-def _is_prose_or_code(text: str) -> bool:
-    """False for generated tables: test vectors, dumps of numbers."""
-    if not 200 <= len(text) <= MAX_FILE_CHARS:
-        return False
-    table = len(re.findall(r"\\x|0x|[0-9]|[^\x00-\x7f]", text))
-    return table / len(text) < 0.15
-
-
-def stdlib_documents() -> list[Document]:
-    """Every readable Python source of the running interpreter's standard library, then the language reference."""
+def _library_files() -> dict[str, Path]:
+    """Every source of the running interpreter's standard library by its ``Document.path``, in the paths' order."""
     root = Path(sysconfig.get_path("stdlib"))
-    documents = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if "site-packages" in name or name.startswith(SKIPPED):
-            continue
-        try:
-            with tokenize.open(path) as file:
-                text = file.read()
-        except (SyntaxError, UnicodeDecodeError):  # the library's own tests of broken encodings
-            continue
-        if _is_prose_or_code(text):
-            documents.append(Document(name, text, path))
-    for topic, text in sorted(pydoc_data.topics.topics.items()):
-        documents.append(Document(f"pydoc_data/topics/{topic}", text))
-    return documents
+    files = {file.relative_to(root).as_posix(): file for file in sorted(root.rglob("*.py"))}
+    return {
+        name: file
+        for name, file in files.items()
+        if not name.startswith(SKIPPED) and not set(PACKAGES).intersection(file.parts)
+    }
 
 
 def _installed_files(packages: tuple[str, ...]) -> dict[str, Path]:
-    """Every ``.py`` file by its ``Document.path``: of the named folders of the standard library, or of all there is."""
-    library = Path(sysconfig.get_path("stdlib"))
+    """Every source by its ``Document.path``: of the named folders of the standard library, or of all there is."""
+    library = _library_files()
     if packages:
-        return {
-            file.relative_to(library).as_posix(): file for name in packages for file in (library / name).rglob("*.py")
-        }
-    others = {
-        Path(entry) for entry in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path) if entry
+        return {name: file for name, file in library.items() if name.partition("/")[0] in packages}
+    entries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path} - {""}
+    folders = [folder for folder in sorted(map(Path, entries)) if folder.name in PACKAGES and folder.is_dir()]
+    of_packages = {
+        f"site-packages/{file.relative_to(folder).as_posix()}": file
+        for folder in folders
+        for file in folder.rglob("*.py")
     }
-    files: dict[str, Path] = {}
-    for folder in sorted(others):
-        if folder.name in ("site-packages", "dist-packages") and folder.is_dir():
-            files |= {f"site-packages/{file.relative_to(folder).as_posix()}": file for file in folder.rglob("*.py")}
-    for file in library.rglob("*.py"):
-        name = file.relative_to(library).as_posix()
-        if not {"site-packages", "dist-packages"}.intersection(file.parts) and not name.startswith(SKIPPED):
-            files[name] = file
-    return files
+    return of_packages | library
+
+
+def _read(files: Iterable[tuple[str, Path]]) -> Iterator[Document]:
+    """What can be read, without generated tables (test vectors, dumps of numbers)."""
+    for path, file in files:
+        utf8: Path | None = file
+        try:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                utf8 = None
+                with tokenize.open(file) as source:
+                    text = source.read()
+        except (OSError, SyntaxError, UnicodeDecodeError):  # a broken link, or the library's tests of broken encodings
+            continue
+        if 200 <= len(text) <= MAX_FILE_CHARS:
+            table = len(re.findall(r"\\x|0x|[0-9]|[^\x00-\x7f]", text))
+            if table / len(text) < 0.15:
+                yield Document(path, text, utf8)
+
+
+def stdlib_documents() -> list[Document]:
+    """Every readable source of the running interpreter's standard library, then the language reference."""
+    topics = sorted(pydoc_data.topics.topics.items())
+    return [
+        *_read(_library_files().items()),
+        *(Document(f"pydoc_data/topics/{topic}", text) for topic, text in topics),
+    ]
 
 
 def _long_lines(text: str) -> list[str]:
@@ -95,7 +103,7 @@ def _long_lines(text: str) -> list[str]:
 
 
 def installed_documents(packages: tuple[str, ...] = (), max_characters: int = 240_000_000) -> list[Document]:
-    """The Python sources of the running interpreter: the standard library's and those of the installed packages.
+    """The UTF-8 sources of the running interpreter: the standard library's and those of the installed packages.
 
     In an order that the hashes of their paths fix, so that any beginning of the list is a fair sample; no text twice.
     Packages copy from each other: a held-out file of whose long lines more than ``NEAR_COPY_SHARE`` are in training
@@ -105,19 +113,15 @@ def installed_documents(packages: tuple[str, ...] = (), max_characters: int = 24
         packages: only these folders of the standard library.
         max_characters: where the list ends.
     """
-    files = _installed_files(packages)
+    files = sorted(_installed_files(packages).items(), key=lambda item: hashlib.sha256(item[0].encode()).digest())
     documents, characters, texts = [], 0, set()
-    for path in sorted(files, key=lambda path: hashlib.sha256(path.encode()).digest()):
-        try:
-            text = files[path].read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):  # another encoding, a broken link, a file of another user
-            continue
-        content = hashlib.sha256(text.encode()).digest()
-        if content in texts or not _is_prose_or_code(text):
+    for document in _read(files):
+        content = hashlib.sha256(document.text.encode()).digest()
+        if content in texts or document.file is None:
             continue
         texts.add(content)
-        documents.append(Document(path, text, files[path]))
-        characters += len(text)
+        documents.append(document)
+        characters += len(document.text)
         if characters >= max_characters:
             break
     known = {hash(line) for document in documents if not document.held_out for line in _long_lines(document.text)}
@@ -127,6 +131,12 @@ def installed_documents(packages: tuple[str, ...] = (), max_characters: int = 24
         return sum(hash(line) in known for line in lines) > NEAR_COPY_SHARE * len(lines)
 
     return [document for document in documents if not document.held_out or not is_near_copy(document)]
+
+
+def beginning(documents: list[Document], characters: float) -> list[Document]:
+    """The first documents, until they have this many characters."""
+    before = accumulate((len(document.text) for document in documents), initial=0)
+    return [document for document, total in zip(documents, before, strict=False) if total < characters]
 
 
 def cut_prompts(documents: list[Document], count: int, characters: int) -> dict[str, str]:
@@ -139,12 +149,9 @@ def cut_prompts(documents: list[Document], count: int, characters: int) -> dict[
     for document in documents:
         text = document.text
         for match in re.finditer(r"^(?:class|def|async def) ", text, re.MULTILINE):
-            start = match.start()
-            end = text.find("\n", start + characters)
-            if end < 0 or len(text) - end < characters // 2:
-                break
-            prompt = text[start:end].rstrip()
-            if len(prompt) >= characters:
+            end = text.find("\n", match.start() + characters)
+            prompt = text[match.start() : end].rstrip()
+            if end >= 0 and len(text) - end >= characters // 2 and len(prompt) >= characters:
                 prompts[document.path] = prompt
                 break
         if len(prompts) == count:

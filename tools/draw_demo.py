@@ -1,8 +1,6 @@
-"""Draw one of the demo's prompts continued by the demo pair, tokens coloured by origin, as an SVG for the README.
+"""Draw a prompt continued by the demo pair, as ``kangaroo demo`` shows it in a terminal: the README's picture.
 
-    python tools/draw_demo.py --out docs/img/demo.svg
-
-It draws what ``kangaroo demo`` shows in a terminal.
+python tools/draw_demo.py --out docs/img/demo.svg
 """
 
 import io
@@ -26,11 +24,10 @@ def main(
     prompts = bundled_pair().prompts()
     if name not in prompts:
         raise typer.BadParameter(f"no prompt is called {name}; there are {', '.join(prompts)}.")
-    prompt = prompts[name]
     console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
     show_legend(console)
-    steps = Kangaroo.from_pretrained(DEMO_MODEL).progress(prompt, max_new_tokens=new_tokens)
-    show_steps(console, name, prompt, steps)
+    steps = Kangaroo.from_pretrained(DEMO_MODEL).progress(prompts[name], max_new_tokens=new_tokens)
+    show_steps(console, name, prompts[name], steps)
     out.parent.mkdir(parents=True, exist_ok=True)
     console.save_svg(str(out), title="kangaroo demo")
 

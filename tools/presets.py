@@ -1,4 +1,7 @@
-"""Pairs that train in one go: ``large`` in minutes on one GPU, ``smoke`` in seconds on a CPU, by the same code.
+"""Pairs as data.
+
+``demo`` is the bundled one, in an hour and a half on two CPU cores. ``large`` takes minutes on one GPU, and ``smoke``
+seconds on a CPU.
 
 How large ``large`` is, follows from what its minutes can compute. An H200 gives 989 TFLOP/s of dense bf16 on paper.
 Reading, encoding and compiling leave the target about 280 seconds of 8 minutes, at 40 % of the paper's figure 1.1e17
@@ -7,76 +10,83 @@ installed sources have about 50M. Fewer parameters would end at a lower loss, bu
 that what decoding streams is no toy's. Deep and narrow: a draft at exit layer 4 reads 67M weights of them.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+from calibrate import Calibration
+from demo_corpus import Document, installed_documents, stdlib_documents
 from target_training import TargetRecipe
 
 
 @dataclass(frozen=True)
-class AdapterRecipe:
-    """The adapter's training; the names are those of ``TrainingSettings``.
-
-    Attributes:
-        characters: of training files that it reads.
-    """
-
-    exit_layer: int
-    num_attention_heads: int
-    learning_rate: float
-    batch_size: int
-    sequence_length: int
-    generated_windows: int
-    generated_at_once: int
-    characters: int
-    steps: int | None = None
-
-
-@dataclass(frozen=True)
-class CalibrationRecipe:
-    """Which draft lengths and thresholds are tried, on how many prompts of training files."""
-
-    lengths: tuple[int, ...]
-    thresholds: tuple[float, ...]
-    prompts: int
-    new_tokens: int
-
-
-@dataclass(frozen=True)
 class Preset:
-    """Everything of a pair but its time.
+    """Everything of a pair.
 
     Attributes:
-        minutes: the time of a run, unless the caller says otherwise.
-        least_minutes: with less, reading the sources would be most of it.
+        adapter: settings of its training, by the names of ``TrainingSettings``.
+        minutes: the time of a run, unless the caller says otherwise, and the least that makes sense.
+        within_minutes: every stage ends by its share of the minutes, whatever the ones before took. Otherwise the
+            minutes are for training alone, other work takes its time, and a stopped run goes on.
         needs_gpu: whether a CPU must be asked for by name.
-        packages: folders of the standard library to learn from; none stands for all installed sources.
-        max_characters: of all sources.
-        tokenizer_characters: of those that the tokenizer is trained on.
-        held_out_tokens: on which the target is measured at the end, and ``probe_tokens`` on the way.
+        sources: reads what there is to learn from; tokenizer and adapter learn from so many characters of it.
+        held_out_tokens: on which the target is measured at the end; on the way it is ``probes`` times, on fewer.
         target_steps: where the target's training ends if its time does not end it before.
-        prompts: held-out prompts that go with the pair, of ``prompt_characters`` each.
+        prompts: how many held-out ones go with the pair; None keeps those of the bundled pair.
+        practice: how many prompts of training files the defaults are found on.
         encoded_by: the shares of the minutes at which encoding, the target, the adapter and the calibration end.
     """
 
     target: TargetRecipe
-    adapter: AdapterRecipe
-    calibration: CalibrationRecipe
+    adapter: Mapping[str, Any]
+    calibration: Calibration
     minutes: float
+    within_minutes: bool = True
     least_minutes: float = 0.0
     needs_gpu: bool = False
-    packages: tuple[str, ...] = ()
-    max_characters: int = 240_000_000
-    tokenizer_characters: int = 24_000_000
+    sources: Callable[[], list[Document]] = installed_documents
+    tokenizer_characters: float = math.inf
+    adapter_characters: float = math.inf
     held_out_tokens: int = 1 << 19
     probe_tokens: int = 1 << 17
-    target_steps: int | None = None
-    prompts: int = 64
+    probes: int = 12
+    target_steps: float = math.inf
+    prompts: int | None = 64
+    practice: int = 3
     prompt_characters: int = 1200
     encoded_by: float = 0.12
     target_by: float = 0.69
     adapter_by: float = 0.90
     calibrated_by: float = 0.98
 
+
+DEMO = Preset(
+    target=TargetRecipe(),
+    adapter={
+        "exit_layer": 4,
+        "num_attention_heads": 8,
+        "learning_rate": 2e-2,
+        "batch_size": 8,
+        "reuse": 8,
+        "sequence_length": 256,
+        "generated_windows": 704,
+    },
+    calibration=Calibration(),
+    minutes=85.0,
+    within_minutes=False,
+    sources=stdlib_documents,
+    probe_tokens=1 << 15,
+    probes=24,
+    prompts=None,
+    practice=6,
+    prompt_characters=480,
+    encoded_by=0.0,
+    target_by=72 / 85,
+    adapter_by=1.0,
+    calibrated_by=1.0,
+)
 
 LARGE = Preset(
     target=TargetRecipe(
@@ -94,20 +104,21 @@ LARGE = Preset(
         adamw_lr=1.5e-3,
         warmup_share=0.02,
     ),
-    adapter=AdapterRecipe(
-        exit_layer=4,
-        num_attention_heads=32,
-        learning_rate=8e-3,
-        batch_size=64,
-        sequence_length=256,
-        generated_windows=4096,
-        generated_at_once=1024,
-        characters=40_000_000,
-    ),
-    calibration=CalibrationRecipe(lengths=(4, 3, 6, 2), thresholds=(0.6, 0.4, 0.8), prompts=3, new_tokens=96),
+    adapter={
+        "exit_layer": 4,
+        "num_attention_heads": 32,
+        "learning_rate": 8e-3,
+        "batch_size": 64,
+        "sequence_length": 256,
+        "generated_windows": 4096,
+        "generated_at_once": 1024,
+    },
+    calibration=Calibration(lengths=(4, 3, 6, 2), thresholds=(0.6, 0.4, 0.8), new_tokens=96, finalists=0),
     minutes=8.0,
     least_minutes=3.0,
     needs_gpu=True,
+    tokenizer_characters=24_000_000,
+    adapter_characters=40_000_000,
 )
 
 SMOKE = Preset(
@@ -125,26 +136,27 @@ SMOKE = Preset(
         muon_lr=1e-2,
         adamw_lr=1e-2,
     ),
-    adapter=AdapterRecipe(
-        exit_layer=1,
-        num_attention_heads=4,
-        learning_rate=2e-2,
-        batch_size=8,
-        sequence_length=32,
-        generated_windows=16,
-        generated_at_once=8,
-        characters=60_000,
-        steps=30,
-    ),
-    calibration=CalibrationRecipe(lengths=(3,), thresholds=(0.2, 0.6), prompts=1, new_tokens=16),
+    adapter={
+        "exit_layer": 1,
+        "num_attention_heads": 4,
+        "learning_rate": 2e-2,
+        "batch_size": 8,
+        "sequence_length": 32,
+        "generated_windows": 16,
+        "generated_at_once": 8,
+        "steps": 30,
+    },
+    calibration=Calibration(lengths=(3,), thresholds=(0.2, 0.6), new_tokens=16, finalists=0),
     minutes=0.5,
-    packages=("asyncio", "unittest"),
+    sources=partial(installed_documents, packages=("asyncio", "unittest")),
     tokenizer_characters=200_000,
+    adapter_characters=60_000,
     held_out_tokens=4096,
     probe_tokens=1024,
     target_steps=40,
     prompts=2,
+    practice=1,
     prompt_characters=160,
 )
 
-PRESETS = {"large": LARGE, "smoke": SMOKE}
+PRESETS = {"demo": DEMO, "large": LARGE, "smoke": SMOKE}

@@ -1,15 +1,12 @@
-"""A target's training: recipe, tokenizer, windows of text, the network in plain PyTorch, and one update.
+"""A target's training: recipe, tokenizer, windows of text, one update of transformers' Llama, and its evaluation.
 
-The demo pair's trainer (a CPU, an hour) and the presets (a GPU, minutes) share all of it. Muon (Jordan et al., 2024;
-the update scaled as in arXiv 2502.16982) turns the matrices, AdamW the rest; products run in bf16 under autocast,
-weights and optimizers stay float32. ``share`` is always the share of a run that has passed, by time or by steps.
+Products run in bf16 under autocast; weights and optimizers stay float32. ``share`` is always the share of a run that
+has passed, by time or by steps.
 """
 
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +17,11 @@ from demo_corpus import Document
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kangaroo_kernels import KangarooError
-from kangaroo_kernels.model.target.config import LlamaConfig as TargetConfig
-from kangaroo_kernels.model.target.config import parse_config
-from kangaroo_kernels.model.training.train import AdapterBlock
+from kangaroo_kernels.model.training.optimizers import Optimizers
+from kangaroo_kernels.model.training.settings import ProgressReport
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -65,7 +61,7 @@ class TargetRecipe:
     seed: int = 0
 
 
-def train_tokenizer(documents: list[Document], vocab_size: int, show_progress: bool = False) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose words keep a newline and the indentation after it together."""
     tokenizer = Tokenizer(models.BPE())
     words = r" ?[A-Za-z_]+| ?[0-9]{1,3}|(?:\r?\n)+[ ]*| ?[^\sA-Za-z_0-9]+|\s+"
@@ -80,7 +76,7 @@ def train_tokenizer(documents: list[Document], vocab_size: int, show_progress: b
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=show_progress,
+        show_progress=False,
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -93,21 +89,19 @@ def encode(
     tokenizer: PreTrainedTokenizerFast,
     documents: list[Document],
     deadline: float = math.inf,
-    report: Callable[[int, int], None] = lambda done, total: None,
+    report: ProgressReport = lambda *_: None,
 ) -> Tensor:
     """All documents as one row of tokens, each behind an end-of-text token: ``[N]`` int32.
 
     After ``deadline`` (``time.perf_counter``) no more documents are begun; the first ``ENCODED_AT_ONCE`` always are.
-    ``report`` is told how many documents are done, and of how many.
+    ``report`` is told ``("encoding", documents done, all, "files")``.
     """
     parts: list[Tensor] = []
-    for start in range(0, len(documents), ENCODED_AT_ONCE):
-        if parts and time.perf_counter() > deadline:
-            break
-        texts = [document.text for document in documents[start : start + ENCODED_AT_ONCE]]
+    while len(parts) < len(documents) and (not parts or time.perf_counter() <= deadline):
+        texts = [document.text for document in documents[len(parts) : len(parts) + ENCODED_AT_ONCE]]
         rows = tokenizer.backend_tokenizer.encode_batch_fast(texts)
         parts += [torch.tensor(row.ids, dtype=torch.int32) for row in rows]
-        report(min(start + ENCODED_AT_ONCE, len(documents)), len(documents))
+        report("encoding", len(parts), len(documents), "files")
     return torch.cat(parts)
 
 
@@ -144,129 +138,51 @@ class Windows:
         return self.tokens[places].long()
 
 
-class Block(AdapterBlock):
-    """A decoder layer: the adapter's attention block with an MLP behind it."""
-
-    def __init__(self, config: TargetConfig) -> None:
-        super().__init__(config)
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(hidden, inner, bias=False),
-                "up_proj": nn.Linear(hidden, inner, bias=False),
-                "down_proj": nn.Linear(inner, hidden, bias=False),
-            }
-        )
-
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``[B, T, hidden]`` to the same; ``cos`` and ``sin`` are ``[T, D]``."""
-        hidden = super().forward(hidden, cos, sin)
-        normed = self.post_attention_layernorm(hidden)
-        inner = F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
-        projected: Tensor = self.mlp["down_proj"](inner)
-        return hidden + projected
-
-
-RunBlock = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-
-
-def run_block(block: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The layer as it is; its compiled form has the same signature."""
-    output: Tensor = block(hidden, cos, sin)
-    return output
-
-
-class TrainableTarget(nn.Module):
-    """A Llama with tied embeddings; its ``state_dict`` has transformers' names without the leading ``model.``."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, recipe: TargetRecipe, values: dict[str, Any]) -> None:
-        super().__init__()
-        config = parse_config(values)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        angles = torch.arange(recipe.context)[:, None] * config.inv_freq(recipe.context)
-        angles = torch.cat((angles, angles), dim=-1)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        for name, parameter in self.layers.named_parameters():  # every layer starts as the identity
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.zeros_(parameter)
-
-    def forward(self, tokens: Tensor, run: RunBlock = run_block) -> Tensor:
-        """``[B, T]`` tokens to logits ``[B, T, V]``; ``run`` is ``run_block`` or its compiled form."""
-        hidden, length = self.embed_tokens(tokens), tokens.shape[1]
-        for layer in self.layers:
-            hidden = run(layer, hidden, self.cos[:length], self.sin[:length])
-        return F.linear(self.norm(hidden), self.embed_tokens.weight)
-
-
-def target_values(recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The target's ``config.json``."""
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
+def target_config(recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The target's configuration: a Llama with tied embeddings."""
+    return LlamaConfig(
         vocab_size=recipe.vocab_size,
         hidden_size=recipe.hidden_size,
         intermediate_size=recipe.intermediate_size,
         num_hidden_layers=recipe.num_hidden_layers,
         num_attention_heads=recipe.num_attention_heads,
         num_key_value_heads=recipe.num_key_value_heads,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
         max_position_embeddings=recipe.context,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return values
 
 
 class TargetTraining:
     """A target with its optimizers, from the first update to the folder that others load.
 
     Attributes:
-        model: float32 on ``device``.
-        optimizers: each with its learning rate at its height.
-        run: how a layer runs in an update.
+        model: transformers' Llama, float32 on ``device``.
     """
 
     def __init__(
         self, recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast, windows: Windows, device: torch.device
     ) -> None:
         self.recipe, self.windows, self.device = recipe, windows, device
-        self.values = target_values(recipe, tokenizer)
-        self.model = TrainableTarget(recipe, self.values).to(device)
-        self.run: RunBlock = run_block
-        matrices = [parameter for parameter in self.model.layers.parameters() if parameter.ndim == 2]
-        matrix_ids = {id(matrix) for matrix in matrices}
-        others = [parameter for parameter in self.model.parameters() if id(parameter) not in matrix_ids]
-        muon = torch.optim.Muon(
-            matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        adamw = torch.optim.AdamW(
-            others, lr=recipe.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
-        )
-        self.optimizers: dict[str, tuple[torch.optim.Optimizer, float]] = {
-            "muon": (muon, recipe.muon_lr),
-            "adamw": (adamw, recipe.adamw_lr),
-        }
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers are trained."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        self.model = LlamaForCausalLM(target_config(recipe, tokenizer)).float().to(device)
+        layers = self.model.model.layers
+        for layer in layers:  # every layer starts as the identity
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+        matrices = [parameter for parameter in layers.parameters() if parameter.ndim == 2]
+        rates = recipe.muon_lr, recipe.adamw_lr
+        on_gpu = device.type == "cuda"
+        self.optimizers = Optimizers(self.model, matrices, rates, recipe.weight_decay, fused=on_gpu)
+        if on_gpu:
+            self.compile_layers()
 
     def add_gradients(self, batch: Tensor, weight: float) -> Tensor:
         """One forward and backward pass of ``[B, T + 1]`` tokens; ``weight`` times the mean loss, on the device."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self.model(batch[:, :-1], self.run)
+            logits = self.model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = weight * F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         return loss.detach()
@@ -274,86 +190,71 @@ class TargetTraining:
     def update(self, share: float) -> Tensor:
         """One update; the mean loss of its tokens, still on the device, so that nobody waits for it."""
         recipe = self.recipe
-        for optimizer, rate in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = rate * learning_rate_factor(share, recipe)
         length = recipe.short_context if share < recipe.short_share else recipe.context
         batch = self.windows.batch(recipe.batch_tokens // length, length)
         parts = batch.split(max(1, recipe.pass_tokens // length))
         losses = [self.add_gradients(part, len(part) / len(batch)) for part in parts]
-        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        for optimizer, _ in self.optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        factor = min(share / recipe.warmup_share, 1.0, max(0.0, 1 - share) / (1 - recipe.decay_from))
+        self.optimizers.step(factor, recipe.clip)
         return torch.stack(losses).sum()
 
-    def compile_layers(self) -> bool:
-        """Compile the layers, once for all of them; False, with a warning, where that does not work here.
-
-        Evaluation runs them as they are: its windows have other shapes.
-        """
-        recipe = self.recipe
-        batch = self.windows.batch(max(1, recipe.pass_tokens // recipe.short_context), recipe.short_context)
-        self.run = torch.compile(run_block, dynamic=False)
+    def compile_layers(self) -> None:
+        """Compile the layers, once for all of them; where that does not work they run as they are, with a warning."""
+        layers, length = self.model.model.layers, self.recipe.short_context
+        for layer in layers:
+            layer.compile(dynamic=False)
         try:
-            self.add_gradients(batch, 1.0)
-        except torch.OutOfMemoryError:  # uncompiled it would take more
+            self.add_gradients(self.windows.batch(max(1, self.recipe.pass_tokens // length), length), 1.0)
+        except torch.OutOfMemoryError:  # uncompiled they would take more
             raise
         except Exception as error:  # each part of the compiler has its own kinds
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"the layers do not compile here and run uncompiled ({reason})", stacklevel=2)
-            self.run = run_block
+            for layer in layers:
+                layer.compile(disable=True)
         self.model.zero_grad(set_to_none=True)
-        return self.run is not run_block
 
     def state_dict(self) -> dict[str, Any]:
         """What a stopped run needs to go on."""
-        optimizers = {name: optimizer.state_dict() for name, (optimizer, _) in self.optimizers.items()}
-        return {"model": self.model.state_dict(), **optimizers}
+        return {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Go on from what ``state_dict`` gave after ``step`` updates."""
         self.model.load_state_dict(state["model"])
-        for name, (optimizer, _) in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
+        self.optimizers.load_state_dict(state["optimizers"])
+        self.windows.generator.manual_seed(self.recipe.seed + step)
 
     def save(self, folder: Path) -> None:
         """Round the weights to what is stored, and write ``model.safetensors`` and ``config.json``."""
         for parameter in self.model.parameters():
             parameter.data = exact_in_both_halves(parameter.data)
-        state = {f"model.{name}": tensor.to("cpu", torch.bfloat16) for name, tensor in self.model.state_dict().items()}
+        state = {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in self.model.named_parameters()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(self.values, indent=2) + "\n")
+        self.model.config.save_pretrained(folder)
 
 
 @torch.inference_mode()
 def evaluate(
-    model: TrainableTarget, tokens: Tensor, characters: int, context: int, pass_tokens: int = 0
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, context: int, pass_tokens: int = 0
 ) -> dict[str, float]:
-    """Held-out bits per character and top-1 accuracy of ``model`` over ``tokens``, in windows of ``context``.
+    """Held-out bits per character and top-1 accuracy of ``model`` over ``[N]`` tokens, in windows of ``context``.
 
     Whole windows go through together, ``pass_tokens`` at a time (one by one where it is less than a window), in bf16 on
     a GPU and in float32 on a CPU.
     """
-    bits, right, counted = 0.0, 0, 0
+    bits, right, device = 0.0, 0, tokens.device.type
     whole = (len(tokens) - 1) // context
-    rows = tokens.unfold(0, context + 1, context)[:whole] if whole else tokens.new_empty(0, context + 1)
-    batches = [*rows.split(max(1, pass_tokens // context)), tokens[None, whole * context :]]
-    for batch in batches:
-        if batch.numel() < 2:
-            continue
-        inputs, wanted = batch[:, :-1], batch[:, 1:].flatten().long()
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type == "cuda"):
-            logits = model(inputs).float().flatten(0, 1)
-        bits += float(F.cross_entropy(logits, wanted, reduction="sum")) / math.log(2)
-        right += int((logits.argmax(-1) == wanted).sum())
-        counted += len(wanted)
-    return {"bits_per_character": bits / characters, "top1_accuracy": right / counted}
-
-
-def learning_rate_factor(share: float, recipe: TargetRecipe) -> float:
-    """Warm-up, plateau and straight decay."""
-    return min(share / recipe.warmup_share, 1.0, max(0.0, 1 - share) / (1 - recipe.decay_from))
+    rows = tokens[: whole * context + 1].unfold(0, context + 1, context) if whole else tokens.new_empty(0, context + 1)
+    for batch in (*rows.split(max(1, pass_tokens // context)), tokens[None, whole * context :]):
+        if batch.numel() > 1:
+            wanted = batch[:, 1:].flatten().long()
+            # compiled layers would be compiled once more for each of these shapes
+            with torch.compiler.set_stance("force_eager"), torch.autocast(device, torch.bfloat16, device == "cuda"):
+                logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float().flatten(0, 1)
+            bits += float(F.cross_entropy(logits, wanted, reduction="sum")) / math.log(2)
+            right += int((logits.argmax(-1) == wanted).sum())
+    characters = len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+    return {"bits_per_character": bits / characters, "top1_accuracy": right / (len(tokens) - 1)}
 
 
 def exact_in_both_halves(weight: Tensor) -> Tensor:

@@ -1,197 +1,90 @@
-"""One pair in one go: sources, tokenizer, target, adapter, defaults, held-out prompts, within so many minutes.
+"""One pair, stage by stage: sources, tokenizer, target, adapter, defaults, held-out prompts.
 
 The folder is laid out as the bundled pair's: ``target/``, ``adapter/`` and ``prompts.json``, each part with the record
-of its training, and ``training.json`` over all. Every stage ends at its share of the minutes, and each does at least
-the least that leaves a whole pair. Nothing needs a network.
+of its training, and ``training.json`` over all. Each stage does at least the least that leaves a whole pair. Nothing
+needs a network.
 """
 
 import json
-import platform
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 import transformers
-from calibrate import calibrate_until, write_defaults
-from demo_corpus import HELD_OUT_PERCENT, NEAR_COPY_SHARE, Document, cut_prompts, installed_documents
-from presets import AdapterRecipe, Preset
-from target_training import TargetTraining, Windows, encode, evaluate, train_tokenizer
+from calibrate import Row, calibrate, write_defaults
+from demo_corpus import Document, beginning, cut_prompts
+from presets import Preset
+from safetensors.torch import load_file, save_file
+from target_training import TargetTraining, Windows, encode, evaluate, exact_in_both_halves, train_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-import kangaroo_kernels
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model.training.train import TrainingSettings, train_adapter
+from kangaroo_kernels.model.commands.facts import environment
+from kangaroo_kernels.model.demo import bundled_pair
+from kangaroo_kernels.model.training.checkpoint import write_atomically
+from kangaroo_kernels.model.training.settings import ProgressReport, TrainingSettings
+from kangaroo_kernels.model.training.trainer import train_adapter
 
-PROBES = 12
-"""Points of the learning curve."""
-
-HELD_OUT_FILES = 48
-"""Of which the adapter's agreement is measured."""
-
-Report = Callable[[str, int, int, str], None]
-"""How a run tells what it is doing: ``(stage, done, total, note)``."""
+RUN_FILE = "run.json"
+TARGET_STATE = "target_state.pt"
+HELD_OUT_FILES = 64
+"""Of which the adapter's agreement is measured, at most."""
 
 
-class Timetable:
-    """When a stage began and how long it took, and when the ones to come must end, on ``time.perf_counter``'s scale."""
+@dataclass
+class Run:
+    """One run of a preset.
 
-    def __init__(self, minutes: float) -> None:
-        self.began = time.perf_counter()
-        self.seconds = minutes * 60
-        self.spent: dict[str, float] = {}
+    Attributes:
+        about: what stands at the beginning of the record; a stopped run goes on where it is the same.
+        report: is told ``(stage, done, total, note)``.
+        began: on ``time.perf_counter``'s scale.
+        seconds: what each stage took, over all starts of the run.
+    """
 
-    def at(self, share: float) -> float:
-        """The moment at which this share of the minutes has passed."""
-        return self.began + share * self.seconds
+    preset: Preset
+    out: Path
+    minutes: float
+    device: torch.device
+    about: dict[str, Any]
+    report: ProgressReport
+    began: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def open(self) -> None:
+        """Go on where a stopped run like this one lies, or begin in a folder that is new or empty.
+
+        Raises:
+            KangarooError: the folder holds something else.
+        """
+        if (self.out / RUN_FILE).is_file():
+            saved = json.loads((self.out / RUN_FILE).read_text())
+            if saved["about"] != self.about:
+                raise KangarooError(f"{self.out} holds a stopped run of other settings; finish it or give a new --out.")
+            self.seconds = saved["seconds"]
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise KangarooError(f"{self.out} is a file or not empty; give a new folder with --out.")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Take the time of a stage."""
         began = time.perf_counter()
-        yield
-        self.spent[name] = round(time.perf_counter() - began, 2)
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - began, 2)
+            if self.out.is_dir() and not self.preset.within_minutes:
+                write_json(self.out / RUN_FILE, {"about": self.about, "seconds": self.seconds})
 
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where a pair was trained: processor or GPU, and the versions that matter."""
-    packages = (kangaroo_kernels, torch, transformers, tokenizers)
-    versions = {"python": platform.python_version()} | {module.__name__: module.__version__ for module in packages}
-    if device.type != "cuda":
-        return {"gpu": None, "cpu_threads": torch.get_num_threads(), "versions": versions}
-    gpu = torch.cuda.get_device_properties(device)
-    return {
-        "gpu": gpu.name,
-        "memory_gb": round(gpu.total_memory / 1e9, 1),
-        "cuda": torch.version.cuda,
-        "versions": versions,
-    }
-
-
-def beginning(documents: list[Document], characters: int) -> list[Document]:
-    """The first documents, until they have this many characters."""
-    taken, total = [], 0
-    for document in documents:
-        if total >= characters:
-            break
-        taken.append(document)
-        total += len(document.text)
-    return taken
-
-
-def characters_of(tokenizer: PreTrainedTokenizerFast, tokens: Tensor) -> int:
-    """How many characters of text these tokens are."""
-    return len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
-
-
-def train_target(
-    training: TargetTraining,
-    preset: Preset,
-    tokenizer: PreTrainedTokenizerFast,
-    held_out: Tensor,
-    folder: Path,
-    timetable: Timetable,
-    report: Report,
-) -> dict[str, Any]:
-    """Train until the target's share of the time or its steps are over, measure, and write ``folder``.
-
-    Args:
-        held_out: ``[N]`` tokens on the training's device.
-
-    Returns:
-        The record, which is also ``training.json`` of ``folder``.
-    """
-    recipe, device = training.recipe, training.device
-    compiled = device.type == "cuda" and training.compile_layers()
-    probe = held_out[: preset.probe_tokens]
-    probe_characters = characters_of(tokenizer, probe)
-    began = time.perf_counter()
-    seconds = max(timetable.at(preset.target_by) - began, 1e-3)
-    step, share, loss = 0, 0.0, torch.zeros(())
-    losses: list[Tensor] = []
-    curve: list[dict[str, float]] = []
-    while step == 0 or share < 1:
-        earlier, loss = loss, training.update(share)
-        losses.append(loss)
-        step += 1
-        shown = float(earlier)  # the step before: waiting for this one would leave the GPU idle meanwhile
-        passed = time.perf_counter() - began
-        share = max(passed / seconds, 0.0 if preset.target_steps is None else step / preset.target_steps)
-        report("target", int(1000 * min(share, 1)), 1000, f"step {step}, loss {shown:.3f}" if step > 1 else "step 1")
-        if share * PROBES >= len(curve) + 1 or share >= 1:
-            scores = evaluate(training.model, probe, probe_characters, recipe.context, recipe.pass_tokens)
-            mean_loss = float(torch.stack(losses).mean())
-            point = {"step": step, "minutes": passed / 60, "train_loss": mean_loss, **scores}
-            curve.append({name: round(value, 4) for name, value in point.items()})
-            losses.clear()
-    training_seconds = time.perf_counter() - began
-    training.save(folder)
-    valid = held_out[: preset.held_out_tokens]
-    scores = evaluate(training.model, valid, characters_of(tokenizer, valid), recipe.context, recipe.pass_tokens)
-    record = {
-        "recipe": asdict(recipe),
-        "parameters": training.parameters,
-        "compiled": compiled,
-        "steps": step,
-        "tokens_trained": step * recipe.batch_tokens,
-        "tokens_per_second": round(step * recipe.batch_tokens / training_seconds),
-        "peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 1) if device.type == "cuda" else None,
-        "curve_is_of": f"the first {len(probe)} held-out tokens; held_out is of {len(valid)}, with the stored weights",
-        "curve": curve,
-        "held_out": scores,
-    }
-    write_json(folder / "training.json", record)
-    return record
-
-
-def adapter_settings(
-    recipe: AdapterRecipe,
-    out: Path,
-    seen: list[Document],
-    held_out: list[Document],
-    device: torch.device,
-    minutes: float,
-) -> TrainingSettings:
-    """The adapter's training on the beginning of the training files, half of it on what the target writes itself."""
-    limits = {"minutes": minutes} if recipe.steps is None else {"steps": recipe.steps}
-    return TrainingSettings(
-        model=str(out / "target"),
-        data=tuple(document.file for document in beginning(seen, recipe.characters) if document.file is not None),
-        held_out=tuple(document.file for document in held_out[:HELD_OUT_FILES] if document.file is not None),
-        exit_layer=recipe.exit_layer,
-        out=out / "adapter",
-        self_generated=True,
-        generated_windows=recipe.generated_windows,
-        generated_at_once=recipe.generated_at_once,
-        num_attention_heads=recipe.num_attention_heads,
-        batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
-        sequence_length=recipe.sequence_length,
-        device=str(device),
-        **limits,
-    )
-
-
-def find_defaults(
-    preset: Preset, out: Path, prompts: list[str], device: torch.device, deadline: float, report: Report
-) -> list[dict[str, float]]:
-    """Make the fastest setting that there is time to find the adapter's default; what was measured, best first."""
-    plan = preset.calibration
-    settings = [(length, threshold) for threshold in plan.thresholds for length in plan.lengths]
-    kangaroo = Kangaroo.from_pretrained(out / "target", out / "adapter", device=device)
-    rows: list[dict[str, float]] = []
-    for row in calibrate_until(deadline, kangaroo, prompts, plan.new_tokens, settings):
-        rows.append(row)
-        report("calibrating", len(rows), len(settings), f"{row['mean_acceptance_length']:.2f} tokens a step")
-    rows.sort(key=lambda row: -row["mean_speedup"])
-    if rows:
-        write_defaults(out / "adapter", rows[0], rows)
-    return rows
+    def deadline(self, share: float) -> float:
+        """When this share of the minutes has passed; never, where the run need not end within them."""
+        return self.began + share * self.minutes * 60 if self.preset.within_minutes else math.inf
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -199,68 +92,154 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def train_pair(
-    preset: Preset, out: Path, minutes: float, device: torch.device, about: dict[str, Any], report: Report
-) -> dict[str, Any]:
-    """Train a pair into ``out``, an empty or new folder.
-
-    Args:
-        about: what else belongs at the beginning of the record: the command.
-
-    Returns:
-        The record, which is also ``training.json`` of ``out``.
+def held_out_prompts(preset: Preset, held_out: list[Document]) -> dict[str, str]:
+    """The prompts that go with the pair, by the paths of their documents.
 
     Raises:
-        KangarooError: the sources of this machine do not suffice.
+        KangarooError: a prompt of the bundled pair is not in a held-out document of this Python.
     """
-    timetable = Timetable(minutes)
+    if preset.prompts is not None:
+        return cut_prompts(held_out, preset.prompts, preset.prompt_characters)
+    prompts, texts = bundled_pair().prompts(), {document.path: document.text for document in held_out}
+    missing = [name for name, prompt in prompts.items() if prompt not in texts.get(name, "")]
+    if missing:
+        raise KangarooError(f"the standard library here has other held-out sources: no prompt from {missing[0]}.")
+    return prompts
+
+
+def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, held_out: Tensor) -> None:
+    """Train until the target's time or its steps are over, measure, and write its folder with its record.
+
+    Args:
+        tokens: ``[N]`` int32 to train on, and ``held_out`` to measure on; both lie on the run's device.
+    """
+    preset, recipe, state = run.preset, run.preset.target, run.out / TARGET_STATE
+    training = TargetTraining(recipe, tokenizer, Windows(tokens, recipe.seed), run.device)
+
+    def scores(count: int) -> dict[str, float]:
+        return evaluate(training.model, tokenizer, held_out[:count], recipe.context, recipe.pass_tokens)
+
+    step, share, passed, losses, curve = 0, 0.0, 0.0, list[Tensor](), list[dict[str, float]]()
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        step, share, passed, curve = (saved[name] for name in ("step", "share", "passed", "curve"))
+        training.load_state_dict(saved["training"], step)
+    began = time.perf_counter() - passed
+    own = (preset.target_by - preset.encoded_by) * run.minutes * 60
+    seconds = max(run.deadline(preset.target_by) - began if preset.within_minutes else own, 1e-3)
+    while step == 0 or share < 1:
+        losses.append(training.update(share))
+        step += 1
+        # the loss of the step before: waiting for this one would leave the GPU idle meanwhile
+        note = f"step {step}, loss {float(losses[-2]):.3f}" if len(losses) > 1 else f"step {step}"
+        passed = time.perf_counter() - began
+        share = max(passed / seconds, step / preset.target_steps)
+        run.report("target", int(1000 * min(share, 1)), 1000, note)
+        if share * preset.probes >= len(curve) + 1 or share >= 1:
+            point = {"step": step, "minutes": passed / 60, "train_loss": float(torch.stack(losses).mean())}
+            curve.append({name: round(value, 4) for name, value in (point | scores(preset.probe_tokens)).items()})
+            losses.clear()
+            if not preset.within_minutes:
+                at = {"step": step, "share": share, "passed": time.perf_counter() - began, "curve": curve}
+                write_atomically(state, at | {"training": training.state_dict()})
+    training.save(run.out / "target")
+    record = {
+        "recipe": asdict(recipe),
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+        "steps": step,
+        "tokens_trained": step * recipe.batch_tokens,
+        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if run.device.type == "cuda" else None,
+        "curve_is_of": f"the first {preset.probe_tokens} held-out tokens; held_out is of all, with the stored weights",
+        "curve": curve,
+        "held_out": scores(preset.held_out_tokens),
+    }
+    write_json(run.out / "target" / "training.json", record)
+    state.unlink(missing_ok=True)
+
+
+def train_its_adapter(run: Run, seen: list[Document], held_out: list[Document]) -> None:
+    """Train the adapter, half of it on what the target writes itself."""
+    preset = run.preset
+    minutes = (preset.adapter_by - preset.target_by) * run.minutes
+    files, measured = (
+        tuple(document.file for document in documents if document.file is not None)
+        for documents in (beginning(seen, preset.adapter_characters), held_out)
+    )
+    settings = TrainingSettings(
+        model=str(run.out / "target"),
+        data=files,
+        held_out=measured[:HELD_OUT_FILES],
+        out=run.out / "adapter",
+        self_generated=True,
+        minutes=None if "steps" in preset.adapter else minutes,
+        device=str(run.device),
+        **preset.adapter,
+    )
+    train_adapter(settings, run.report, run.deadline(preset.adapter_by))
+
+
+def round_weights(file: Path) -> None:
+    """Round the weights of a checkpoint to numbers that bf16 and fp16 both hold, as the target's are."""
+    rounded = {name: exact_in_both_halves(weight).contiguous() for name, weight in load_file(file).items()}
+    save_file(rounded, file, metadata={"format": "pt"})
+
+
+def find_defaults(run: Run, prompts: list[str]) -> list[Row]:
+    """Make the fastest setting that there is time to find the adapter's default; what was measured, best first."""
+    kangaroo = Kangaroo.from_pretrained(run.out / "target", run.out / "adapter", device=run.device)
+    rows = calibrate(kangaroo, prompts, run.preset.calibration, run.deadline(run.preset.calibrated_by), run.report)
+    if rows:
+        write_defaults(run.out / "adapter", rows)
+    return rows
+
+
+def train_pair(run: Run) -> dict[str, Any]:
+    """Train a pair into ``run.out``; the record, which is also its ``training.json``.
+
+    Raises:
+        KangarooError: the folder cannot serve, or the sources of this machine do not suffice.
+    """
+    preset, out = run.preset, run.out
+    run.open()
     transformers.logging.disable_progress_bar()  # of loading a checkpoint, in the midst of ours
     torch.manual_seed(preset.target.seed)
-    for part in ("target", "adapter"):
-        (out / part).mkdir(parents=True, exist_ok=True)
-
-    with timetable.stage("sources"):
-        report("reading sources", 0, 1, "")
-        documents = installed_documents(preset.packages, preset.max_characters)
+    with run.stage("sources"):
+        run.report("sources", 0, 1, "")
+        documents = preset.sources()
         seen = [document for document in documents if not document.held_out]
         held_out = [document for document in documents if document.held_out]
-        prompts = cut_prompts(held_out, preset.prompts, preset.prompt_characters)
-        practice = cut_prompts(seen, preset.calibration.prompts, preset.prompt_characters)
+        prompts = held_out_prompts(preset, held_out)
+        practice = cut_prompts(seen, preset.practice, preset.prompt_characters)
         if not prompts or not practice:
             raise KangarooError(f"only {len(seen)} sources are installed here, {len(held_out)} of them held out.")
-        report("reading sources", 1, 1, f"{sum(len(document.text) for document in documents) / 1e6:.1f} MB")
-    with timetable.stage("tokenizer"):
-        report("tokenizer", 0, 1, "")
+        run.report("sources", 1, 1, f"{len(documents)} files")
+        (out / "target").mkdir(parents=True, exist_ok=True)
+        write_json(out / "prompts.json", [{"name": name, "prompt": prompt} for name, prompt in prompts.items()])
+    with run.stage("tokenizer"):
+        run.report("tokenizer", 0, 1, "")
         tokenizer = train_tokenizer(beginning(seen, preset.tokenizer_characters), preset.target.vocab_size)
         tokenizer.save_pretrained(out / "target")
-        report("tokenizer", 1, 1, "")
-    with timetable.stage("encoding"):
-        valid = encode(tokenizer, beginning(held_out, 8 * preset.held_out_tokens)).to(device)
-        tokens = encode(
-            tokenizer,
-            seen,
-            timetable.at(preset.encoded_by),
-            lambda done, total: report("encoding", done, total, "files"),
-        ).to(device)
+        run.report("tokenizer", 1, 1, "")
+    with run.stage("encoding"):
+        valid = encode(tokenizer, beginning(held_out, 8 * preset.held_out_tokens)).to(run.device)
+        tokens = encode(tokenizer, seen, run.deadline(preset.encoded_by), run.report).to(run.device)
+    with run.stage("target"):
+        if not (out / "target" / "training.json").exists():
+            train_target(run, tokenizer, tokens, valid)
+    with run.stage("adapter"):
+        if not (out / "adapter" / "training.json").exists():
+            train_its_adapter(run, seen, held_out)
+        round_weights(out / "adapter" / "model.safetensors")
+    with run.stage("calibration"):
+        rows = find_defaults(run, list(practice.values()))
 
-    with timetable.stage("target"):
-        training = TargetTraining(preset.target, tokenizer, Windows(tokens, preset.target.seed), device)
-        target = train_target(training, preset, tokenizer, valid, out / "target", timetable, report)
-        del training  # frees the GPU for the adapter's
-    with timetable.stage("adapter"):
-        deadline = timetable.at(preset.adapter_by)
-        left = max(0.01, round((deadline - time.perf_counter()) / 60, 2))
-        settings = adapter_settings(preset.adapter, out, seen, held_out, device, left)
-        adapter = train_adapter(settings, report, deadline)
-    with timetable.stage("calibration"):
-        rows = find_defaults(preset, out, list(practice.values()), device, timetable.at(preset.calibrated_by), report)
-
-    write_json(out / "prompts.json", [{"name": name, "prompt": prompt} for name, prompt in prompts.items()])
+    target, adapter = (json.loads((out / part / "training.json").read_text()) for part in ("target", "adapter"))
+    here = environment()
     record = {
-        **about,
-        "minutes": minutes,
-        "machine": machine(device),
-        "seconds": timetable.spent,
+        **run.about,
+        "minutes": run.minutes,
+        "machine": {"cpu_threads": torch.get_num_threads(), "devices": here.devices, "versions": here.versions},
+        "seconds": run.seconds,
         "corpus": {
             "files": len(seen),
             "characters": sum(len(document.text) for document in seen),
@@ -268,8 +247,6 @@ def train_pair(
             "tokens": len(tokens),
             "held_out_files": len(held_out),
             "held_out_tokens": len(valid),
-            "split": f"by a hash of the path, {HELD_OUT_PERCENT} % held out; no text twice; without the held-out files "
-            f"of whose long lines more than {NEAR_COPY_SHARE:.0%} are in training files",
         },
         "parameters": {"target": target["parameters"], "adapter": adapter["parameters"]},
         "tokens_trained": {"target": target["tokens_trained"], "adapter": adapter["tokens"]},
@@ -277,4 +254,5 @@ def train_pair(
         "defaults": rows[0] if rows else None,
     }
     write_json(out / "training.json", record)
+    (out / RUN_FILE).unlink(missing_ok=True)
     return record

@@ -78,7 +78,8 @@ def train(
 
     After Ctrl-C, the same command goes on from the last checkpoint.
     """
-    from ..training.train import TrainingSettings, train_adapter
+    from ..training.settings import TrainingSettings
+    from ..training.trainer import train_adapter
     from .show import show_training, training_bars
 
     settings = TrainingSettings(

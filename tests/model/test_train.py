@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.target.config import load_config
 from kangaroo_kernels.model.text import load_tokenizer
-from kangaroo_kernels.model.training import train
-from kangaroo_kernels.model.training.train import TrainableAdapter, TrainingSettings, train_adapter
+from kangaroo_kernels.model.training import data, trainer
+from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
+from kangaroo_kernels.model.training.settings import TrainingSettings
+from kangaroo_kernels.model.training.teacher import Teacher
+from kangaroo_kernels.model.training.trainer import train_adapter
 
 TEXT = "the quick brown fox jumps over the lazy dog 0123456789 " * 60
 
@@ -56,7 +59,7 @@ def test_the_runtime_runs_what_was_trained(heads: int | None, target: Path, text
     assert config.num_attention_heads == (heads or 4) and config.head_dim == 12
     adapter = TrainableAdapter(config, 32)
     adapter.load_state_dict(load_file(out / "model.safetensors"))
-    teacher = train.Teacher(target, 2, torch.device("cpu"))
+    teacher = Teacher(target, 2, torch.device("cpu"))
     tokens = torch.randint(67, (32,), generator=torch.Generator().manual_seed(3))
     exit_hidden, logits = teacher(tokens[None])
     with torch.no_grad():
@@ -71,7 +74,7 @@ def test_a_stopped_run_goes_on(
 ) -> None:
     changes = {"self_generated": self_generated, "generated_windows": 8}
     train_adapter(settings(target, text, tmp_path / "whole", **changes))
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
 
     def stop_at_seven(stage: str, done: int, total: int, note: str) -> None:
         if stage == "training" and done == 7:
@@ -111,20 +114,36 @@ def test_held_out_files(target: Path, text: Path, tmp_path: Path) -> None:
 
 def test_reuse_asks_the_target_less_often(target: Path, text: Path, tmp_path: Path) -> None:
     asked = []
-    teach = train.Teacher.__call__
+    teach = Teacher.__call__
 
-    def note(self: train.Teacher, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def note(self: Teacher, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         asked.append(len(windows))
         return teach(self, windows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Teacher, "__call__", note)
+        patch.setattr(Teacher, "__call__", note)
         train_adapter(settings(target, text, tmp_path / "a", reuse=4))
     assert asked.count(1) == 12
 
 
-def test_minutes(target: Path, text: Path, tmp_path: Path) -> None:
-    assert train_adapter(settings(target, text, tmp_path / "a", minutes=0.02, steps=1))["steps"] >= 1
+def test_half_of_what_is_learned_the_target_wrote(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "generate_windows", lambda *_: torch.full((3, 32), 66))
+    own = []
+    teach = Teacher.__call__
+
+    def note(self: Teacher, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        own.append(int((windows == 66).all(1).sum()))
+        return teach(self, windows)
+
+    monkeypatch.setattr(Teacher, "__call__", note)
+    train_adapter(settings(target, text, tmp_path / "a", self_generated=True, batch_size=5))
+    assert own[:12] == [2, 3] * 6
+
+
+def test_minutes_count_whatever_the_steps(target: Path, text: Path, tmp_path: Path) -> None:
+    assert train_adapter(settings(target, text, tmp_path / "a", minutes=0.005, steps=1))["steps"] > 1
 
 
 @pytest.mark.parametrize("limits", [{}, {"minutes": 60.0}])
@@ -136,7 +155,7 @@ def test_a_deadline_ends_the_steps(limits: dict[str, float], target: Path, text:
 
 def test_one_step_is_always_made(target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = count()
-    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(ticks)))  # the time is over before the first
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))  # the time is over before the first
     assert train_adapter(settings(target, text, tmp_path / "a"), deadline=0.0)["steps"] == 1
 
 
@@ -144,7 +163,7 @@ def test_the_rate_falls_towards_a_deadline(
     target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, rates = [0.0], []
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     step = torch.optim.AdamW.step
 
     def note(self: torch.optim.AdamW, *arguments: Any) -> Any:
@@ -161,33 +180,33 @@ def test_a_deadline_ends_the_targets_own_writing(
     target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    write = train.Teacher.continue_text
+    write = Teacher.continue_text
 
-    def note(self: train.Teacher, prompts: torch.Tensor, length: int, sample: bool) -> torch.Tensor:
+    def note(self: Teacher, prompts: torch.Tensor, length: int, sample: bool) -> torch.Tensor:
         written.append(len(prompts))
         return write(self, prompts, length, sample)
 
-    monkeypatch.setattr(train.Teacher, "continue_text", note)
+    monkeypatch.setattr(Teacher, "continue_text", note)
     own = {"self_generated": True, "generated_windows": 7, "generated_at_once": 3}
     train_adapter(settings(target, text, tmp_path / "a", **own))
-    assert written == [3, 3, 3, train.HELD_OUT_WINDOWS]
+    assert written == [3, 3, 3, trainer.HELD_OUT_WINDOWS]
     written.clear()
     train_adapter(settings(target, text, tmp_path / "b", **own), deadline=time.perf_counter())
-    assert written == [3, train.HELD_OUT_WINDOWS]
+    assert written == [3, trainer.HELD_OUT_WINDOWS]
 
 
 def test_the_target_teaches_in_the_dtype_it_decodes_in(
     target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "resolve_dtype", lambda *_: torch.bfloat16)  # as on a GPU
+    monkeypatch.setattr(trainer, "resolve_dtype", lambda *_: torch.bfloat16)  # as on a GPU
     seen = []
-    teach = train.Teacher.__call__
+    teach = Teacher.__call__
 
-    def look(self: train.Teacher, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def look(self: Teacher, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen.append(self.head.dtype)
         return teach(self, windows)
 
-    monkeypatch.setattr(train.Teacher, "__call__", look)
+    monkeypatch.setattr(Teacher, "__call__", look)
     own = {"self_generated": True, "generated_windows": 4, "generated_at_once": 4}
     report = train_adapter(settings(target, text, tmp_path / "a", **own))
     assert report["steps"] == 12 and set(seen) == {torch.bfloat16}
@@ -195,12 +214,12 @@ def test_the_target_teaches_in_the_dtype_it_decodes_in(
 
 def test_files_are_read_in_order(target: Path, tmp_path: Path) -> None:
     files = []
-    for index in range(train.FILES_AT_ONCE + 3):
+    for index in range(data.FILES_AT_ONCE + 3):
         files.append(tmp_path / f"{index}.txt")
         files[-1].write_text(f"{index} fox ")
     tokenizer = load_tokenizer(target)
     wanted = [token for file in files for token in tokenizer(file.read_text())["input_ids"]]
-    assert train.read_tokens(tuple(files), tokenizer).tolist() == wanted
+    assert data.read_tokens(tuple(files), tokenizer).tolist() == wanted
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""The adapter as PyTorch modules, and as the folder that the runtime loads."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..target.config import LlamaConfig, parse_config
+from .settings import TrainingSettings
+
+
+class AdapterBlock(nn.Module):
+    """The adapter's attention layer, with the weights' names of the adapter format."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_rows, kv_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        self.input_layernorm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(hidden, q_rows, bias=False),
+                "k_proj": nn.Linear(hidden, kv_rows, bias=False),
+                "v_proj": nn.Linear(hidden, kv_rows, bias=False),
+                "o_proj": nn.Linear(q_rows, hidden, bias=False),
+            }
+        )
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``h + attention(rms_norm(h))``: ``[B, T, hidden]`` to the same; ``cos`` and ``sin`` are ``[T, D]``."""
+        normed = self.input_layernorm(hidden)
+        q, k, v = (
+            self.self_attn[name](normed).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        q, k = (x * cos + torch.cat((-x.chunk(2, -1)[1], x.chunk(2, -1)[0]), dim=-1) * sin for x in (q, k))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        projected: Tensor = self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
+        return hidden + projected
+
+
+class TrainableAdapter(nn.Module):
+    """An adapter as a PyTorch module: its ``state_dict`` is the adapter format (docs/architecture.md)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: LlamaConfig, sequence_length: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([AdapterBlock(config)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        angles = torch.arange(sequence_length)[:, None] * config.inv_freq(sequence_length)
+        angles = torch.cat((angles, angles), dim=-1)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, exit_hidden: Tensor) -> Tensor:
+        """``[B, T, hidden]`` to the input of the target's head."""
+        length = exit_hidden.shape[1]
+        normed: Tensor = self.norm(self.layers[0](exit_hidden, self.cos[:length], self.sin[:length]))
+        return normed
+
+
+def adapter_config_values(target_values: dict[str, Any], settings: TrainingSettings) -> dict[str, Any]:
+    """The adapter's ``config.json``: the target's, with one layer and without biases."""
+    own_heads = {}
+    if settings.num_attention_heads is not None:
+        heads, head_dim = settings.num_attention_heads, parse_config(target_values).head_dim
+        own_heads = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
+    dropped = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "id2label", "label2id")
+    kept = {name: value for name, value in target_values.items() if value is not None and name not in dropped}
+    return {
+        **kept,
+        "architectures": ["KangarooAdapter"],
+        "num_hidden_layers": 1,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "exit_layer": settings.exit_layer,
+        **own_heads,
+    }
+
+
+def save_adapter(out: Path, values: dict[str, Any], adapter: TrainableAdapter, dtype: torch.dtype) -> None:
+    """Write the adapter format; ``config.json`` comes last, so a folder that has one is whole."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in adapter.state_dict().items()}
+    partial = out / "model.safetensors.partial"
+    save_file(state, partial, metadata={"format": "pt"})
+    os.replace(partial, out / "model.safetensors")
+    partial = out / "config.json.partial"
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, out / "config.json")

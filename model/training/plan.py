@@ -1,0 +1,64 @@
+"""What a run reads before its work: the target's and the adapter's configurations, the text, a stopped run's state."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..demo import find_pair
+from ..drafters.adapter import check_exit_layer
+from ..errors import KangarooError
+from ..target.checkpoint import find_folder
+from ..target.config import LlamaConfig, load_config_values, parse_config
+from ..text import load_tokenizer
+from .adapter_module import adapter_config_values
+from .checkpoint import read_state
+from .data import read_corpus
+from .settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run works with; all of it was checked, and nothing was written yet.
+
+    Attributes:
+        folder: the target's.
+        target: its configuration.
+        values: the adapter's ``config.json``.
+        config: the same, parsed.
+        tokens: ``[N]`` int64, to train on.
+        held_out: ``[N]`` int64, to measure on.
+        saved: the state of the stopped run that goes on.
+    """
+
+    folder: Path
+    target: LlamaConfig
+    values: dict[str, Any]
+    config: LlamaConfig
+    tokens: Tensor
+    held_out: Tensor
+    saved: dict[str, Any] | None
+
+
+def read_plan(settings: TrainingSettings) -> Plan:
+    """Read everything that can be wrong.
+
+    Raises:
+        KangarooError: for settings, files or folders that cannot serve.
+    """
+    folder = find_folder(find_pair(settings.model, None)[0], "model")
+    target_values = load_config_values(folder, "model")
+    target = parse_config(target_values, folder / "config.json")
+    check_exit_layer(settings.exit_layer, target)
+    values = adapter_config_values(target_values, settings)
+    config = parse_config(values)
+    if settings.sequence_length > config.context_length:
+        raise KangarooError(
+            f"sequence_length is {settings.sequence_length}, the model's context holds {config.context_length}."
+        )
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise KangarooError(f"{folder} holds no tokenizer; training on text needs one.")
+    tokens, held_out = read_corpus(settings, tokenizer)
+    return Plan(folder, target, values, config, tokens, held_out, read_state(settings))
