@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,25 +17,27 @@ from kangaroo_kernels.operation import OPERATIONS
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 
-# A module of model/ may import those of a line above its own, never of the same line: draft and verify do not see
-# each other.
-ORDER = (
-    {"errors", "graphs", "mailbox", "spans", "threads"},
-    {"config", "demo", "operations", "text"},
-    {"sampling", "weights", "cache"},
-    {"llama", "state"},
-    {"adapter"},
-    {"draft", "iteration", "verify"},
-    {"decode"},
-    {"generate"},
-    {"compare", "info", "train"},
-    {"show"},
-    {"cli"},
+ROOMS = (
+    ("errors", "spans"),
+    ("results", "demo", "text"),
+    ("backend",),
+    ("sampling",),
+    ("target",),
+    ("drafters",),
+    ("request",),
+    ("loop",),
+    ("load",),
+    ("session",),
+    ("kangaroo",),
+    ("evaluation", "training"),
+    ("commands",),
 )
-RANKS = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
+"""Modules and folders of model/. Each may import those of a line above its own, never of the same line."""
+
+RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"}
 TERMINAL = {"typer", "rich", "pynvml"}
-FOR_THE_TERMINAL = {"cli", "compare", "info", "show", "train"}
+FOR_THE_TERMINAL = {"commands", "evaluation", "training"}
 
 
 class Import(NamedTuple):
@@ -196,34 +199,32 @@ def test_every_kernel_is_an_operation_and_has_its_reference() -> None:
 # ---- model/
 
 
-def test_every_module_has_its_place() -> None:
-    """A new module of model/ must be given a line in ``ORDER``."""
-    found = {path.stem for path in modules(MODEL)} - {"__init__"}
-    assert found <= set(RANKS), f"no place in ORDER for {sorted(found - set(RANKS))}"
-    assert set(RANKS) <= found, f"ORDER names {sorted(set(RANKS) - found)}, which model/ does not hold"
+def room_of(path: Path) -> str:
+    """The module or folder of model/ that a file belongs to."""
+    return path.relative_to(MODEL).parts[0].removesuffix(".py")
 
 
-def tree_in_the_document(folder: str) -> list[str]:
-    """The modules that docs/architecture.md names in its picture of a folder, in its order."""
-    picture = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition(f"\n{folder}/ ")[2]
-    lines = itertools.takewhile(lambda line: line.startswith("  "), picture.splitlines()[1:])
-    return re.findall(r"(\w+)\.py\b", "\n".join(lines))
+def without_types(path: Path) -> str:
+    """The source but for what only type checkers read."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guards = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    tree.body = [node for node in tree.body if node not in guards]
+    return ast.unparse(tree)
 
 
-def test_the_document_has_every_module_in_its_order() -> None:
-    named = tree_in_the_document("model")
-    assert sorted(named) == sorted(RANKS)
-    assert named == sorted(named, key=RANKS.__getitem__)
+def siblings_of(path: Path) -> Iterator[Path]:
+    """The modules of model/ that a module imports, wherever it does."""
+    for found in imports(without_types(path)):
+        if found.name.startswith("."):
+            name = found.name.lstrip(".")
+            folder = path.parents[len(found.name) - len(name) - 1]
+            inner = folder / name.replace(".", "/")
+            yield inner.with_suffix(".py") if inner.with_suffix(".py").is_file() else inner / "__init__.py"
 
 
-def test_the_documents_have_every_module_of_the_kernels() -> None:
-    stems = {path.stem for path in KERNELS.glob("*.py")} - {"__init__"}
-    own = {stem for stem in stems if stem.startswith("_")}
-    assert set(tree_in_the_document("kangaroo_kernels")) - {"_ref"} == {
-        stem for stem in stems - own if not stem.endswith("_ref")
-    }
-    text = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"`(_\w+)\.py`", text)) == own
+def test_every_room_has_its_place() -> None:
+    """A new module or folder of model/ must be given a line in ``ROOMS``."""
+    assert {room_of(path) for path in modules(MODEL)} - {"__init__"} == set(RANKS)
 
 
 @pytest.mark.parametrize("path", modules(MODEL), ids=show)
@@ -231,20 +232,102 @@ def test_model_imports_run_one_way(path: Path) -> None:
     if path.stem == "__init__":
         assert names_in(path) == set(), "importing the package must not import all of it"
         return
+    for sibling in siblings_of(path):
+        assert sibling.is_file(), f"{show(path)} imports {show(sibling)}, which is not there"
+        if room_of(sibling) != room_of(path):
+            assert RANKS[room_of(sibling)] < RANKS[room_of(path)], f"{show(path)} must not import {show(sibling)}"
     for name in names_in(path):
-        if name.startswith("."):
-            sibling = name.removeprefix(".")
-            assert sibling in RANKS, f"{name} is no module of model/"
-            assert RANKS[sibling] < RANKS[path.stem], f"{path.stem} must not import {sibling}"
-        else:
-            assert not name.startswith("kangaroo_kernels.model"), f"{name}: siblings are imported relatively"
-            assert top(name) not in {"model", "bench", "tests", "tools", "pairs"}, name
+        assert not name.startswith("kangaroo_kernels.model"), f"{name}: siblings are imported relatively"
+        assert top(name) not in {"model", "bench", "tests", "tools", "pairs"}, name
+
+
+def test_no_module_of_the_model_imports_itself_by_a_detour() -> None:
+    graph = {path: set(siblings_of(path)) for path in modules(MODEL)}
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("path", modules(MODEL), ids=show)
 def test_model_uses_few_libraries(path: Path) -> None:
-    allowed = LIBRARIES | {"kangaroo_kernels"} | (TERMINAL if path.stem in FOR_THE_TERMINAL else set())
+    allowed = LIBRARIES | {"kangaroo_kernels"} | (TERMINAL if room_of(path) in FOR_THE_TERMINAL else set())
     assert {top(name) for name in names_in(path) if is_library(name)} <= allowed
+
+
+# ---- the documents
+
+
+def tree_in_the_document(folder: str) -> list[str]:
+    """The modules and folders that docs/architecture.md names in its picture of a folder, in its order."""
+    picture = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").partition(f"\n{folder}/ ")[2]
+    lines = itertools.takewhile(lambda line: line.startswith("  "), picture.splitlines()[1:])
+    found = [re.match(r"  ((?:[\w/]+(?:\.py|/) ?)*)", line) for line in lines]
+    names = " ".join(match.group(1) for match in found if match)
+    return [name.removesuffix(".py").removesuffix("/") for name in names.split()]
+
+
+def test_the_document_has_every_room_of_the_model_in_its_order() -> None:
+    named = [name for name in tree_in_the_document("model") if name != "demo_pair"]
+    assert sorted(named) == sorted(RANKS)
+    assert [RANKS[name] for name in named] == sorted(RANKS[name] for name in named)
+
+
+def test_the_documents_have_every_module_of_the_kernels() -> None:
+    entries = {path.stem for path in KERNELS.iterdir() if path.suffix == ".py" or path.is_dir()}
+    named = tree_in_the_document("kangaroo_kernels")
+    assert set(named) == entries - {"__init__", "__pycache__"}
+    text = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    for path in modules(KERNELS / "shared"):
+        assert path.stem == "__init__" or f"{path.stem}.py" in text, f"docs/kernels.md does not name {show(path)}"
+
+
+def test_the_readmes_tree_is_true() -> None:
+    """Every folder that git has at the top, and nothing else."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## The tree\n")[2]
+    named = set(re.findall(r"^(\w+)/ ", text.partition("```\n")[2].partition("```")[0], re.MULTILINE))
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("this copy of the project has no git")
+    folders = {top(name.replace("/", ".")) for name in listed.stdout.splitlines() if "/" in name and name[0] != "."}
+    assert named == folders
+
+
+# ---- sizes
+
+MOST_LINES = 400
+LONGEST_FUNCTION = 80
+MOST_PARAMETERS = {"kangaroo_kernels": 10, "model": 8, "tools": 8, "bench": 8}
+INTERFACES = {"from_pretrained", "load_pair", *OPERATIONS}
+"""What users call by keywords, and the operations themselves."""
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef]:
+    """Every function of a module but its kernels, which a grid launches."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and not node.name.endswith("_kernel"):
+            yield node
+
+
+HOUSE = [path for folder in MOST_PARAMETERS for path in modules(ROOT / folder)]
+
+
+@pytest.mark.parametrize("path", HOUSE, ids=show)
+def test_files_and_functions_can_be_seen_whole(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    most = MOST_PARAMETERS[show(path).partition("/")[0]]
+    for function in functions(path):
+        length = function.end_lineno - end_of_docstring(function)
+        assert length <= LONGEST_FUNCTION, f"{function.name} has {length} lines below its docstring"
+        named = function.args
+        count = len([each for each in (*named.posonlyargs, *named.args, *named.kwonlyargs) if each.arg != "self"])
+        is_command = any("typer" in ast.unparse(each) for each in ast.walk(named) if isinstance(each, ast.Call))
+        if function.name not in INTERFACES and not is_command and path.parent.name != "commands":
+            assert count <= most, f"{function.name} has {count} parameters"
+
+
+def end_of_docstring(function: ast.FunctionDef) -> int:
+    """The line before a function's first statement."""
+    first = function.body[0]
+    is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return first.end_lineno if is_text else first.lineno - 1
 
 
 def test_libraries_are_declared() -> None:
@@ -285,7 +368,8 @@ def test_importing_the_runtime_leaves_transformers_out() -> None:
         """
 import sys
 from kangaroo_kernels import DecodeStats, Generation, Kangaroo, KangarooError
-assert Kangaroo.__module__ == Generation.__module__ == "kangaroo_kernels.model.kangaroo"
+assert Kangaroo.__module__ == "kangaroo_kernels.model.kangaroo"
+assert Generation.__module__ == "kangaroo_kernels.model.results"
 assert issubclass(KangarooError, ValueError)
 assert "transformers" not in sys.modules
 assert "model" not in sys.modules
