@@ -11,8 +11,8 @@ from torch import Tensor
 from kangaroo_kernels.reference.commit import RECORD_HEAD, check_state
 from kangaroo_kernels.shared.chain import chain, follow
 from kangaroo_kernels.shared.launch import MAX_ROWS, require_interpreter
+from kangaroo_kernels.shared.tiles import CHUNK
 
-CHUNK = tl.constexpr(1024)
 BLOCK = 2 * MAX_ROWS
 
 

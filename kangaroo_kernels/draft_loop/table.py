@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from kangaroo_kernels.attention import MAX_PACKED_ROWS, TILE, count_splits
+from kangaroo_kernels.attention import MAX_PACKED_ROWS, TILE_BYTES
 from kangaroo_kernels.draft_loop.stages import (
     DOWN_BIAS_AT,
     GATE_UP_BIAS_AT,
@@ -31,7 +31,8 @@ from kangaroo_kernels.shared.cache_layout import cache_layout
 from kangaroo_kernels.shared.grid import ERROR, STATE_WORDS
 from kangaroo_kernels.shared.head import TileResults
 from kangaroo_kernels.shared.launch import MAX_ROWS, VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
-from kangaroo_kernels.shared.tiles import BLOCK_M, K_STEP_BYTES
+from kangaroo_kernels.shared.splits import count_splits
+from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 
 POLLS = 1 << 20
 """Looks at the counter before a program takes another for lost: about a second, where a stage takes microseconds."""
@@ -48,9 +49,6 @@ SPARING_FROM, SPARING_REGISTERS, LARGE_TILE = 90, 160, 64 * 128
 """From that architecture on the assembler is told to be sparing with registers (before it, that makes it spill), and
 gets only so many unless the queries of an attention program are a large tile. Found by trying: its spills are no simple
 function of the limit, and often more where it has more."""
-
-ATTENTION_STAGES = 2
-"""Of the pipeline over the KV cache: with more of them one program would take the shared memory of two."""
 
 
 class BlockShape(NamedTuple):
@@ -158,8 +156,8 @@ def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]
         return 1
     device = torch.cuda.get_device_properties(x.device)
     # 32 weight rows, 16 rows of x and the norm's weight a stage; the cache's tiles twice beside the queries'
-    weights = (num_stages - 1) * (3 * BLOCK_M + 1) * K_STEP_BYTES
-    caches = max((4 * TILE[each.itemsize] + each.block_rows) * each.block_d * each.itemsize for each in shapes)
+    weights = (num_stages - 1) * (3 * MAX_ROWS + 1) * K_STEP_BYTES.value
+    caches = max((4 * TILE_BYTES.value + each.block_rows * each.itemsize) * each.block_d for each in shapes)
     fit = device.shared_memory_per_multiprocessor // (max(weights, caches) + SPARE_SHARED)
     return int(device.multi_processor_count * max(1, min(PROGRAMS_PER_SM, fit)))
 

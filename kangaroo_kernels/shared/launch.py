@@ -11,7 +11,7 @@ from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
 from kangaroo_kernels.shared.checks import check_one, check_tensor, is_whole
 from kangaroo_kernels.shared.tiles import BLOCK_M, K_STEP_BYTES
 
-MAX_ROWS = BLOCK_M
+MAX_ROWS: int = BLOCK_M.value
 """Tokens in flight that the kernels are built for; more of them are a prefill, and the references' work."""
 
 COUNTED = 1 << 20
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def step_of(dtype: torch.dtype) -> int:
     """Elements of a step along K."""
-    return K_STEP_BYTES // dtype.itemsize
+    return int(K_STEP_BYTES.value // dtype.itemsize)
 
 
 def check_rows(op: str, x: Tensor) -> None:
