@@ -11,6 +11,7 @@ from torch import Tensor
 from kangaroo_kernels.reference.accept import MAX_STOPS, check_step
 from kangaroo_kernels.shared.chain import chain, follow
 from kangaroo_kernels.shared.launch import MAX_ROWS, device_scalar, require_interpreter
+from kangaroo_kernels.shared.tiles import BLOCK_M
 
 
 @triton.jit(
@@ -27,7 +28,6 @@ def accept_kernel(
     out_ptr,  # [3] int64: accepted, new length, stopped
     STOPS,
     COUNTS,
-    BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -85,7 +85,6 @@ def accept(
         out,
         stop_tokens.shape[0],
         counts.numel(),
-        BLOCK_M=MAX_ROWS,
         BLOCK_S=triton.next_power_of_2(max(1, stop_tokens.shape[0])),
         num_warps=1,
         **chain(draft),

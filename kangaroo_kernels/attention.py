@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.reference.attention import check_max_length
-from kangaroo_kernels.shared.cache_layout import cache_layout, row_offsets
+from kangaroo_kernels.shared.cache_layout import CacheLayout, cache_layout, row_offsets
 from kangaroo_kernels.shared.chain import chain, follow
 from kangaroo_kernels.shared.launch import MAX_ROWS, check_flag, check_out, check_position, check_rows, device_scalar
 from kangaroo_kernels.shared.operands import Cache, Caches, Heads, Parts, Queries, Work
@@ -219,6 +219,27 @@ def attention_reduce_kernel(
     )
 
 
+def check_heads(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None
+) -> tuple[CacheLayout, CacheLayout]:
+    """The layouts of keys and values; raises unless they and the queries fit each other."""
+    if q.ndim != 3:
+        raise ValueError(f"attention: q is {list(q.shape)}; it must be [M, H, D].")
+    check_rows("attention", q)
+    keys = cache_layout("attention", k_cache, block_table, q)
+    values = cache_layout("attention", v_cache, block_table, q)
+    heads, head_dim = q.shape[1:]
+    no_heads = not heads or not keys.kv_heads
+    alike = k_cache.shape == v_cache.shape and k_cache.shape[-1] == head_dim
+    if no_heads or heads % keys.kv_heads or not alike or q.stride(2) != 1:
+        raise ValueError(
+            f"attention: q is {list(q.shape)}, last stride {q.stride(2)}, the caches {list(k_cache.shape)} and "
+            f"{list(v_cache.shape)}; they must be [M, H, D], last stride 1, and two caches of H_kv heads of size D, "
+            "H a multiple of H_kv."
+        )
+    return keys, values
+
+
 def attention(
     q: Tensor,
     k_cache: Tensor,
@@ -236,21 +257,10 @@ def attention(
     ``max_length`` bounds ``position + M`` (the caches' capacity if None): programs are launched for so many positions,
     and return at once where the text is shorter.
     """
-    if q.ndim != 3:
-        raise ValueError(f"attention: q is {list(q.shape)}; it must be [M, H, D].")
-    check_rows("attention", q)
+    keys, values = check_heads(q, k_cache, v_cache, block_table)
     check_flag("attention", active, q.device)
-    keys = cache_layout("attention", k_cache, block_table, q)
-    values = cache_layout("attention", v_cache, block_table, q)
     rows, heads, head_dim = q.shape
-    group, left = divmod(heads, max(1, keys.kv_heads))
-    no_heads = not heads or not keys.kv_heads
-    if no_heads or left or k_cache.shape != v_cache.shape or k_cache.shape[-1] != head_dim or q.stride(2) != 1:
-        raise ValueError(
-            f"attention: q is {list(q.shape)}, last stride {q.stride(2)}, the caches {list(k_cache.shape)} and "
-            f"{list(v_cache.shape)}; they must be [M, H, D], last stride 1, and two caches of H_kv heads of size D, "
-            "H a multiple of H_kv."
-        )
+    group = heads // keys.kv_heads
     out = check_out("attention", out, (rows, heads * head_dim), q)
     check_position("attention", position, rows, keys.capacity, q.device)
     check_max_length(max_length, position, rows)

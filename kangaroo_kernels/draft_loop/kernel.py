@@ -2,8 +2,8 @@
 
 Every program stays resident and takes its share of the tiles of one stage after the other: ``qkv_rope``, ``attention``,
 its merge, the output projection, ``gate_up``, the down projection; the adapter's first four; the head and its merge.
-Between two stages lies a barrier across the grid (``_grid.py``); before a program waits there, it asks for what it will
-first read of the next weight. The loop ends on the device's own decision, the threshold. A stage is the very function
+Between two stages lies a barrier across the grid (``shared/grid.py``); before a program waits there, it asks for what
+it will first read of the next weight. The loop ends on the device's own decision, the threshold. A stage is the very function
 that the stage kernels run, with their tiles, so the results are theirs to the bit.
 
 Bytes moved: those of the stages, once a draft. Barriers, a draft: 6 a layer, 4 for the adapter, 2 for the head.
@@ -289,6 +289,15 @@ def prepare_draft_loop(model: DraftModel, most: int) -> DraftLoop:
     return DraftLoop(model, most)
 
 
+def refuse_filters(top_k: int | Tensor | None, top_p: float | Tensor | None, vocab_size: int) -> None:
+    """Raise for a top-k or top-p that leaves tokens out."""
+    if real_filter(top_k, vocab_size) is not None or real_filter(top_p, 1.0) is not None:
+        raise ValueError(
+            f"draft_loop: top_k {top_k} and top_p {top_p} need a whole row of logits, which this kernel never has; "
+            "draft with the stage kernels, or without a filter."
+        )
+
+
 def draft_loop(
     model: DraftModel,
     flags: Tensor,
@@ -312,18 +321,13 @@ def draft_loop(
     most = len(flags) - 1
     loop = DraftLoop(model, most) if prepared is None else prepared
     out = loop.check(model, flags, positions, newest, exit_hidden, out)
-    sampled = temperature is not None
+    vocab_size, K = model.embedding.shape
     if temperature is not None:
         check_sampling("draft_loop", temperature, top_k, top_p, seed, newest.device)
-    vocab_size, K = model.embedding.shape
-    if sampled and (real_filter(top_k, vocab_size) is not None or real_filter(top_p, 1.0) is not None):
-        raise ValueError(
-            f"draft_loop: top_k {top_k} and top_p {top_p} need a whole row of logits, which this kernel never has; "
-            "draft with the stage kernels, or without a filter."
-        )
-    key = None if not sampled else seed if isinstance(seed, Tensor) else device_seed(seed, newest.device)
-    on_gpu = newest.device.type != "cpu"
-    head_n, tiles = loop.heads[sampled]
+        refuse_filters(top_k, top_p, vocab_size)
+        temperature = device_number(temperature, newest.device)
+        seed = seed if isinstance(seed, Tensor) else device_seed(seed, newest.device)
+    head_n, tiles = loop.heads[temperature is not None]
     shape, adapter = loop.shape, loop.adapter_shape
     draft_loop_kernel[(loop.grid,)](
         loop.base,
@@ -351,9 +355,9 @@ def draft_loop(
         tiles.largest,
         tiles.sums,
         loop.state,
-        key,
+        None if temperature is None else seed,
         stream,
-        None if temperature is None else device_number(temperature, newest.device),
+        temperature,
         device_number(threshold, newest.device),
         len(model.layers),
         most,
@@ -375,18 +379,9 @@ def draft_loop(
         model.eps,
         loop.programs,
         loop.polls,
-        **loop.biased,
-        GROUP=shape.group,
-        HEAD_DIM=shape.head_dim,
-        BLOCK_D=shape.block_d,
-        BLOCK_R=shape.block_rows,
-        ADAPTER_GROUP=adapter.group,
-        ADAPTER_HEAD_DIM=adapter.head_dim,
-        ADAPTER_BLOCK_D=adapter.block_d,
-        ADAPTER_BLOCK_R=adapter.block_rows,
-        **loop.block_n,
+        **loop.constants,
         HEAD_N=head_n,
-        PREFETCHED=PREFETCHED_STEPS if on_gpu else 0,
+        PREFETCHED=PREFETCHED_STEPS if newest.device.type != "cpu" else 0,
         num_warps=loop.config.num_warps,
         num_stages=loop.config.num_stages,
         **loop.gpu_options,

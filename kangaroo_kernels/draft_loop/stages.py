@@ -11,6 +11,7 @@ import triton.language as tl
 from kangaroo_kernels.attention import attention_merge, attention_split
 from kangaroo_kernels.qkv_rope import qkv_rope_tile
 from kangaroo_kernels.shared.grid import prefetch
+from kangaroo_kernels.shared.launch import VECTOR_BYTES
 from kangaroo_kernels.shared.operands import Cache, Caches, Linear, Matrix, Norm, Parts, Queries, Work
 from kangaroo_kernels.shared.splits import count_splits_of, first_position
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES, elements
@@ -45,8 +46,7 @@ TABLE_WORDS = tl.constexpr(12)
 PREFETCH_BYTES = tl.constexpr(64)
 """From one prefetch to the next: the memory's own grain."""
 
-
-VECTOR = tl.constexpr(16)
+VECTOR = tl.constexpr(VECTOR_BYTES)
 """Bytes that the table counts in."""
 
 ATTENTION_STAGES = tl.constexpr(2)
@@ -110,7 +110,14 @@ class Sizes(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """Columns a tile of each projection, and tokens a tile of the head; a constexpr."""
+    """The columns of the projections' tiles, all known at compile time.
+
+    Attributes:
+        QKV: of ``qkv_rope``.
+        LINEAR: of ``linear_residual``.
+        GATE_UP: of ``gate_up``, of which a tile reads twice as many rows.
+        HEAD: of the head: tokens.
+    """
 
     QKV: tl.constexpr
     LINEAR: tl.constexpr

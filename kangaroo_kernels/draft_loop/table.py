@@ -103,6 +103,13 @@ class BlockShape(NamedTuple):
         """As ``attention`` has it, for the bits: a drafting step needs two of them."""
         return int(min(MAX_PACKED_ROWS[self.itemsize], triton.next_power_of_2(MAX_ROWS * self.group)))
 
+    def tiles(self, prefix: str = "") -> dict[str, int]:
+        """The kernel's compile-time arguments for these heads, their names behind ``prefix``."""
+        sizes = (self.group, self.head_dim, self.block_d, self.block_rows)
+        return {
+            prefix + name: size for name, size in zip(("GROUP", "HEAD_DIM", "BLOCK_D", "BLOCK_R"), sizes, strict=True)
+        }
+
 
 def refuse(sentence: str) -> ValueError:
     """The error to raise."""
@@ -211,7 +218,10 @@ class DraftLoop:
         self._fill_table(x, inner)
 
         self.config = launch_config("draft_loop", vocab_size, K, x)
-        self.block_n = {
+        self.constants = {
+            **self.biased,
+            **self.shape.tiles(),
+            **self.adapter_shape.tiles("ADAPTER_"),
             "QKV_N": launch_config("qkv_rope", self.shape.qkv_rows, K, x).block_n,
             "LINEAR_N": launch_config("linear_residual", K, inner, x).block_n,
             "GATE_UP_N": launch_config("gate_up", inner, K, x).block_n,

@@ -9,7 +9,7 @@ from triton import knobs
 
 from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
 from kangaroo_kernels.shared.checks import check_one, check_tensor, is_whole
-from kangaroo_kernels.shared.tiles import BLOCK_M, K_STEP_BYTES
+from kangaroo_kernels.shared.tiles import BLOCK_M
 
 MAX_ROWS: int = BLOCK_M.value
 """Tokens in flight that the kernels are built for; more of them are a prefill, and the references' work."""
@@ -19,11 +19,6 @@ COUNTED = 1 << 20
 
 VECTOR_BYTES = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def step_of(dtype: torch.dtype) -> int:
-    """Elements of a step along K."""
-    return int(K_STEP_BYTES.value // dtype.itemsize)
 
 
 def check_rows(op: str, x: Tensor) -> None:

@@ -1,8 +1,10 @@
 """The operands of kernels in bundles: what a function that a kernel calls is given together.
 
 A kernel's own parameters stay apart, since Triton specialises them one by one; the kernel bundles them where it calls.
-A bundle with a field in capitals, known at compile time, is made in the call itself: a variable would make a tensor of
-that field. Strides count elements, and sizes are int32. A row is contiguous along its last dimension.
+Fields in capitals are known at compile time, and a variable would make tensors of them: a bundle with such a field is
+made in the call itself, or declared ``tl.constexpr`` where it has no others. No field is called ``values`` or ``type``,
+for Triton's own tuples have these. Strides count elements, sizes are int32, a row is contiguous along its last
+dimension.
 """
 
 from typing import NamedTuple
@@ -91,7 +93,7 @@ class Cache(NamedTuple):
 
 
 class Caches(NamedTuple):
-    """The keys and values of an attention block; made in the call.
+    """The keys and values of an attention block.
 
     Attributes:
         k: the keys.
@@ -111,7 +113,7 @@ class Caches(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """The tiles of attention heads; made in the call.
+    """The tiles of attention heads, all known at compile time.
 
     Attributes:
         GROUP: query heads a key-value head.
