@@ -219,6 +219,12 @@ def attention_reduce_kernel(
     )
 
 
+def query_tile(group: int, head_dim: int, itemsize: int) -> tuple[int, int]:
+    """Packed rows and columns of the tile of queries: for ``group`` query heads a key-value head, of ``head_dim``."""
+    rows = min(MAX_PACKED_ROWS[itemsize], triton.next_power_of_2(MAX_ROWS * group))
+    return int(rows), int(max(16, triton.next_power_of_2(head_dim)))
+
+
 def check_heads(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor | None
 ) -> tuple[CacheLayout, CacheLayout]:
@@ -271,8 +277,7 @@ def attention(
         sums = torch.empty((splits, rows, heads, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((splits, rows, heads, 2), dtype=torch.float32, device=q.device)
     where = device_scalar(position, q.device)
-    block_rows = min(MAX_PACKED_ROWS[q.element_size()], triton.next_power_of_2(MAX_ROWS * group))
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_rows, block_d = query_tile(group, head_dim, q.element_size())
     # a block table is loaded a stage ahead of what it points to
     config = launch_config("attention" if block_table is None else "attention_paged", head_dim, block_rows, q)
     attention_kernel[(triton.cdiv(rows * group, block_rows), keys.kv_heads, splits)](

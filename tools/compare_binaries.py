@@ -60,9 +60,9 @@ def binaries_of(tree: Path, wanted: dict[str, Any]) -> Binaries:
     Raises:
         subprocess.CalledProcessError: they do not compile; its ``stderr`` says why.
     """
-    paths = [os.environ.get("PYTHONPATH", ""), str(tree / "tools"), str(tree)]
+    paths = (tree / "tools", tree, Path(triton.__file__).parent.parent)  # the Triton of this process
     command = [sys.executable, "-c", SCRIPT.read_text(encoding="utf-8"), json.dumps(wanted)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(path.resolve()) for path in paths)}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True)
     found: Binaries = json.loads(done.stdout)
     return found

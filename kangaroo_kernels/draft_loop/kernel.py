@@ -3,8 +3,8 @@
 Every program stays resident and takes its share of the tiles of one stage after the other: ``qkv_rope``, ``attention``,
 its merge, the output projection, ``gate_up``, the down projection; the adapter's first four; the head and its merge.
 Between two stages lies a barrier across the grid (``shared/grid.py``); before a program waits there, it asks for what
-it will first read of the next weight. The loop ends on the device's own decision, the threshold. A stage is the very function
-that the stage kernels run, with their tiles, so the results are theirs to the bit.
+it will first read of the next weight. The loop ends on the device's own decision, the threshold. A stage is the very
+function that the stage kernels run, with their tiles, so the results are theirs to the bit.
 
 Bytes moved: those of the stages, once a draft. Barriers, a draft: 6 a layer, 4 for the adapter, 2 for the head.
 """

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from kangaroo_kernels.attention import MAX_PACKED_ROWS, TILE_BYTES
+from kangaroo_kernels.attention import TILE_BYTES, query_tile
 from kangaroo_kernels.draft_loop.stages import (
     DOWN_BIAS_AT,
     GATE_UP_BIAS_AT,
@@ -94,21 +94,15 @@ class BlockShape(NamedTuple):
         return self.queries + 2 * self.kv_heads * self.head_dim
 
     @property
-    def block_d(self) -> int:
-        """As ``attention`` has it."""
-        return int(max(16, triton.next_power_of_2(self.head_dim)))
-
-    @property
-    def block_rows(self) -> int:
-        """As ``attention`` has it, for the bits: a drafting step needs two of them."""
-        return int(min(MAX_PACKED_ROWS[self.itemsize], triton.next_power_of_2(MAX_ROWS * self.group)))
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of the tile of queries: those of ``attention``, for the bits, though two rows would do."""
+        return query_tile(self.group, self.head_dim, self.itemsize)
 
     def tiles(self, prefix: str = "") -> dict[str, int]:
         """The kernel's compile-time arguments for these heads, their names behind ``prefix``."""
-        sizes = (self.group, self.head_dim, self.block_d, self.block_rows)
-        return {
-            prefix + name: size for name, size in zip(("GROUP", "HEAD_DIM", "BLOCK_D", "BLOCK_R"), sizes, strict=True)
-        }
+        rows, cols = self.tile
+        sizes = {"GROUP": self.group, "HEAD_DIM": self.head_dim, "BLOCK_D": cols, "BLOCK_R": rows}
+        return {prefix + name: size for name, size in sizes.items()}
 
 
 def refuse(sentence: str) -> ValueError:
@@ -164,7 +158,8 @@ def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]
     device = torch.cuda.get_device_properties(x.device)
     # 32 weight rows, 16 rows of x and the norm's weight a stage; the cache's tiles twice beside the queries'
     weights = (num_stages - 1) * (3 * MAX_ROWS + 1) * K_STEP_BYTES.value
-    caches = max((4 * TILE_BYTES.value + each.block_rows * each.itemsize) * each.block_d for each in shapes)
+    tiles = ((each.tile, each.itemsize) for each in shapes)
+    caches = max((4 * TILE_BYTES.value + rows * itemsize) * cols for (rows, cols), itemsize in tiles)
     fit = device.shared_memory_per_multiprocessor // (max(weights, caches) + SPARE_SHARED)
     return int(device.multi_processor_count * max(1, min(PROGRAMS_PER_SM, fit)))
 
@@ -176,7 +171,7 @@ def gpu_options(x: Tensor, shapes: tuple[BlockShape, ...]) -> dict[str, Any]:
     options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
     if driver.active.get_current_target().arch >= SPARING_FROM:
         options["ptx_options"] = "--register-usage-level 0"
-        if max(each.block_rows * each.block_d for each in shapes) < LARGE_TILE:
+        if max(math.prod(each.tile) for each in shapes) < LARGE_TILE:
             options["maxnreg"] = SPARING_REGISTERS
     return options
 
