@@ -12,6 +12,7 @@ from kangaroo_kernels.contract import MAX_ROWS, MAX_STOPS
 from kangaroo_kernels.shared.chain import chain, follow
 from kangaroo_kernels.shared.checks import check_accept
 from kangaroo_kernels.shared.launch import device_scalar, require_interpreter
+from kangaroo_kernels.shared.tiles import BLOCK_M
 
 
 @triton.jit(
@@ -28,7 +29,6 @@ def accept_kernel(
     out_ptr,  # [3] int64: accepted, new length, stopped
     STOPS,
     COUNTS,
-    BLOCK_M: tl.constexpr,
     BLOCK_S: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
@@ -86,7 +86,6 @@ def accept(
         out,
         stop_tokens.shape[0],
         counts.numel(),
-        BLOCK_M=MAX_ROWS,
         BLOCK_S=triton.next_power_of_2(max(1, stop_tokens.shape[0])),
         num_warps=1,
         **chain(draft),

@@ -12,8 +12,8 @@ from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, Record
 from kangaroo_kernels.shared.chain import chain, follow
 from kangaroo_kernels.shared.checks import check_commit_counts, check_commit_states
 from kangaroo_kernels.shared.launch import require_interpreter
+from kangaroo_kernels.shared.tiles import CHUNK
 
-CHUNK = tl.constexpr(1024)
 BLOCK = 2 * MAX_ROWS
 BEFORE, REACHED, AGREED, DRAFTED, STOPPED = map(tl.constexpr, Record(*range(RECORD_HEAD)))
 """Where the words of a record lie."""

@@ -11,45 +11,28 @@ from torch import Tensor
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
-from kangaroo_kernels.shared.launch import aligned_rows, check_operands, check_out, step_of, weight_and_bias
-from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project
+from kangaroo_kernels.shared.launch import aligned_rows, check_operands, check_out, weight_and_bias
+from kangaroo_kernels.shared.operands import Linear, Matrix, Norm
+from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
 
 
 @triton.jit
-def gate_up_tile(
-    tile,
-    x_ptr,
-    norm_ptr,
-    w_ptr,
-    bias_ptr,
-    out_ptr,
-    M,
-    I,
-    K,
-    x_row_stride,
-    w_row_stride,
-    out_row_stride,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """All rows of columns ``tile * BLOCK_N ..`` of ``out``; arguments as for the kernel."""
+def gate_up_tile(tile, x, norm, w, out, BLOCK_N: tl.constexpr):
+    """All rows of columns ``tile * BLOCK_N ..`` of ``out``; ``w`` has the gate rows first."""
+    I = out.cols
     cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     # gate and up rows in turns: one tile, one product, and both halves of a column in the same thread
     pairs = tl.arange(0, 2 * BLOCK_N)
     owned = tl.minimum(tile * BLOCK_N + pairs // 2, I - 1) + pairs % 2 * I
-    acc = norm_project(
-        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, 2 * BLOCK_N, BLOCK_K
-    )
+    acc = norm_project(x, norm, w, owned, 2 * BLOCK_N)
     gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N, 2)))
-    if bias_ptr is not None:
-        gate = add_bias(gate, bias_ptr, cols, I)
-        up = add_bias(up, bias_ptr + I, cols, I)
+    if w.bias_ptr is not None:
+        gate = add_bias(gate, w.bias_ptr, cols, I)
+        up = add_bias(up, w.bias_ptr + I, cols, I)
     rows = tl.arange(0, BLOCK_M)
-    mask = (rows[:, None] < M) & (cols[None, :] < I)
-    out = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(out_ptr + rows[:, None] * out_row_stride + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    mask = (rows[:, None] < out.rows) & (cols[None, :] < I)
+    values = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out.ptr + rows[:, None] * out.row_stride + cols[None, :], values.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
@@ -67,9 +50,7 @@ def gate_up_kernel(
     w_row_stride,
     out_row_stride,
     eps,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """One program owns all rows of ``BLOCK_N`` columns of ``out``."""
@@ -77,26 +58,15 @@ def gate_up_kernel(
     # a cast, since an I of 1 is a number and not a tensor
     fetch_ahead(w_ptr + tl.cast(I, tl.int64) * w_row_stride, w_row_stride, I, K, active_ptr, BLOCK_N, CHAINED)
     follow(CHAINED)
-    if active_ptr is not None:
-        if tl.load(active_ptr) == 0:
-            return
+    if skipped(active_ptr):
+        return
     gate_up_tile(
         tl.program_id(0),
-        x_ptr,
-        norm_ptr,
-        w_ptr,
-        bias_ptr,
-        out_ptr,
-        M,
-        I,
-        K,
-        x_row_stride,
-        w_row_stride,
-        out_row_stride,
-        eps,
-        BLOCK_M,
+        Matrix(x_ptr, M, K, x_row_stride),
+        Norm(norm_ptr, eps),
+        Linear(w_ptr, bias_ptr, 2 * I, K, w_row_stride),
+        Matrix(out_ptr, M, I, out_row_stride),
         BLOCK_N,
-        BLOCK_K,
     )
 
 
@@ -132,9 +102,7 @@ def gate_up(
         matrix.stride(0),
         out.stride(0),
         eps,
-        BLOCK_M=BLOCK_M,
         BLOCK_N=config.block_n,
-        BLOCK_K=step_of(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **chain(x),

@@ -10,41 +10,25 @@ from torch import Tensor
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
-from kangaroo_kernels.shared.launch import aligned_rows, check_operands, check_out, step_of, weight_and_bias
-from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, project
+from kangaroo_kernels.shared.launch import aligned_rows, check_operands, check_out, weight_and_bias
+from kangaroo_kernels.shared.operands import Linear, Matrix
+from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, project, skipped
 
 
 @triton.jit
-def linear_residual_tile(
-    tile,
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    M,
-    N,
-    K,
-    x_row_stride,
-    w_row_stride,
-    residual_row_stride,
-    out_row_stride,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """All rows of columns ``tile * BLOCK_N ..`` of ``out``; arguments as for the kernel."""
+def linear_residual_tile(tile, x, w, residual, out, BLOCK_N: tl.constexpr):
+    """All rows of columns ``tile * BLOCK_N ..`` of ``out``."""
     cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    owned = tl.minimum(cols, N - 1)  # the last tile's columns beyond the end repeat the last one
-    acc = project(x_ptr, x_row_stride, w_ptr, w_row_stride, owned, M, K, BLOCK_M, BLOCK_N, BLOCK_K)
-    if bias_ptr is not None:
-        acc = add_bias(acc, bias_ptr, cols, N)
+    owned = tl.minimum(cols, w.rows - 1)  # the last tile's columns beyond the end repeat the last one
+    acc = project(x, w, owned, BLOCK_N)
+    if w.bias_ptr is not None:
+        acc = add_bias(acc, w.bias_ptr, cols, w.rows)
     rows = tl.arange(0, BLOCK_M)
-    mask = (rows[:, None] < M) & (cols[None, :] < N)
-    residual_ptrs = residual_ptr + rows[:, None] * residual_row_stride + cols[None, :]
-    residual = tl.load(residual_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-    out = acc + residual.to(tl.float32)
-    tl.store(out_ptr + rows[:, None] * out_row_stride + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    mask = (rows[:, None] < out.rows) & (cols[None, :] < out.cols)
+    residual_ptrs = residual.ptr + rows[:, None] * residual.row_stride + cols[None, :]
+    stream = tl.load(residual_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    values = acc + stream.to(tl.float32)
+    tl.store(out.ptr + rows[:, None] * out.row_stride + cols[None, :], values.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
@@ -62,34 +46,21 @@ def linear_residual_kernel(
     w_row_stride,
     residual_row_stride,
     out_row_stride,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """One program owns all rows of ``BLOCK_N`` columns of ``out``."""
     fetch_ahead(w_ptr, w_row_stride, N, K, active_ptr, BLOCK_N, CHAINED)
     follow(CHAINED)
-    if active_ptr is not None:
-        if tl.load(active_ptr) == 0:
-            return
+    if skipped(active_ptr):
+        return
     linear_residual_tile(
         tl.program_id(0),
-        x_ptr,
-        w_ptr,
-        bias_ptr,
-        residual_ptr,
-        out_ptr,
-        M,
-        N,
-        K,
-        x_row_stride,
-        w_row_stride,
-        residual_row_stride,
-        out_row_stride,
-        BLOCK_M,
+        Matrix(x_ptr, M, K, x_row_stride),
+        Linear(w_ptr, bias_ptr, N, K, w_row_stride),
+        Matrix(residual_ptr, M, N, residual_row_stride),
+        Matrix(out_ptr, M, N, out_row_stride),
         BLOCK_N,
-        BLOCK_K,
     )
 
 
@@ -123,9 +94,7 @@ def linear_residual(
         matrix.stride(0),
         residual.stride(0),
         out.stride(0),
-        BLOCK_M=BLOCK_M,
         BLOCK_N=config.block_n,
-        BLOCK_K=step_of(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **chain(x),

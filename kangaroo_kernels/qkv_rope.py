@@ -20,59 +20,27 @@ from kangaroo_kernels.shared.launch import (
     check_out,
     check_position,
     device_scalar,
-    step_of,
     weight_and_bias,
 )
-from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project
+from kangaroo_kernels.shared.operands import Cache, Caches, Linear, Matrix, Norm, Queries
+from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
 
 
 @triton.jit
-def qkv_rope_tile(
-    tile,
-    position,
-    x_ptr,
-    norm_ptr,
-    w_ptr,
-    bias_ptr,
-    phases_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    M,
-    N,
-    K,
-    H,
-    H_KV,
-    T,
-    x_row_stride,
-    w_row_stride,
-    q_row_stride,
-    k_block_stride,
-    k_head_stride,
-    k_row_stride,
-    v_block_stride,
-    v_head_stride,
-    v_row_stride,
-    eps,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """All rows of columns ``tile * BLOCK_N ..`` of the packed q, k and v; arguments as for the kernel."""
+def qkv_rope_tile(tile, position, x, norm, w, phases_ptr, q, caches, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """All rows of columns ``tile * BLOCK_N ..`` of the packed q, k and v; ``position`` is the first row's."""
+    M, N, H, H_KV = x.rows, w.rows, q.heads, caches.heads
     first = tile * BLOCK_N
     cols = first + tl.arange(0, BLOCK_N)
     owned = tl.minimum(cols, N - 1)  # the last tile's columns beyond the end repeat the last one
-    acc = norm_project(x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, BLOCK_N, BLOCK_K)
-    if bias_ptr is not None:
-        acc = add_bias(acc, bias_ptr, cols, N)
+    acc = norm_project(x, norm, w, owned, BLOCK_N)
+    if w.bias_ptr is not None:
+        acc = add_bias(acc, w.bias_ptr, cols, N)
 
     rows = tl.arange(0, BLOCK_M)
     positions = position + rows
     evens = first + 2 * tl.arange(0, BLOCK_N // 2)
-    row_mask = (rows < M) & (positions >= 0) & (positions < T)
+    row_mask = (rows < M) & (positions >= 0) & (positions < caches.positions)
     is_turned = evens < (H + H_KV) * HEAD_DIM
     turned = row_mask[:, None] & is_turned[None, :]
     phase_ptrs = phases_ptr + positions[:, None] * HEAD_DIM + (evens % HEAD_DIM)[None, :]
@@ -82,19 +50,19 @@ def qkv_rope_tile(
     x_even, x_odd = tl.where(is_turned[None, :], even, 0.0), tl.where(is_turned[None, :], odd, 0.0)
     new_even = tl.where(is_turned[None, :], x_even * cosine - x_odd * sine, even)  # a value times 0 may be NaN
     new_odd = tl.where(is_turned[None, :], x_even * sine + x_odd * cosine, odd)
-    out = tl.reshape(tl.join(new_even, new_odd), (BLOCK_M, BLOCK_N)).to(q_ptr.dtype.element_ty)
+    out = tl.reshape(tl.join(new_even, new_odd), (BLOCK_M, BLOCK_N)).to(q.ptr.dtype.element_ty)
 
     q_mask = (rows[:, None] < M) & (cols[None, :] < H * HEAD_DIM)
-    tl.store(q_ptr + rows[:, None] * q_row_stride + cols[None, :], out, mask=q_mask)
+    tl.store(q.ptr + rows[:, None] * q.row_stride + cols[None, :], out, mask=q_mask)
     heads, dims = cols // HEAD_DIM, cols % HEAD_DIM
-    k_rows = row_offsets(positions, row_mask, table_ptr, k_block_stride, k_row_stride, BLOCK_SIZE)
-    k_cols = (heads - H).to(tl.int64) * k_head_stride + dims
+    k_rows = row_offsets(positions, row_mask, caches.k, caches.table_ptr, caches.BLOCK_SIZE)
+    k_cols = (heads - H).to(tl.int64) * caches.k.head_stride + dims
     is_key = (heads >= H) & (heads < H + H_KV)
-    tl.store(k_ptr + k_rows[:, None] + k_cols[None, :], out, mask=row_mask[:, None] & is_key[None, :])
-    v_rows = row_offsets(positions, row_mask, table_ptr, v_block_stride, v_row_stride, BLOCK_SIZE)
-    v_cols = (heads - H - H_KV).to(tl.int64) * v_head_stride + dims
+    tl.store(caches.k.ptr + k_rows[:, None] + k_cols[None, :], out, mask=row_mask[:, None] & is_key[None, :])
+    v_rows = row_offsets(positions, row_mask, caches.v, caches.table_ptr, caches.BLOCK_SIZE)
+    v_cols = (heads - H - H_KV).to(tl.int64) * caches.v.head_stride + dims
     is_value = (heads >= H + H_KV) & (cols < N)
-    tl.store(v_ptr + v_rows[:, None] + v_cols[None, :], out, mask=row_mask[:, None] & is_value[None, :])
+    tl.store(caches.v.ptr + v_rows[:, None] + v_cols[None, :], out, mask=row_mask[:, None] & is_value[None, :])
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
@@ -128,51 +96,28 @@ def qkv_rope_kernel(
     eps,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """One program owns all rows of ``BLOCK_N`` columns of the packed q, k and v."""
     fetch_ahead(w_ptr, w_row_stride, N, K, active_ptr, BLOCK_N, CHAINED)
     follow(CHAINED)
-    if active_ptr is not None:
-        if tl.load(active_ptr) == 0:
-            return
+    if skipped(active_ptr):
+        return
     position = tl.load(position_ptr).to(tl.int32)  # early: it arrives while the weight streams
+    keys = Cache(k_ptr, k_block_stride, k_head_stride, k_row_stride)
+    values = Cache(v_ptr, v_block_stride, v_head_stride, v_row_stride)
     qkv_rope_tile(
         tl.program_id(0),
         position,
-        x_ptr,
-        norm_ptr,
-        w_ptr,
-        bias_ptr,
+        Matrix(x_ptr, M, K, x_row_stride),
+        Norm(norm_ptr, eps),
+        Linear(w_ptr, bias_ptr, N, K, w_row_stride),
         phases_ptr,
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        table_ptr,
-        M,
-        N,
-        K,
-        H,
-        H_KV,
-        T,
-        x_row_stride,
-        w_row_stride,
-        q_row_stride,
-        k_block_stride,
-        k_head_stride,
-        k_row_stride,
-        v_block_stride,
-        v_head_stride,
-        v_row_stride,
-        eps,
+        Queries(q_ptr, M, H, q_row_stride, HEAD_DIM),
+        Caches(keys, values, table_ptr, H_KV, T, BLOCK_SIZE),
         HEAD_DIM,
-        BLOCK_SIZE,
-        BLOCK_M,
         BLOCK_N,
-        BLOCK_K,
     )
 
 
@@ -243,9 +188,7 @@ def qkv_rope(
         eps,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=keys.block_size,
-        BLOCK_M=BLOCK_M,
         BLOCK_N=config.block_n,
-        BLOCK_K=step_of(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **chain(x),

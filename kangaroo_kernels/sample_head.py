@@ -35,11 +35,11 @@ from kangaroo_kernels.shared.launch import (
     device_number,
     device_scalar,
     device_seed,
-    step_of,
     weight_and_bias,
 )
 from kangaroo_kernels.shared.noise import gumbel_tile
-from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project
+from kangaroo_kernels.shared.operands import Found, Linear, Matrix, Noise, Norm, TileParts
+from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
 
 CHUNK = tl.constexpr(4096)
 """Logits of a row that the filter takes at a time."""
@@ -49,56 +49,31 @@ SMALLEST_TOP_P = tl.constexpr(1e-30)
 
 
 @triton.jit
-def sample_tile(
-    tile,
-    TILES,
-    position,
-    seed,
-    x_ptr,
-    norm_ptr,
-    w_ptr,
-    bias_ptr,
-    logits_ptr,
-    score_ptr,
-    index_ptr,
-    largest_ptr,
-    sum_ptr,
-    stream,
-    temperature,
-    M,
-    V,
-    K,
-    x_row_stride,
-    w_row_stride,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """All rows of tokens ``tile * BLOCK_N ..``; arguments as for the kernel."""
+def sample_tile(tile, noise, x, norm, w, logits_ptr, parts, BLOCK_N: tl.constexpr):
+    """All rows of tokens ``tile * BLOCK_N ..``: their logits, [M, V] float32; if None, what they leave in ``parts``."""
+    M, V = x.rows, w.rows
     first = tile * BLOCK_N
     cols = first + tl.arange(0, BLOCK_N)
     owned = tl.minimum(cols, V - 1)  # the last tile's columns beyond the end repeat the last one
-    logits = norm_project(
-        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    if bias_ptr is not None:
-        logits = add_bias(logits, bias_ptr, cols, V)
+    logits = norm_project(x, norm, w, owned, BLOCK_N)
+    if w.bias_ptr is not None:
+        logits = add_bias(logits, w.bias_ptr, cols, V)
     rows = tl.arange(0, BLOCK_M)
     if logits_ptr is not None:
         mask = (rows[:, None] < M) & (cols[None, :] < V)
         tl.store(logits_ptr + rows[:, None].to(tl.int64) * V + cols[None, :], logits, mask=mask)
     else:
         logits = tl.where(cols[None, :] < V, logits, float("-inf"))
-        scores = logits / temperature + gumbel_tile(seed, stream, position + rows, first, BLOCK_M, BLOCK_N)
+        scores = logits / noise.temperature
+        scores += gumbel_tile(noise.seed, noise.stream, noise.position + rows, first, BLOCK_M, BLOCK_N)
         score, index = first_best(nan_wins(scores), tl.broadcast_to(cols[None, :], (BLOCK_M, BLOCK_N)), 1)
         largest = tl.max(nan_wins(logits), axis=1)
         total = exponential_sum(logits, largest, 1)
-        slots = rows * TILES + tile
-        tl.store(score_ptr + slots, score, mask=rows < M)
-        tl.store(index_ptr + slots, index, mask=rows < M)
-        tl.store(largest_ptr + slots, largest, mask=rows < M)
-        tl.store(sum_ptr + slots, total, mask=rows < M)
+        slots = rows * parts.count + tile
+        tl.store(parts.score_ptr + slots, score, mask=rows < M)
+        tl.store(parts.index_ptr + slots, index, mask=rows < M)
+        tl.store(parts.largest_ptr + slots, largest, mask=rows < M)
+        tl.store(parts.sum_ptr + slots, total, mask=rows < M)
 
 
 @triton.jit(
@@ -126,45 +101,27 @@ def sample_head_kernel(
     x_row_stride,
     w_row_stride,
     eps,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """One program owns all rows of ``BLOCK_N`` tokens."""
     fetch_ahead(w_ptr, w_row_stride, V, K, active_ptr, BLOCK_N, CHAINED)
     follow(CHAINED)
-    if active_ptr is not None:
-        if tl.load(active_ptr) == 0:
-            return
+    if skipped(active_ptr):
+        return
     position = tl.load(position_ptr)  # early: they arrive while the weight streams
     seed = tl.load(seed_ptr)
     temperature = tl.load(temperature_ptr)
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
     sample_tile(
-        tl.program_id(0),
-        tl.num_programs(0),
-        position,
-        seed,
-        x_ptr,
-        norm_ptr,
-        w_ptr,
-        bias_ptr,
+        tile,
+        Noise(seed, stream, position, temperature),
+        Matrix(x_ptr, M, K, x_row_stride),
+        Norm(norm_ptr, eps),
+        Linear(w_ptr, bias_ptr, V, K, w_row_stride),
         logits_ptr,
-        score_ptr,
-        index_ptr,
-        largest_ptr,
-        sum_ptr,
-        stream,
-        temperature,
-        M,
-        V,
-        K,
-        x_row_stride,
-        w_row_stride,
-        eps,
-        BLOCK_M,
+        TileParts(score_ptr, index_ptr, largest_ptr, sum_ptr, tiles),
         BLOCK_N,
-        BLOCK_K,
     )
 
 
@@ -256,9 +213,8 @@ def filtered_sample_kernel(
 ):
     """One program owns one row."""
     follow(CHAINED)
-    if active_ptr is not None:
-        if tl.load(active_ptr) == 0:
-            return
+    if skipped(active_ptr):
+        return
     temperature = tl.load(temperature_ptr)
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * V
@@ -285,20 +241,10 @@ def filtered_sample_kernel(
         best, index = first_best(scores, first + tl.arange(0, CHUNK), 0)
         token = tl.where(best > score, index, tl.where(best == score, tl.minimum(token, index), token))
         score = tl.maximum(score, best)
-    finish_row(
-        row,
-        token,
-        confidence_from(total),
-        token_ptr,
-        confidence_ptr,
-        sure_ptr,
-        threshold_ptr,
-        embedding_ptr,
-        embedded_ptr,
-        embedding_row_stride,
-        embedded_row_stride,
-        K,
-    )
+    embedding = Matrix(embedding_ptr, None, K, embedding_row_stride)
+    embedded = Matrix(embedded_ptr, None, K, embedded_row_stride)
+    found = Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded)
+    finish_row(row, token, confidence_from(total), found)
 
 
 def real_filter(value: Any, all_of_it: float) -> Any:
@@ -364,9 +310,7 @@ def sample_head(
         x.stride(0),
         matrix.stride(0),
         eps,
-        BLOCK_M=BLOCK_M,
         BLOCK_N=config.block_n,
-        BLOCK_K=step_of(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **chain(x),

@@ -15,47 +15,28 @@ from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
 from kangaroo_kernels.shared.head import TileResults, check_head, exponential_sum, first_best, merge_tiles, nan_wins
-from kangaroo_kernels.shared.launch import aligned_rows, check_operands, step_of, weight_and_bias
-from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project
+from kangaroo_kernels.shared.launch import aligned_rows, check_operands, weight_and_bias
+from kangaroo_kernels.shared.operands import Linear, Matrix, Norm, TileParts
+from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
 
 
 @triton.jit
-def top1_tile(
-    tile,
-    TILES,
-    x_ptr,
-    norm_ptr,
-    w_ptr,
-    bias_ptr,
-    largest_ptr,
-    index_ptr,
-    sum_ptr,
-    M,
-    V,
-    K,
-    x_row_stride,
-    w_row_stride,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """All rows of tokens ``tile * BLOCK_N ..``; arguments as for the kernel."""
+def top1_tile(tile, x, norm, w, parts, BLOCK_N: tl.constexpr):
+    """All rows of tokens ``tile * BLOCK_N ..``: what they leave in ``parts``."""
+    M, V = x.rows, w.rows
     cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     owned = tl.minimum(cols, V - 1)  # the last tile's columns beyond the end repeat the last one
-    logits = norm_project(
-        x_ptr, x_row_stride, norm_ptr, w_ptr, w_row_stride, owned, M, K, eps, BLOCK_M, BLOCK_N, BLOCK_K
-    )
-    if bias_ptr is not None:
-        logits = add_bias(logits, bias_ptr, cols, V)
+    logits = norm_project(x, norm, w, owned, BLOCK_N)
+    if w.bias_ptr is not None:
+        logits = add_bias(logits, w.bias_ptr, cols, V)
     logits = tl.where(cols[None, :] < V, logits, float("-inf"))
     largest, index = first_best(nan_wins(logits), tl.broadcast_to(cols[None, :], (BLOCK_M, BLOCK_N)), 1)
     total = exponential_sum(logits, largest, 1)
     rows = tl.arange(0, BLOCK_M)
-    slots = rows * TILES + tile
-    tl.store(largest_ptr + slots, largest, mask=rows < M)
-    tl.store(index_ptr + slots, index, mask=rows < M)
-    tl.store(sum_ptr + slots, total, mask=rows < M)
+    slots = rows * parts.count + tile
+    tl.store(parts.largest_ptr + slots, largest, mask=rows < M)
+    tl.store(parts.index_ptr + slots, index, mask=rows < M)
+    tl.store(parts.sum_ptr + slots, total, mask=rows < M)
 
 
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
@@ -74,36 +55,22 @@ def top1_head_kernel(
     x_row_stride,
     w_row_stride,
     eps,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """One program owns all rows of ``BLOCK_N`` tokens."""
     fetch_ahead(w_ptr, w_row_stride, V, K, active_ptr, BLOCK_N, CHAINED)
     follow(CHAINED)
-    if active_ptr is not None:
-        if tl.load(active_ptr) == 0:
-            return
+    if skipped(active_ptr):
+        return
+    tile, tiles = tl.program_id(0), tl.num_programs(0)
     top1_tile(
-        tl.program_id(0),
-        tl.num_programs(0),
-        x_ptr,
-        norm_ptr,
-        w_ptr,
-        bias_ptr,
-        largest_ptr,
-        index_ptr,
-        sum_ptr,
-        M,
-        V,
-        K,
-        x_row_stride,
-        w_row_stride,
-        eps,
-        BLOCK_M,
+        tile,
+        Matrix(x_ptr, M, K, x_row_stride),
+        Norm(norm_ptr, eps),
+        Linear(w_ptr, bias_ptr, V, K, w_row_stride),
+        TileParts(None, index_ptr, largest_ptr, sum_ptr, tiles),
         BLOCK_N,
-        BLOCK_K,
     )
 
 
@@ -143,9 +110,7 @@ def top1_head(
         x.stride(0),
         matrix.stride(0),
         eps,
-        BLOCK_M=BLOCK_M,
         BLOCK_N=config.block_n,
-        BLOCK_K=step_of(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **chain(x),

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -168,7 +169,7 @@ def test_no_kernel_is_at_fault(rows: list[Row], fault: str) -> None:
 
 
 def kernels_in_source() -> set[str]:
-    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kangaroo_kernels").glob("*.py"))
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kangaroo_kernels").rglob("*.py"))
     return set(re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE))
 
 
@@ -513,6 +514,44 @@ def test_a_bad_kernel_is_found(bad: Any, case: str, faults: set[str]) -> None:
 
 def test_compiling_leaves_triton_as_it_was(bad: Any) -> None:
     assert bad["left"] == []
+
+
+# ---- the machine code of two commits
+
+
+def test_two_commits_are_compared_by_their_machine_code(
+    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines and names are moved in ``accept``, which does not count; ``commit`` writes another position, which does."""
+    compare = importlib.import_module("compare_binaries")
+    for folder in ("kangaroo_kernels", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    accept, commit = (tmp_path / f"kangaroo_kernels/{name}.py" for name in ("accept", "commit"))
+    moved = re.sub(r"\bagrees\b", "is_alike", accept.read_text(encoding="utf-8"))
+    accept.write_text(moved.replace("import triton\n", "import triton\n# a line more\n"), encoding="utf-8")
+    text = commit.read_text(encoding="utf-8")
+    assert text.count("reached - 2") == 1
+    commit.write_text(text.replace("reached - 2", "reached - 3"), encoding="utf-8")
+
+    wanted = {"steps": ["accept", "commit"], "models": ["Llama-3.2-1B"], "dtype": "bfloat16", "rows": 8, "length": 4096}
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    theirs, ours = (compare.binaries_of(tree, wanted | {"architectures": [90]}) for tree in (tmp_path, ROOT))
+    verdicts = {each.case.rpartition(" ")[2]: each for each in compare.judge(theirs, ours)}
+    assert {kernel: each.same for kernel, each in verdicts.items()} == {"accept_kernel": True, "commit_kernel": False}
+    assert verdicts["commit_kernel"].detail == "floating-point instructions in the same order"
+
+
+def test_what_differs_is_said(tool: Any) -> None:
+    compare = importlib.import_module("compare_binaries")
+    code = {"instructions": "a", "arithmetic": "b", "registers": 96, "spills": 0}
+    here = {"as it was": [code], "spills": [code | {"arithmetic": "c", "spills": 2}], "new": [code]}
+    there = {"as it was": [code], "spills": [code], "old": [code]}
+    assert compare.judge(there, here) == [
+        ("as it was", True, ""),
+        ("spills", False, "floating-point instructions in another order, spills 0 -> 2"),
+        ("new", False, "only here"),
+        ("old", False, "only there"),
+    ]
 
 
 # ---- reading machine code

@@ -110,7 +110,7 @@ def layouts_of_sums(ttgir: str) -> dict[tuple[str, ...], list[str]]:
     """How the tiles of products and sums lie across the threads, which is what the order of the addends follows from.
 
     Returns:
-        For each place, from the line of the sum outwards to the kernel's (``("_stream.py:104", "gate_up.py:42", ..)``),
+        For each place, from the line of the sum outwards to the kernel's (``("tiles.py:104", "gate_up.py:42", ..)``),
         its tiles' types in the compiler's words, shape and layout. Tiles in shared memory have no part in the order.
     """
     alias = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))

@@ -28,7 +28,9 @@ from sass import Pipeline
 from steps import META, STEPS, Call, Step
 from triton import knobs
 
+from kangaroo_kernels.attention import TILE_BYTES
 from kangaroo_kernels.contract import MAX_ROWS
+from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings
 
 USER_ERROR = 2
@@ -131,17 +133,17 @@ class Row:
     binary: str
 
 
-def tiles_of(launch: CompiledLaunch, itemsize: int) -> tuple[int, int]:
+def tiles_of(launch: CompiledLaunch) -> tuple[int, int]:
     """Bytes that a program loads an iteration: of the weight or cache, and of the rows beside it; 0 if none."""
-    size = launch.constants
+    size, step = launch.constants, K_STEP_BYTES.value
     if launch.kernel == "attention_kernel":
-        return 2 * size["BLOCK_T"] * size["HEAD_DIM"] * itemsize, 0
-    if "BLOCK_K" not in size:
-        return 0, 0
+        return 2 * TILE_BYTES.value * size["HEAD_DIM"], 0
     if launch.kernel == PERSISTENT:  # its tiles are of several sizes; this one is read most
-        return size["HEAD_N"] * size["BLOCK_K"] * itemsize, size["BLOCK_M"] * size["BLOCK_K"] * itemsize
+        return size["HEAD_N"] * step, MAX_ROWS * step
+    if "BLOCK_N" not in size:
+        return 0, 0
     weight_rows = size["BLOCK_N"] * (2 if launch.kernel == "gate_up_kernel" else 1)
-    return weight_rows * size["BLOCK_K"] * itemsize, size["BLOCK_M"] * size["BLOCK_K"] * itemsize
+    return weight_rows * step, MAX_ROWS * step
 
 
 def widest_of(pipeline: Pipeline) -> int:
@@ -188,7 +190,7 @@ def make_row(step: Step, of: Call, launch: CompiledLaunch, launches: int, shape:
     architecture = launch.architecture
     cards, code = cards_of(architecture), launch.code
     card, fastest, pipeline = cards[0], max(cards, key=lambda each: each.bandwidth), streams_of(launch)
-    weight_tile, rows_tile = tiles_of(launch, settings.dtype.itemsize)
+    weight_tile, rows_tile = tiles_of(launch)
     streams, depth = weight_tile > 0, pipeline.depth if pipeline else 0.0
     waves = card.waves(launch)
     moved = of.bytes_moved if launch.kernel == f"{of.op}_kernel" else None

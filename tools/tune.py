@@ -47,11 +47,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from kangaroo_kernels import launch_config
-from kangaroo_kernels.attention import TILE
+from kangaroo_kernels.attention import TILE_BYTES
+from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
 from kangaroo_kernels.operation import Arguments
-from kangaroo_kernels.shared.launch import step_of
-from kangaroo_kernels.shared.tiles import BLOCK_M
+from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings, Workload, workloads
 
 NOTHING_FOUND, USER_ERROR, INTERRUPTED = 1, 2, 130
@@ -127,11 +127,10 @@ def find_cases(models: Sequence[ModelShape], dtype: torch.dtype) -> list[Case]:
 
 def stage_bytes(case: Case, block_n: int) -> int:
     """Of shared memory that a tile of the software pipeline takes."""
-    dtype = DTYPES[case.dtype]
     if case.op == "attention":
-        return 2 * TILE[dtype.itemsize] * case.n * dtype.itemsize
+        return 2 * int(TILE_BYTES.value) * case.n
     weight_rows = 2 * block_n if case.op == "gate_up" else block_n
-    return (weight_rows + BLOCK_M) * step_of(dtype) * dtype.itemsize
+    return (weight_rows + MAX_ROWS) * int(K_STEP_BYTES.value)
 
 
 def default_of(case: Case, capability: int) -> LaunchConfig:
@@ -278,11 +277,11 @@ class Workbench:
     def sets(self, case: Case) -> list[Arguments]:
         """Arguments of 16 rows."""
         if case not in self._sets:
-            length = CACHE_LENGTH if case.op == "attention" else 2 * BLOCK_M
-            settings = Settings(BLOCK_M, length, DTYPES[case.dtype], self.device)
+            length = CACHE_LENGTH if case.op == "attention" else 2 * MAX_ROWS
+            settings = Settings(MAX_ROWS, length, DTYPES[case.dtype], self.device)
             count = 1
             if self.card is not None:
-                set_bytes = case.workload.bytes_moved(BLOCK_M, length, settings.dtype.itemsize)
+                set_bytes = case.workload.bytes_moved(MAX_ROWS, length, settings.dtype.itemsize)
                 free_bytes, _ = torch.cuda.mem_get_info(self.device)
                 count = sets_needed(set_bytes, self.card.l2_bytes, free_bytes)
             self._sets[case] = [case.workload.make(settings) for _ in range(count)]
@@ -321,7 +320,7 @@ class Workbench:
     def least_us(self, case: Case) -> float:
         """A call's time at 5 TB/s, more than cards have."""
         itemsize = DTYPES[case.dtype].itemsize
-        return case.workload.bytes_moved(BLOCK_M, CACHE_LENGTH, itemsize) / 5e6
+        return case.workload.bytes_moved(MAX_ROWS, CACHE_LENGTH, itemsize) / 5e6
 
 
 def fixed_bits(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -2,9 +2,9 @@
 
 Every program stays resident and takes its share of the tiles of one stage after the other: ``qkv_rope``, ``attention``,
 its merge, the output projection, ``gate_up``, the down projection; the adapter's first four; the head and its merge.
-Between two stages lies a barrier across the grid (``_grid.py``); before a program waits there, it asks for what it will
-first read of the next weight. The loop ends on the device's own decision, the threshold. A stage is the very function
-that the stage kernels run, with their tiles, so the results are theirs to the bit.
+Between two stages lies a barrier across the grid (``shared/grid.py``); before a program waits there, it asks for what
+it will first read of the next weight. The loop ends on the device's own decision, the threshold. A stage is the very
+function that the stage kernels run, with their tiles, so the results are theirs to the bit.
 
 Bytes moved: those of the stages, once a draft. Barriers, a draft: 6 a layer, 4 for the adapter, 2 for the head.
 """
@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.attention import TILE
 from kangaroo_kernels.contract import TARGET_STREAM, DraftModel, Top1
 from kangaroo_kernels.draft_loop.stages import (
     ATTEND,
@@ -33,24 +32,28 @@ from kangaroo_kernels.draft_loop.stages import (
     QKV,
     TABLE_WORDS,
     TURNS,
+    Sizes,
+    Strides,
+    Turn,
+    Widths,
     attend_stage,
     merge_stage,
     prefetch_next,
     qkv_stage,
     tensor_at,
 )
-from kangaroo_kernels.draft_loop.table import ATTENTION_STAGES, PROGRAMS_PER_SM, DraftLoop
+from kangaroo_kernels.draft_loop.table import DraftLoop
 from kangaroo_kernels.gate_up import gate_up_tile
 from kangaroo_kernels.linear_residual import linear_residual_tile
 from kangaroo_kernels.sample_head import real_filter, sample_tile
 from kangaroo_kernels.shared.checks import check_sampling
 from kangaroo_kernels.shared.grid import arrive, is_whole, leave, wait
 from kangaroo_kernels.shared.head import merge_row
-from kangaroo_kernels.shared.launch import device_number, device_seed, step_of
-from kangaroo_kernels.shared.tiles import BLOCK_M
+from kangaroo_kernels.shared.launch import device_number, device_seed
+from kangaroo_kernels.shared.operands import Found, Heads, Linear, Matrix, Noise, Norm, Parts, TileParts
 from kangaroo_kernels.top1_head import top1_tile
 
-__all__ = ["PROGRAMS_PER_SM", "DraftLoop", "draft_loop", "draft_loop_kernel", "prepare_draft_loop"]
+__all__ = ["DraftLoop", "draft_loop", "draft_loop_kernel", "prepare_draft_loop"]
 
 PREFETCHED_STEPS = 4
 """Steps along K of a program's first tile: about what the memory delivers while a barrier lasts."""
@@ -130,21 +133,18 @@ def draft_loop_kernel(
     ADAPTER_HEAD_DIM: tl.constexpr,
     ADAPTER_BLOCK_D: tl.constexpr,
     ADAPTER_BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    ATTENTION_STAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     QKV_N: tl.constexpr,
     LINEAR_N: tl.constexpr,
     GATE_UP_N: tl.constexpr,
     HEAD_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     PREFETCHED: tl.constexpr,
 ):
     """One program owns every ``programs``-th tile of each stage."""
     if tl.load(flags_ptr) == 0:
         return
-    PREFETCH_ROWS: tl.constexpr = max(QKV_N, LINEAR_N, 2 * GATE_UP_N, HEAD_N)
-    UNIT: tl.constexpr = 16 // (base_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    HEADS: tl.constexpr = Heads(GROUP, HEAD_DIM, BLOCK_D, BLOCK_R)
+    ADAPTER_HEADS: tl.constexpr = Heads(ADAPTER_GROUP, ADAPTER_HEAD_DIM, ADAPTER_BLOCK_D, ADAPTER_BLOCK_R)
+    WIDTHS: tl.constexpr = Widths(QKV_N, LINEAR_N, GATE_UP_N, HEAD_N)
     OTHER_HEADS: tl.constexpr = (GROUP != ADAPTER_GROUP) or (HEAD_DIM != ADAPTER_HEAD_DIM)
     program = tl.program_id(0)
     before = tl.load(positions_ptr).to(tl.int32)
@@ -152,6 +152,7 @@ def draft_loop_kernel(
     qkv_rows = (GROUP + 2) * HEAD_DIM * H_KV
     adapter_qkv_rows = (ADAPTER_GROUP + 2) * ADAPTER_HEAD_DIM * ADAPTER_H_KV
     turns = tl.where(is_whole(state_ptr), TURNS * (LAYERS + 1), 0)  # of a draft; 0 ends the loop
+    left = TileParts(score_ptr, index_ptr, largest_ptr, sum_ptr, tiles)
     arrivals = 0
     drafted = 0
     while turns > 0:
@@ -168,148 +169,41 @@ def draft_loop_kernel(
                 position = before + 2 + drafted - M
                 kv_heads = tl.where(adapting, ADAPTER_H_KV, H_KV)
                 room = tl.where(adapting, ADAPTER_T, T)
+                now = Turn(program, programs, base_ptr, row_ptr, adapting, M, position, kv_heads, room)
 
                 if stage == QKV:
                     exit_row_ptr = exit_hidden_ptr + (drafted + 2 - M) * K
                     x_ptr = tl.where(adapting, exit_row_ptr, tl.where(block == 0, newest_ptr, hidden_ptr))
                     head_stride = tl.where(adapting, adapter_head_stride, cache_head_stride)
                     row_stride = tl.where(adapting, adapter_row_stride, cache_row_stride)
+                    strides = Strides(head_stride, row_stride)
                     block_eps = tl.where(adapting, adapter_eps, eps)
-                    block_phases_ptr = tl.where(adapting, adapter_phases_ptr, phases_ptr)
+                    rope_ptr = tl.where(adapting, adapter_phases_ptr, phases_ptr)
                     if adapting & OTHER_HEADS:
                         if OTHER_HEADS:
                             qkv_stage(
-                                program,
-                                programs,
-                                base_ptr,
-                                row_ptr,
-                                position,
-                                x_ptr,
-                                block_phases_ptr,
-                                q_ptr,
-                                M,
-                                K,
-                                kv_heads,
-                                room,
-                                head_stride,
-                                row_stride,
-                                block_eps,
-                                UNIT,
-                                QKV_BIAS,
-                                ADAPTER_GROUP,
-                                ADAPTER_HEAD_DIM,
-                                BLOCK_M,
-                                QKV_N,
-                                BLOCK_K,
+                                now, x_ptr, K, strides, block_eps, rope_ptr, q_ptr, ADAPTER_HEADS, QKV_BIAS, QKV_N
                             )
                     else:
-                        qkv_stage(
-                            program,
-                            programs,
-                            base_ptr,
-                            row_ptr,
-                            position,
-                            x_ptr,
-                            block_phases_ptr,
-                            q_ptr,
-                            M,
-                            K,
-                            kv_heads,
-                            room,
-                            head_stride,
-                            row_stride,
-                            block_eps,
-                            UNIT,
-                            QKV_BIAS,
-                            GROUP,
-                            HEAD_DIM,
-                            BLOCK_M,
-                            QKV_N,
-                            BLOCK_K,
-                        )
+                        qkv_stage(now, x_ptr, K, strides, block_eps, rope_ptr, q_ptr, HEADS, QKV_BIAS, QKV_N)
                 elif stage == ATTEND:
                     head_stride = tl.where(adapting, adapter_head_stride, cache_head_stride)
                     row_stride = tl.where(adapting, adapter_row_stride, cache_row_stride)
+                    strides = Strides(head_stride, row_stride)
                     block_scale = tl.where(adapting, adapter_scale, scale)
+                    parts = Parts(sums_ptr, stats_ptr, None, 0)
                     if adapting & OTHER_HEADS:
                         if OTHER_HEADS:
-                            attend_stage(
-                                program,
-                                programs,
-                                base_ptr,
-                                row_ptr,
-                                position,
-                                q_ptr,
-                                sums_ptr,
-                                stats_ptr,
-                                M,
-                                kv_heads,
-                                room,
-                                block_scale,
-                                head_stride,
-                                row_stride,
-                                UNIT,
-                                ADAPTER_GROUP,
-                                ADAPTER_HEAD_DIM,
-                                ADAPTER_BLOCK_D,
-                                ADAPTER_BLOCK_R,
-                                BLOCK_T,
-                                ATTENTION_STAGES,
-                            )
+                            attend_stage(now, q_ptr, strides, block_scale, parts, ADAPTER_HEADS)
                     else:
-                        attend_stage(
-                            program,
-                            programs,
-                            base_ptr,
-                            row_ptr,
-                            position,
-                            q_ptr,
-                            sums_ptr,
-                            stats_ptr,
-                            M,
-                            kv_heads,
-                            room,
-                            block_scale,
-                            head_stride,
-                            row_stride,
-                            UNIT,
-                            GROUP,
-                            HEAD_DIM,
-                            BLOCK_D,
-                            BLOCK_R,
-                            BLOCK_T,
-                            ATTENTION_STAGES,
-                        )
+                        attend_stage(now, q_ptr, strides, block_scale, parts, HEADS)
                 elif stage == MERGE:
                     if adapting & OTHER_HEADS:
                         if OTHER_HEADS:
-                            merge_stage(
-                                program,
-                                programs,
-                                position,
-                                sums_ptr,
-                                stats_ptr,
-                                mixed_ptr,
-                                M,
-                                ADAPTER_GROUP * kv_heads,
-                                room,
-                                ADAPTER_HEAD_DIM,
-                                ADAPTER_BLOCK_D,
-                            )
+                            H = ADAPTER_GROUP * kv_heads
+                            merge_stage(now, sums_ptr, stats_ptr, mixed_ptr, H, ADAPTER_HEAD_DIM, ADAPTER_BLOCK_D)
                     else:
-                        merge_stage(
-                            program,
-                            programs,
-                            position,
-                            sums_ptr,
-                            stats_ptr,
-                            mixed_ptr,
-                            M,
-                            GROUP * kv_heads,
-                            room,
-                            HEAD_DIM,
-                            BLOCK_D,
-                        )
+                        merge_stage(now, sums_ptr, stats_ptr, mixed_ptr, GROUP * kv_heads, HEAD_DIM, BLOCK_D)
                 elif (stage == OUTPUT) | (stage == DOWN):
                     is_down = stage == DOWN
                     exit_row_ptr = exit_hidden_ptr + (drafted + 2 - M) * K
@@ -319,113 +213,55 @@ def draft_loop_kernel(
                     inputs = tl.where(is_down, I, queries)
                     last_ptr = tl.where(block == LAYERS - 1, exit_hidden_ptr + (drafted + 1) * K, hidden_ptr)
                     for tile in tl.range(program, tl.cdiv(K, LINEAR_N), programs, disable_licm=True):
+                        rows_ptr = tl.where(is_down, inner_ptr, mixed_ptr)
+                        w_ptr = tensor_at(base_ptr, row_ptr, tl.where(is_down, DOWN_AT, OUTPUT_AT))
+                        bias_ptr = tensor_at(base_ptr, row_ptr, bias_word) if LINEAR_BIAS else None
+                        residual_ptr = tl.where(is_down, hidden_ptr, x_ptr)
+                        out_ptr = tl.where(adapting, adapted_ptr, tl.where(is_down, last_ptr, hidden_ptr))
                         linear_residual_tile(
                             tile,
-                            tl.where(is_down, inner_ptr, mixed_ptr),
-                            tensor_at(base_ptr, row_ptr, tl.where(is_down, DOWN_AT, OUTPUT_AT), UNIT),
-                            tensor_at(base_ptr, row_ptr, bias_word, UNIT) if LINEAR_BIAS else None,
-                            tl.where(is_down, hidden_ptr, x_ptr),
-                            tl.where(adapting, adapted_ptr, tl.where(is_down, last_ptr, hidden_ptr)),
-                            M,
-                            K,
-                            inputs,
-                            inputs,
-                            inputs,
-                            K,
-                            K,
-                            BLOCK_M,
+                            Matrix(rows_ptr, M, inputs, inputs),
+                            Linear(w_ptr, bias_ptr, K, inputs, inputs),
+                            Matrix(residual_ptr, M, K, K),
+                            Matrix(out_ptr, M, K, K),
                             LINEAR_N,
-                            BLOCK_K,
                         )
                 elif stage == GATE_UP:
                     for tile in tl.range(program, tl.cdiv(I, GATE_UP_N), programs, disable_licm=True):
+                        norm_ptr = tensor_at(base_ptr, row_ptr, MLP_NORM_AT)
+                        w_ptr = tensor_at(base_ptr, row_ptr, GATE_UP_AT)
+                        bias_ptr = tensor_at(base_ptr, row_ptr, GATE_UP_BIAS_AT) if GATE_UP_BIAS else None
                         gate_up_tile(
                             tile,
-                            hidden_ptr,
-                            tensor_at(base_ptr, row_ptr, MLP_NORM_AT, UNIT),
-                            tensor_at(base_ptr, row_ptr, GATE_UP_AT, UNIT),
-                            tensor_at(base_ptr, row_ptr, GATE_UP_BIAS_AT, UNIT) if GATE_UP_BIAS else None,
-                            inner_ptr,
-                            M,
-                            I,
-                            K,
-                            K,
-                            K,
-                            I,
-                            eps,
-                            BLOCK_M,
+                            Matrix(hidden_ptr, M, K, K),
+                            Norm(norm_ptr, eps),
+                            Linear(w_ptr, bias_ptr, 2 * I, K, K),
+                            Matrix(inner_ptr, M, I, I),
                             GATE_UP_N,
-                            BLOCK_K,
                         )
                 elif stage == HEAD:
-                    x_ptr = adapted_ptr + (M - 1) * K  # the newest row alone
+                    x = Matrix(adapted_ptr + (M - 1) * K, 1, K, K)  # the newest row alone
+                    norm, w = Norm(head_norm_ptr, head_eps), Linear(head_ptr, head_bias_ptr, V, K, K)
                     for tile in tl.range(program, tiles, programs, disable_licm=True):
                         if seed_ptr is None:
-                            top1_tile(
-                                tile,
-                                tiles,
-                                x_ptr,
-                                head_norm_ptr,
-                                head_ptr,
-                                head_bias_ptr,
-                                largest_ptr,
-                                index_ptr,
-                                sum_ptr,
-                                1,
-                                V,
-                                K,
-                                K,
-                                K,
-                                head_eps,
-                                BLOCK_M,
-                                HEAD_N,
-                                BLOCK_K,
-                            )
+                            top1_tile(tile, x, norm, w, left, HEAD_N)
                         else:
-                            sample_tile(
-                                tile,
-                                tiles,
-                                (before + 2 + drafted).to(tl.int64),
-                                tl.load(seed_ptr),
-                                x_ptr,
-                                head_norm_ptr,
-                                head_ptr,
-                                head_bias_ptr,
-                                None,
-                                score_ptr,
-                                index_ptr,
-                                largest_ptr,
-                                sum_ptr,
-                                stream,
-                                tl.load(temperature_ptr),
-                                1,
-                                V,
-                                K,
-                                K,
-                                K,
-                                head_eps,
-                                BLOCK_M,
-                                HEAD_N,
-                                BLOCK_K,
-                            )
+                            drafted_at = (before + 2 + drafted).to(tl.int64)
+                            noise = Noise(tl.load(seed_ptr), stream, drafted_at, tl.load(temperature_ptr))
+                            sample_tile(tile, noise, x, norm, w, None, left, HEAD_N)
                 else:
                     for row in tl.range(program, 1, programs, disable_licm=True):
                         merge_row(
                             row,
-                            score_ptr,
-                            index_ptr,
-                            largest_ptr,
-                            sum_ptr,
-                            token_ptr + drafted,
-                            confidence_ptr + drafted,
-                            flags_ptr + drafted + 1,
-                            threshold_ptr,
-                            embedding_ptr,
-                            newest_ptr,
-                            tiles,
-                            K,
-                            K,
-                            K,
+                            left,
+                            Found(
+                                token_ptr + drafted,
+                                confidence_ptr + drafted,
+                                flags_ptr + drafted + 1,
+                                threshold_ptr,
+                                Matrix(embedding_ptr, None, K, K),
+                                Matrix(newest_ptr, None, K, K),
+                            ),
                         )
 
                 # the early exit
@@ -439,28 +275,10 @@ def draft_loop_kernel(
                     arrivals += programs
                     if PREFETCHED:
                         if (stage != ATTEND) & (stage != MERGE) & (stage != CHOOSE):
-                            prefetch_next(
-                                stage,
-                                program,
-                                adapting,
-                                base_ptr,
-                                table_ptr,
-                                row_ptr,
-                                head_ptr,
-                                tl.where(adapting, ADAPTER_GROUP * ADAPTER_HEAD_DIM, GROUP * HEAD_DIM) * kv_heads,
-                                tl.where(block == LAYERS - 1, adapter_qkv_rows, qkv_rows),
-                                V,
-                                K,
-                                I,
-                                UNIT,
-                                QKV_N,
-                                LINEAR_N,
-                                GATE_UP_N,
-                                HEAD_N,
-                                PREFETCH_ROWS,
-                                BLOCK_K,
-                                PREFETCHED,
-                            )
+                            queries = tl.where(adapting, ADAPTER_GROUP * ADAPTER_HEAD_DIM, GROUP * HEAD_DIM) * kv_heads
+                            next_rows = tl.where(block == LAYERS - 1, adapter_qkv_rows, qkv_rows)
+                            sizes = Sizes(queries, next_rows, V, K, I)
+                            prefetch_next(now, stage, table_ptr, head_ptr, sizes, WIDTHS, PREFETCHED)
                     turns = tl.where(wait(state_ptr, arrivals, polls, stage + 1), turns, 0)
         drafted += 1
 
@@ -468,6 +286,15 @@ def draft_loop_kernel(
 def prepare_draft_loop(model: DraftModel, most: int) -> DraftLoop:
     """What ``draft_loop`` needs of ``model`` for up to ``most`` drafts a step."""
     return DraftLoop(model, most)
+
+
+def refuse_filters(top_k: int | Tensor | None, top_p: float | Tensor | None, vocab_size: int) -> None:
+    """Raise for a top-k or top-p that leaves tokens out."""
+    if real_filter(top_k, vocab_size) is not None or real_filter(top_p, 1.0) is not None:
+        raise ValueError(
+            f"draft_loop: top_k {top_k} and top_p {top_p} need a whole row of logits, which this kernel never has; "
+            "draft with the stage kernels, or without a filter."
+        )
 
 
 def draft_loop(
@@ -493,18 +320,13 @@ def draft_loop(
     most = len(flags) - 1
     loop = DraftLoop(model, most) if prepared is None else prepared
     out = loop.check(model, flags, positions, newest, exit_hidden, out)
-    sampled = temperature is not None
+    vocab_size, K = model.embedding.shape
     if temperature is not None:
         check_sampling("draft_loop", temperature, top_k, top_p, seed, newest.device)
-    vocab_size, K = model.embedding.shape
-    if sampled and (real_filter(top_k, vocab_size) is not None or real_filter(top_p, 1.0) is not None):
-        raise ValueError(
-            f"draft_loop: top_k {top_k} and top_p {top_p} need a whole row of logits, which this kernel never has; "
-            "draft with the stage kernels, or without a filter."
-        )
-    key = None if not sampled else seed if isinstance(seed, Tensor) else device_seed(seed, newest.device)
-    on_gpu = newest.device.type != "cpu"
-    head_n, tiles = loop.heads[sampled]
+        refuse_filters(top_k, top_p, vocab_size)
+        temperature = device_number(temperature, newest.device)
+        seed = seed if isinstance(seed, Tensor) else device_seed(seed, newest.device)
+    head_n, tiles = loop.heads[temperature is not None]
     shape, adapter = loop.shape, loop.adapter_shape
     draft_loop_kernel[(loop.grid,)](
         loop.base,
@@ -532,9 +354,9 @@ def draft_loop(
         tiles.largest,
         tiles.sums,
         loop.state,
-        key,
+        None if temperature is None else seed,
         stream,
-        None if temperature is None else device_number(temperature, newest.device),
+        temperature,
         device_number(threshold, newest.device),
         len(model.layers),
         most,
@@ -556,22 +378,9 @@ def draft_loop(
         model.eps,
         loop.programs,
         loop.polls,
-        **loop.biased,
-        GROUP=shape.group,
-        HEAD_DIM=shape.head_dim,
-        BLOCK_D=shape.block_d,
-        BLOCK_R=shape.block_rows,
-        ADAPTER_GROUP=adapter.group,
-        ADAPTER_HEAD_DIM=adapter.head_dim,
-        ADAPTER_BLOCK_D=adapter.block_d,
-        ADAPTER_BLOCK_R=adapter.block_rows,
-        BLOCK_T=TILE[newest.element_size()],
-        ATTENTION_STAGES=ATTENTION_STAGES,
-        BLOCK_M=BLOCK_M,
-        **loop.block_n,
+        **loop.constants,
         HEAD_N=head_n,
-        BLOCK_K=step_of(newest.dtype),
-        PREFETCHED=PREFETCHED_STEPS if on_gpu else 0,
+        PREFETCHED=PREFETCHED_STEPS if newest.device.type != "cpu" else 0,
         num_warps=loop.config.num_warps,
         num_stages=loop.config.num_stages,
         **loop.gpu_options,

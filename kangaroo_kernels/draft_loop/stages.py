@@ -3,12 +3,18 @@
 A block is a layer, or the adapter behind the last of them. Where its tensors lie, a row of a table says.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from kangaroo_kernels.attention import attention_merge, attention_split, count_splits_of, first_position
+from kangaroo_kernels.attention import attention_merge, attention_split
 from kangaroo_kernels.qkv_rope import qkv_rope_tile
 from kangaroo_kernels.shared.grid import prefetch
+from kangaroo_kernels.shared.launch import VECTOR_BYTES
+from kangaroo_kernels.shared.operands import Cache, Caches, Linear, Matrix, Norm, Parts, Queries, Work
+from kangaroo_kernels.shared.splits import count_splits_of, first_position
+from kangaroo_kernels.shared.tiles import K_STEP_BYTES, elements
 
 # The stages, in the order of a layer; the adapter goes from OUTPUT to HEAD.
 QKV = tl.constexpr(0)
@@ -40,218 +46,173 @@ TABLE_WORDS = tl.constexpr(12)
 PREFETCH_BYTES = tl.constexpr(64)
 """From one prefetch to the next: the memory's own grain."""
 
+VECTOR = tl.constexpr(VECTOR_BYTES)
+"""Bytes that the table counts in."""
+
+ATTENTION_STAGES = tl.constexpr(2)
+"""Of the pipeline over the KV cache: with more of them one program would take the shared memory of two."""
+
+
+class Turn(NamedTuple):
+    """What every stage of a turn knows: the program, the block and the rows.
+
+    Attributes:
+        program: this one's number.
+        programs: of the grid.
+        base_ptr: what the table's offsets count from, of the weights' dtype.
+        row_ptr: the block's row of the table, ``[TABLE_WORDS]`` int64.
+        adapting: whether the block is the adapter.
+        M: rows, 1 or 2.
+        position: of the first row.
+        kv_heads: of the block.
+        room: positions that the block's caches and phases hold.
+    """
+
+    program: tl.tensor
+    programs: tl.tensor
+    base_ptr: tl.tensor
+    row_ptr: tl.tensor
+    adapting: tl.tensor
+    M: tl.tensor
+    position: tl.tensor
+    kv_heads: tl.tensor
+    room: tl.tensor
+
+
+class Strides(NamedTuple):
+    """The strides of a block's keys, and of its values.
+
+    Attributes:
+        head: from head to head.
+        row: from position to position.
+    """
+
+    head: tl.tensor
+    row: tl.tensor
+
+
+class Sizes(NamedTuple):
+    """The rows and columns of the weights that are fetched ahead.
+
+    Attributes:
+        queries: H * D of the block, the columns of its output projection.
+        qkv_rows: rows of the next block's packed q, k and v.
+        V: rows of the head.
+        K: the hidden size.
+        I: the MLP's inner size.
+    """
+
+    queries: tl.tensor
+    qkv_rows: tl.tensor
+    V: tl.tensor
+    K: tl.tensor
+    I: tl.tensor
+
+
+class Widths(NamedTuple):
+    """The columns of the projections' tiles, all known at compile time.
+
+    Attributes:
+        QKV: of ``qkv_rope``.
+        LINEAR: of ``linear_residual``.
+        GATE_UP: of ``gate_up``, of which a tile reads twice as many rows.
+        HEAD: of the head: tokens.
+    """
+
+    QKV: tl.constexpr
+    LINEAR: tl.constexpr
+    GATE_UP: tl.constexpr
+    HEAD: tl.constexpr
+
 
 @triton.jit
-def tensor_at(base_ptr, row_ptr, word, UNIT: tl.constexpr):
-    """A block's tensor; the table counts in vectors of 16 bytes, so that the address is known to be a multiple."""
-    return base_ptr + tl.load(row_ptr + word) * UNIT
+def tensor_at(base_ptr, row_ptr, word):
+    """A block's tensor; the table counts in vectors, so that the address is known to be a multiple of 16."""
+    return base_ptr + tl.load(row_ptr + word) * elements(VECTOR, base_ptr)
 
 
 @triton.jit
-def qkv_stage(
-    program,
-    programs,
-    base_ptr,
-    row_ptr,
-    position,
-    x_ptr,
-    phases_ptr,
-    q_ptr,
-    M,
-    K,
-    H_KV,
-    T,
-    head_stride,
-    row_stride,
-    eps,
-    UNIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def qkv_stage(turn, x_ptr, K, strides, eps, phases_ptr, q_ptr, heads, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr):
     """A program's tiles of a block's ``qkv_rope``."""
-    N = (GROUP + 2) * H_KV * HEAD_DIM
-    for tile in tl.range(program, tl.cdiv(N, BLOCK_N), programs, disable_licm=True):
+    base_ptr, row_ptr, H_KV = turn.base_ptr, turn.row_ptr, turn.kv_heads
+    N = (heads.GROUP + 2) * H_KV * heads.DIM
+    for tile in tl.range(turn.program, tl.cdiv(N, BLOCK_N), turn.programs, disable_licm=True):
+        norm_ptr, w_ptr = tensor_at(base_ptr, row_ptr, NORM_AT), tensor_at(base_ptr, row_ptr, QKV_AT)
+        bias_ptr = tensor_at(base_ptr, row_ptr, QKV_BIAS_AT) if HAS_BIAS else None
+        keys = Cache(tensor_at(base_ptr, row_ptr, KEYS_AT), 0, strides.head, strides.row)
+        values = Cache(tensor_at(base_ptr, row_ptr, VALUES_AT), 0, strides.head, strides.row)
         qkv_rope_tile(
             tile,
-            position,
-            x_ptr,
-            tensor_at(base_ptr, row_ptr, NORM_AT, UNIT),
-            tensor_at(base_ptr, row_ptr, QKV_AT, UNIT),
-            tensor_at(base_ptr, row_ptr, QKV_BIAS_AT, UNIT) if HAS_BIAS else None,
+            turn.position,
+            Matrix(x_ptr, turn.M, K, K),
+            Norm(norm_ptr, eps),
+            Linear(w_ptr, bias_ptr, N, K, K),
             phases_ptr,
-            q_ptr,
-            tensor_at(base_ptr, row_ptr, KEYS_AT, UNIT),
-            tensor_at(base_ptr, row_ptr, VALUES_AT, UNIT),
-            None,
-            M,
-            N,
-            K,
-            GROUP * H_KV,
-            H_KV,
-            T,
-            K,
-            K,
-            GROUP * H_KV * HEAD_DIM,
-            0,
-            head_stride,
-            row_stride,
-            0,
-            head_stride,
-            row_stride,
-            eps,
-            HEAD_DIM,
-            0,
-            BLOCK_M,
+            Queries(q_ptr, turn.M, heads.GROUP * H_KV, heads.GROUP * H_KV * heads.DIM, heads.DIM),
+            Caches(keys, values, None, H_KV, turn.room, 0),
+            heads.DIM,
             BLOCK_N,
-            BLOCK_K,
         )
 
 
 @triton.jit
-def attend_stage(
-    program,
-    programs,
-    base_ptr,
-    row_ptr,
-    position,
-    q_ptr,
-    sums_ptr,
-    stats_ptr,
-    M,
-    H_KV,
-    T,
-    scale,
-    head_stride,
-    row_stride,
-    UNIT: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def attend_stage(turn, q_ptr, strides, scale, parts, heads):
     """A program's splits of a block's ``attention``: those that the text has, the long ones first."""
-    length = tl.minimum(position + M, T)
-    splits = count_splits_of(length)
-    for item in tl.range(program, splits * H_KV, programs, disable_licm=True):
+    H_KV = turn.kv_heads
+    splits = count_splits_of(tl.minimum(turn.position + turn.M, turn.room))
+    for item in tl.range(turn.program, splits * H_KV, turn.programs, disable_licm=True):
         split = splits - 1 - item // H_KV
+        work = Work(split, item % H_KV, 0, first_position(split))
+        keys = Cache(tensor_at(turn.base_ptr, turn.row_ptr, KEYS_AT), 0, strides.head, strides.row)
+        values = Cache(tensor_at(turn.base_ptr, turn.row_ptr, VALUES_AT), 0, strides.head, strides.row)
         attention_split(
-            split,
-            item % H_KV,
-            0,
-            first_position(split),
-            length,
-            position,
-            q_ptr,
-            tensor_at(base_ptr, row_ptr, KEYS_AT, UNIT),
-            tensor_at(base_ptr, row_ptr, VALUES_AT, UNIT),
-            None,
-            sums_ptr,
-            stats_ptr,
-            None,
-            M,
-            GROUP * H_KV,
+            work,
+            turn.position,
+            Queries(q_ptr, turn.M, heads.GROUP * H_KV, heads.GROUP * H_KV * heads.DIM, heads.DIM),
             scale,
-            GROUP * H_KV * HEAD_DIM,
-            HEAD_DIM,
-            0,
-            head_stride,
-            row_stride,
-            0,
-            head_stride,
-            row_stride,
-            0,
-            GROUP,
-            HEAD_DIM,
-            BLOCK_D,
-            BLOCK_R,
-            BLOCK_T,
-            0,
-            False,
-            STAGES,
+            Caches(keys, values, None, H_KV, turn.room, 0),
+            parts,
+            heads,
+            ATTENTION_STAGES,
         )
 
 
 @triton.jit
-def merge_stage(
-    program,
-    programs,
-    position,
-    sums_ptr,
-    stats_ptr,
-    mixed_ptr,
-    M,
-    H,
-    T,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def merge_stage(turn, sums_ptr, stats_ptr, mixed_ptr, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """A program's heads of the merge of a block's splits."""
-    splits = count_splits_of(tl.minimum(position + M, T))
-    for item in tl.range(program, M * H, programs, disable_licm=True):
-        attention_merge(
-            item // H,
-            item % H,
-            position,
-            sums_ptr,
-            stats_ptr,
-            mixed_ptr,
-            M,
-            H,
-            splits,
-            H * HEAD_DIM,
-            HEAD_DIM,
-            BLOCK_D,
-        )
+    splits = count_splits_of(tl.minimum(turn.position + turn.M, turn.room))
+    for item in tl.range(turn.program, turn.M * H, turn.programs, disable_licm=True):
+        parts = Parts(sums_ptr, stats_ptr, mixed_ptr, H * HEAD_DIM)
+        attention_merge(item // H, item % H, turn.position, turn.M, H, splits, parts, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def prefetch_next(
-    stage,
-    program,
-    adapting,
-    base_ptr,
-    table_ptr,
-    row_ptr,
-    head_ptr,
-    queries,
-    qkv_rows,
-    V,
-    K,
-    I,
-    UNIT: tl.constexpr,
-    QKV_N: tl.constexpr,
-    LINEAR_N: tl.constexpr,
-    GATE_UP_N: tl.constexpr,
-    HEAD_N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+def prefetch_next(turn, stage, table_ptr, head_ptr, sizes, widths: tl.constexpr, STEPS: tl.constexpr):
     """Have the first ``STEPS`` along K of this program's first tile of the next weight brought to the L2.
 
-    The output projection's are fetched behind QKV, for attention and its merge read no weight. ``ROWS`` is the most
-    that a tile has.
+    The output projection's are fetched behind QKV, for attention and its merge read no weight.
     """
-    GRAIN: tl.constexpr = PREFETCH_BYTES // (base_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    to_head = adapting & (stage == OUTPUT)
+    QKV_N: tl.constexpr = widths.QKV
+    LINEAR_N: tl.constexpr = widths.LINEAR
+    GATE_UP_N: tl.constexpr = widths.GATE_UP
+    HEAD_N: tl.constexpr = widths.HEAD
+    MOST_ROWS: tl.constexpr = max(QKV_N, LINEAR_N, 2 * GATE_UP_N, HEAD_N)
+    GRAIN: tl.constexpr = elements(PREFETCH_BYTES, turn.base_ptr)
+    COLS: tl.constexpr = STEPS * elements(K_STEP_BYTES, turn.base_ptr) // GRAIN
+    V, K, I = sizes.V, sizes.K, sizes.I
+    to_head = turn.adapting & (stage == OUTPUT)
     word = tl.where(stage == QKV, OUTPUT_AT, tl.where(stage == OUTPUT, GATE_UP_AT, DOWN_AT))
     word = tl.where((stage == DOWN) | (stage == HEAD), QKV_AT, word)
-    row_ptr = tl.where(stage == HEAD, table_ptr, row_ptr + tl.where(stage == DOWN, TABLE_WORDS, 0))
-    w_ptr = tl.where(to_head, head_ptr, tensor_at(base_ptr, row_ptr, word, UNIT))
+    row_ptr = tl.where(stage == HEAD, table_ptr, turn.row_ptr + tl.where(stage == DOWN, TABLE_WORDS, 0))
+    w_ptr = tl.where(to_head, head_ptr, tensor_at(turn.base_ptr, row_ptr, word))
     size = tl.where(word == QKV_AT, QKV_N, tl.where(word == GATE_UP_AT, 2 * GATE_UP_N, LINEAR_N))
     size = tl.where(to_head, HEAD_N, size)
-    N = tl.where(to_head, V, tl.where(word == QKV_AT, qkv_rows, tl.where(word == GATE_UP_AT, I, K)))
-    inputs = tl.where(word == OUTPUT_AT, queries, tl.where(word == DOWN_AT, I, K))
+    N = tl.where(to_head, V, tl.where(word == QKV_AT, sizes.qkv_rows, tl.where(word == GATE_UP_AT, I, K)))
+    inputs = tl.where(word == OUTPUT_AT, sizes.queries, tl.where(word == DOWN_AT, I, K))
     in_pairs = (word == GATE_UP_AT) & (to_head == 0)
 
-    rows = program * size + tl.minimum(tl.arange(0, ROWS), size - 1)
+    rows = turn.program * size + tl.minimum(tl.arange(0, MOST_ROWS), size - 1)
     half = tl.where(in_pairs, rows % 2 * I, 0)  # gate and up in turns
     rows = tl.minimum(tl.where(in_pairs, rows // 2, rows), N - 1) + half  # beyond an end the last one again
-    cols = tl.minimum(tl.arange(0, STEPS * BLOCK_K // GRAIN) * GRAIN, inputs - 1)
+    cols = tl.minimum(tl.arange(0, COLS) * GRAIN, inputs - 1)
     prefetch(w_ptr + rows.to(tl.int64)[:, None] * inputs + cols[None, :])

@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from kangaroo_kernels.attention import MAX_PACKED_ROWS, TILE, count_splits
+from kangaroo_kernels.attention import TILE_BYTES, query_tile
 from kangaroo_kernels.contract import MAX_ROWS, WIDEST_HEAD, AttentionBlock, DraftModel, Top1
 from kangaroo_kernels.draft_loop.stages import (
     DOWN_BIAS_AT,
@@ -30,7 +30,8 @@ from kangaroo_kernels.shared.cache_layout import cache_layout
 from kangaroo_kernels.shared.grid import ERROR, STATE_WORDS
 from kangaroo_kernels.shared.head import TileResults
 from kangaroo_kernels.shared.launch import VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
-from kangaroo_kernels.shared.tiles import BLOCK_M, K_STEP_BYTES
+from kangaroo_kernels.shared.splits import count_splits
+from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 
 POLLS = 1 << 20
 """Looks at the counter before a program takes another for lost: about a second, where a stage takes microseconds."""
@@ -47,9 +48,6 @@ SPARING_FROM, SPARING_REGISTERS, LARGE_TILE = 90, 160, 64 * 128
 """From that architecture on the assembler is told to be sparing with registers (before it, that makes it spill), and
 gets only so many unless the queries of an attention program are a large tile. Found by trying: its spills are no simple
 function of the limit, and often more where it has more."""
-
-ATTENTION_STAGES = 2
-"""Of the pipeline over the KV cache: with more of them one program would take the shared memory of two."""
 
 
 class BlockShape(NamedTuple):
@@ -95,14 +93,15 @@ class BlockShape(NamedTuple):
         return self.queries + 2 * self.kv_heads * self.head_dim
 
     @property
-    def block_d(self) -> int:
-        """As ``attention`` has it."""
-        return int(max(16, triton.next_power_of_2(self.head_dim)))
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of the tile of queries: those of ``attention``, for the bits, though two rows would do."""
+        return query_tile(self.group, self.head_dim, self.itemsize)
 
-    @property
-    def block_rows(self) -> int:
-        """As ``attention`` has it, for the bits: a drafting step needs two of them."""
-        return int(min(MAX_PACKED_ROWS[self.itemsize], triton.next_power_of_2(MAX_ROWS * self.group)))
+    def tiles(self, prefix: str = "") -> dict[str, int]:
+        """The kernel's compile-time arguments for these heads, their names behind ``prefix``."""
+        rows, cols = self.tile
+        sizes = {"GROUP": self.group, "HEAD_DIM": self.head_dim, "BLOCK_D": cols, "BLOCK_R": rows}
+        return {prefix + name: size for name, size in sizes.items()}
 
 
 def refuse(sentence: str) -> ValueError:
@@ -157,8 +156,9 @@ def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]
         return 1
     device = torch.cuda.get_device_properties(x.device)
     # 32 weight rows, 16 rows of x and the norm's weight a stage; the cache's tiles twice beside the queries'
-    weights = (num_stages - 1) * (3 * BLOCK_M + 1) * K_STEP_BYTES
-    caches = max((4 * TILE[each.itemsize] + each.block_rows) * each.block_d * each.itemsize for each in shapes)
+    weights = (num_stages - 1) * (3 * MAX_ROWS + 1) * K_STEP_BYTES.value
+    tiles = ((each.tile, each.itemsize) for each in shapes)
+    caches = max((4 * TILE_BYTES.value + rows * itemsize) * cols for (rows, cols), itemsize in tiles)
     fit = device.shared_memory_per_multiprocessor // (max(weights, caches) + SPARE_SHARED)
     return int(device.multi_processor_count * max(1, min(PROGRAMS_PER_SM, fit)))
 
@@ -170,7 +170,7 @@ def gpu_options(x: Tensor, shapes: tuple[BlockShape, ...]) -> dict[str, Any]:
     options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
     if driver.active.get_current_target().arch >= SPARING_FROM:
         options["ptx_options"] = "--register-usage-level 0"
-        if max(each.block_rows * each.block_d for each in shapes) < LARGE_TILE:
+        if max(math.prod(each.tile) for each in shapes) < LARGE_TILE:
             options["maxnreg"] = SPARING_REGISTERS
     return options
 
@@ -212,7 +212,10 @@ class DraftLoop:
         self._fill_table(x, inner)
 
         self.config = launch_config("draft_loop", vocab_size, K, x)
-        self.block_n = {
+        self.constants = {
+            **self.biased,
+            **self.shape.tiles(),
+            **self.adapter_shape.tiles("ADAPTER_"),
             "QKV_N": launch_config("qkv_rope", self.shape.qkv_rows, K, x).block_n,
             "LINEAR_N": launch_config("linear_residual", K, inner, x).block_n,
             "GATE_UP_N": launch_config("gate_up", inner, K, x).block_n,

@@ -17,13 +17,13 @@ CONTIGUOUS = 0
 
 
 @triton.jit
-def row_offsets(positions, mask, table_ptr, block_stride, row_stride, BLOCK_SIZE: tl.constexpr):
+def row_offsets(positions, mask, cache, table_ptr, BLOCK_SIZE: tl.constexpr):
     """Elements from a head's first row to the rows of ``positions``; 64-bit, for caches pass 2^31 elements."""
     if BLOCK_SIZE == 0:
-        offsets = positions.to(tl.int64) * row_stride
+        offsets = positions.to(tl.int64) * cache.row_stride
     else:
         block = tl.load(table_ptr + positions // BLOCK_SIZE, mask=mask, other=0).to(tl.int64)
-        offsets = block * block_stride + (positions % BLOCK_SIZE).to(tl.int64) * row_stride
+        offsets = block * cache.block_stride + (positions % BLOCK_SIZE).to(tl.int64) * cache.row_stride
     return offsets
 
 

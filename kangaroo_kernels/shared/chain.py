@@ -18,6 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kangaroo_kernels.launch_config import is_chained
 from kangaroo_kernels.shared.grid import prefetch
+from kangaroo_kernels.shared.tiles import elements
 
 OLDEST = (9, 0)
 """Compute capability from which it exists."""
@@ -40,7 +41,7 @@ def fetch_ahead(w_ptr, w_row_stride, N, K, active_ptr, BLOCK_N: tl.constexpr, CH
     """Have the beginnings of this program's weight rows brought to the L2, unless a flag may skip the step."""
     if CHAINED and active_ptr is None:
         rows = tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
-        offs = tl.arange(0, LINES) * (LINE_BYTES * 8 // w_ptr.dtype.element_ty.primitive_bitwidth)
+        offs = tl.arange(0, LINES) * elements(LINE_BYTES, w_ptr)
         w_row_ptrs = w_ptr + rows.to(tl.int64) * w_row_stride
         prefetch(w_row_ptrs[:, None] + tl.minimum(offs, K - 1)[None, :])
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.shared.chain import chain, follow
 from kangaroo_kernels.shared.launch import device_number
+from kangaroo_kernels.shared.operands import Found, Matrix, TileParts
+from kangaroo_kernels.shared.tiles import CHUNK, skipped
 
-CHUNK = tl.constexpr(1024)
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
 MERGE_WARPS = 4
@@ -50,63 +51,36 @@ def confidence_from(total):
 
 
 @triton.jit
-def finish_row(
-    row,
-    token,
-    confidence,
-    token_ptr,  # [M] int64
-    confidence_ptr,  # [M] float32
-    sure_ptr,  # [1] int32 or None
-    threshold_ptr,  # [1] float32 or None
-    embedding_ptr,  # [V, K] or None
-    embedded_ptr,  # [M, K] or None
-    embedding_row_stride,
-    embedded_row_stride,
-    K,
-):
+def finish_row(row, token, confidence, found):
     """Write what a head found, and whether it is sure; fetch the token's embedding for the next step."""
-    tl.store(token_ptr + row, token.to(tl.int64))
-    tl.store(confidence_ptr + row, confidence)
-    if threshold_ptr is not None:
-        tl.store(sure_ptr, (confidence >= tl.load(threshold_ptr)).to(tl.int32))  # a NaN is unsure
-    if embedding_ptr is not None:
-        source = embedding_ptr + token.to(tl.int64) * embedding_row_stride
-        for first in range(0, K, CHUNK):
+    tl.store(found.token_ptr + row, token.to(tl.int64))
+    tl.store(found.confidence_ptr + row, confidence)
+    if found.threshold_ptr is not None:
+        tl.store(found.sure_ptr, (confidence >= tl.load(found.threshold_ptr)).to(tl.int32))  # a NaN is unsure
+    table, rows = found.embedding, found.embedded
+    if table.ptr is not None:
+        source = table.ptr + token.to(tl.int64) * table.row_stride
+        for first in range(0, table.cols, CHUNK):
             offs = first + tl.arange(0, CHUNK)
-            values = tl.load(source + offs, mask=offs < K)
-            tl.store(embedded_ptr + row * embedded_row_stride + offs, values, mask=offs < K)
+            values = tl.load(source + offs, mask=offs < table.cols)
+            tl.store(rows.ptr + row * rows.row_stride + offs, values, mask=offs < table.cols)
 
 
 @triton.jit
-def merge_row(
-    row,
-    score_ptr,
-    index_ptr,
-    largest_ptr,
-    sum_ptr,
-    token_ptr,
-    confidence_ptr,
-    sure_ptr,
-    threshold_ptr,
-    embedding_ptr,
-    embedded_ptr,
-    TILES,
-    embedding_row_stride,
-    embedded_row_stride,
-    K,
-):
-    """Merge the tiles of ``row`` and finish it; arguments as for the kernel."""
+def merge_row(row, parts, found):
+    """Merge the tiles of ``row`` and finish it."""
     score = tl.full((), float("-inf"), dtype=tl.float32)
     token = tl.full((), NO_TOKEN, dtype=tl.int32)
     largest = tl.full((), float("-inf"), dtype=tl.float32)
     total = tl.zeros((), dtype=tl.float32)
-    for first in range(0, TILES, CHUNK):
+    start = row * parts.count
+    for first in range(0, parts.count, CHUNK):
         offs = first + tl.arange(0, CHUNK)
-        there = offs < TILES
-        scores = tl.load(score_ptr + row * TILES + offs, mask=there, other=float("-inf"), cache_modifier=".cg")
-        indices = tl.load(index_ptr + row * TILES + offs, mask=there, other=NO_TOKEN, cache_modifier=".cg")
-        tops = tl.load(largest_ptr + row * TILES + offs, mask=there, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(sum_ptr + row * TILES + offs, mask=there, other=0.0, cache_modifier=".cg")
+        there = offs < parts.count
+        scores = tl.load(parts.score_ptr + start + offs, mask=there, other=float("-inf"), cache_modifier=".cg")
+        indices = tl.load(parts.index_ptr + start + offs, mask=there, other=NO_TOKEN, cache_modifier=".cg")
+        tops = tl.load(parts.largest_ptr + start + offs, mask=there, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(parts.sum_ptr + start + offs, mask=there, other=0.0, cache_modifier=".cg")
         best, index = first_best(scores, indices, 0)
         token = tl.where(best > score, index, tl.where(best == score, tl.minimum(token, index), token))
         score = tl.maximum(score, best)
@@ -114,20 +88,7 @@ def merge_row(
         pivot = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(largest - pivot) + tl.sum(sums * tl.exp(tops - pivot), axis=0)
         largest = higher
-    finish_row(
-        row,
-        token,
-        confidence_from(total),
-        token_ptr,
-        confidence_ptr,
-        sure_ptr,
-        threshold_ptr,
-        embedding_ptr,
-        embedded_ptr,
-        embedding_row_stride,
-        embedded_row_stride,
-        K,
-    )
+    finish_row(row, token, confidence_from(total), found)
 
 
 @triton.jit(do_not_specialize_on_alignment=["token_ptr", "confidence_ptr", "active_ptr", "sure_ptr", "threshold_ptr"])
@@ -151,25 +112,14 @@ def merge_tiles_kernel(
 ):
     """One program owns one row."""
     follow(CHAINED)
-    if active_ptr is not None:
-        if tl.load(active_ptr) == 0:
-            return
+    if skipped(active_ptr):
+        return
+    embedding = Matrix(embedding_ptr, None, K, embedding_row_stride)
+    embedded = Matrix(embedded_ptr, None, K, embedded_row_stride)
     merge_row(
         tl.program_id(0),
-        score_ptr,
-        index_ptr,
-        largest_ptr,
-        sum_ptr,
-        token_ptr,
-        confidence_ptr,
-        sure_ptr,
-        threshold_ptr,
-        embedding_ptr,
-        embedded_ptr,
-        TILES,
-        embedding_row_stride,
-        embedded_row_stride,
-        K,
+        TileParts(score_ptr, index_ptr, largest_ptr, sum_ptr, TILES),
+        Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded),
     )
 
 

@@ -10,18 +10,12 @@ from triton import knobs
 from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
 from kangaroo_kernels.shared.checks import check_one, check_tensor, is_whole
-from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 
 COUNTED = 1 << 20
 """Counts from here on, a length that means "no limit" say, are kept on the device one by one."""
 
 VECTOR_BYTES = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def step_of(dtype: torch.dtype) -> int:
-    """Elements of a step along K."""
-    return K_STEP_BYTES // dtype.itemsize
 
 
 def check_rows(op: str, x: Tensor) -> None:

@@ -5,7 +5,7 @@
 
 The norm's factor is taken out of the sum, so one pass reads ``x`` once and starts on the weight at once: nothing waits
 for a reduction over the row. What the contract of ``docs/kernels.md`` asks of every projection is kept here: 16 rows
-whatever M is (rows from M on are zero), K in steps of ``BLOCK_K`` from 0 upwards, one accumulator an output element.
+whatever M is (rows from M on are zero), K in steps of 512 bytes from 0 upwards, one accumulator an output element.
 """
 
 import triton
@@ -13,11 +13,29 @@ import triton.language as tl
 
 from kangaroo_kernels.contract import MAX_ROWS
 
-BLOCK_M = MAX_ROWS
+BLOCK_M = tl.constexpr(MAX_ROWS)
 """Rows of every tile: all tokens in flight, and the least that the tensor cores take."""
 
-K_STEP_BYTES = 512
+K_STEP_BYTES = tl.constexpr(512)
 """Of one weight row in a step along K: 256 elements of 16 bits. Fixed, for the norm's sum of squares depends on it."""
+
+CHUNK = tl.constexpr(1024)
+"""Elements of a row that a program copies or merges at a time where it has the row alone."""
+
+
+@triton.constexpr_function
+def elements(size, ptr):
+    """How many elements of what ``ptr`` points to are ``size`` bytes; known at compile time."""
+    return size * 8 // ptr.dtype.element_ty.primitive_bitwidth
+
+
+@triton.jit
+def skipped(active_ptr):
+    """Whether the flag of a drafting step, ``[1]`` int32 or None, is down."""
+    down = False
+    if active_ptr is not None:
+        down = tl.load(active_ptr) == 0
+    return down
 
 
 @triton.jit
@@ -27,20 +45,20 @@ def multiply_add(acc, x, w):
 
 
 @triton.jit
-def load_rows(x_ptr, x_row_stride, k, M, K, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """``x[:, k : k + BLOCK_K]``, [BLOCK_M, BLOCK_K], zero outside of [M, K]."""
+def load_rows(x, k, BLOCK_K: tl.constexpr):
+    """``x[:, k : k + BLOCK_K]`` of a ``Matrix``, [BLOCK_M, BLOCK_K], zero outside of it."""
     rows, offs = tl.arange(0, BLOCK_M), k + tl.arange(0, BLOCK_K)
-    mask = (rows[:, None] < M) & (offs[None, :] < K)
-    x_ptrs = x_ptr + rows[:, None] * x_row_stride + offs[None, :]
+    mask = (rows[:, None] < x.rows) & (offs[None, :] < x.cols)
+    x_ptrs = x.ptr + rows[:, None] * x.row_stride + offs[None, :]
     return tl.load(x_ptrs, mask=mask, other=0.0, cache_modifier=".cg")  # draft_loop: another program wrote it
 
 
 @triton.jit
-def load_weight(w_ptr, w_row_stride, cols, k, K, BLOCK_K: tl.constexpr):
-    """``W[cols, k : k + BLOCK_K]``, [BLOCK_N, BLOCK_K], zero beyond K."""
+def load_weight(w, cols, k, BLOCK_K: tl.constexpr):
+    """``w[cols, k : k + BLOCK_K]`` of a ``Linear``, [BLOCK_N, BLOCK_K], zero beyond its columns."""
     offs = k + tl.arange(0, BLOCK_K)
-    w_row_ptrs = w_ptr + cols.to(tl.int64) * w_row_stride  # a head of 128k tokens times 16k is past 2^31 elements
-    return tl.load(w_row_ptrs[:, None] + offs[None, :], mask=offs[None, :] < K, other=0.0)
+    w_row_ptrs = w.ptr + cols.to(tl.int64) * w.row_stride  # a head of 128k tokens times 16k is past 2^31 elements
+    return tl.load(w_row_ptrs[:, None] + offs[None, :], mask=offs[None, :] < w.cols, other=0.0)
 
 
 @triton.jit
@@ -59,51 +77,28 @@ def norm_factor(squares, K, eps):
 
 
 @triton.jit
-def project(
-    x_ptr,
-    x_row_stride,
-    w_ptr,
-    w_row_stride,
-    cols,
-    M,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """``x @ W[cols]^T``: [BLOCK_M, BLOCK_N] float32; every one of ``cols`` [BLOCK_N] must be a row of W."""
+def project(x, w, cols, BLOCK_N: tl.constexpr):
+    """``x @ w[cols]^T``: [BLOCK_M, BLOCK_N] float32; every one of ``cols`` must be a row of ``w``."""
+    BLOCK_K: tl.constexpr = elements(K_STEP_BYTES, w.ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        w = load_weight(w_ptr, w_row_stride, cols, k, K, BLOCK_K)
-        x = load_rows(x_ptr, x_row_stride, k, M, K, BLOCK_M, BLOCK_K)
-        acc = multiply_add(acc, x, w)
+    for k in range(0, w.cols, BLOCK_K):
+        weights = load_weight(w, cols, k, BLOCK_K)
+        acc = multiply_add(acc, load_rows(x, k, BLOCK_K), weights)
     return acc
 
 
 @triton.jit
-def norm_project(
-    x_ptr,
-    x_row_stride,
-    norm_ptr,
-    w_ptr,
-    w_row_stride,
-    cols,
-    M,
-    K,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """``rms_norm(x) @ W[cols]^T``: [BLOCK_M, BLOCK_N] float32; every one of ``cols`` [BLOCK_N] must be a row of W."""
+def norm_project(x, norm, w, cols, BLOCK_N: tl.constexpr):
+    """``rms_norm(x) @ w[cols]^T``: [BLOCK_M, BLOCK_N] float32; every one of ``cols`` must be a row of ``w``."""
+    BLOCK_K: tl.constexpr = elements(K_STEP_BYTES, w.ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        w = load_weight(w_ptr, w_row_stride, cols, k, K, BLOCK_K)
-        x, square = weigh(load_rows(x_ptr, x_row_stride, k, M, K, BLOCK_M, BLOCK_K), norm_ptr, k, K, BLOCK_K)
+    for k in range(0, w.cols, BLOCK_K):
+        weights = load_weight(w, cols, k, BLOCK_K)
+        rows, square = weigh(load_rows(x, k, BLOCK_K), norm.ptr, k, w.cols, BLOCK_K)
         squares += square
-        acc = multiply_add(acc, x, w)
-    return acc * norm_factor(squares, K, eps)[:, None]
+        acc = multiply_add(acc, rows, weights)
+    return acc * norm_factor(squares, w.cols, norm.eps)[:, None]
 
 
 @triton.jit

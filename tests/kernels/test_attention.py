@@ -11,16 +11,12 @@ from torch import Tensor
 from triton import knobs
 
 from kangaroo_kernels.attention import attention as kernel
-from kangaroo_kernels.attention import (
-    attention_kernel,
-    attention_reduce_kernel,
-    count_splits,
-    count_splits_of,
-    first_position,
-)
+from kangaroo_kernels.attention import attention_kernel, attention_reduce_kernel
 from kangaroo_kernels.reference.attention import MANY_ROWS
 from kangaroo_kernels.reference.attention import attention as reference
 from kangaroo_kernels.shared.cache_layout import row_offsets
+from kangaroo_kernels.shared.operands import Cache
+from kangaroo_kernels.shared.splits import count_splits, count_splits_of, first_position
 
 NAN, INFINITY = float("nan"), float("inf")
 HALF = torch.float16
@@ -258,7 +254,8 @@ def test_splits_are_the_same_on_the_host_and_on_the_device(device):
 def offsets_kernel(position_ptr, bound, table_ptr, out_ptr, block_stride, row_stride, block_size: tl.constexpr):
     offs = tl.arange(0, 4)
     positions = tl.load(position_ptr + offs)
-    rows = row_offsets(positions, positions < bound, table_ptr, block_stride, row_stride, block_size)
+    cache = Cache(None, block_stride, None, row_stride)
+    rows = row_offsets(positions, positions < bound, cache, table_ptr, block_size)
     tl.store(out_ptr + offs, rows)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from kangaroo_kernels import launch_config
 from kangaroo_kernels.launch_config import chained
+from kangaroo_kernels.shared import chain as chain_module
 from kangaroo_kernels.shared.chain import chain
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -48,7 +49,7 @@ def card(monkeypatch):
 
     def put(capability: tuple[int, int], settings: dict[str, Any]) -> None:
         files = {"gpu.json": settings, "sm_90.json": {"launches": [{"chained": False}]}}
-        monkeypatch.setattr("kangaroo_kernels.shared.chain._capability", lambda device: capability)
+        monkeypatch.setattr(chain_module, "_capability", lambda device: capability)
         monkeypatch.setattr(launch_config, "files_for", lambda device: tuple(files))
         monkeypatch.setattr(launch_config, "rules", files.__getitem__)
         launch_config._chained_on.cache_clear()

@@ -27,13 +27,13 @@ from draft_steps import (
 from kernel_inputs import same_bits
 from torch import Tensor
 
-from kangaroo_kernels.attention import count_splits
 from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop, prepare_draft_loop
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.reference import draft_loop as draft_loop_ref
 from kangaroo_kernels.shared.grid import BROKEN, COUNTER, ERROR, LEFT, STATE_WORDS, arrive, leave, wait
 from kangaroo_kernels.shared.launch import weight_and_bias
+from kangaroo_kernels.shared.splits import count_splits
 
 # ---- the bits of the stages
 

@@ -12,7 +12,7 @@ from kangaroo_kernels.contract import DraftModel
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop
 from kangaroo_kernels.draft_loop.stages import ATTEND, CHOOSE, DOWN, GATE_UP, HEAD, MERGE, OUTPUT, QKV
 
-module = importlib.import_module("kangaroo_kernels.draft_loop")
+module = importlib.import_module("kangaroo_kernels.draft_loop.kernel")
 STAGES = {"qkv": QKV, "attend": ATTEND, "merge": MERGE, "output": OUTPUT, "gate_up": GATE_UP, "down": DOWN}
 STAGES |= {"head": HEAD, "choose": CHOOSE}
 DRAFTS, BEFORE = 2, 126

@@ -6,17 +6,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from kernel_inputs import ROW_STRIDES, drawer, framed, same_bits
 from torch import Tensor
 
 from kangaroo_kernels.operation import OPERATIONS, Inputs
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
-from kangaroo_kernels.shared.launch import aligned_rows, device_scalar, device_seed, step_of
+from kangaroo_kernels.shared.launch import aligned_rows, device_scalar, device_seed
+from kangaroo_kernels.shared.tiles import K_STEP_BYTES, elements
 
 TESTS = Path(__file__).resolve().parent.parent
 
@@ -369,7 +372,8 @@ def test_aligned_rows_are_not_copied_for_nothing(device):
 
 def test_a_step_is_512_bytes():
     """The order of the sums, and so every bit, hangs on it."""
-    assert [step_of(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)] == [128, 256, 256]
+    pointers = [SimpleNamespace(dtype=tl.pointer_type(dtype)) for dtype in (tl.float32, tl.float16, tl.bfloat16)]
+    assert [elements(K_STEP_BYTES.value, pointer) for pointer in pointers] == [128, 256, 256]
 
 
 # ---- numbers for the device

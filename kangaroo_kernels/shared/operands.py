@@ -1,0 +1,215 @@
+"""The operands of kernels in bundles: what a function that a kernel calls is given together.
+
+A kernel's own parameters stay apart, since Triton specialises them one by one; the kernel bundles them where it calls.
+Fields in capitals are known at compile time, and a variable would make tensors of them: a bundle with such a field is
+made in the call itself, or declared ``tl.constexpr`` where it has no others. No field is called ``values`` or ``type``,
+for Triton's own tuples have these. Strides count elements, sizes are int32, a row is contiguous along its last
+dimension.
+"""
+
+from typing import NamedTuple
+
+import triton.language as tl
+
+
+class Matrix(NamedTuple):
+    """Rows of hidden states, ``[rows, cols]`` of the model's dtype.
+
+    Attributes:
+        ptr: the first element.
+        rows: M; rows beyond are zeros where they are read and are not written. None where a program knows its row.
+        cols: K or N.
+        row_stride: from row to row.
+    """
+
+    ptr: tl.tensor
+    rows: tl.tensor | None
+    cols: tl.tensor
+    row_stride: tl.tensor
+
+
+class Linear(NamedTuple):
+    """A weight that rows are multiplied by, ``[rows, cols]``, and what is added.
+
+    Attributes:
+        ptr: the first element, of the model's dtype.
+        bias_ptr: ``[rows]`` of the same dtype, or None.
+        rows: N, or V for a head, or 2 * I for gate and up.
+        cols: K.
+        row_stride: from row to row.
+    """
+
+    ptr: tl.tensor
+    bias_ptr: tl.tensor | None
+    rows: tl.tensor
+    cols: tl.tensor
+    row_stride: tl.tensor
+
+
+class Norm(NamedTuple):
+    """An RMSNorm.
+
+    Attributes:
+        ptr: its weight, ``[K]`` of the model's dtype.
+        eps: float32, added to the mean of squares.
+    """
+
+    ptr: tl.tensor
+    eps: tl.tensor
+
+
+class Queries(NamedTuple):
+    """The query heads of M rows, ``[M, H, D]`` of the model's dtype.
+
+    Attributes:
+        ptr: the first element.
+        rows: M.
+        heads: H.
+        row_stride: from row to row.
+        head_stride: from head to head.
+    """
+
+    ptr: tl.tensor
+    rows: tl.tensor
+    heads: tl.tensor
+    row_stride: tl.tensor
+    head_stride: tl.tensor
+
+
+class Cache(NamedTuple):
+    """Keys or values, ``[H_kv, T, D]`` or ``[blocks, H_kv, block_size, D]`` of the model's dtype.
+
+    Attributes:
+        ptr: the first element.
+        block_stride: from block to block.
+        head_stride: from head to head.
+        row_stride: from position to position.
+    """
+
+    ptr: tl.tensor
+    block_stride: tl.tensor
+    head_stride: tl.tensor
+    row_stride: tl.tensor
+
+
+class Caches(NamedTuple):
+    """The keys and values of an attention block.
+
+    Attributes:
+        k: the keys.
+        v: the values.
+        table_ptr: the block table, ``[T / block_size]`` int32; None for contiguous caches.
+        heads: H_kv.
+        positions: T, that they hold.
+        BLOCK_SIZE: positions a block; 0 for contiguous caches.
+    """
+
+    k: Cache
+    v: Cache
+    table_ptr: tl.tensor | None
+    heads: tl.tensor
+    positions: tl.tensor
+    BLOCK_SIZE: tl.constexpr
+
+
+class Heads(NamedTuple):
+    """The tiles of attention heads, all known at compile time.
+
+    Attributes:
+        GROUP: query heads a key-value head.
+        DIM: D.
+        BLOCK_D: a power of 2 that holds D.
+        BLOCK_R: packed rows of a tile.
+    """
+
+    GROUP: tl.constexpr
+    DIM: tl.constexpr
+    BLOCK_D: tl.constexpr
+    BLOCK_R: tl.constexpr
+
+
+class Work(NamedTuple):
+    """The share of a program in attention.
+
+    Attributes:
+        split: of the positions.
+        kv_head: key-value head.
+        block: of packed rows, ``BLOCK_R`` a block.
+        start: the position where the split begins.
+    """
+
+    split: tl.tensor
+    kv_head: tl.tensor
+    block: tl.tensor
+    start: tl.tensor
+
+
+class Parts(NamedTuple):
+    """What the splits of attention leave, and where the result goes.
+
+    Attributes:
+        sums_ptr: unnormalised sums, ``[splits, M, H, D]`` float32; None where one split is all, whose program then
+            writes the result itself.
+        stats_ptr: ``[splits, M, H, 2]`` float32: maximum of base-2 scores, denominator; None likewise.
+        out_ptr: the result, ``[M, H * D]`` of the model's dtype; None where a later stage merges.
+        out_row_stride: from row to row.
+    """
+
+    sums_ptr: tl.tensor | None
+    stats_ptr: tl.tensor | None
+    out_ptr: tl.tensor | None
+    out_row_stride: tl.tensor
+
+
+class TileParts(NamedTuple):
+    """What the tiles of a head leave, ``[M, count]`` each.
+
+    Attributes:
+        score_ptr: float32, a tile's best score; None where the score is the logit and nothing reads it.
+        index_ptr: int32, the lowest token that has it.
+        largest_ptr: float32, a tile's largest logit.
+        sum_ptr: float32, the sum of exp(logit - largest).
+        count: tiles.
+    """
+
+    score_ptr: tl.tensor | None
+    index_ptr: tl.tensor
+    largest_ptr: tl.tensor
+    sum_ptr: tl.tensor
+    count: tl.tensor
+
+
+class Found(NamedTuple):
+    """Where the result of a head goes, and what a drafting step does with it.
+
+    Attributes:
+        token_ptr: ``[M]`` int64.
+        confidence_ptr: ``[M]`` float32.
+        sure_ptr: ``[1]`` int32, the flag; None without a threshold.
+        threshold_ptr: ``[1]`` float32, or None.
+        embedding: ``[V, K]``; its pointer is None where no next step begins.
+        embedded: ``[M, K]``, the tokens' embeddings; likewise.
+    """
+
+    token_ptr: tl.tensor
+    confidence_ptr: tl.tensor
+    sure_ptr: tl.tensor | None
+    threshold_ptr: tl.tensor | None
+    embedding: Matrix
+    embedded: Matrix
+
+
+class Noise(NamedTuple):
+    """What a sample's noise is a function of, and what divides the logits.
+
+    Attributes:
+        seed: int64.
+        stream: int32.
+        position: int64, of the first row's new token.
+        temperature: float32.
+    """
+
+    seed: tl.tensor
+    stream: tl.tensor
+    position: tl.tensor
+    temperature: tl.tensor
