@@ -3,6 +3,7 @@
 On a GPU, in bfloat16 (``tools/gpu_measure.py`` says how it is timed):
 
 - ``kernel``: the launcher, in the launch configuration that it picks here.
+- ``chained``: the same launched as a programmatic dependent of the kernel before it (sm_90).
 - ``eager``: the reference, with PyTorch's own ``rms_norm`` in place of the one written for CPUs, and cuBLAS for the
   matrices. Attention is ``scaled_dot_product_attention`` with ``enable_gqa`` over a cache of exactly the text's length
   (``causal_lower_right`` for several rows); a sample comes from a softmax divided by exponential noise.
@@ -16,6 +17,7 @@ Without a GPU the references run alone, in float32 at small shapes: that they wo
 """
 
 import time
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
@@ -38,6 +40,7 @@ from gpu_measure import (
 )
 from torch.nn.attention.bias import causal_lower_right
 
+from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.reference import gate_up as gate_up_ref
 from kangaroo_kernels.reference import qkv_rope as qkv_rope_ref
 from kangaroo_kernels.reference import top1_head as top1_head_ref
@@ -164,7 +167,7 @@ def norm_of_pytorch(monkeypatch):
 
 @pytest.mark.benchmark(timer=device_seconds if ON_GPU else time.perf_counter)
 @pytest.mark.filterwarnings("ignore")  # of compilers, about their own ways
-@pytest.mark.parametrize("way", ["kernel", "eager", "compiled"] if ON_GPU else ["reference"])
+@pytest.mark.parametrize("way", ["kernel", "chained", "eager", "compiled"] if ON_GPU else ["reference"])
 @pytest.mark.parametrize("rows", [1, 8, 16] if ON_GPU else [1, 4], ids=lambda rows: f"M{rows}")
 @pytest.mark.parametrize("case", list(find_cases()), ids=str)
 def bench_kernels(benchmark, request, norm_of_pytorch, case, rows, way):
@@ -179,7 +182,8 @@ def bench_kernels(benchmark, request, norm_of_pytorch, case, rows, way):
         "way": way,
     }
     if ON_GPU:
-        on_gpu(benchmark, request.getfixturevalue("ceiling"), norm_of_pytorch, case, rows, way)
+        with chained() if way == "chained" else nullcontext():
+            on_gpu(benchmark, request.getfixturevalue("ceiling"), norm_of_pytorch, case, rows, way)
     else:
         on_cpu(benchmark, case, rows)
 
@@ -199,7 +203,7 @@ def on_gpu(benchmark, ceiling, norm_of_pytorch, case, rows, way):
     count = sets_needed(bytes_moved, read_card(DEVICE).l2_bytes, torch.cuda.mem_get_info(DEVICE)[0])
     sets = [case.workload.make(settings) for _ in range(count)]
 
-    if way == "kernel":
+    if way in ("kernel", "chained"):
         function, allowed = launcher(op), ALLOWED[DTYPE]
         error = relative_error(op, written(op, function, sets[0]), sets[0])
     else:

@@ -128,6 +128,48 @@ def snapshot(device: torch.device) -> dict[str, Any]:
     }
 
 
+class EnergyMeter:
+    """Energy that a card takes, from NVML's counter. It moves a few times a second, so several decodes are added up.
+
+    Args:
+        device: a GPU; None measures nothing.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._handle: Any = None
+        self._millijoules, self._tokens = 0, 0
+        if device is None:
+            return
+        try:
+            self._handle = _nvml_handle(device)
+            self._read()
+        except pynvml.NVMLError:  # an old card, or a container that hides it
+            self._handle = None
+
+    def _read(self) -> int:
+        if self._handle is None:
+            return 0
+        millijoules: int = pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        return millijoules
+
+    def begin(self, tokens: int) -> None:
+        """Count from here, where ``tokens`` are there already."""
+        self._from = self._read(), tokens
+
+    def end(self, tokens: int) -> None:
+        """Count to here."""
+        millijoules, before = self._from
+        self._millijoules += self._read() - millijoules
+        self._tokens += tokens - before
+
+    @property
+    def joules_per_token(self) -> float | None:
+        """Of all between the beginnings and the ends; None where the card does not say."""
+        if self._handle is None or not self._millijoules or not self._tokens:
+            return None
+        return self._millijoules / 1000 / self._tokens
+
+
 # ---- time
 
 
@@ -341,6 +383,11 @@ def first_rows(op: str, arguments: Arguments, rows: int) -> Arguments:
     positional, named = arguments
     cut = row_operands(op)
     return tuple(value[:rows] if index in cut else value for index, value in enumerate(positional)), named
+
+
+def first_results(op: str, results: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """The same of what ``written`` gave for all; an appended cache has its rows in the second dimension."""
+    return [each[:, :rows] if op == "qkv_rope" and index else each[:rows] for index, each in enumerate(results)]
 
 
 def on_the_host(arguments: Arguments) -> Arguments:

@@ -84,11 +84,6 @@ def events_of(trace: dict[str, Any], categories: Sequence[str]) -> list[dict[str
     return sorted(found, key=lambda each: (each["ts"], -each["dur"]))
 
 
-def ranges_of(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """The stages' ranges on the host."""
-    return [each for each in events_of(trace, ("user_annotation",)) if each["name"].startswith(PREFIX)]
-
-
 def outermost(operations: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Operations that no other one of their thread called."""
     ends: dict[Any, float] = {}
@@ -113,40 +108,39 @@ def launched_events(trace: dict[str, Any], on_gpu: bool) -> list[tuple[Event, fl
 
 
 def by_ranges(trace: dict[str, Any], on_gpu: bool, last_stage: str) -> list[Iteration]:
-    """The whole iterations of a trace whose every event was launched within a range."""
-    launched, ranges = launched_events(trace, on_gpu), ranges_of(trace)
-    found: list[Iteration] = []
-    current: Iteration = []
-    for each in ranges:
-        first, last = each["ts"], each["ts"] + each["dur"]
-        events = [event for event, launch in launched if first <= launch <= last]
-        current.append(StageRun(each["name"], first, each["dur"], events=events))
-        if each["name"] == last_stage:
-            found.append(on_device_time(current) if on_gpu else without_seams(current))
-            current = []
+    """The whole iterations of a trace whose every event was launched within a range.
+
+    Raises:
+        ProfileError: there is none.
+    """
+    launched, found, current = launched_events(trace, on_gpu), list[Iteration](), Iteration()
+    for each in events_of(trace, ("user_annotation",)):
+        if each["name"].startswith(PREFIX):
+            first, last = each["ts"], each["ts"] + each["dur"]
+            events = [event for event, launch in launched if first <= launch <= last]
+            current.append(StageRun(each["name"], first, each["dur"], events=events))
+            if each["name"] == last_stage:
+                found.append(joined(current, on_gpu))
+                current = []
     if not found:
         raise ProfileError(f"the trace shows no whole iteration: no range {last_stage}.")
     return found
 
 
-def without_seams(iteration: Iteration) -> Iteration:
-    """The same on the host's own time: a stage begins where the one before it ended."""
-    joined, end = [], iteration[0].start
-    for stage in iteration:
-        joined.append(replace(stage, start=end, us=stage.start + stage.us - end))
-        end = stage.start + stage.us
-    return joined
+def joined(iteration: Iteration, on_gpu: bool) -> Iteration:
+    """The same without seams: a stage begins where the one before it ended, so a gap counts to the stage behind it.
 
-
-def on_device_time(iteration: Iteration) -> Iteration:
-    """The same with the times of its kernels; a gap counts to the stage that begins behind it."""
-    joined = []
-    end = next((event.start for stage in iteration for event in stage.events), iteration[0].start)
+    On a GPU the times are those of the kernels, on a CPU those of the ranges.
+    """
+    first_event = next((event.start for stage in iteration for event in stage.events), iteration[0].start)
+    stages, end = [], first_event if on_gpu else iteration[0].start
     for stage in iteration:
-        last = stage.events[-1].end if stage.events else end
-        joined.append(replace(stage, start=end, us=last - end))
+        last = stage.start + stage.us
+        if on_gpu:
+            last = stage.events[-1].end if stage.events else end
+        stages.append(replace(stage, start=end, us=last - end))
         end = last
-    return joined
+    return stages
 
 
 def by_order(trace: dict[str, Any], like: Iteration) -> list[Iteration]:
@@ -165,7 +159,7 @@ def by_order(trace: dict[str, Any], like: Iteration) -> list[Iteration]:
         iteration = [replace(stage, events=[next(chunk) for _ in stage.events]) for stage in like]
         if [event.name for stage in iteration for event in stage.events] != names:
             raise ProfileError("the replayed graph ran other kernels than a launched iteration.")
-        found.append(on_device_time(iteration))
+        found.append(joined(iteration, on_gpu=True))
     return found
 
 
@@ -189,6 +183,11 @@ class Profile:
     length: int
     trace: dict[str, Any]
     graphs: bool
+
+
+def median_of(iterations: Sequence[Iteration]) -> Iteration:
+    """The one of median length."""
+    return sorted(iterations, key=lambda each: sum(stage.us for stage in each))[len(iterations) // 2]
 
 
 def room_for(iterations: int) -> int:

@@ -4,12 +4,15 @@ How fast a decode is does not depend on what the weights say. They are scaled so
 every layer: nothing overflows, and nothing is zeros, which can run faster than data does.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from synthetic import Trace, with_synthetic_acceptance
 from torch import Tensor
 
-from kangaroo_kernels.model.backend import Operations, load_operations
+from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.model.backend import REFERENCES, Operations, load_operations
 from kangaroo_kernels.model.drafters.adapter import (
     PAPER_DRAFT_CONFIDENCE_THRESHOLD,
     PAPER_NUM_SPECULATIVE_TOKENS,
@@ -25,6 +28,12 @@ from kangaroo_kernels.workloads import ModelShape
 
 CONTEXT = 1 << 16
 """Positions that a random model allows; how many it was trained for has no meaning."""
+
+SMOKE = ModelShape("smoke", 32, 32, 2, 1, 16, 64, 2)
+"""The model of runs without a GPU: small enough for Triton's interpreter."""
+
+RESIDENT_REFERENCES = replace(REFERENCES, kernels="triton")
+"""The references in the kernels' loop on the device, a thousand times faster than Triton's interpreter on a CPU."""
 
 
 def config_of(shape: ModelShape, dtype: torch.dtype) -> LlamaConfig:
@@ -53,12 +62,19 @@ def exit_layer_of(shape: ModelShape) -> int:
     return max(1, shape.layers // 16)
 
 
+def random_prompt(shape: ModelShape, length: int) -> list[int]:
+    """So many tokens, the same ones every time."""
+    generator = torch.Generator().manual_seed(length)
+    prompt: list[int] = torch.randint(shape.vocab_size, (length,), generator=generator).tolist()
+    return prompt
+
+
 class _Maker:
     """Random tensors on a device."""
 
     def __init__(self, config: LlamaConfig, device: torch.device, seed: int) -> None:
         self.config, self.device = config, device
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
 
     def normal(self, rows: int, columns: int, scale: float) -> Tensor:
         empty = torch.empty(rows, columns, dtype=self.config.dtype, device=self.device)
@@ -99,7 +115,7 @@ def random_target(
 
     Args:
         shape: its sizes.
-        device: where it is made, never passing through the host.
+        device: where it is made, never passing through the host; on ``meta`` it holds no numbers.
         dtype: of its weights.
         operations: what it computes with; the Triton kernels if None (on a CPU in Triton's interpreter).
         quiet: how much the layers behind the exit add, of what they would; below 1, drafts can be right.
@@ -128,3 +144,63 @@ def random_drafter(target: Llama, exit_layer: int, *, scale: float = 0.1, seed: 
         weights = AdapterWeights(_Maker(config, target.device, seed).attention(scale), target.weights.norm)
     settings = AdapterConfig(config, exit_layer, PAPER_NUM_SPECULATIVE_TOKENS, PAPER_DRAFT_CONFIDENCE_THRESHOLD)
     return Drafter(target, Adapter(settings, weights, target))
+
+
+def random_kangaroo(
+    shape: ModelShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    references: bool = False,
+    quiet: float = 1.0,
+    trace: Trace | None = None,
+    persistent: bool = False,
+) -> Kangaroo:
+    """A random target with a random drafter.
+
+    Args:
+        shape: the target's sizes.
+        device: where it is made.
+        dtype: of its weights.
+        references: whether it computes with the references, in the loop on the device.
+        quiet: as for ``random_target``.
+        trace: what becomes of its drafts (``synthetic.py``), instead of what the weights say.
+        persistent: whether it drafts in one kernel.
+    """
+    target = random_target(shape, device, dtype, operations=RESIDENT_REFERENCES if references else None, quiet=quiet)
+    if trace is not None:
+        target = with_synthetic_acceptance(target, trace)
+    return Kangaroo(target, random_drafter(target, exit_layer_of(shape)), persistent=persistent)
+
+
+def sharing_weights(kangaroo: Kangaroo, *, trace: Trace | None = None, persistent: bool = False) -> Kangaroo:
+    """Another decoder on the same target's weights, with caches and graphs of its own."""
+    drafter = kangaroo.drafter
+    assert drafter is not None
+    if trace is None:
+        return Kangaroo(kangaroo.target, drafter, persistent=persistent)
+    target = with_synthetic_acceptance(kangaroo.target, trace)
+    return Kangaroo(target, random_drafter(target, drafter.exit_layer), persistent=persistent)
+
+
+Verified = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The last hidden states ``[M, hidden]``, tokens ``[M]``, confidences ``[M]`` and logits ``[M, V]`` of some rows."""
+
+
+def verification(kangaroo: Kangaroo, prompt: Sequence[int], states: Tensor) -> Callable[[int, int], Verified]:
+    """``verify(first, last)``: the deep layers and the head on those of the exit layer's ``states`` behind a prompt."""
+    target, drafter = kangaroo.target, kangaroo.drafter
+    assert drafter is not None
+    config, weights, position = target.config, target.weights, len(prompt)
+    cache = target.new_cache()
+    cache.reserve(position + len(states))
+    target.run(target.embed(prompt), cache, 0, 0, config.num_hidden_layers)
+
+    def verify(first: int, last: int) -> Verified:
+        hidden = target.run(states[first:last], cache, position + first, drafter.exit_layer, config.num_hidden_layers)
+        best = target.operations.top1_head(hidden, weights.norm, weights.head, eps=config.rms_norm_eps)
+        # the library multiplies one row at a time, which is one shape for it: equal states have equal logits
+        logits = torch.cat([target.logits(hidden[row : row + 1]) for row in range(len(hidden))])
+        return hidden, best.token, best.confidence, logits
+
+    return verify

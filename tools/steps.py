@@ -9,7 +9,8 @@ from cards import cards_of
 from torch import Tensor
 from triton.runtime import driver
 
-from kangaroo_kernels.draft_loop import PROGRAMS_PER_SM, DraftLoop
+from kangaroo_kernels.draft_loop import DraftLoop
+from kangaroo_kernels.draft_loop.table import PROGRAMS_PER_SM
 from kangaroo_kernels.reference.commit import RECORD_HEAD
 from kangaroo_kernels.reference.draft_loop import AttentionBlock, DraftModel, Layer
 from kangaroo_kernels.workloads import EPS, ModelShape, Settings, Workload, workloads

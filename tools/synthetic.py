@@ -38,13 +38,7 @@ ASSUMPTION = (
 
 
 def conditional_rate(mean_acceptance_length: float, max_drafts: int) -> float:
-    """The rate p of every position for which 1 + p + p^2 + ... + p^max_drafts is the mean acceptance length.
-
-    Raises:
-        ValueError: a mean that no rate gives.
-    """
-    if not 1 <= mean_acceptance_length <= 1 + max_drafts:
-        raise ValueError(f"a mean acceptance length of {mean_acceptance_length} is not between 1 and {1 + max_drafts}.")
+    """The rate p of every position for which 1 + p + p^2 + ... + p^max_drafts is the mean acceptance length."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -75,24 +69,17 @@ class Trace(NamedTuple):
         return len(self.agreed) + int(self.agreed.sum())
 
 
-def paper_trace(
-    steps: int = STEPS,
-    max_drafts: int = MAX_DRAFTS,
-    mean_acceptance_length: float = PAPER_MEAN_ACCEPTANCE_LENGTH,
-    seed: int = 0,
-) -> Trace:
+def paper_trace(steps: int = STEPS) -> Trace:
     """A trace at the paper's mean; the module's docstring has the assumptions.
 
     Drafts are drawn position by position, an exact share of the steps that reached it, so that the trace has the mean
     of its rates, and then the steps are shuffled.
     """
-    rate = conditional_rate(mean_acceptance_length, max_drafts)
-    reached = [round(steps * rate**position) for position in range(1, max_drafts + 1)]
-    agreed = torch.zeros(steps, dtype=torch.int64)
-    for count in reached:
-        agreed[:count] += 1
-    agreed = agreed[torch.randperm(steps, generator=torch.Generator().manual_seed(seed))]
-    return Trace((agreed + 1).clamp(max=max_drafts), agreed)
+    rate, agreed = conditional_rate(PAPER_MEAN_ACCEPTANCE_LENGTH, MAX_DRAFTS), torch.zeros(steps, dtype=torch.int64)
+    for position in range(1, MAX_DRAFTS + 1):
+        agreed[: round(steps * rate**position)] += 1
+    agreed = agreed[torch.randperm(steps, generator=torch.Generator().manual_seed(0))]
+    return Trace((agreed + 1).clamp(max=MAX_DRAFTS), agreed)
 
 
 class _Player:
@@ -116,19 +103,10 @@ class _Player:
             self.place += 1
         return result
 
-    def accept(
-        self,
-        draft: Tensor,
-        target: Tensor,
-        stop_tokens: Tensor,
-        length: Tensor,
-        limit: Tensor,
-        *,
-        drafted: Tensor,
-        out: Tensor,
-    ) -> Tensor:
+    def accept(self, *arguments: Tensor, drafted: Tensor, out: Tensor) -> Tensor:
         """``accept``; then the trace's decision in the place of its own, and on to the next step."""
-        self.operations.accept(draft, target, stop_tokens, length, limit, drafted=drafted, out=out)
+        draft, _, _, length, limit = arguments
+        self.operations.accept(*arguments, drafted=drafted, out=out)
         self.place = 0
         if len(draft):  # there are none in plain decoding
             alive = drafted[:1]  # 0 when the text has reached its limit: nothing is drafted and nothing agreed

@@ -1,15 +1,14 @@
-#!/usr/bin/env python3
-"""Make ``.dev/``, which is carried to a GPU that is there for minutes: the kit and the compiled kernels. Run it in the project's root.
+"""Make ``.dev/``, which is carried to a GPU beside the project: the compiled kernels, and what Triton finds them by.
 
-    python3 tools/gpu_kit/prepare.py [--python 312] [--triton 3.6.0] [--dry] [--again]
+    python tools/gpu_kit/prepare.py [--python 312] [--triton 3.6.0] [--dry] [--again]
 
 The GPU's machine has another Python than this one, and Triton's cache is keyed by the digest of Triton's own files, its
 library for that Python included: the digest is read off that wheel. The kernels are compiled here with the same version
 for this Python, in ``/tmp/kcache``, since Triton's cache holds absolute paths, and stripped to what a launch needs.
-Nothing is done where neither the sources nor the kit changed; where a kernel changed, that one is compiled.
+Nothing is done where neither the sources nor the kit changed; where a kernel changed, that one is compiled. ``--dry``
+then unpacks what is carried and goes through all launches again, which must find every kernel.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,24 +19,34 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any
 
+import typer
+
+# ruff: noqa: E402 (the tools first)
 KIT = Path(__file__).resolve().parent
 ROOT = KIT.parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from command import refuse
+from gpu_report import commit, digest_of_sources
+
 DEV, BUILD, CACHE = ROOT / ".dev", ROOT / "build" / "gpu", Path("/tmp/kcache")
-CARRIED = ("first.py", "loops.py", "guard.py", "sitecustomize.py")
-DECIDING = ("fill.py", "standin.py", "first.py", "loops.py", "sitecustomize.py")
 SOURCES = ("kangaroo_kernels", "model", "tools", "tests")
-WORK = ("Vicuna-7B", "kernel-tests", "Llama-3.1-8B", "Llama-3.2-1B", "loops", "model-tests", "decodes")
-COMPUTING = ("model-tests", "decodes")
-DIRECTORIES = (".venv/triton-3.6", "build/gpu/triton")
+WORK = ("Vicuna-7B", "kernel-tests", "Llama-3.1-8B", "Llama-3.2-1B", "loops", "model-tests", "decodes", "parts")
+COMPUTING = ("model-tests", "decodes", "parts")
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 
-def run(*command, **environment):
+def run(*command: Any, **environment: str) -> tuple[int, str]:
     """A program in the root, politely: its exit status, and what it printed."""
     done = subprocess.run(
         ["nice", "-n", "5", *map(str, command)],
+        cwd=ROOT,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -47,114 +56,64 @@ def run(*command, **environment):
     return done.returncode, done.stdout.strip()
 
 
-def require(what, *command, **environment):
+def require(what: str, *command: Any) -> None:
     """The same, or the end."""
-    status, said = run(*command, **environment)
+    status, said = run(*command)
     if status:
-        sys.exit(f"prepare: {what} failed:\n{said[-1500:]}")
-    return said
+        refuse("prepare", f"{what} failed: {said[-1500:]}")
 
 
-def digest(data):
+def digest(data: bytes) -> str:
+    """As Triton has it."""
     return hashlib.sha256(data).hexdigest()
 
 
-def key_of(wheel, triton):
+def key_of(wheel: Path, triton: Path) -> str:
     """``triton.runtime.cache.triton_key()`` as it is where that wheel is installed; ``triton`` has its Python files."""
     with zipfile.ZipFile(wheel) as archive:
 
-        def parts(folder):
+        def parts(folder: str) -> Iterator[str]:
             for module in pkgutil.iter_modules([str(triton / folder)]):
                 path = f"{folder}/{module.name}"
                 yield digest(archive.read(f"triton/{path}/__init__.py" if module.ispkg else f"triton/{path}.py"))
                 if module.ispkg:
                     yield from parts(path)
 
-        found = [digest(archive.read("triton/runtime/cache.py"))]
-        found += [*parts("compiler"), *parts("backends")]
-        found.append(digest(archive.read("triton/_C/libtriton.so")))
-        found += parts("language")
+        found = [digest(archive.read("triton/runtime/cache.py")), *parts("compiler"), *parts("backends")]
+        found += [digest(archive.read("triton/_C/libtriton.so")), *parts("language")]
         source = archive.read("triton/__init__.py").decode()
-    version = source.split("__version__ = ")[1].split("\n")[0].strip("'\"")
-    return version, version + "-".join(found)
+    return source.split("__version__ = ")[1].split("\n")[0].strip("'\"") + "-".join(found)
 
 
-def wheel_of(python, pip, version):
+def wheel_of(python: str, version: str) -> Path:
     """The wheel for the GPU's Python, fetched once."""
-    folder = BUILD / "wheels"
+    folder, pattern = BUILD / "wheels", f"triton-{version}-cp{python}-*.whl"
     folder.mkdir(parents=True, exist_ok=True)
-    pattern = f"triton-{version}-cp{python}-*.whl"
     if not list(folder.glob(pattern)):
-        fetch = ("download", "--quiet", "--no-deps", "--only-binary=:all:", f"--python-version={python}")
-        require("fetching Triton's wheel", *pip, *fetch, "-d", folder, f"triton=={version}")
+        which = ("--no-deps", "--only-binary=:all:", f"--python-version={python}", "-d", folder, f"triton=={version}")
+        require("fetching Triton's wheel", *PIP, "download", *which)
     return next(folder.glob(pattern))
 
 
-def triton_for(pip, version):
+def triton_for(version: str) -> Path:
     """A folder with that Triton for this Python: the Makefile's, or one of its own."""
-    for folder in DIRECTORIES:
-        if (ROOT / folder / f"triton-{version}.dist-info").is_dir():
-            return ROOT / folder
-    fetch = ("install", "--quiet", "--no-deps", "--target", BUILD / "triton")
-    require("installing Triton", *pip, *fetch, f"triton=={version}")
+    for folder in (ROOT / ".venv/triton-3.6", BUILD / "triton"):
+        if (folder / f"triton-{version}.dist-info").is_dir():
+            return folder
+    require("installing Triton", *PIP, "install", "--no-deps", "--target", BUILD / "triton", f"triton=={version}")
     return BUILD / "triton"
 
 
-def sources():
+def state_of(key: str) -> str:
     """What decides which kernels there are."""
     files = [file for folder in SOURCES for file in (ROOT / folder).glob("**/*") if file.suffix in (".py", ".json")]
-    return digest(b"".join(file.read_bytes() for file in [*sorted(files), *(KIT / name for name in DECIDING)]))
+    return digest(b"".join(file.read_bytes() for file in sorted(files)) + key.encode())
 
 
-def pack(used):
-    """The kernels that were asked for: machine code, and what a launcher must know of it."""
-    names = sorted(set(used.read_text(encoding="utf-8").split()))
-    with tarfile.open(DEV / "kcache.tgz", "w:gz", compresslevel=9) as archive:
-        for file in sorted(file for name in names for file in (CACHE / name).iterdir()):
-            if file.suffix in (".cubin", ".json"):
-                archive.add(file, f"{CACHE.name}/{file.parent.name}/{file.name}")
-    return len(names)
-
-
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--python", default="312", help="of the GPU's machine")
-    parser.add_argument("--triton", default="3.6.0", help="of the GPU's machine")
-    parser.add_argument("--with", dest="interpreter", default=str(ROOT / ".venv/bin/python"), help="this machine's")
-    parser.add_argument("--dry", action="store_true", help="then lead first.py through it without a GPU: minutes")
-    parser.add_argument("--again", action="store_true", help="even if nothing changed")
-    given = parser.parse_args()
-    began, pip = time.monotonic(), (given.interpreter, "-m", "pip", "--disable-pip-version-check")
-    if not Path(given.interpreter).is_file() or not (ROOT / "kangaroo_kernels").is_dir():
-        sys.exit("prepare: run it in the project's root, after 'make demo' or 'make test' has set up .venv.")
-
-    DEV.mkdir(exist_ok=True)
-    for name in CARRIED:
-        shutil.copy(KIT / name, DEV / name)
-    triton = triton_for(pip, given.triton)
-    version, key = key_of(wheel_of(given.python, pip, given.triton), triton / "triton")
-    state = sources() + digest(key.encode())
-    known = json.loads((DEV / "key.json").read_text()) if (DEV / "key.json").is_file() else {}
-    if known.get("state") == state and (DEV / "kcache.tgz").is_file() and not given.again:
-        print("nothing changed")
-    else:
-        (DEV / "key.json").write_text(json.dumps({"triton": version, "key": key}), encoding="utf-8")
-        failed = compile_all(given.interpreter, triton)
-        print(f"{pack(BUILD / 'used')} kernels, of {sum(1 for _ in CACHE.iterdir())} in {CACHE}")
-        commit = require("git", "git", "describe", "--always", "--dirty")
-        told = {"triton": version, "key": key, "commit": commit, "state": "" if failed else state}
-        (DEV / "key.json").write_text(json.dumps(told), encoding="utf-8")
-    for file in sorted(DEV.iterdir()):
-        print(f"{file.stat().st_size / 2**20:8.2f} MiB  {file.name}")
-    if given.dry:
-        dry(given.interpreter, triton)
-    print(f"{time.monotonic() - began:.0f} s")
-
-
-def environment_of(triton):
-    """What the kit's other programs need on this machine."""
-    paths = [triton, ROOT, DEV, KIT, ROOT / "tools", ROOT / "tests"]
-    return {
+def compile_all(triton: Path) -> bool:
+    """Two processes at a time; whether all went well, and whether nothing had to be compiled is what they print."""
+    paths = [triton, ROOT, DEV, KIT, *(ROOT / name for name in ("tools", "tests", "tests/gpu"))]
+    environment = {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "PYTHONDONTWRITEBYTECODE": "1",
         "TRITON_CACHE_DIR": str(CACHE),
@@ -162,29 +121,64 @@ def environment_of(triton):
         "STANDIN_USED": str(BUILD / "used"),
     }
 
-
-def compile_all(python, triton):
-    """Two processes at a time; whether one failed."""
-    (BUILD / "used").write_text("")
-
-    def work(what):
+    def work(what: str) -> bool:
         mode = "compute" if what in COMPUTING else ""
-        status, said = run(python, "-O", KIT / "fill.py", what, BUILD, **environment_of(triton), STANDIN=mode)
-        print(said[-1500:] if status else said.splitlines()[-1], flush=True)
-        return status
+        status, said = run(sys.executable, "-O", KIT / "fill.py", what, BUILD, **environment, STANDIN=mode)
+        print(f"{what} failed:\n{said[-1500:]}" if status else said.splitlines()[-1], flush=True)
+        return status == 0
 
+    (BUILD / "used").write_text("")
     with ThreadPoolExecutor(2) as pool:
-        return any(list(pool.map(work, WORK)))
+        return all(list(pool.map(work, WORK)))
 
 
-def dry(python, triton):
-    """What is carried, unpacked in the place of the cache; then ``first.py``'s stages on it."""
-    shutil.rmtree(CACHE)
+def pack() -> int:
+    """The kernels that were asked for: machine code, and what a launcher must know of it."""
+    names = sorted(set((BUILD / "used").read_text(encoding="utf-8").split()))
+    with tarfile.open(DEV / "kcache.tgz", "w:gz", compresslevel=9) as archive:
+        for file in sorted(file for name in names for file in (CACHE / name).iterdir()):
+            if file.suffix in (".cubin", ".json"):
+                archive.add(file, f"{CACHE.name}/{file.parent.name}/{file.name}")
+    return len(names)
+
+
+def unpack() -> None:
+    """What is carried, in the place of the cache."""
+    shutil.rmtree(CACHE, ignore_errors=True)
     with tarfile.open(DEV / "kcache.tgz") as archive:
         archive.extractall(CACHE.parent, filter="data")
-    environment = environment_of(triton) | {"STANDIN_USED": os.devnull, "STANDIN": "compute"}
-    print(require("the dry run", python, "-O", KIT / "dry.py", BUILD, **environment))
+
+
+def main(
+    python: Annotated[str, typer.Option(help="Of the GPU's machine: 312 for 3.12.")] = "312",
+    triton: Annotated[str, typer.Option(help="Of the GPU's machine.")] = "3.6.0",
+    dry: Annotated[bool, typer.Option("--dry", help="Then go through all launches with what is carried.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Even if nothing changed.")] = False,
+) -> None:
+    """Compile the kernels that a GPU will be asked for."""
+    began, file = time.monotonic(), DEV / "key.json"
+    DEV.mkdir(exist_ok=True)
+    shutil.copy(KIT / "sitecustomize.py", DEV)
+    installed = triton_for(triton)
+    key = key_of(wheel_of(python, triton), installed / "triton")
+    known, state = json.loads(file.read_text()) if file.is_file() else {}, state_of(key)
+    told = {"triton": triton, "key": key, "commit": commit(), "sources": digest_of_sources()}
+    write = partial(file.write_text, encoding="utf-8")
+    if known.get("state") == state and (DEV / "kcache.tgz").is_file() and not again:
+        print("nothing changed")
+        write(json.dumps(told | {"state": state}))
+    else:
+        write(json.dumps(told))
+        complete = compile_all(installed)
+        print(f"{pack()} kernels, of {sum(1 for _ in CACHE.iterdir())} in {CACHE}")
+        write(json.dumps(told | ({"state": state} if complete else {})))
+    for carried in sorted(DEV.iterdir()):
+        print(f"{carried.stat().st_size / 2**20:8.2f} MiB  {carried.name}")
+    if dry:
+        unpack()
+        compile_all(installed)
+    print(f"{time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

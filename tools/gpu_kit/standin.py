@@ -7,22 +7,27 @@ The kernels that were asked for are noted in the file ``$STANDIN_USED``.
 """
 
 import os
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
-from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compiled import CompileOnly
+from gpu_measure import launcher, reference
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kangaroo_kernels import launch_config
-from kangaroo_kernels.draft_loop import kernel as draft_loop_kernel
-from kangaroo_kernels.draft_loop import table
-from kangaroo_kernels.shared import chain, launch
+from kangaroo_kernels.draft_loop.kernel import PREFETCHED_STEPS
+from kangaroo_kernels.draft_loop.table import gpu_options
+from kangaroo_kernels.model import backend
+from kangaroo_kernels.shared.chain import chain
+from kangaroo_kernels.shared.launch import require_interpreter
 
 OPS = [
     "accept",
@@ -35,47 +40,53 @@ OPS = [
     "sample_head",
     "top1_head",
 ]
-MODULES = [import_module(f"kangaroo_kernels.{op}") for op in OPS]
-hits, compiled = [], []
+SHARED_BYTES = 232448
+"""Of an H100's program."""
+
+found, compiled = list[str](), list[str]()
 
 
-def note(*, src, metadata_group, cache_hit, **event):
+def note(*, src: Any, metadata_group: dict[str, str], cache_hit: bool, **event: Any) -> None:
     """Triton tells of every kernel once a process."""
-    (hits if cache_hit else compiled).append(src.name)
+    (found if cache_hit else compiled).append(src.name)
     with open(os.environ["STANDIN_USED"], "a", encoding="utf-8") as file:
         file.write(Path(next(iter(metadata_group.values()))).parent.name + "\n")
 
 
-def everywhere(name, function):
-    """Put ``function`` in the place of a shared one, in every module that has it by name."""
-    for module in (*MODULES, draft_loop_kernel, table, chain, launch):
-        if hasattr(module, name):
-            setattr(module, name, function)
+def replace(function: Callable[..., Any], other: Callable[..., Any]) -> None:
+    """Put ``other`` in the place of a function, in every module of the package that has it."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("kangaroo_kernels")]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if value is function:
+                setattr(module, name, other)
 
 
-def on_meta(function):
+def on_meta(function: Callable[..., Any]) -> Callable[..., Any]:
     """As it decides for a device that is not a CPU."""
     return wraps(function)(lambda x, *more: function(x.new_empty(0, device="meta"), *more))
 
 
-def computing(module, op):
+def computing(op: str) -> Callable[..., Any]:
     """The launcher, then the reference."""
-    launch, reference = getattr(module, op), getattr(import_module(f"kangaroo_kernels.reference.{op}"), op)
+    launch, compute = launcher(op), reference(op)
 
     @wraps(launch)
-    def both(*args, **kwargs):
+    def both(*args: Any, **kwargs: Any) -> Any:
         launch(*args, **kwargs)
-        return reference(*args, **kwargs)
+        return compute(*args, **kwargs)
 
-    setattr(module, op, both)
+    return both
 
 
 class Driver(CompileOnly):
     """Takes a binary that fits into an H100's shared memory, and any launch."""
 
     class utils:  # noqa: N801 (Triton's name)
+        """What Triton asks of a card."""
+
         load_binary = staticmethod(lambda name, kernel, shared, device: (name, name, 0, 0, 1024))
-        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": SHARED_BYTES})
 
     launcher_cls = staticmethod(lambda src, metadata: lambda *args: None)
 
@@ -83,44 +94,40 @@ class Driver(CompileOnly):
 class Graph:
     """What is captured has been launched by then; a replay does nothing."""
 
-    def replay(self):
-        pass
+    def replay(self) -> None:
+        """Nothing is left to do."""
 
 
-def install():
-    run = JITFunction.run
+def install() -> None:
+    """Put it all into place."""
+    run: Any = JITFunction.run
 
-    def prefetching(kernel, *args, **kwargs):
+    def prefetching(kernel: Any, *args: Any, **kwargs: Any) -> Any:
         """What ``draft_loop`` leaves out on a CPU."""
-        more = {"PREFETCHED": draft_loop_kernel.PREFETCHED_STEPS} if kernel.fn.__name__ == "draft_loop_kernel" else {}
+        more = {"PREFETCHED": PREFETCHED_STEPS} if kernel.fn.__name__ == "draft_loop_kernel" else {}
         return run(kernel, *args, **kwargs | more)
 
     knobs.compilation.listener, JITFunction.run = note, prefetching
     driver.set_active(Driver(90))
-    launch_config.files_for = lambda device: ("sm_90.json",)
-    everywhere("require_interpreter", lambda op, x: None)
-    everywhere("chain", on_meta(chain.chain))
-    everywhere("gpu_options", on_meta(table.gpu_options))
-    cuda = torch.cuda
+    replace(launch_config.files_for, lambda device: ("sm_90.json",))
+    replace(require_interpreter, lambda op, x: None)
+    replace(chain, on_meta(chain))
+    replace(gpu_options, on_meta(gpu_options))
+    cuda: Any = torch.cuda
     cuda.CUDAGraph, cuda.graph = Graph, lambda *args, **kwargs: nullcontext()
-    cuda.set_sync_debug_mode = cuda.synchronize = lambda *args: None
+    cuda.set_sync_debug_mode = cuda.synchronize = cuda.empty_cache = lambda *args: None
     cuda.mem_get_info = lambda *args: (0, 0)
     if os.environ.get("STANDIN") == "compute":
-        for module, op in zip(MODULES, OPS, strict=True):
-            computing(module, op)
-        operations = import_module("kangaroo_kernels.model.backend")
-        operations.load_operations = lambda kernels, device, dtype: operations._triton_operations()
+        for op in OPS:
+            replace(launcher(op), computing(op))
+        replace(backend.load_operations, lambda kernels, device, dtype: backend._triton_operations())
 
 
 install()
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[Any]) -> None:
     """No test waits for a GPU."""
     for item in items:
         item.own_markers = [mark for mark in item.own_markers if mark.name != "skip"]
-
-
-def pytest_unconfigure():
-    print(f"\nstandin: {len(compiled)} compiled, {len(hits)} found", flush=True)
