@@ -23,21 +23,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_measure import (
-    ALLOWED,
-    ROUNDS,
-    Replays,
-    launcher,
-    on_the_host,
-    quantiles,
-    read_card,
-    reference,
-    relative_error,
-    repetitions_for,
-    sets_needed,
-    snapshot,
-    written,
-)
+from gpu_card import read_card, snapshot
+from gpu_measure import ROUNDS, Replays, quantiles, repetitions_for, sets_needed
+from right import ALLOWED, launcher, on_the_host, reference, relative_error, written
 from torch.nn.attention.bias import causal_lower_right
 
 from kangaroo_kernels.launch_config import chained

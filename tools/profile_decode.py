@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from command import refuse
-from gpu_measure import EnergyMeter, measure_ceiling, snapshot
+from gpu_card import EnergyMeter, snapshot
+from gpu_measure import measure_ceiling
 from iteration_profile import (
     Profile,
     ProfileError,

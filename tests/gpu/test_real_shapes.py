@@ -1,6 +1,6 @@
 """At real models' shapes: operations against float64, and their bits; a verification's rows; whole decodes.
 
-On a CPU the same comparisons run at a tiny shape in Triton's interpreter, where a row's bits may depend on its
+In a smoke run of the report the same comparisons go through a tiny shape in Triton's interpreter, where a row's bits may depend on its
 neighbours (``docs/kernels.md``): there operations are held by their errors and decodes by their tokens.
 """
 
@@ -13,13 +13,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from gpu_measure import ALLOWED, first_results, first_rows, launcher, relative_error, same_bits, written
 from random_model import SMOKE, random_kangaroo, random_prompt, verification
+from right import ALLOWED, first_results, first_rows, launcher, relative_error, same_bits, written
 
 from kangaroo_kernels.workloads import MODELS, Settings, workloads
 
 ON_GPU = torch.cuda.is_available()
-pytestmark = [pytest.mark.gpu] if ON_GPU else []
+pytestmark = pytest.mark.gpu
 SHAPES, DTYPE = (MODELS, torch.bfloat16) if ON_GPU else ((SMOKE,), torch.float32)
 ROWS, COUNTS = (16, range(1, 16)) if ON_GPU else (16, (1, 2))
 QUIET = 0.1

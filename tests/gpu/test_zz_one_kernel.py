@@ -1,7 +1,8 @@
 """Drafting in one kernel: against the stages at sizes that fill the card, again and again, and in whole decodes.
 
 Its own tests have sizes too small for an asynchronous copy, or for every program to have a tile. These come behind all
-others, since what the kernel does wrong may end the process. On a CPU a tiny size runs in Triton's interpreter.
+others, since what the kernel does wrong may end the process. In a smoke run of the report a tiny size runs in Triton's
+interpreter.
 """
 
 import draft_steps
@@ -13,7 +14,7 @@ from test_real_shapes import DTYPE, ON_GPU, QUIET, SHAPES, compare_decodes
 
 from kangaroo_kernels.draft_loop import draft_loop, prepare_draft_loop
 
-pytestmark = [pytest.mark.gpu] if ON_GPU else []
+pytestmark = pytest.mark.gpu
 SIZES = {  # hidden, inner, vocabulary, (H, H_kv, D); the smallest first: what is wrong there says most
     "heads of 64": (512, 1408, 8192, (8, 2, 64)),
     "heads of 128": (512, 1408, 8192, (4, 4, 128)),

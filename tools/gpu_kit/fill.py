@@ -19,10 +19,12 @@ import pytest
 import random_model
 import standin  # before anything else of the library
 import torch
+from gpu_card import Card, EnergyMeter
 from report import decode as decoding
 from report import environment
 from report.job import Job
 from report.parts import CHOSEN
+from right import launcher
 from steps import META, STEPS
 from synthetic import paper_trace
 from triton.runtime import cache
@@ -43,7 +45,7 @@ CAPACITY = 8192 + 64
 REACHES = (LEAST_REACH, 2048, CAPACITY)
 """Which kernels are launched depends on them no further than these do: 2 splits, a multiple of 16, and 33."""
 
-CARD = gm.Card("a card", 132, 50 << 20, standin.SHARED_BYTES, 90)
+CARD = Card("a card", 132, 50 << 20, standin.SHARED_BYTES, 90)
 
 
 def model(shape: ModelShape) -> None:
@@ -59,12 +61,12 @@ def operations(shape: ModelShape, on: bool) -> None:
     for length in LENGTHS:
         for workload in workloads(shape):
             args, kwargs = workload.make(Settings(7, length, BFLOAT16, META))
-            gm.launcher(workload.op)(*args, **kwargs)
+            launcher(workload.op)(*args, **kwargs)
     for step in STEPS:
         if "paged" not in step.name and not (on and "loop" in step.name):
             settings = Settings(1 if step.drafting else 7, step.length or 2048, BFLOAT16, META)
             for call in step.calls(shape, settings):
-                gm.launcher(call.op)(*call.args, **call.kwargs)
+                launcher(call.op)(*call.args, **call.kwargs)
 
 
 def iterations(shape: ModelShape, on: bool) -> None:
@@ -113,13 +115,14 @@ def loops() -> None:
         for sampling in ({}, {"temperature": 0.8, "seed": 3}):
             for before in (126, 300, 2000):
                 one, stages = (draft_steps.begin(drafter, 6, before) for _ in range(2))
-                draft_steps.by(gm.launcher("draft_loop"), drafter, one, threshold=0.0, **sampling)
+                draft_steps.by(launcher("draft_loop"), drafter, one, threshold=0.0, **sampling)
                 draft_steps.by_stages(drafter, stages, threshold=0.0, **sampling)
 
 
 def tests(*chosen: str) -> None:
     """Lead them through their launches: asserts are compiled away, and nothing holds."""
-    ways = ("-W", "ignore", "--assert=plain", "-p", "no:cacheprovider", "-q", "--tb=no", "--no-header", "-r", "N")
+    ways = ["-W", "ignore", "--assert=plain", "-p", "no:cacheprovider", "-q", "--tb=no", "--no-header", "-r", "N"]
+    ways.append("--continue-on-collection-errors")
     pytest.main(["-m", "gpu", *ways, *chosen], plugins=[standin])
 
 
@@ -142,7 +145,7 @@ def decodes() -> None:
 
 def parts(folder: Path) -> None:
     """``environment`` and ``decode`` as a GPU has them."""
-    ceiling, trace, meter = gm.Ceiling(4300.0, 4000.0, 1 << 30, gm.STREAMS[0]), paper_trace(4), gm.EnergyMeter(None)
+    ceiling, trace, meter = gm.Ceiling(4300.0, 4000.0, 1 << 30, gm.STREAMS[0]), paper_trace(4), EnergyMeter(None)
     put(Job, device=CPU, dtype=BFLOAT16, models=(TINY._replace(layers=3),))
     put(environment, read_card=lambda device: CARD, snapshot=lambda device: {"sm_mhz": 1980})
     put(environment, measure_ceiling=lambda device: ceiling)
@@ -168,6 +171,7 @@ def main() -> None:
     works["model-tests"] = partial(tests, "tests/model", PAIR_TEST, "-k", CHOSEN)
     works[what]()
     counts = f"{len(standin.compiled)} compiled, {len(standin.found)} found"
+    counts += "".join(f", CANNOT BE COLLECTED: {name}" for name in standin.broken)
     print(f"{what}: {counts}, {time.monotonic() - began:.0f} s, {time.process_time():.0f} s of one core")
 
 

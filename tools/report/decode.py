@@ -11,7 +11,7 @@ import statistics
 from functools import partial
 from typing import Any
 
-from gpu_measure import EnergyMeter
+from gpu_card import EnergyMeter
 from random_model import random_kangaroo, random_prompt, sharing_weights
 from synthetic import ASSUMPTION, MAX_DRAFTS, paper_trace
 

@@ -9,7 +9,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from gpu_measure import STREAMS, measure_ceiling, read_card, read_stream, snapshot
+from gpu_card import read_card, snapshot
+from gpu_measure import STREAMS, measure_ceiling, read_stream
 from triton.runtime import cache
 
 from kangaroo_kernels import launch_config
