@@ -35,7 +35,7 @@ import typer
 from command import INCOMPLETE, INTERRUPTED, refuse, require_minutes
 from report.job import ROOT, write_json
 from report.page import SMOKE_LABEL, complaints, page, state_of
-from report.parts import ENVIRONMENT, FIRST, PAIR, PARTS, Part, budgets, choose
+from report.parts import ENVIRONMENT, PAIR, PARTS, Part, budgets, choose
 from report.runner import GRACE, read_piece, run_part
 from rich.console import Console
 
@@ -160,8 +160,6 @@ def measure(plan: Plan) -> int:
                 break
     except KeyboardInterrupt:
         interrupted = True
-    order = dict.fromkeys(part.name for part in (*FIRST, *PARTS, PAIR))
-    report["parts"] = {name: parts[name] for name in order if name in parts}
     wrong = [*complaints({"parts": {name: parts[name] for name in ran}}), *write_report(report, plan.folder)]
     for sentence in wrong:
         typer.echo(f"{NAME}: {sentence}", err=True)

@@ -1,7 +1,7 @@
 """At real models' shapes: operations against float64, and their bits; a verification's rows; whole decodes.
 
-In a smoke run of the report the same comparisons go through a tiny shape in Triton's interpreter, where a row's bits may depend on its
-neighbours (``docs/kernels.md``): there operations are held by their errors and decodes by their tokens.
+In a smoke run of the report the same comparisons go through a tiny shape in Triton's interpreter, where a row's bits
+may depend on its neighbours (``docs/kernels.md``): there operations are held by their errors, decodes by their tokens.
 """
 
 import gc

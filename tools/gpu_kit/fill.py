@@ -14,10 +14,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import standin  # before anything else of the library
+
+# isort: split
 import gpu_measure as gm
 import pytest
 import random_model
-import standin  # before anything else of the library
 import torch
 from gpu_card import Card, EnergyMeter
 from report import decode as decoding
