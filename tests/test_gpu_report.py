@@ -77,7 +77,7 @@ def test_tests_and_benchmarks_are_counted(smoke):
     measured = smoke.parts["kernels"]
     assert measured["not_run"] == 0
     assert {cell["op"] for cell in measured["cells"]} == {"gate_up", "attention"}
-    assert all(cell["us"] > 0 and cell["relative_error"] < 1e-5 for cell in measured["cells"])
+    assert all(cell["us"]["p50"] > 0 and cell["relative_error"] < 1e-5 for cell in measured["cells"])
 
 
 def test_decodes_are_measured(smoke):
@@ -500,9 +500,9 @@ def test_decodes_are_set_against_plain_decoding_and_the_ceiling():
 def test_times_of_pytorch_are_set_against_the_kernel(tmp_path):
     cell = {"model": "m", "op": "attention", "role": "kv", "length": 2048, "gigabytes_per_second": 900.0}
     cells = [
-        cell | {"rows": 1, "way": "kernel", "us": 10.0, "share_of_ceiling": 0.9},
-        cell | {"rows": 8, "way": "kernel", "us": 11.0, "share_of_ceiling": 0.8},
-        cell | {"rows": 1, "way": "eager", "us": 25.0, "share_of_ceiling": 0.4},
+        cell | {"rows": 1, "way": "kernel", "us": {"p50": 10.0}, "share_of_ceiling": 0.9},
+        cell | {"rows": 8, "way": "kernel", "us": {"p50": 11.0}, "share_of_ceiling": 0.8},
+        cell | {"rows": 1, "way": "eager", "us": {"p50": 25.0}, "share_of_ceiling": 0.4},
     ]
     report = report_of(kernels=piece(cells=cells))
     assert "| m | attention 2048 | 10.0 | 900 | 90.0 % | 11.0 | - | 2.50 | - |" in page(report, {})

@@ -147,40 +147,27 @@ def random_drafter(target: Llama, exit_layer: int, *, scale: float = 0.1, seed: 
 
 
 def random_kangaroo(
-    shape: ModelShape,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    references: bool = False,
-    quiet: float = 1.0,
-    trace: Trace | None = None,
-    persistent: bool = False,
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, *, references: bool = False, quiet: float = 1.0
 ) -> Kangaroo:
-    """A random target with a random drafter.
+    """A random target with a random drafter; with ``references`` they compute so, in the loop on the device."""
+    target = random_target(shape, device, dtype, operations=RESIDENT_REFERENCES if references else None, quiet=quiet)
+    return Kangaroo(target, random_drafter(target, exit_layer_of(shape)))
+
+
+def sharing_weights(kangaroo: Kangaroo, *, trace: Trace | None = None, **settings: bool) -> Kangaroo:
+    """Another decoder on the same target's weights, with caches and graphs of its own.
 
     Args:
-        shape: the target's sizes.
-        device: where it is made.
-        dtype: of its weights.
-        references: whether it computes with the references, in the loop on the device.
-        quiet: as for ``random_target``.
+        kangaroo: whose weights.
         trace: what becomes of its drafts (``synthetic.py``), instead of what the weights say.
-        persistent: whether it drafts in one kernel.
+        settings: of ``Kangaroo``: ``graphs``, ``persistent``.
     """
-    target = random_target(shape, device, dtype, operations=RESIDENT_REFERENCES if references else None, quiet=quiet)
+    target, drafter = kangaroo.target, kangaroo.drafter
+    assert drafter is not None
     if trace is not None:
         target = with_synthetic_acceptance(target, trace)
-    return Kangaroo(target, random_drafter(target, exit_layer_of(shape)), persistent=persistent)
-
-
-def sharing_weights(kangaroo: Kangaroo, *, trace: Trace | None = None, persistent: bool = False) -> Kangaroo:
-    """Another decoder on the same target's weights, with caches and graphs of its own."""
-    drafter = kangaroo.drafter
-    assert drafter is not None
-    if trace is None:
-        return Kangaroo(kangaroo.target, drafter, persistent=persistent)
-    target = with_synthetic_acceptance(kangaroo.target, trace)
-    return Kangaroo(target, random_drafter(target, drafter.exit_layer), persistent=persistent)
+        drafter = random_drafter(target, drafter.exit_layer)
+    return Kangaroo(target, drafter, **settings)
 
 
 Verified = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from random_model import SMOKE, random_kangaroo
+from random_model import SMOKE, random_kangaroo, sharing_weights
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.launch_config import chained
@@ -35,7 +35,8 @@ def decodes(way, temperature, device, tokens):
     if tokens > 8:
         kangaroo = Kangaroo.from_pretrained("demo", device=device, dtype="bfloat16", kernels="triton", **WAYS[way])
     else:
-        kangaroo, prompt = random_kangaroo(SMOKE, device, torch.float32, quiet=0.1, **WAYS[way]), [1, 2, 3]
+        kangaroo, prompt = random_kangaroo(SMOKE, device, torch.float32, quiet=0.1), [1, 2, 3]
+        kangaroo = sharing_weights(kangaroo, **WAYS[way])
     with chained("chained" in way):
         yield kangaroo.generate(prompt, plain=True, **settings).tokens
         for threshold in (0.6, 0.0):

@@ -9,7 +9,7 @@ import draft_steps
 import pytest
 import torch
 from gpu_measure import time_graph
-from random_model import random_kangaroo, random_prompt
+from random_model import random_kangaroo, random_prompt, sharing_weights
 from test_real_shapes import DTYPE, ON_GPU, QUIET, SHAPES, compare_decodes
 
 from kangaroo_kernels.draft_loop import draft_loop, prepare_draft_loop
@@ -97,5 +97,5 @@ def test_again_and_again(name, model_of, device, record_property):
 @pytest.mark.parametrize("temperature", [0.0, 0.8] if ON_GPU else [0.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_a_decode_in_one_kernel(shape, temperature, device):
-    kangaroo = random_kangaroo(shape, device, DTYPE, quiet=QUIET, persistent=True)
+    kangaroo = sharing_weights(random_kangaroo(shape, device, DTYPE, quiet=QUIET), persistent=True)
     compare_decodes(kangaroo, random_prompt(shape, 300 if ON_GPU else 20), temperature)

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 
@@ -15,7 +14,7 @@ from triton.runtime import cache
 
 from kangaroo_kernels import launch_config
 
-from .job import Job, one_line
+from .job import Job
 
 PACKAGES = ("torch", "triton", "transformers", "kangaroo-kernels")
 TOOLS = ("gcc", "compute-sanitizer", "ncu", "nsys")
@@ -51,17 +50,6 @@ def key_in_use() -> str:
     return "carried, and Triton's own" if same else "carried, adopted"
 
 
-def what_nvidia_smi_says() -> str:
-    """Modes of the card that NVML's snapshot leaves out; or why there is no answer."""
-    asked = "pstate,clocks.sm,clocks.mem,ecc.mode.current,mig.mode.current"
-    try:
-        command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return one_line(error)
-    return (done.stdout or done.stderr).strip()
-
-
 def run(job: Job) -> None:
     """Versions first, then a launch, then the memory's ceilings."""
     job.note(versions=versions(), cpu=processor(), cpu_count=os.cpu_count(), platform=platform.system())
@@ -73,7 +61,7 @@ def run(job: Job) -> None:
     folder = launch_config.configs_folder()
     files = [name for name in launch_config.files_for(job.device) if (folder / name).is_file()]
     job.note(gpu=read_card(job.device)._asdict(), before=snapshot(job.device), launch_configs=files)
-    job.note(nvidia_smi=what_nvidia_smi_says(), doing="the first launch, for which Triton has a C compiler called")
+    job.note(doing="the first launch, for which Triton has a C compiler called")
     began, source = time.monotonic(), torch.zeros(STREAMS[0].chunk, dtype=torch.int32, device=job.device)
     read_stream(source, STREAMS[0], 1)
     job.synchronize()

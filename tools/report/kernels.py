@@ -45,8 +45,11 @@ class Collector:
         """Note a benchmark that has just run: its result or its failure."""
         report = yield
         if call.when == "call":
-            if call.excinfo is None:
-                self.cells.append(self.cell(item))
+            if call.excinfo is None:  # its raw numbers are in pytest-benchmark's own file
+                benchmark = item.funcargs["benchmark"]
+                raw_us = 1e6 * benchmark.stats.stats.median
+                info = {"us": {"p50": raw_us}, "gigabytes_per_second": None, "share_of_ceiling": None}
+                self.cells.append(info | benchmark.extra_info)
             else:
                 reason = str(call.excinfo.value).strip().splitlines()[0][:300]
                 self.failures.append({"benchmark": item.name, "reason": reason})
@@ -54,28 +57,6 @@ class Collector:
             doing = f"{done} of {self.selected}, {item.callspec.params['case']}"
             self.job.note(cells=self.cells, failures=self.failures, not_run=self.selected - done, doing=doing)
         return report
-
-    def cell(self, item: Any) -> dict[str, Any]:
-        """What is shown of a benchmark; its raw numbers are in pytest-benchmark's own file."""
-        benchmark, case = item.funcargs["benchmark"], item.callspec.params["case"]
-        rows, info = item.callspec.params["rows"], benchmark.extra_info
-        microseconds = info["us"]["p50"] if "us" in info else 1e6 * benchmark.stats.stats.median
-        bytes_moved = case.workload.bytes_moved(rows, case.length, self.job.dtype.itemsize)
-        return {
-            "model": case.model,
-            "op": case.workload.op,
-            "role": case.workload.role,
-            "length": case.length,
-            "rows": rows,
-            "way": item.callspec.params["way"],
-            "us": microseconds,
-            "us_p20": info.get("us", {}).get("p20"),
-            "us_p80": info.get("us", {}).get("p80"),
-            "bytes": bytes_moved,
-            "gigabytes_per_second": bytes_moved / microseconds / 1e3,
-            "share_of_ceiling": info.get("share_of_ceiling"),
-            "relative_error": info.get("relative_error"),
-        }
 
     def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
         """Stop behind the benchmark that the deadline falls into."""

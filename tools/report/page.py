@@ -75,7 +75,7 @@ def kernel_rows(cells: Sequence[Values]) -> list[dict[str, Any]]:
     for (model, op), found in groups.items():
         ours = found.get(("kernel", 1), {})
         ratios = {
-            way: found[way, 1]["us"] / ours["us"] if (way, 1) in found and ours else None
+            way: found[way, 1]["us"]["p50"] / ours["us"]["p50"] if (way, 1) in found and ours else None
             for way in ("chained", "eager", "compiled")
         }
         rows.append({"model": model, "op": op, "one": ours, "eight": found.get(("kernel", 8), {}), "ratios": ratios})

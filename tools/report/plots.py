@@ -51,7 +51,7 @@ def panels(count: int, rows: int) -> tuple[Any, list[Any]]:
 
 
 def kernels(piece: Values, path: Path, title: str) -> bool:
-    """Bandwidth of every kernel at 1 and 8 rows, in percent of the measured ceiling (of a CPU: GB/s)."""
+    """Bandwidth of every kernel at 1 and 8 rows, in percent of the measured ceiling (of a CPU: microseconds)."""
     rows = kernel_rows(piece.get("cells", ()))
     models = list(dict.fromkeys(row["model"] for row in rows))
     if not rows:
@@ -63,7 +63,7 @@ def kernels(piece: Values, path: Path, title: str) -> bool:
             for label, cell in (("1 row", row["one"]), ("8 rows", row["eight"])):
                 if cell:
                     share = cell["share_of_ceiling"]
-                    value = cell["gigabytes_per_second"] if share is None else 100 * share
+                    value = cell["us"]["p50"] if share is None else 100 * share
                     series.setdefault(label, {})[row["op"]] = value
         bars(panel, [row["op"] for row in rows if row["model"] == model], series)
         panel.set_title(f"{model}: % of the measured read bandwidth", fontsize=9)
