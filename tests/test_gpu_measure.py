@@ -101,14 +101,11 @@ def test_snapshot_records_what_nvml_says(nvml):
     }
 
 
-def test_snapshot_leaves_out_what_nvml_does_not_say(nvml):
-    nvml["nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM] = 1980
+def test_snapshot_leaves_out_what_nvml_does_not_say(nvml, monkeypatch):
     taken = snapshot(torch.device("cuda", 0))
-    assert (taken.pop("name"), taken.pop("driver"), taken.pop("sm_mhz")) == ("a card", "580.1", 1980)
+    assert (taken.pop("name"), taken.pop("driver")) == ("a card", "580.1")
     assert set(taken.values()) == {None}
 
-
-def test_snapshot_without_nvml_says_so(nvml, monkeypatch):
     def missing(device):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
@@ -330,13 +327,6 @@ def test_the_ceiling_is_plausible(device):
     assert ceiling.stream in STREAMS
     assert ceiling.buffer_bytes >= 8 * read_card(device).l2_bytes
     assert 0.7 < ceiling.read / ceiling.copy < 2
-
-
-@pytest.mark.gpu
-def test_the_card_speaks(device):
-    taken = snapshot(device)
-    assert taken["name"] == read_card(device).name == torch.cuda.get_device_name(device)
-    assert read_card(device).multiprocessors > 0
 
 
 @pytest.mark.gpu

@@ -236,12 +236,6 @@ def test_mistakes_get_a_sentence(arguments, sentence):
     assert "Traceback" not in done.output
 
 
-def test_ready_command_lines_are_in_the_help():
-    told = " ".join(run("--help").output.split())
-    for command in ("nsys profile -t cuda,nvtx --cuda-graph-trace=node", "ncu --profile-from-start off", "--nvtx"):
-        assert command in told
-
-
 def test_prompts_of_any_length(pair):
     kangaroo = pair.load(device="cpu")
     assert [len(prompt_of(kangaroo, context)) for context in (2, 50, 300)] == [2, 50, 300]
