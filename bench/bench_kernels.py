@@ -28,11 +28,12 @@ from gpu_measure import ROUNDS, Replays, quantiles, repetitions_for, sets_needed
 from right import ALLOWED, launcher, on_the_host, reference, relative_error, written
 from torch.nn.attention.bias import causal_lower_right
 
+from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.reference import gate_up as gate_up_ref
 from kangaroo_kernels.reference import qkv_rope as qkv_rope_ref
 from kangaroo_kernels.reference import top1_head as top1_head_ref
-from kangaroo_kernels.reference.top1_head import Top1, confidence_of, lm_head
+from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
 from kangaroo_kernels.workloads import MODELS, TINY, Settings, Workload, workloads
 
 ON_GPU = torch.cuda.is_available()

@@ -10,19 +10,37 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "DecodeStats": "kangaroo_kernels.model.results",
+    "Draft": "kangaroo_kernels.model.drafters.protocol",
+    "Drafter": "kangaroo_kernels.model.drafters.protocol",
+    "Generation": "kangaroo_kernels.model.results",
     "Kangaroo": "kangaroo_kernels.model.kangaroo",
-    "Generation": "kangaroo_kernels.model.kangaroo",
-    "Progress": "kangaroo_kernels.model.kangaroo",
-    "DecodeStats": "kangaroo_kernels.model.loop.decode",
     "KangarooError": "kangaroo_kernels.model.errors",
+    "Progress": "kangaroo_kernels.model.results",
+    "Session": "kangaroo_kernels.model.session",
+    "Settings": "kangaroo_kernels.model.request",
 }
 
-__all__ = ["DecodeStats", "Generation", "Kangaroo", "KangarooError", "Progress", "__version__"]
+__all__ = [
+    "DecodeStats",
+    "Draft",
+    "Drafter",
+    "Generation",
+    "Kangaroo",
+    "KangarooError",
+    "Progress",
+    "Session",
+    "Settings",
+    "__version__",
+]
 
 if TYPE_CHECKING:
+    from kangaroo_kernels.model.drafters.protocol import Draft, Drafter
     from kangaroo_kernels.model.errors import KangarooError
-    from kangaroo_kernels.model.kangaroo import Generation, Kangaroo, Progress
-    from kangaroo_kernels.model.loop.decode import DecodeStats
+    from kangaroo_kernels.model.kangaroo import Kangaroo
+    from kangaroo_kernels.model.request import Settings
+    from kangaroo_kernels.model.results import DecodeStats, Generation, Progress
+    from kangaroo_kernels.model.session import Session
 
 
 def __getattr__(name: str) -> Any:

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.reference.accept import MAX_STOPS, check_step
+from kangaroo_kernels.contract import MAX_ROWS, MAX_STOPS
 from kangaroo_kernels.shared.chain import chain, follow
-from kangaroo_kernels.shared.launch import MAX_ROWS, device_scalar, require_interpreter
+from kangaroo_kernels.shared.checks import check_accept
+from kangaroo_kernels.shared.launch import device_scalar, require_interpreter
 
 
 @triton.jit(
@@ -65,7 +66,7 @@ def accept(
 ) -> Tensor:
     """Compare drafts with the target's tokens; arguments and result as for ``reference.accept``."""
     require_interpreter("accept", draft)
-    check_step(draft, target, stop_tokens, length, limit, drafted, out)
+    check_accept(draft, target, stop_tokens, length, limit, drafted, out)
     most, device = len(draft), draft.device
     if most >= MAX_ROWS or len(stop_tokens) > MAX_STOPS:
         raise ValueError(

@@ -18,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.launch_config import launch_config
-from kangaroo_kernels.reference.attention import check_max_length
 from kangaroo_kernels.shared.cache_layout import cache_layout, row_offsets
 from kangaroo_kernels.shared.chain import chain, follow
-from kangaroo_kernels.shared.launch import MAX_ROWS, check_flag, check_out, check_position, check_rows, device_scalar
+from kangaroo_kernels.shared.checks import check_max_length
+from kangaroo_kernels.shared.launch import check_flag, check_out, check_position, check_rows, device_scalar
 
 # Where the splits lie is part of the contract (docs/kernels.md) and never tuned.
 SHORT = tl.constexpr(128)

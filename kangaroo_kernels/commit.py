@@ -8,12 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.reference.commit import RECORD_HEAD, check_state
+from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, Record
 from kangaroo_kernels.shared.chain import chain, follow
-from kangaroo_kernels.shared.launch import MAX_ROWS, require_interpreter
+from kangaroo_kernels.shared.checks import check_commit_counts, check_commit_states
+from kangaroo_kernels.shared.launch import require_interpreter
 
 CHUNK = tl.constexpr(1024)
 BLOCK = 2 * MAX_ROWS
+BEFORE, REACHED, AGREED, DRAFTED, STOPPED = map(tl.constexpr, Record(*range(RECORD_HEAD)))
+"""Where the words of a record lie."""
 
 
 @triton.jit
@@ -36,7 +39,7 @@ def commit_kernel(
     exit_hidden_ptr,  # [R + 2, K]
     embedding_ptr,  # [V, K]
     newest_ptr,  # [1, K]
-    record_ptr,  # [5 + R + 1] int64
+    record_ptr,  # [RECORD_HEAD + R + 1] int64
     R,
     CAPACITY,
     POSITIONS,
@@ -60,11 +63,11 @@ def commit_kernel(
     tl.debug_barrier()  # everything is read before anything is written
 
     tl.store(text_ptr + before + offs, target, mask=(offs < count) & (before + offs < CAPACITY))
-    tl.store(record_ptr, before)
-    tl.store(record_ptr + 1, reached)
-    tl.store(record_ptr + 2, agreed)
-    tl.store(record_ptr + 3, drafted.to(tl.int64))
-    tl.store(record_ptr + 4, stopped)
+    tl.store(record_ptr + BEFORE, before)
+    tl.store(record_ptr + REACHED, reached)
+    tl.store(record_ptr + AGREED, agreed)
+    tl.store(record_ptr + DRAFTED, drafted.to(tl.int64))
+    tl.store(record_ptr + STOPPED, stopped)
     tl.store(record_ptr + RECORD_HEAD + offs, target, mask=offs <= R)
     tl.store(length_ptr, reached)
     limit = tl.where(stopped != 0, reached, limit)
@@ -91,7 +94,8 @@ def commit(
 ) -> None:
     """Commit one iteration, in place; arguments as for ``reference.commit``."""
     require_interpreter("commit", target)
-    check_state(decision, target, text, length, limit, positions, flags, exit_hidden, embedding, newest, record)
+    check_commit_counts(decision, target, text, length, limit, positions, flags, record)
+    check_commit_states(target, exit_hidden, embedding, newest)
     most = len(target) - 1
     if most >= MAX_ROWS or len(positions) > BLOCK:
         raise ValueError(

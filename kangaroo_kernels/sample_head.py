@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels.contract import TARGET_STREAM, Top1
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.reference.top1_head import Top1
 from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
 from kangaroo_kernels.shared.checks import check_count, check_sampling
 from kangaroo_kernels.shared.head import (
@@ -315,7 +315,7 @@ def sample_head(
     eps: float,
     temperature: float | Tensor,
     seed: int | Tensor,
-    stream: int = 0,
+    stream: int = TARGET_STREAM,
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     threshold: float | Tensor | None = None,

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.reference.top1_head import Top1
 from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
 from kangaroo_kernels.shared.head import TileResults, check_head, exponential_sum, first_best, merge_tiles, nan_wins
 from kangaroo_kernels.shared.launch import aligned_rows, check_operands, step_of, weight_and_bias

@@ -7,36 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_ROWS, Top1
+from kangaroo_kernels.operation import OPERATIONS
 from kangaroo_kernels.packed_weight import Layout
-from kangaroo_kernels.reference import (
-    accept,
-    attention,
-    commit,
-    draft_loop,
-    gate_up,
-    linear_residual,
-    qkv_rope,
-    sample_head,
-    top1_head,
-)
-from kangaroo_kernels.reference.top1_head import Top1
 
 from .errors import KangarooError
 
 KERNELS = ("triton", "reference")
-MAX_KERNEL_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Operations:
-    """The operations of a decode step; what each computes, its reference's docstring says.
+class Backend:
+    """The operations of a decode step and what a decode must know of them; their references' docstrings say the rest.
 
     Attributes:
-        kernels: one of ``KERNELS``.
+        name: one of ``KERNELS``.
+        resident: whether the decode loop lives on the device; else the host leads it.
+        max_rows: the most tokens in flight that the operations take; None means any number.
         layout: of the weights that these operations read; None where any will do.
     """
 
-    kernels: str
+    name: str
+    resident: bool
+    max_rows: int | None
     layout: Layout | None
     qkv_rope: Callable[..., Tensor]
     attention: Callable[..., Tensor]
@@ -49,29 +42,23 @@ class Operations:
     draft_loop: Callable[..., Top1]
     prepare_draft_loop: Callable[..., Any]
 
-    def for_rows(self, rows: int) -> "Operations":
+    def for_rows(self, rows: int) -> "Backend":
         """These operations, or the references for more rows than the kernels take: a prefill, cuBLAS's and SDPA's."""
-        return self if rows <= MAX_KERNEL_ROWS else REFERENCES
+        return self if self.max_rows is None or rows <= self.max_rows else REFERENCES
 
 
-REFERENCES = Operations(
-    "reference",
-    None,
-    qkv_rope.qkv_rope,
-    attention.attention,
-    linear_residual.linear_residual,
-    gate_up.gate_up,
-    top1_head.top1_head,
-    sample_head.sample_head,
-    accept.accept,
-    commit.commit,
-    draft_loop.draft_loop,
-    lambda model, most: None,  # the reference needs nothing prepared
+REFERENCES = Backend(
+    name="reference",
+    resident=False,
+    max_rows=None,
+    layout=None,
+    **{name: operation.reference for name, operation in OPERATIONS.items()},
+    prepare_draft_loop=lambda model, most: None,  # the reference needs nothing prepared
 )
 
 
-def load_operations(kernels: str | None, device: torch.device, dtype: torch.dtype) -> Operations:
-    """The operations asked for; None means the kernels on a GPU and the references on a CPU.
+def load_backend(kernels: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend asked for; None means the kernels on a GPU and the references on a CPU.
 
     Raises:
         KangarooError: an unknown name, no Triton, or a CPU where Triton was not told to interpret.
@@ -93,33 +80,17 @@ def load_operations(kernels: str | None, device: torch.device, dtype: torch.dtyp
         )
     if device.type == "cpu" and dtype == torch.bfloat16:
         raise KangarooError("Triton's interpreter gets bfloat16 products wrong; use dtype float32 or float16 with it.")
-    return _triton_operations()
+    return _triton_backend()
 
 
-def _triton_operations() -> Operations:
-    from kangaroo_kernels import (
-        accept,
-        attention,
-        commit,
-        draft_loop,
-        gate_up,
-        linear_residual,
-        qkv_rope,
-        sample_head,
-        top1_head,
-    )
+def _triton_backend() -> Backend:
+    from kangaroo_kernels.draft_loop import prepare_draft_loop
 
-    return Operations(
-        "triton",
-        Layout.ROWS,
-        qkv_rope.qkv_rope,
-        attention.attention,
-        linear_residual.linear_residual,
-        gate_up.gate_up,
-        top1_head.top1_head,
-        sample_head.sample_head,
-        accept.accept,
-        commit.commit,
-        draft_loop.draft_loop,
-        draft_loop.prepare_draft_loop,
+    return Backend(
+        name="triton",
+        resident=True,
+        max_rows=MAX_ROWS,
+        layout=Layout.ROWS,
+        **{name: operation.launcher for name, operation in OPERATIONS.items()},
+        prepare_draft_loop=prepare_draft_loop,
     )

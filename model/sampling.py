@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, Top1
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.reference.noise import gumbel_rows, uniform
 from kangaroo_kernels.reference.sample_head import filter_logits
-from kangaroo_kernels.reference.top1_head import Top1, confidence_of, lm_head
+from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
 
-from .backend import REFERENCES, Operations
+from .backend import REFERENCES, Backend
 from .errors import KangarooError
 
 ACCEPTANCES = ("coupled", "rejection")
-TARGET_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ class Chooser:
 
     Args:
         sampling: how.
-        operations: what with.
+        backend: what with.
         numbers: of ``sampling`` in device memory, for work that is captured.
     """
 
     def __init__(
-        self, sampling: Sampling, operations: Operations = REFERENCES, numbers: SamplingTensors | None = None
+        self, sampling: Sampling, backend: Backend = REFERENCES, numbers: SamplingTensors | None = None
     ) -> None:
-        self.sampling, self.operations = sampling, operations
+        self.sampling, self.backend = sampling, backend
         self.numbers = sampling if numbers is None else numbers
         self.draft_stream = DRAFT_STREAM if sampling.rejects else TARGET_STREAM
 
@@ -126,7 +126,7 @@ class Chooser:
     def _pick(
         self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int | Tensor, stream: int, **step: Any
     ) -> Top1:
-        numbers, operations = self.numbers, self.operations.for_rows(hidden.shape[0])
+        numbers, operations = self.numbers, self.backend.for_rows(hidden.shape[0])
         if self.sampling.greedy:
             return operations.top1_head(hidden, norm, head, eps=eps, **step)
         return operations.sample_head(

@@ -8,15 +8,14 @@ from kernel_inputs import drawer, same_bits
 from torch import Tensor
 
 from kangaroo_kernels.attention import attention
+from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer, Top1
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop
 from kangaroo_kernels.gate_up import gate_up
 from kangaroo_kernels.linear_residual import linear_residual
 from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
 from kangaroo_kernels.qkv_rope import qkv_rope
 from kangaroo_kernels.reference import draft_loop as draft_loop_ref
-from kangaroo_kernels.reference.draft_loop import AttentionBlock, DraftModel, Layer
 from kangaroo_kernels.reference.qkv_rope import rope_table
-from kangaroo_kernels.reference.top1_head import Top1
 from kangaroo_kernels.sample_head import sample_head
 from kangaroo_kernels.top1_head import top1_head
 

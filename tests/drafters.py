@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.backend import REFERENCES
-from kangaroo_kernels.model.drafters.kangaroo import Draft, Drafter
+from kangaroo_kernels.contract import Top1
+from kangaroo_kernels.model.backend import REFERENCES, Backend
+from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
+from kangaroo_kernels.model.drafters.protocol import Draft
 from kangaroo_kernels.model.loop.state import TextState
 from kangaroo_kernels.model.sampling import Chooser
-from kangaroo_kernels.reference.top1_head import Top1
 
 Say = Callable[[int, int, int, float], tuple[int, float]]
 """(position of the token, its place in this step's draft, the adapter's own token and confidence) to what is said."""
 
 
-class Scripted(Drafter):
+class Scripted(KangarooDrafter):
     """Runs the adapter as the real drafter does, then says what ``say`` wants.
 
     Attributes:
@@ -26,42 +27,42 @@ class Scripted(Drafter):
         own: ``(position, token, confidence)`` of every guess that the adapter itself made.
     """
 
-    def __init__(self, real: Drafter, say: Say | None = None) -> None:
+    def __init__(self, real: KangarooDrafter, say: Say | None = None) -> None:
         super().__init__(real.target, real.adapter)
         self.say = say
         self.states: list[TextState] = []
         self.drafts: list[tuple[int, list[int]]] = []
         self.own: list[tuple[int, int, float]] = []
 
-    def draft(self, state: TextState, chooser: Chooser, max_tokens: int, threshold: float) -> Draft:
-        self.states.append(state)
-        length = len(state.tokens)
-        draft = super().draft(state, chooser, max_tokens, threshold)
+    def propose(self, text: TextState, chooser: Chooser, most: int, threshold: float) -> Draft:
+        self.states.append(text)
+        length = len(text.tokens)
+        draft = super().propose(text, chooser, most, threshold)
         self.drafts.append((length, draft.tokens.tolist()))
         return draft
 
     def guess(
-        self, exit_hidden: Tensor, state: TextState, chooser: Chooser, position: int
+        self, exit_hidden: Tensor, text: TextState, chooser: Chooser, position: int
     ) -> tuple[Top1, Tensor | None]:
-        guess, distribution = super().guess(exit_hidden, state, chooser, position)
+        guess, distribution = super().guess(exit_hidden, text, chooser, position)
         following = position + exit_hidden.shape[0]
         token, confidence = int(guess.token), float(guess.confidence)
         self.own.append((following, token, confidence))
         if self.say is None:
             return guess, distribution
-        token, confidence = self.say(following, following - len(state.tokens), token, confidence)
+        token, confidence = self.say(following, following - len(text.tokens), token, confidence)
         if distribution is not None:  # what is always said was drawn from a distribution that knows nothing else
             distribution = torch.nn.functional.one_hot(torch.tensor([token]), distribution.shape[-1]).float()
         return Top1(torch.tensor([token]), torch.tensor([confidence])), distribution
 
 
-class NotANumber(Drafter):
+class NotANumber(KangarooDrafter):
     """An adapter whose output is NaN throughout."""
 
     def guess(
-        self, exit_hidden: Tensor, state: TextState, chooser: Chooser, position: int
+        self, exit_hidden: Tensor, text: TextState, chooser: Chooser, position: int
     ) -> tuple[Top1, Tensor | None]:
-        return super().guess(torch.full_like(exit_hidden, float("nan")), state, chooser, position)
+        return super().guess(torch.full_like(exit_hidden, float("nan")), text, chooser, position)
 
 
 def oracle(text: Sequence[int], confidence: float = 1.0) -> Say:
@@ -79,7 +80,7 @@ def right_until(text: Sequence[int], count: int, vocab_size: int) -> Say:
     return say
 
 
-def with_drafter(kangaroo: Kangaroo, drafter: Drafter) -> Kangaroo:
+def with_drafter(kangaroo: Kangaroo, drafter: KangarooDrafter) -> Kangaroo:
     """The same target behind another drafter."""
     return Kangaroo(kangaroo.target, drafter, kangaroo.tokenizer)
 
@@ -87,6 +88,11 @@ def with_drafter(kangaroo: Kangaroo, drafter: Drafter) -> Kangaroo:
 def on_the_device(kangaroo: Kangaroo) -> Kangaroo:
     """The same pair with the loop on the device, on the references: quick, if not free of questions to the host."""
     assert kangaroo.drafter is not None
+    return with_backend(kangaroo, replace(REFERENCES, resident=True))
+
+
+def with_backend(kangaroo: Kangaroo, backend: Backend) -> Kangaroo:
+    """The same pair, computing with other operations."""
     for part in (kangaroo.target, *kangaroo.target.blocks, kangaroo.drafter.adapter.block):
-        part.operations = replace(REFERENCES, kernels="triton")
+        part.backend = backend
     return kangaroo

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-MAX_ROWS = 16
-"""As the kernels' contract has it."""
+from kangaroo_kernels.contract import MAX_ROWS
 
 KERNEL_DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 """Triton's interpreter does not multiply bfloat16 rightly, so that one waits for a GPU."""

@@ -1,4 +1,4 @@
-"""The house's order: imports run one way, and importing the kernels stays light."""
+"""The house's order: imports run one way, and importing the operations stays light."""
 
 import ast
 import itertools
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from kangaroo_kernels.operation import OPERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
@@ -136,7 +138,7 @@ def test_kernels_import_torch_and_triton_only(path: Path) -> None:
 def test_kernels_do_not_know_the_model(path: Path) -> None:
     """But for the names that ``__init__`` hands out lazily, and type checkers see."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    if path.name == "__init__.py":
+    if path == KERNELS / "__init__.py":
         guards = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
         assert len(guards) == 1
         tree.body.remove(guards[0])
@@ -149,7 +151,7 @@ def reached(path: Path, seen: set[Path]) -> set[str]:
     seen.add(path)
     libraries = set()
     for name in names_in(path):
-        inner = KERNELS / (name.removeprefix("kangaroo_kernels.") + ".py")
+        inner = KERNELS / (name.removeprefix("kangaroo_kernels.").replace(".", "/") + ".py")
         if name.startswith("kangaroo_kernels.") and inner.is_file():
             if inner not in seen:
                 libraries |= reached(inner, seen)
@@ -158,19 +160,37 @@ def reached(path: Path, seen: set[Path]) -> set[str]:
     return libraries
 
 
-@pytest.mark.parametrize("path", sorted(KERNELS.glob("*_ref.py")), ids=show)
-def test_references_work_without_triton(path: Path) -> None:
+REFERENCES = sorted((KERNELS / "reference").glob("*.py"))
+WITHOUT_TRITON = [*REFERENCES, *(KERNELS / f"{name}.py" for name in ("contract", "operation", "ops", "workloads"))]
+
+
+@pytest.mark.parametrize("path", WITHOUT_TRITON, ids=show)
+def test_references_and_their_table_work_without_triton(path: Path) -> None:
     assert reached(path, set()) <= {"torch"}
-    for name in names_in(path):
-        if top(name) == "kangaroo_kernels":
-            assert name.endswith("_ref") or name == "kangaroo_kernels.packed_weight", name
 
 
-def test_every_kernel_has_its_reference() -> None:
-    """``x.py`` stands beside ``x_ref.py`` wherever it uses Triton."""
+@pytest.mark.parametrize("path", REFERENCES, ids=show)
+def test_references_see_each_other_and_what_kernels_share_with_them(path: Path) -> None:
+    allowed = {f"kangaroo_kernels.{name}" for name in ("contract", "packed_weight", "shared.checks")}
+    allowed |= {f"kangaroo_kernels.reference.{each.stem}" for each in REFERENCES}
+    assert {name for name in names_in(path) if top(name) == "kangaroo_kernels"} <= allowed
+
+
+def test_kernels_do_not_see_the_references() -> None:
+    """An oracle that its kernel can change is none. The table alone knows both."""
+    for path in modules(KERNELS):
+        if path not in (*REFERENCES, KERNELS / "operation.py"):
+            assert not any("kangaroo_kernels.reference" in name for name in names_in(path)), show(path)
+
+
+def test_every_kernel_is_an_operation_and_has_its_reference() -> None:
+    """Under one name: ``x.py``, or a folder ``x/``, where Triton is used; ``reference/x.py``; ``OPERATIONS["x"]``."""
     with_triton = [path for path in modules(KERNELS) if "triton" in {top(name) for name in names_in(path)}]
-    launchers = [path for path in with_triton if not path.stem.startswith("_")]
-    assert [show(path) for path in launchers if not path.with_name(f"{path.stem}_ref.py").is_file()] == []
+    kernels = {path.relative_to(KERNELS).parts[0].removesuffix(".py") for path in with_triton} - {"shared"}
+    assert kernels == set(OPERATIONS)
+    for name, operation in OPERATIONS.items():
+        assert operation.reference.__module__ == f"kangaroo_kernels.reference.{name}"
+        assert operation.launcher.__module__ in (f"kangaroo_kernels.{name}", f"kangaroo_kernels.{name}.kernel")
 
 
 # ---- model/
@@ -248,15 +268,15 @@ LIGHT = """
 import sys
 import kangaroo_kernels
 {}
-heavy = ("kangaroo_kernels.model", "transformers", "tokenizers", "safetensors", "typer", "rich", "model")
+heavy = ("kangaroo_kernels.model", "transformers", "tokenizers", "safetensors", "typer", "rich", "triton", "model")
 loaded = sorted(name for name in sys.modules if name.startswith(heavy))
 assert not loaded, loaded
 """
 
 
-def test_importing_the_kernels_is_light() -> None:
-    references = "\n".join(f"import kangaroo_kernels.{path.stem}" for path in sorted(KERNELS.glob("*_ref.py")))
-    run(LIGHT.format(references))
+def test_importing_the_operations_is_light() -> None:
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in WITHOUT_TRITON]
+    run(LIGHT.format("\n".join(f"import {name}" for name in names)))
 
 
 def test_importing_the_runtime_leaves_transformers_out() -> None:

@@ -334,7 +334,6 @@ def test_one_binary_for_any_number_of_rows(rows: list[Row]) -> None:
 SUMS = """
 import json
 import sys
-from importlib import import_module
 
 import torch
 from compiled import compile_only
@@ -352,7 +351,7 @@ def sums_of(shape, name, launches):
     for step in STEPS:
         for each in step.calls(shape, settings) if step.name == name else ():
             before = len(launches)
-            getattr(import_module(f"kangaroo_kernels.{each.op}"), each.op)(*each.args, **each.kwargs)
+            each.launch()
             for launch in launches[before:]:
                 for place, layouts in launch.sums.items():
                     found.setdefault(" ".join(place), []).extend(layouts)
@@ -417,7 +416,6 @@ def test_another_number_of_warps_is_found(results: Callable[[str], Any], archite
 
 ONES = """
 import json
-from importlib import import_module
 
 import torch
 from compiled import compile_only
@@ -430,7 +428,7 @@ with compile_only(90) as launches:
     for step in STEPS:
         if step.name in ("layer", "top-1 head", "sampling head", "filtered head", "accept", "commit"):
             for each in step.calls(shape, settings):
-                getattr(import_module(f"kangaroo_kernels.{each.op}"), each.op)(*each.args, **each.kwargs)
+                each.launch()
 print(json.dumps(sorted({launch.kernel for launch in launches})))
 """
 

@@ -27,8 +27,8 @@ from iteration_profile import (
 )
 from profile_decode import app, prompt_of
 
-from kangaroo_kernels.model.commands.info import footprint
-from kangaroo_kernels.model.loop.decode import Commit
+from kangaroo_kernels.model.commands.facts import footprint
+from kangaroo_kernels.model.results import Commit
 from kangaroo_kernels.model.spans import NOTHING, span
 
 COMMIT = "kangaroo/commit"

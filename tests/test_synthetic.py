@@ -13,7 +13,7 @@ from report.decode import bytes_a_token
 from synthetic import MAX_DRAFTS, Trace, conditional_rate, paper_trace, with_synthetic_acceptance
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model import kangaroo as runtime
+from kangaroo_kernels.model import session as runtime
 from kangaroo_kernels.model.backend import REFERENCES
 from kangaroo_kernels.workloads import MODELS, TINY
 
@@ -35,11 +35,11 @@ def test_the_trace_has_the_papers_mean():
 
 
 @pytest.mark.parametrize(
-    ("operations", "lag"),
+    ("backend", "lag"),
     [(RESIDENT_REFERENCES, 0), (RESIDENT_REFERENCES, 2), (None, 0)],
     ids=["", "host lags", "kernels"],
 )
-def test_a_decode_follows_the_trace(operations, lag, device, monkeypatch):
+def test_a_decode_follows_the_trace(backend, lag, device, monkeypatch):
     """Also across its end, across decodes, and into the limit, which cuts the last step short.
 
     A host that reads late launches iterations beyond the limit; they take no step of the trace.
@@ -48,7 +48,7 @@ def test_a_decode_follows_the_trace(operations, lag, device, monkeypatch):
     monkeypatch.setattr(runtime, "device_steps", lambda *args, **named: loop(*args, **named, lag=lag))
     agreed = torch.tensor([0, 3, 1, 2, 0])
     trace = Trace((agreed + 1).clamp(max=3), agreed)
-    target = random_target(SMOKE, device if operations is None else CPU, torch.float32, operations=operations)
+    target = random_target(SMOKE, device if backend is None else CPU, torch.float32, backend=backend)
     forced = with_synthetic_acceptance(target, trace, 3)
     kangaroo = Kangaroo(forced, random_drafter(forced, 1))
 
@@ -57,24 +57,24 @@ def test_a_decode_follows_the_trace(operations, lag, device, monkeypatch):
         return [(len(step.commit.tokens), step.commit.agreed, step.commit.drafted) for step in progress]
 
     whole = [(1, 0, 1), (4, 3, 3), (2, 1, 2), (3, 2, 3), (1, 0, 1)]
-    rounds = 2 if operations is not None else 1
+    rounds = 2 if backend is not None else 1
     assert steps(11 * rounds)[:-1] == (whole * rounds)[:-1]
     assert steps(4) == [(1, 0, 1), (3, 2, 2)], "the trace begins again, and the limit cuts"
 
 
 def test_a_step_that_is_skipped_leads_to_no_other():
-    target = random_target(SMOKE, CPU, torch.float32, operations=RESIDENT_REFERENCES)
+    target = random_target(SMOKE, CPU, torch.float32, backend=RESIDENT_REFERENCES)
     forced = with_synthetic_acceptance(target, Trace(torch.tensor([3]), torch.tensor([2])), 3)
     weights, state = target.weights, torch.ones(1, SMOKE.hidden)
     for active in (1, 0):
         flags = torch.tensor([active, 7], dtype=torch.int32)
         settings = {"eps": 1e-5, "threshold": 1.0, "active": flags[:1], "sure": flags[1:]}
-        forced.operations.top1_head(state, weights.norm, weights.head, **settings)
+        forced.backend.top1_head(state, weights.norm, weights.head, **settings)
         assert flags[1] == active
 
 
 def test_plain_decoding_is_left_alone():
-    target = random_target(SMOKE, CPU, torch.float32, operations=RESIDENT_REFERENCES)
+    target = random_target(SMOKE, CPU, torch.float32, backend=RESIDENT_REFERENCES)
     forced = with_synthetic_acceptance(target, paper_trace())
     runs = [Kangaroo(one).generate([5, 6, 7], max_new_tokens=9, plain=True) for one in (target, forced)]
     assert runs[0].tokens == runs[1].tokens
@@ -83,7 +83,7 @@ def test_plain_decoding_is_left_alone():
 
 def test_states_stay_near_one_through_many_layers():
     shape = TINY._replace(layers=32)
-    target = random_target(shape, CPU, torch.bfloat16, operations=REFERENCES)
+    target = random_target(shape, CPU, torch.bfloat16, backend=REFERENCES)
     cache = target.new_cache()
     cache.reserve(64)
     with torch.inference_mode():
@@ -106,7 +106,7 @@ def test_quiet_layers_let_drafts_be_right():
 
 
 def test_bytes_of_a_token_are_those_of_the_weights():
-    target = random_target(SMOKE, CPU, torch.float32, operations=REFERENCES)
+    target = random_target(SMOKE, CPU, torch.float32, backend=REFERENCES)
     weights = target.weights
     matrices = [weights.head.rows]
     for layer in weights.layers:

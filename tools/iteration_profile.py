@@ -16,8 +16,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.backend import MAX_KERNEL_ROWS
-from kangaroo_kernels.model.loop.decode import Commit
+from kangaroo_kernels.contract import MAX_ROWS
+from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
+from kangaroo_kernels.model.results import Commit
 from kangaroo_kernels.model.target.config import LlamaConfig
 
 PREFIX = "kangaroo/"
@@ -192,7 +193,7 @@ def median_of(iterations: Sequence[Iteration]) -> Iteration:
 
 def room_for(iterations: int) -> int:
     """Tokens that so many iterations and those around them may add."""
-    return (iterations + 4) * MAX_KERNEL_ROWS
+    return (iterations + 4) * MAX_ROWS
 
 
 def traced(kangaroo: Kangaroo, prompt: Sequence[int], count: int, settings: dict[str, Any]) -> Any:
@@ -225,7 +226,7 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
         ProfileError: a profiler that may not see this device, or a text that ended too soon.
     """
     on_gpu = kangaroo.target.device.type == "cuda"
-    resident = kangaroo.target.operations.kernels == "triton"
+    resident = kangaroo.target.backend.resident
     last_stage = PREFIX + ("commit" if resident or not settings.get("plain") else "verify")
     try:
         kangaroo.generate(prompt, max_new_tokens=64, **settings)  # compiles; captures
@@ -234,8 +235,7 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
         raise ProfileError("the text ended before enough iterations ran; give another prompt.") from None
     graphs = on_gpu and kangaroo.graphs
     if graphs:
-        pair = kangaroo.target, kangaroo.drafter, kangaroo.tokenizer
-        launcher = Kangaroo(*pair, graphs=False, persistent=kangaroo.persistent)
+        launcher = Kangaroo(kangaroo.target, kangaroo.drafter, kangaroo.tokenizer, graphs=False)
         like = by_ranges(traced(launcher, prompt, 2, settings)[0], on_gpu, last_stage)[-1]
         iterations = by_order(trace, like)
     else:
@@ -280,8 +280,8 @@ def stage_bytes(kangaroo: Kangaroo, length: int) -> dict[str, int]:
     ]
     head, exit_layer = target.weights.head.nbytes, 0
     found = {}
-    if kangaroo.drafter is not None:
-        adapter, exit_layer = kangaroo.drafter.adapter, kangaroo.drafter.exit_layer
+    if isinstance(kangaroo.drafter, KangarooDrafter):
+        adapter, exit_layer = kangaroo.drafter.adapter, kangaroo.drafter.first_layer
         found[DRAFT_STAGES[0]] = sum(layers[:exit_layer])
         found[DRAFT_STAGES[1]] = attention(adapter.block.weights, adapter.config.llama) + head
     found[PREFIX + "verify"] = sum(layers[exit_layer:]) + head

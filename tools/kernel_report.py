@@ -13,7 +13,6 @@ import math
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import torch
@@ -29,6 +28,7 @@ from sass import Pipeline
 from steps import META, STEPS, Call, Step
 from triton import knobs
 
+from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings
 
 USER_ERROR = 2
@@ -36,7 +36,6 @@ TABLE_WIDTH = 200
 """Columns that the table may take; a narrower terminal breaks its lines rather than losing figures."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-MAX_ROWS = 16
 PERSISTENT = "draft_loop_kernel"
 
 
@@ -242,7 +241,7 @@ def rows_of(step: Step, shape: ModelShape, settings: Settings, launches: list[Co
     counts: dict[tuple[str, str, str, tuple[int, int, int]], list[Any]] = {}
     for each in step.calls(shape, settings):
         before = len(launches)
-        getattr(import_module(f"kangaroo_kernels.{each.op}"), each.op)(*each.args, **each.kwargs)
+        each.launch()
         for launch in launches[before:]:
             counts.setdefault((each.op, each.role, launch.binary, launch.grid), [each, launch, 0])[2] += 1
     return [make_row(step, of, launch, count, shape, settings) for of, launch, count in counts.values()]

@@ -39,7 +39,8 @@ from rich.table import Table
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.model.demo import DEMO_MODEL, bundled_pair
-from kangaroo_kernels.model.kangaroo import check_lengths, resolve_device, resolve_dtype
+from kangaroo_kernels.model.load import resolve_device, resolve_dtype
+from kangaroo_kernels.model.request import Settings
 from kangaroo_kernels.workloads import MODELS, TINY
 
 NAME = "profile_decode"
@@ -197,23 +198,24 @@ def main(
         refuse(NAME, f"shape {shape!r} is unknown; use one of {', '.join(SHAPES)}.")
     if shape is not None and model is not None:
         refuse(NAME, "give either --model or --shape.")
-    how: dict[str, Any] = {"graphs": graphs, "persistent": persistent}
     try:
-        check_lengths(iterations, num_speculative_tokens, draft_confidence_threshold)
+        drafting: dict[str, Any] = {"num_speculative_tokens": num_speculative_tokens}
+        drafting["draft_confidence_threshold"] = draft_confidence_threshold
+        Settings(max_new_tokens=iterations, **drafting)  # refuses before the long work of loading
         where = resolve_device(device)
         if shape is not None and where.type == "cpu":
             refuse(NAME, f"{shape} would take minutes a step on a CPU; leave --shape out to profile the bundled pair.")
         if chain:
             command.with_resource(chained())  # until the command ends
         if shape is None:
-            kangaroo = Kangaroo.from_pretrained(model or DEMO_MODEL, adapter, exit_layer, where, dtype, **how)
+            how: dict[str, Any] = {"device": where, "dtype": dtype, "graphs": graphs, "persistent": persistent}
+            kangaroo = Kangaroo.from_pretrained(model or DEMO_MODEL, adapter, exit_layer, **how)
         else:
             target = random_target(SHAPES[shape], where, resolve_dtype(dtype, where, torch.bfloat16))
-            kangaroo = Kangaroo(target, random_drafter(target, exit_layer or exit_layer_of(SHAPES[shape])), **how)
+            drafter = random_drafter(target, exit_layer or exit_layer_of(SHAPES[shape]), persistent=persistent)
+            kangaroo = Kangaroo(target, drafter, graphs=graphs)
         settings: dict[str, Any] = {"plain": plain or kangaroo.drafter is None}
-        if not settings["plain"]:
-            settings["num_speculative_tokens"] = num_speculative_tokens
-            settings["draft_confidence_threshold"] = draft_confidence_threshold
+        settings |= {} if settings["plain"] else drafting
         most = kangaroo.target.config.context_length - room_for(iterations)
         if context > most:
             refuse(NAME, f"context is {context}; with {iterations} iterations this model allows at most {most}.")

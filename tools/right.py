@@ -5,18 +5,15 @@ What a call writes is copied out of memory that was poisoned before (``written``
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.operation import OPERATIONS, Arguments
 from kangaroo_kernels.reference.noise import gumbel_rows
 from kangaroo_kernels.reference.sample_head import filter_logits
 from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Of a launcher and of its reference, as ``workloads`` makes them."""
 
 HEADS = ("top1_head", "sample_head")
 
@@ -26,14 +23,12 @@ ALLOWED = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 def launcher(op: str) -> Callable[..., Any]:
     """The kernel's."""
-    function: Callable[..., Any] = getattr(import_module(f"kangaroo_kernels.{op}"), op)
-    return function
+    return OPERATIONS[op].launcher
 
 
 def reference(op: str) -> Callable[..., Any]:
     """The operation in PyTorch."""
-    function: Callable[..., Any] = getattr(import_module(f"kangaroo_kernels.reference.{op}"), op)
-    return function
+    return OPERATIONS[op].reference
 
 
 def row_operands(op: str) -> tuple[int, ...]:

@@ -9,11 +9,11 @@ from cards import cards_of
 from torch import Tensor
 from triton.runtime import driver
 
+from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer
 from kangaroo_kernels.draft_loop import DraftLoop
 from kangaroo_kernels.draft_loop.table import PROGRAMS_PER_SM
-from kangaroo_kernels.reference.commit import RECORD_HEAD
-from kangaroo_kernels.reference.draft_loop import AttentionBlock, DraftModel, Layer
-from kangaroo_kernels.workloads import EPS, ModelShape, Settings, Workload, workloads
+from kangaroo_kernels.operation import EPS, OPERATIONS
+from kangaroo_kernels.workloads import ModelShape, Settings, Workload, workloads
 
 META = torch.device("meta")
 SHORT_TEXT = 128
@@ -50,6 +50,10 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     bytes_moved: int | None
+
+    def launch(self) -> None:
+        """Launch the kernel."""
+        OPERATIONS[self.op].launcher(*self.args, **self.kwargs)
 
 
 Calls = Iterator[Call]
@@ -132,29 +136,13 @@ def filtered_sample_head(shape: ModelShape, settings: Settings) -> Calls:
 
 def accept(shape: ModelShape, settings: Settings) -> Calls:
     """The end of a verification step of ``rows`` rows."""
-
-    def tokens(count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.int64, device=META)
-
-    yield Call(
-        "accept", "", (tokens(settings.rows - 1), tokens(settings.rows), tokens(2), tokens(1), tokens(1)), {}, None
-    )
+    yield Call("accept", "", *Workload("accept", "", shape, 0, 0).make(settings), None)
 
 
 def commit(shape: ModelShape, settings: Settings) -> Calls:
     """What follows ``accept``: the state of the next iteration."""
-
-    def tokens(count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.int64, device=META)
-
-    def hidden(count: int) -> Tensor:
-        return torch.empty(count, shape.hidden, dtype=settings.dtype, device=META)
-
-    rows = settings.rows
-    flags = torch.empty(rows, dtype=torch.int32, device=META)
-    text = (tokens(settings.length), tokens(1), tokens(1), tokens(rows + 2))
-    buffers = (hidden(rows + 1), hidden(shape.vocab_size), hidden(1), tokens(RECORD_HEAD + rows))
-    yield Call("commit", "", (tokens(3), tokens(rows), *text, flags, *buffers), {}, None)
+    workload = Workload("commit", "embedding", shape, shape.vocab_size, shape.hidden)
+    yield Call("commit", "", *workload.make(settings), None)
 
 
 def drafting(shape: ModelShape, settings: Settings) -> dict[str, Tensor]:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.model.backend import Operations
+from kangaroo_kernels.contract import Top1
+from kangaroo_kernels.model.backend import Backend
 from kangaroo_kernels.model.target.llama import Llama
-from kangaroo_kernels.reference.top1_head import Top1
 
 PAPER_MEAN_ACCEPTANCE_LENGTH = 1.93
 MAX_DRAFTS = 6
@@ -85,8 +85,8 @@ def paper_trace(steps: int = STEPS) -> Trace:
 class _Player:
     """A trace on the device, and which step of it comes next."""
 
-    def __init__(self, operations: Operations, trace: Trace, max_drafts: int, device: torch.device) -> None:
-        self.operations = operations
+    def __init__(self, backend: Backend, trace: Trace, max_drafts: int, device: torch.device) -> None:
+        self.backend = backend
         goes_on = torch.arange(1, max_drafts + 1) < trace.drafted[:, None]  # after the draft at each place
         columns = (trace.agreed[:, None], trace.agreed[:, None] + 1, goes_on)
         self.steps = torch.cat([column.long() for column in columns], dim=1).to(device)
@@ -96,7 +96,7 @@ class _Player:
 
     def top1_head(self, *arguments: Any, **named: Any) -> Top1:
         """The head; after a draft the trace decides whether another follows."""
-        result = self.operations.top1_head(*arguments, **named)
+        result = self.backend.top1_head(*arguments, **named)
         if named.get("threshold") is not None:  # the target's own tokens have none
             place = 2 + self.place
             torch.mul(self.now[0, place : place + 1], named["active"], out=named["sure"])
@@ -106,7 +106,7 @@ class _Player:
     def accept(self, *arguments: Tensor, drafted: Tensor, out: Tensor) -> Tensor:
         """``accept``; then the trace's decision in the place of its own, and on to the next step."""
         draft, _, _, length, limit = arguments
-        self.operations.accept(*arguments, drafted=drafted, out=out)
+        self.backend.accept(*arguments, drafted=drafted, out=out)
         self.place = 0
         if len(draft):  # there are none in plain decoding
             alive = drafted[:1]  # 0 when the text has reached its limit: nothing is drafted and nothing agreed
@@ -124,6 +124,6 @@ def with_synthetic_acceptance(target: Llama, trace: Trace, max_drafts: int = MAX
 
     The target must run on the Triton kernels, whose loop lives on the device.
     """
-    player = _Player(target.operations, trace, max_drafts, target.device)
-    operations = replace(target.operations, top1_head=player.top1_head, accept=player.accept)
-    return Llama(target.config, target.weights, operations)
+    player = _Player(target.backend, trace, max_drafts, target.device)
+    backend = replace(target.backend, top1_head=player.top1_head, accept=player.accept)
+    return Llama(target.config, target.weights, backend)

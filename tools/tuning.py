@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import gpu_measure as gm
 import torch
 from gpu_card import Card
-from right import ALLOWED, Arguments, first_rows, launcher, relative_error, row_operands, same_bits, written
+from right import ALLOWED, first_rows, launcher, relative_error, row_operands, same_bits, written
 
 from kangaroo_kernels import launch_config
 from kangaroo_kernels.attention import TILE
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
+from kangaroo_kernels.operation import Arguments
 from kangaroo_kernels.shared.launch import step_of
 from kangaroo_kernels.shared.tiles import BLOCK_M
 from kangaroo_kernels.workloads import ModelShape, Settings, Workload, workloads

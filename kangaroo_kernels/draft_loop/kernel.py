@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.attention import TILE
+from kangaroo_kernels.contract import TARGET_STREAM, DraftModel, Top1
 from kangaroo_kernels.draft_loop.stages import (
     ATTEND,
     CHOOSE,
@@ -41,8 +42,6 @@ from kangaroo_kernels.draft_loop.stages import (
 from kangaroo_kernels.draft_loop.table import ATTENTION_STAGES, PROGRAMS_PER_SM, DraftLoop
 from kangaroo_kernels.gate_up import gate_up_tile
 from kangaroo_kernels.linear_residual import linear_residual_tile
-from kangaroo_kernels.reference.draft_loop import DraftModel
-from kangaroo_kernels.reference.top1_head import Top1
 from kangaroo_kernels.sample_head import real_filter, sample_tile
 from kangaroo_kernels.shared.checks import check_sampling
 from kangaroo_kernels.shared.grid import arrive, is_whole, leave, wait
@@ -481,7 +480,7 @@ def draft_loop(
     threshold: float | Tensor,
     temperature: float | Tensor | None = None,
     seed: int | Tensor = 0,
-    stream: int = 0,
+    stream: int = TARGET_STREAM,
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     prepared: DraftLoop | None = None,

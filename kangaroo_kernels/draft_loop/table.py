@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from kangaroo_kernels.attention import MAX_PACKED_ROWS, TILE, count_splits
+from kangaroo_kernels.contract import MAX_ROWS, WIDEST_HEAD, AttentionBlock, DraftModel, Top1
 from kangaroo_kernels.draft_loop.stages import (
     DOWN_BIAS_AT,
     GATE_UP_BIAS_AT,
@@ -25,12 +26,10 @@ from kangaroo_kernels.draft_loop.stages import (
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.qkv_rope import phases_of
-from kangaroo_kernels.reference.draft_loop import WIDEST_HEAD, AttentionBlock, DraftModel
-from kangaroo_kernels.reference.top1_head import Top1
 from kangaroo_kernels.shared.cache_layout import cache_layout
 from kangaroo_kernels.shared.grid import ERROR, STATE_WORDS
 from kangaroo_kernels.shared.head import TileResults
-from kangaroo_kernels.shared.launch import MAX_ROWS, VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
+from kangaroo_kernels.shared.launch import VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
 from kangaroo_kernels.shared.tiles import BLOCK_M, K_STEP_BYTES
 
 POLLS = 1 << 20

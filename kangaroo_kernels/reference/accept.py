@@ -9,50 +9,7 @@ The rule is Kangaroo's (arXiv 2404.18911, section 3) for greedy decoding; with c
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.shared.checks import check_count, check_tensor, is_whole
-
-COUNTS = (torch.int32, torch.int64)
-
-MAX_STOPS = 1024
-"""Of the kernel: each is compared with every row, in one warp's registers: 168 of a thread, where 4,096 spill."""
-
-
-def check_step(
-    draft: Tensor,
-    target: Tensor,
-    stop_tokens: Tensor,
-    length: int | Tensor,
-    limit: int | Tensor,
-    drafted: int | Tensor | None,
-    out: Tensor | None,
-) -> None:
-    """Raise where the arguments of ``accept`` do not fit each other."""
-    device = draft.device
-    for name, tokens in (("draft", draft), ("target", target), ("stop_tokens", stop_tokens)):
-        is_row = tokens.ndim == 1 and tokens.is_contiguous()
-        if not is_row or tokens.dtype != torch.int64 or tokens.device != device:
-            raise TypeError(
-                f"accept: {name} is {list(tokens.shape)} {tokens.dtype} on {tokens.device}; it must be one contiguous "
-                f"row of int64 on {device}."
-            )
-    most = len(draft)
-    if len(target) != most + 1:
-        raise ValueError(f"accept: draft is [{most}], target [{len(target)}]; they must be [R] and [R + 1].")
-    check_count("accept", "length", length, device)
-    check_count("accept", "limit", limit, device)
-    if not isinstance(length, Tensor) and not isinstance(limit, Tensor) and limit < length:
-        raise ValueError(f"accept: limit is {limit}; it must not be below the length, {length}.")
-    if isinstance(drafted, Tensor):
-        is_row = drafted.numel() <= max(1, most) and drafted.is_contiguous()
-        if not is_row or drafted.dtype not in COUNTS or drafted.device != device:
-            raise TypeError(
-                f"accept: drafted is {list(drafted.shape)} {drafted.dtype} on {drafted.device}; it must be a count or "
-                f"at most {most} contiguous flags, int32 or int64 on {device}."
-            )
-    elif drafted is not None and not (is_whole(drafted) and 0 <= drafted <= most):
-        raise ValueError(f"accept: drafted is {drafted!r}; it must be a whole number from 0 to {most}.")
-    if out is not None:
-        check_tensor("accept", "out", out, (3,), torch.int64, device)
+from kangaroo_kernels.shared.checks import check_accept
 
 
 def accept(
@@ -70,7 +27,7 @@ def accept(
     Args:
         draft: ``[R]`` int64.
         target: ``[R + 1]`` int64, the target's token after the newest one and after every draft.
-        stop_tokens: ``[S]`` int64, in any order; may be empty (the kernel: up to 1,024 of them).
+        stop_tokens: ``[S]`` int64, in any order; may be empty (the kernel: up to ``MAX_STOPS``).
         length: tokens of the text before this step.
         limit: the most it may have, not below ``length``.
         drafted: how many of ``draft`` there are, or a flag for each, of which those that are 1 come first (their sum);
@@ -85,7 +42,7 @@ def accept(
         ValueError: shapes or numbers that do not fit each other.
         TypeError: a tensor of another dtype or device, or not contiguous.
     """
-    check_step(draft, target, stop_tokens, length, limit, drafted, out)
+    check_accept(draft, target, stop_tokens, length, limit, drafted, out)
     count, before = len(draft), int(length)
     if drafted is not None:
         count = int(drafted.sum()) if isinstance(drafted, Tensor) else drafted

@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.reference.out import deliver, is_down, unwritten
 from kangaroo_kernels.reference.qkv_rope import paged_rows
+from kangaroo_kernels.shared.checks import check_max_length
 
 MANY_ROWS = 64
 """From here on (prefill) the library's fused attention repays its overhead."""
@@ -29,15 +29,6 @@ def _causal_mask(rows: int, length: int, dtype: torch.dtype, device: torch.devic
     """Additive: row m of the last ``rows`` positions sees ``length - rows + m + 1`` keys."""
     mask = torch.full((rows, length), float("-inf"), dtype=dtype, device=device)
     return mask.triu_(length - rows + 1)
-
-
-def check_max_length(max_length: int | None, position: int | Tensor, rows: int) -> None:
-    """Raise for a bound below where the rows end, as far as the host knows the position."""
-    least = 1 if isinstance(position, Tensor) else position + rows
-    if max_length is not None and max_length < least:
-        raise ValueError(
-            f"attention: max_length is {max_length}; it bounds position + M, so it must be at least {least}."
-        )
 
 
 def attention(
@@ -74,8 +65,8 @@ def attention(
         ValueError: a ``max_length`` below ``position + M``, where the position is a number.
     """
     check_max_length(max_length, position, q.shape[0])
-    if is_down(active):
-        return unwritten(out, (q.shape[0], q.shape[1] * q.shape[2]), q)
+    if active is not None and not active:
+        return q.new_empty(q.shape[0], q.shape[1] * q.shape[2]) if out is None else out
     position = int(position)
     length = position + q.shape[0]
     if block_table is None:
@@ -84,7 +75,7 @@ def attention(
         blocks, slots = paged_rows(block_table, 0, length, k_cache.shape[2])
         keys, values = k_cache[blocks, :, slots].transpose(0, 1), v_cache[blocks, :, slots].transpose(0, 1)
     result = _attend(q, keys, values, position, scale)
-    return deliver(result, out)
+    return result if out is None else out.copy_(result)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float) -> Tensor:

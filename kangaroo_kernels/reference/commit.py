@@ -8,49 +8,10 @@ Nothing in a cache is copied: what lies beyond the new length is overwritten bef
 Bytes moved: three rows of the hidden size.
 """
 
-import torch
 from torch import Tensor
 
-from kangaroo_kernels.shared.checks import check_tensor
-
-RECORD_HEAD = 5
-"""Numbers in a record before the tokens: length before, length after, drafts agreed, drafts made, stopped."""
-
-
-def check_state(
-    decision: Tensor,
-    target: Tensor,
-    text: Tensor,
-    length: Tensor,
-    limit: Tensor,
-    positions: Tensor,
-    flags: Tensor,
-    exit_hidden: Tensor,
-    embedding: Tensor,
-    newest: Tensor,
-    record: Tensor,
-) -> None:
-    """Raise where the arguments of ``commit`` do not fit each other."""
-    device, rows, hidden = target.device, max(1, target.numel()), exit_hidden.shape[-1:]
-    numbers = {
-        "target": (target, rows),
-        "decision": (decision, 3),
-        "text": (text, text.numel()),
-        "length": (length, 1),
-        "limit": (limit, 1),
-        "positions": (positions, positions.numel()),
-        "record": (record, RECORD_HEAD + rows),
-    }
-    for name, (tensor, size) in numbers.items():
-        check_tensor("commit", name, tensor, (size,), torch.int64, device)
-    check_tensor("commit", "flags", flags, (rows,), torch.int32, device)
-    states = {
-        "exit_hidden": (exit_hidden, (rows + 1, *hidden)),
-        "embedding": (embedding, (*embedding.shape[:1], *hidden)),
-        "newest": (newest, (1, *hidden)),
-    }
-    for name, (tensor, shape) in states.items():
-        check_tensor("commit", name, tensor, shape, exit_hidden.dtype, device)
+from kangaroo_kernels.contract import Record
+from kangaroo_kernels.shared.checks import check_commit_counts, check_commit_states
 
 
 def commit(
@@ -79,17 +40,19 @@ def commit(
         exit_hidden: ``[R + 2, K]``; row 0 becomes that of the position before the newest token.
         embedding: ``[V, K]``.
         newest: ``[1, K]``; becomes the embedding of the last committed token.
-        record: ``[5 + R + 1]`` int64: length before and after, drafts agreed and made, stopped, the target's tokens.
+        record: ``[RECORD_HEAD + R + 1]`` int64: a ``Record``, then the target's tokens.
 
     Raises:
         ValueError: a tensor of another shape, dtype or device, or with rows that are not contiguous.
     """
-    check_state(decision, target, text, length, limit, positions, flags, exit_hidden, embedding, newest, record)
+    check_commit_counts(decision, target, text, length, limit, positions, flags, record)
+    check_commit_states(target, exit_hidden, embedding, newest)
     agreed, reached, stopped = decision.tolist()
     before, most = int(length), len(target) - 1
     count = reached - before
     drafted = int(flags[:most].sum())
-    record.copy_(record.new_tensor([before, reached, agreed, drafted, stopped, *target.tolist()]))
+    head = Record(before, reached, agreed, drafted, stopped)
+    record.copy_(record.new_tensor([*head, *target.tolist()]))
     text[before:reached] = target[:count]
     length.fill_(reached)
     if stopped:

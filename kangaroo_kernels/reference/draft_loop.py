@@ -8,83 +8,18 @@
 Bytes moved, a draft: the weights of the shallow layers, of the adapter and of the head, once, and their caches.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.contract import TARGET_STREAM, AttentionBlock, DraftModel, Layer, Top1
 from kangaroo_kernels.reference.attention import attention
 from kangaroo_kernels.reference.gate_up import gate_up
 from kangaroo_kernels.reference.linear_residual import linear_residual
-from kangaroo_kernels.reference.out import is_down
 from kangaroo_kernels.reference.qkv_rope import qkv_rope
 from kangaroo_kernels.reference.sample_head import sample_head
-from kangaroo_kernels.reference.top1_head import Top1, top1_head
+from kangaroo_kernels.reference.top1_head import top1_head
 from kangaroo_kernels.shared.checks import check_sampling
-
-WIDEST_HEAD = 128
-"""Of the kernel on a GPU, in 16 bits: beyond them the stages' attention has 8 warps, which sum in another order."""
-
-
-class AttentionBlock(NamedTuple):
-    """Pre-norm attention with its residual, and the cache that it attends to: the adapter, or half of a layer.
-
-    Attributes:
-        norm: ``[K]``.
-        qkv: ``[(H + 2 * H_kv) * D, K]``, as ``qkv_rope`` takes it.
-        output: ``[K, H * D]``.
-        k_cache: ``[H_kv, T, D]``.
-        v_cache: likewise.
-        table: ``[>= T, 1, D / 2]`` complex64 from ``rope_table``.
-        eps: of the norm.
-        scale: of the scores.
-    """
-
-    norm: Tensor
-    qkv: Weight
-    output: Weight
-    k_cache: Tensor
-    v_cache: Tensor
-    table: Tensor
-    eps: float
-    scale: float
-
-
-class Layer(NamedTuple):
-    """A decoder layer; its second norm has the eps of the first.
-
-    Attributes:
-        attention: the first half.
-        mlp_norm: ``[K]``.
-        gate_up: ``[2 * I, K]``, the gate's rows first.
-        down: ``[K, I]``.
-    """
-
-    attention: AttentionBlock
-    mlp_norm: Tensor
-    gate_up: Weight
-    down: Weight
-
-
-class DraftModel(NamedTuple):
-    """The drafter and its caches.
-
-    Attributes:
-        layers: the target's first ones.
-        adapter: behind them.
-        norm: ``[K]``, the adapter's, before the head.
-        head: ``[V, K]``, the target's.
-        eps: of that norm.
-        embedding: ``[V, K]``.
-    """
-
-    layers: tuple[Layer, ...]
-    adapter: AttentionBlock
-    norm: Tensor
-    head: Weight
-    eps: float
-    embedding: Tensor
 
 
 def attend(block: AttentionBlock, hidden: Tensor, position: int) -> Tensor:
@@ -113,7 +48,7 @@ def draft_loop(
     threshold: float | Tensor,
     temperature: float | Tensor | None = None,
     seed: int | Tensor = 0,
-    stream: int = 0,
+    stream: int = TARGET_STREAM,
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     prepared: Any = None,
@@ -136,17 +71,16 @@ def draft_loop(
         out: ``Top1([R], [R])``, made if None; behind the last draft it stays as it was.
     """
     most, device = len(flags) - 1, newest.device
-    if out is None:
-        out = Top1(torch.empty(most, dtype=torch.int64, device=device), torch.empty(most, device=device))
+    out = Top1.empty(most, device) if out is None else out
     if temperature is not None:
         check_sampling("draft_loop", temperature, top_k, top_p, seed, device)
-    if is_down(flags[0]):
+    if not flags[0]:
         return out
     newest_position = int(positions[0]) + 1
     for drafted in range(most + 1):
         position = newest_position + drafted
         exit_hidden[drafted + 1] = shallow_layers(model.layers, newest, position)[0]
-        if drafted == most or is_down(flags[drafted]):
+        if drafted == most or not flags[drafted]:
             break
         lag = 1 if drafted == 0 and position > 0 else 0
         rows = exit_hidden[drafted + 1 - lag : drafted + 2]

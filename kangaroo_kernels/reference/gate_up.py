@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels.packed_weight import Weight, linear, out_features
-from kangaroo_kernels.reference.out import deliver, is_down, unwritten
 from kangaroo_kernels.reference.rms_norm import rms_norm
 
 
@@ -33,7 +32,8 @@ def gate_up(
     Returns:
         ``out``, ``[M, I]``.
     """
-    if is_down(active):
-        return unwritten(out, (x.shape[0], out_features(weight) // 2), x)
+    if active is not None and not active:
+        return x.new_empty(x.shape[0], out_features(weight) // 2) if out is None else out
     gate, up = linear(rms_norm(x, norm_weight, eps), weight).chunk(2, dim=-1)
-    return deliver(torch.nn.functional.silu(gate).mul_(up), out)
+    result = torch.nn.functional.silu(gate).mul_(up)
+    return result if out is None else out.copy_(result)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels.packed_weight import Weight, linear, out_features
-from kangaroo_kernels.reference.out import deliver, is_down, unwritten
 from kangaroo_kernels.reference.rms_norm import rms_norm
 
 
@@ -56,7 +55,7 @@ def qkv_rope(
         x: ``[M, K]`` hidden states.
         norm_weight: ``[K]``, same dtype.
         weight: ``[(H + 2 * H_kv) * D, K]``, rows q, k, v, the first two with ``interleave_rope`` applied.
-        table: ``[T, 1, D / 2]`` complex64 from ``rope_table``.
+        table: ``[T, 1, D / 2]`` complex64 from ``rope_table``, or the same as ``[T, 1, D / 2, 2]`` float32.
         k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D); rows ``position .. position + M`` are written.
             With a block table, ``[blocks, H_kv, block_size, D]``.
         v_cache: likewise.
@@ -70,14 +69,15 @@ def qkv_rope(
         The turned queries, ``[M, H, D]``: ``out``, or a view of the projection's output.
     """
     kv_heads, head_dim = k_cache.shape[-3], k_cache.shape[-1]
-    if is_down(active):
-        return unwritten(out, (x.shape[0], out_features(weight) // head_dim - 2 * kv_heads, head_dim), x)
+    if active is not None and not active:
+        heads = out_features(weight) // head_dim - 2 * kv_heads
+        return x.new_empty(x.shape[0], heads, head_dim) if out is None else out
     position = int(position)
     rows, last = x.shape[0], position + x.shape[0]
     qkv = linear(rms_norm(x, norm_weight, eps), weight).view(rows, -1, head_dim)
     turned: Tensor
     turned, new_values = qkv.split((qkv.shape[1] - kv_heads, kv_heads), dim=1)
-    phases = table[position:last]
+    phases = (table if table.is_complex() else torch.view_as_complex(table))[position:last]
     if qkv.dtype == torch.float32:
         torch.view_as_complex(turned.view(rows, -1, head_dim // 2, 2)).mul_(phases)
     else:
@@ -91,4 +91,4 @@ def qkv_rope(
     else:
         blocks, slots = paged_rows(block_table, position, last, k_cache.shape[2])
         k_cache[blocks, :, slots], v_cache[blocks, :, slots] = new_keys, new_values
-    return deliver(queries, out)
+    return queries if out is None else out.copy_(queries)

@@ -7,11 +7,11 @@ it. Bytes moved: the head, ``V * K`` elements, once.
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import TARGET_STREAM, Top1
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.reference.noise import gumbel_rows
-from kangaroo_kernels.reference.out import is_down
-from kangaroo_kernels.reference.top1_head import Top1, confidence_of, finish_step, lm_head, unwritten_top1
-from kangaroo_kernels.shared.checks import check_count, check_sampling
+from kangaroo_kernels.reference.top1_head import confidence_of, finish_step, lm_head
+from kangaroo_kernels.shared.checks import SEEDS, check_count, check_sampling
 
 
 def filter_logits(
@@ -43,7 +43,7 @@ def sample_head(
     eps: float,
     temperature: float | Tensor,
     seed: int | Tensor,
-    stream: int = 0,
+    stream: int = TARGET_STREAM,
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     threshold: float | Tensor | None = None,
@@ -63,7 +63,7 @@ def sample_head(
         eps: of the norm.
         temperature: above 0, finite.
         seed: of the noise, from 0 to 2^64 - 1; as a tensor, ``[1]`` int64 of the same bits.
-        stream: of the noise; see ``reference.noise``.
+        stream: of the noise; ``contract`` names the three in use.
         top_k: keep this many tokens, at least 1; None keeps all.
         top_p: keep this share of the probability, above 0; None keeps all.
             These three may lie on the device as ``[1]`` float32, int64 and float32: captured work serves all values.
@@ -75,10 +75,10 @@ def sample_head(
     """
     check_count("sample_head", "position", position, x.device)
     check_sampling("sample_head", temperature, top_k, top_p, seed, x.device)
-    if is_down(active):
-        return unwritten_top1(out, x)
+    if active is not None and not active:
+        return Top1.empty(len(x), x.device) if out is None else out
     logits = lm_head(x, norm_weight, weight, eps=eps)
-    noise = gumbel_rows(int(seed) % (1 << 64), stream, int(position), logits.shape[0], logits.shape[1], logits.device)
+    noise = gumbel_rows(int(seed) % SEEDS, stream, int(position), logits.shape[0], logits.shape[1], logits.device)
     token = filter_logits(logits, temperature, top_k, top_p).add_(noise).argmax(dim=-1)
     verdict = active if sure is None else sure
     return finish_step(Top1(token, confidence_of(logits)), threshold, verdict, embedding, embedded, out)

@@ -3,26 +3,12 @@
 Ties go to the lowest index, as ``torch.argmax`` has it. Bytes moved: the head, ``V * K`` elements, once.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.packed_weight import Weight, linear
-from kangaroo_kernels.reference.out import is_down
 from kangaroo_kernels.reference.rms_norm import rms_norm
-
-
-class Top1(NamedTuple):
-    """The winning token of each row.
-
-    Attributes:
-        token: ``[M]`` int64.
-        confidence: ``[M]`` float32, the token's softmax probability; NaN where the row holds a NaN.
-    """
-
-    token: Tensor
-    confidence: Tensor
 
 
 def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Tensor:
@@ -53,12 +39,6 @@ def finish_step(
     return found if out is None else Top1(out.token.copy_(found.token), out.confidence.copy_(found.confidence))
 
 
-def unwritten_top1(out: Top1 | None, x: Tensor) -> Top1:
-    """The result of a head that did nothing."""
-    rows = x.shape[0]
-    return Top1(x.new_empty(rows, dtype=torch.int64), x.new_empty(rows, dtype=torch.float32)) if out is None else out
-
-
 def top1_head(
     x: Tensor,
     norm_weight: Tensor,
@@ -87,8 +67,8 @@ def top1_head(
         embedded: ``[M, K]``.
         out: made if None.
     """
-    if is_down(active):
-        return unwritten_top1(out, x)
+    if active is not None and not active:
+        return Top1.empty(len(x), x.device) if out is None else out
     logits = lm_head(x, norm_weight, weight, eps=eps)
     found = Top1(logits.argmax(dim=-1), confidence_of(logits))
     return finish_step(found, threshold, active if sure is None else sure, embedding, embedded, out)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import RECORD_HEAD
+
 SEEDS = 1 << 64
 COUNTS = 1 << 63
 """Above every position and length: they are kept in 64 bits, one of them the sign."""
@@ -76,3 +78,88 @@ def check_tensor(
             f"{op}: {name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}{stride}; "
             f"it must be {list(shape)} {dtype} on {device}, last stride 1."
         )
+
+
+def check_max_length(max_length: int | None, position: int | Tensor, rows: int) -> None:
+    """Raise for a bound below where the rows end, as far as the host knows the position."""
+    least = 1 if isinstance(position, Tensor) else position + rows
+    if max_length is not None and max_length < least:
+        raise ValueError(
+            f"attention: max_length is {max_length}; it bounds position + M, so it must be at least {least}."
+        )
+
+
+def check_accept(
+    draft: Tensor,
+    target: Tensor,
+    stop_tokens: Tensor,
+    length: int | Tensor,
+    limit: int | Tensor,
+    drafted: int | Tensor | None,
+    out: Tensor | None,
+) -> None:
+    """Raise where the arguments of ``accept`` do not fit each other."""
+    device = draft.device
+    for name, tokens in (("draft", draft), ("target", target), ("stop_tokens", stop_tokens)):
+        is_row = tokens.ndim == 1 and tokens.is_contiguous()
+        if not is_row or tokens.dtype != torch.int64 or tokens.device != device:
+            raise TypeError(
+                f"accept: {name} is {list(tokens.shape)} {tokens.dtype} on {tokens.device}; it must be one contiguous "
+                f"row of int64 on {device}."
+            )
+    most = len(draft)
+    if len(target) != most + 1:
+        raise ValueError(f"accept: draft is [{most}], target [{len(target)}]; they must be [R] and [R + 1].")
+    check_count("accept", "length", length, device)
+    check_count("accept", "limit", limit, device)
+    if not isinstance(length, Tensor) and not isinstance(limit, Tensor) and limit < length:
+        raise ValueError(f"accept: limit is {limit}; it must not be below the length, {length}.")
+    if isinstance(drafted, Tensor):
+        is_row = drafted.numel() <= max(1, most) and drafted.is_contiguous()
+        if not is_row or drafted.dtype not in (torch.int32, torch.int64) or drafted.device != device:
+            raise TypeError(
+                f"accept: drafted is {list(drafted.shape)} {drafted.dtype} on {drafted.device}; it must be a count or "
+                f"at most {most} contiguous flags, int32 or int64 on {device}."
+            )
+    elif drafted is not None and not (is_whole(drafted) and 0 <= drafted <= most):
+        raise ValueError(f"accept: drafted is {drafted!r}; it must be a whole number from 0 to {most}.")
+    if out is not None:
+        check_tensor("accept", "out", out, (3,), torch.int64, device)
+
+
+def check_commit_counts(
+    decision: Tensor,
+    target: Tensor,
+    text: Tensor,
+    length: Tensor,
+    limit: Tensor,
+    positions: Tensor,
+    flags: Tensor,
+    record: Tensor,
+) -> None:
+    """Raise where what ``commit`` counts does not fit."""
+    device, rows = target.device, max(1, target.numel())
+    numbers = {
+        "target": (target, rows),
+        "decision": (decision, 3),
+        "text": (text, text.numel()),
+        "length": (length, 1),
+        "limit": (limit, 1),
+        "positions": (positions, positions.numel()),
+        "record": (record, RECORD_HEAD + rows),
+    }
+    for name, (tensor, size) in numbers.items():
+        check_tensor("commit", name, tensor, (size,), torch.int64, device)
+    check_tensor("commit", "flags", flags, (rows,), torch.int32, device)
+
+
+def check_commit_states(target: Tensor, exit_hidden: Tensor, embedding: Tensor, newest: Tensor) -> None:
+    """Raise where the hidden states that ``commit`` copies do not fit each other, or the rows of ``target``."""
+    rows, hidden = max(1, target.numel()), exit_hidden.shape[-1:]
+    states = {
+        "exit_hidden": (exit_hidden, (rows + 1, *hidden)),
+        "embedding": (embedding, (*embedding.shape[:1], *hidden)),
+        "newest": (newest, (1, *hidden)),
+    }
+    for name, (tensor, shape) in states.items():
+        check_tensor("commit", name, tensor, shape, exit_hidden.dtype, target.device)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.reference.top1_head import Top1
+from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.shared.chain import chain, follow
 from kangaroo_kernels.shared.launch import device_number
 

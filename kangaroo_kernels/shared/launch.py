@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 from triton import knobs
 
+from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
 from kangaroo_kernels.shared.checks import check_one, check_tensor, is_whole
-from kangaroo_kernels.shared.tiles import BLOCK_M, K_STEP_BYTES
-
-MAX_ROWS = BLOCK_M
-"""Tokens in flight that the kernels are built for; more of them are a prefill, and the references' work."""
+from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 
 COUNTED = 1 << 20
 """Counts from here on, a length that means "no limit" say, are kept on the device one by one."""

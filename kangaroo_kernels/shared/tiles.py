@@ -11,8 +11,10 @@ whatever M is (rows from M on are zero), K in steps of ``BLOCK_K`` from 0 upward
 import triton
 import triton.language as tl
 
-BLOCK_M = 16
-"""Rows of every tile: the least that the tensor cores take, and the most tokens in flight."""
+from kangaroo_kernels.contract import MAX_ROWS
+
+BLOCK_M = MAX_ROWS
+"""Rows of every tile: all tokens in flight, and the least that the tensor cores take."""
 
 K_STEP_BYTES = 512
 """Of one weight row in a step along K: 256 elements of 16 bits. Fixed, for the norm's sum of squares depends on it."""

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..evaluation.compare import Comparison, summarise
-from ..kangaroo import Generation, Progress
-from .info import Environment, Footprint
+from ..results import Generation, Progress
+from .facts import Environment, Footprint
 
 PROMPT_STYLE, DRAFTED_STYLE, TARGET_STYLE = "dim", "green", "bold yellow"
 PROMPT_LINES = 4

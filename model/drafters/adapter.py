@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+
 from ..errors import KangarooError
 from ..target.cache import KVCache
+from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, load_config_values, parse_config
 from ..target.llama import AttentionBlock, Llama
 from ..target.weights import AdapterWeights, load_adapter
-
-PAPER_NUM_SPECULATIVE_TOKENS = 6
-PAPER_DRAFT_CONFIDENCE_THRESHOLD = 0.6
+from .protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
     if exit_layer is None:
         raise KangarooError(f"{path} names no exit_layer; give the one the adapter was trained with.")
     check_exit_layer(exit_layer, target)
-    gamma = _number(values, "num_speculative_tokens", PAPER_NUM_SPECULATIVE_TOKENS, 1, 15, path)
+    most = MAX_SPECULATIVE_TOKENS
+    gamma = _number(values, "num_speculative_tokens", PAPER_NUM_SPECULATIVE_TOKENS, 1, most, path)
     if gamma != int(gamma):
         raise KangarooError(f"{path}: num_speculative_tokens is {gamma!r}; it must be a whole number.")
     eta = _number(values, "draft_confidence_threshold", PAPER_DRAFT_CONFIDENCE_THRESHOLD, 0, 1, path)
@@ -81,7 +83,7 @@ class Adapter:
     def __init__(self, config: AdapterConfig, weights: AdapterWeights, target: Llama) -> None:
         self.config, self.target = config, target
         self.norm = weights.norm
-        self.block = AttentionBlock(config.llama, weights.attention, target.operations)
+        self.block = AttentionBlock(config.llama, weights.attention, target.backend)
 
     @classmethod
     def load(cls, folder: Path, target: Llama, exit_layer: int | None = None) -> "Adapter":
@@ -91,8 +93,10 @@ class Adapter:
             KangarooError: a folder that is damaged or made for another target.
         """
         config = load_adapter_config(folder, target.config, exit_layer)
-        layout = target.operations.layout
-        return cls(config, load_adapter(folder, config.llama, target.device, target.dtype, layout), target)
+        layout = target.backend.layout
+        tensors = read_tensors(folder)
+        weights = load_adapter(tensors, config.llama, target.device, target.dtype, layout, source=str(folder))
+        return cls(config, weights, target)
 
     def new_cache(self) -> KVCache:
         """An empty cache for the one attention layer."""

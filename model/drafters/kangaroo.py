@@ -1,80 +1,231 @@
-"""Draft: shallow layers, adapter and head guess tokens one by one, until unsure (arXiv 2404.18911, section 3.2)."""
+"""Kangaroo's drafter (arXiv 2404.18911, section 3.2).
 
+The target's first layers, an adapter and the target's own head guess tokens one by one, until a guess is unsure.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.reference.top1_head import Top1
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Top1
 
-from ..loop.state import TextState
-from ..sampling import Chooser
+from ..errors import KangarooError
 from ..spans import span
+from ..target.cache import KVCache
 from ..target.llama import Llama
 from .adapter import Adapter
+from .draft_model import PreparedLoop, prepare_loop
+from .protocol import Draft, Drafter, Stage
+
+if TYPE_CHECKING:
+    from ..loop.iteration import Iteration
+    from ..loop.state import TextState
+    from ..sampling import Chooser
+
+MOST_ROWS = 1 + MAX_SPECULATIVE_TOKENS + 1
+"""Of the exit layer that a step looks at: the one before the newest token, the newest, and every draft."""
 
 
-@dataclass(frozen=True)
-class Draft:
-    """k drafted tokens and what verification goes on from.
+@dataclass
+class AdapterMemory:
+    """What the drafter keeps of one text of n tokens.
 
     Attributes:
-        tokens: ``[k]`` int64.
-        exit_hidden: ``[k + 1, hidden]``: the exit layer's output for the newest token and every draft.
-        distributions: ``[k, V]``, what each token was drawn from, for rejection sampling; else None.
+        cache: the adapter's keys and values; rows below ``length`` are valid.
+        length: ``n - 1``, or ``n - 2`` after every draft was accepted: nobody ran the adapter on the last one. (A last
+            step, with room for one token alone, drafts nothing and leaves it as it was.)
+        exit_hidden: ``[1 + 15 + 1, hidden]``, the exit layer's output. Row 0 belongs to position ``n - 2`` (for an
+            adapter that lags), row ``1 + j`` to position ``n - 1 + j``.
     """
 
-    tokens: Tensor
+    cache: KVCache
+    length: int
     exit_hidden: Tensor
-    distributions: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return self.cache.nbytes + self.exit_hidden.nbytes
 
 
-class Drafter:
-    """The first ``exit_layer`` layers of the target, the adapter and the target's own head."""
+class KangarooDrafter(Drafter):
+    """The first ``first_layer`` layers of the target, the adapter and the target's own head.
 
-    def __init__(self, target: Llama, adapter: Adapter) -> None:
-        self.target, self.adapter = target, adapter
-        self.exit_layer = adapter.config.exit_layer
+    Args:
+        target: the model.
+        adapter: trained for it.
+        persistent: on the kernels, draft in one launch (``draft_loop``) instead of kernel by kernel. The references do
+            so step by step, and so does a request with top-k or top-p, which need a row of logits.
 
-    def draft(self, state: TextState, chooser: Chooser, max_tokens: int, threshold: float) -> Draft:
-        """Draft at most ``max_tokens``; the token whose confidence falls below ``threshold`` is the last.
+    Raises:
+        KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU.
+    """
+
+    def __init__(self, target: Llama, adapter: Adapter, persistent: bool = False) -> None:
+        widest = max(target.config.head_dim, adapter.config.llama.head_dim)
+        if persistent and target.device.type == "cuda" and (target.dtype == torch.float32 or widest > WIDEST_HEAD):
+            raise KangarooError(
+                f"persistent=True drafts in float16 or bfloat16 with heads of at most {WIDEST_HEAD}, this model is "
+                f"{target.dtype} with heads of {widest}; leave persistent out."
+            )
+        self.target, self.adapter, self.persistent = target, adapter, persistent
+        self.first_layer = adapter.config.exit_layer
+        self.num_speculative_tokens = adapter.config.num_speculative_tokens
+        self.draft_confidence_threshold = adapter.config.draft_confidence_threshold
+
+    def new_memory(self) -> AdapterMemory:
+        """An empty cache, and rows of the exit layer."""
+        rows = self.target.weights.embedding.new_zeros(MOST_ROWS, self.target.config.hidden_size)
+        return AdapterMemory(self.adapter.new_cache(), 0, rows)
+
+    def prefill(self, text: "TextState", hidden: Tensor | None, reach: int, length: int) -> None:
+        """Run the adapter on every token but the last."""
+        memory: AdapterMemory = text.memory
+        memory.cache.reserve(reach, length)
+        memory.length = len(text.tokens) - 1
+        memory.exit_hidden.zero_()
+        if hidden is not None:
+            self.adapter.run(hidden, memory.cache, 0)
+            memory.exit_hidden[0] = hidden[-1]
+
+    # ---- led by the host
+
+    def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
+        """Draft at most ``most`` tokens; the token whose confidence falls below ``threshold`` is the last.
 
         Runs the shallow layers on the newest token and on every draft, appending to the shared KV cache.
         """
-        target, rows = self.target, state.exit_hidden
-        assert rows is not None
-        token, confidence = state.tokens[-1], 1.0
+        target, memory = self.target, text.memory
+        token, confidence = text.tokens[-1], 1.0
         tokens: list[int] = []
         distributions: list[Tensor] = []
         while True:
-            position = state.newest + len(tokens)
-            row = 1 + len(tokens)
+            position, row = text.newest + len(tokens), 1 + len(tokens)
             with span("kangaroo/draft/shallow"):
-                rows[row] = target.run(target.embed([token]), state.cache, position, 0, self.exit_layer)[0]
-            if len(tokens) == max_tokens or not confidence >= threshold:  # a NaN is unsure, too
+                shallow = target.run(target.embed([token]), text.cache, position, 0, self.first_layer)
+                memory.exit_hidden[row] = shallow[0]
+            if len(tokens) == most or not confidence >= threshold:  # a NaN is unsure, too
                 break
             with span("kangaroo/draft/step"):
-                lag = position - state.adapter_length  # one row, or two where the adapter lags
-                guess, distribution = self.guess(rows[row - lag : row + 1], state, chooser, position - lag)
-                state.adapter_length = position + 1
+                lag = position - memory.length  # one row, or two where the adapter lags
+                guess, distribution = self.guess(memory.exit_hidden[row - lag : row + 1], text, chooser, position - lag)
+                memory.length = position + 1
                 token, confidence = int(guess.token), float(guess.confidence)
             tokens.append(token)
             if distribution is not None:
                 distributions.append(distribution)
         return Draft(
             torch.tensor(tokens, dtype=torch.int64, device=target.device),
-            rows[1 : row + 1],
+            memory.exit_hidden[1 : row + 1],
             torch.cat(distributions) if distributions else None,
         )
 
     def guess(
-        self, exit_hidden: Tensor, state: TextState, chooser: Chooser, position: int
+        self, exit_hidden: Tensor, text: "TextState", chooser: "Chooser", position: int
     ) -> tuple[Top1, Tensor | None]:
         """Adapter and head over the exit layer's rows at ``position, ...``: the token after the last of them."""
-        assert state.adapter_cache is not None
         adapter, target = self.adapter, self.target
-        hidden = adapter.run(exit_hidden, state.adapter_cache, position)[-1:]
+        hidden = adapter.run(exit_hidden, text.memory.cache, position)[-1:]
         eps, following = adapter.config.llama.rms_norm_eps, position + exit_hidden.shape[0]
         if chooser.sampling.rejects:
             return chooser.draft_with_distribution(hidden, adapter.norm, target.weights.head, eps, following)
         return chooser.draft(hidden, adapter.norm, target.weights.head, eps, following), None
+
+    def commit(self, text: "TextState", count: int) -> None:
+        """Roll back by length; the row that an adapter which lags will need becomes the first."""
+        memory: AdapterMemory = text.memory
+        memory.exit_hidden[0] = memory.exit_hidden[count]
+        memory.length = min(memory.length, text.newest)
+
+    # ---- on the device
+
+    def attach(self, iteration: "Iteration") -> None:
+        """Give the iteration the row before the newest token, and tell its runner which memory graphs will rely on."""
+        memory: AdapterMemory = iteration.text.memory
+        iteration.runner.rely_on("adapter", memory.cache.keys[0], memory.cache.phases)
+        iteration.buffers.exit_hidden[0] = memory.exit_hidden[0]
+        if self._in_one_launch(iteration):
+            self._loop(iteration)  # prepared here, since no work inside an iteration may ask the host
+
+    def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
+        """R times the shallow layers, then adapter and head; the shallow layers once more for the last draft."""
+        drafts = iteration.max_drafts
+        if self._in_one_launch(iteration):
+            yield Stage("kangaroo/draft", partial(self.draft_all, iteration))
+            return
+        for row in range(drafts):
+            yield Stage("kangaroo/draft/shallow", partial(self.shallow, iteration, row, reach))
+            yield Stage("kangaroo/draft/step", partial(self.draft, iteration, row, reach))
+        yield Stage("kangaroo/draft/shallow", partial(self.shallow, iteration, drafts, reach))
+
+    def _in_one_launch(self, iteration: "Iteration") -> bool:
+        sampling = iteration.chooser.sampling
+        return self.persistent and sampling.top_k is None and sampling.top_p is None
+
+    def _loop(self, iteration: "Iteration") -> PreparedLoop:
+        def prepare() -> PreparedLoop:
+            return prepare_loop(self.target, self.adapter, iteration.text, iteration.max_drafts)
+
+        return iteration.runner.keep(f"{iteration.max_drafts} drafts: draft loop", prepare)
+
+    def shallow(self, iteration: "Iteration", row: int, reach: int) -> None:
+        """The shallow layers on a row, if it is there."""
+        buffers = iteration.buffers
+        self.target.run(
+            buffers.newest,
+            iteration.text.cache,
+            buffers.position(row),
+            0,
+            self.first_layer,
+            reach=reach,
+            active=buffers.present(row),
+            out=buffers.hidden(row, row + 1),
+        )
+
+    def draft(self, iteration: "Iteration", row: int, reach: int) -> None:
+        """Adapter and head on a row: a draft, its confidence, the next row's flag and embedding.
+
+        The first step's adapter pass takes the row before the newest token besides: nobody ran the adapter on it if
+        every draft before was accepted.
+        """
+        adapter, buffers, target = self.adapter, iteration.buffers, self.target
+        first, active = row if row else -1, buffers.drafting(row)
+        exit_hidden, position = buffers.hidden(first, row + 1), buffers.position(first)
+        hidden = adapter.run(exit_hidden, iteration.text.memory.cache, position, reach=reach, active=active)[-1:]
+        iteration.chooser.draft(
+            hidden,
+            adapter.norm,
+            target.weights.head,
+            adapter.config.llama.rms_norm_eps,
+            buffers.position(row + 1),
+            threshold=buffers.threshold,
+            active=active,
+            sure=buffers.drafting(row + 1),
+            embedding=target.weights.embedding,
+            embedded=buffers.newest,
+            out=buffers.draft(row),
+        )
+
+    def draft_all(self, iteration: "Iteration") -> None:
+        """All of that in one launch, which ends with the first unsure draft."""
+        buffers, chooser = iteration.buffers, iteration.chooser
+        loop = self._loop(iteration)
+        self.target.backend.draft_loop(
+            loop.model,
+            buffers.flags,
+            buffers.positions,
+            buffers.newest,
+            buffers.exit_hidden,
+            threshold=buffers.threshold,
+            temperature=None if chooser.sampling.greedy else buffers.sampling.temperature,
+            seed=buffers.sampling.seed,
+            stream=chooser.draft_stream,
+            prepared=loop.prepared,
+            out=buffers.drafts,
+        )
+        if loop.prepared is not None:
+            buffers.report[-1:].copy_(loop.prepared.error)

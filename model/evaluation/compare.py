@@ -1,14 +1,15 @@
 """Plain decoding and Kangaroo on the same prompt, timed in turns, so that a slow minute is slow for both."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from statistics import median
 from typing import Any
 
 from ..errors import KangarooError
 from ..kangaroo import Kangaroo
-from ..loop.decode import DecodeStats
+from ..request import Settings
+from ..results import DecodeStats
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,14 @@ class Comparison:
 
 
 def compare(
-    kangaroo: Kangaroo, prompt: str | Sequence[int], *, name: str = "", rounds: int = 3, **settings: Any
+    kangaroo: Kangaroo,
+    prompt: str | Sequence[int],
+    settings: Settings | None = None,
+    /,
+    *,
+    name: str = "",
+    rounds: int = 3,
+    **keywords: Any,
 ) -> Comparison:
     """Decode ``prompt`` plainly and with Kangaroo, ``rounds`` times in alternation after a run of each to warm up.
 
@@ -58,19 +66,21 @@ def compare(
         prompt: as for ``Kangaroo.generate``.
         name: of the prompt.
         rounds: each speed is the median of so many.
-        settings: as for ``Kangaroo.generate``, without ``plain``.
+        settings: as for ``Kangaroo.generate``; ``plain`` does not matter.
+        keywords: likewise.
 
     Raises:
         KangarooError: a setting or prompt that cannot serve.
     """
     if rounds < 1:
         raise KangarooError(f"rounds is {rounds!r}; it must be a whole number of at least 1.")
-    warm_up = kangaroo.generate(prompt, plain=True, **settings)
-    drafted = kangaroo.generate(prompt, **settings)
+    drafting = replace(Settings.of(settings, keywords), plain=False)
+    plain = replace(drafting, plain=True)
+    warm_up, drafted = kangaroo.generate(prompt, plain), kangaroo.generate(prompt, drafting)
     plain_runs, kangaroo_runs = [], []
     for _ in range(rounds):
-        plain_runs.append(kangaroo.generate(prompt, plain=True, **settings))
-        kangaroo_runs.append(kangaroo.generate(prompt, **settings))
+        plain_runs.append(kangaroo.generate(prompt, plain))
+        kangaroo_runs.append(kangaroo.generate(prompt, drafting))
     plain_speed = median(run.stats.tokens_per_second for run in plain_runs)
     kangaroo_speed = median(run.stats.tokens_per_second for run in kangaroo_runs)
     return Comparison(
@@ -83,10 +93,12 @@ def compare(
     )
 
 
-def compare_all(kangaroo: Kangaroo, prompts: Mapping[str, str], **settings: Any) -> Iterator[Comparison]:
-    """``compare`` for each of the named prompts, as soon as it is measured; ``settings`` are its own."""
+def compare_all(
+    kangaroo: Kangaroo, prompts: Mapping[str, str], settings: Settings | None = None, /, **keywords: Any
+) -> Iterator[Comparison]:
+    """``compare`` for each of the named prompts, as soon as it is measured; settings and keywords are its own."""
     for name, prompt in prompts.items():
-        yield compare(kangaroo, prompt, name=name, **settings)
+        yield compare(kangaroo, prompt, settings, name=name, **keywords)
 
 
 def summarise(comparisons: Sequence[Comparison], name: str = "all") -> Comparison:

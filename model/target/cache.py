@@ -47,6 +47,11 @@ class KVCache:
             self.phases = rope_table(self.config.inv_freq(longest).to(self.device), self.capacity)
             self._scaled_for = scaled_for
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.phases))
+
     def _grow(self, capacity: int) -> None:
         self.capacity = capacity
         heads, head_dim = self.shape

@@ -1,5 +1,6 @@
 """The target: a Llama model as a sequence of the operations of ``kangaroo_kernels``."""
 
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from kangaroo_kernels.reference.top1_head import lm_head
 
-from ..backend import REFERENCES, Operations
+from ..backend import REFERENCES, Backend
 from .cache import KVCache
 from .config import LlamaConfig
 from .weights import AttentionWeights, TargetWeights
@@ -16,8 +17,8 @@ from .weights import AttentionWeights, TargetWeights
 class AttentionBlock:
     """Pre-norm self-attention with its residual: all of an adapter, the first half of a decoder layer."""
 
-    def __init__(self, config: LlamaConfig, weights: AttentionWeights, operations: Operations) -> None:
-        self.weights, self.operations = weights, operations
+    def __init__(self, config: LlamaConfig, weights: AttentionWeights, backend: Backend) -> None:
+        self.weights, self.backend = weights, backend
         self.eps, self.scale = config.rms_norm_eps, config.head_dim**-0.5
 
     def __call__(
@@ -32,7 +33,7 @@ class AttentionBlock:
         active: Tensor | None = None,
     ) -> Tensor:
         """``hidden + attention(rms_norm(hidden))``, ``[M, hidden]``; appends M rows to ``keys`` and ``values``."""
-        weights, operations = self.weights, self.operations.for_rows(hidden.shape[0])
+        weights, operations = self.weights, self.backend.for_rows(hidden.shape[0])
         q = operations.qkv_rope(
             hidden, weights.norm, weights.qkv, phases, keys, values, position, eps=self.eps, active=active
         )
@@ -47,13 +48,15 @@ class Llama:
         config: its shape.
         device: where it lives.
         dtype: of its weights and hidden states.
-        operations: what it computes with.
+        backend: what it computes with.
+        lock: held by whoever runs a step; the texts of a target take turns.
     """
 
-    def __init__(self, config: LlamaConfig, weights: TargetWeights, operations: Operations = REFERENCES) -> None:
-        self.config, self.weights, self.operations = config, weights, operations
+    def __init__(self, config: LlamaConfig, weights: TargetWeights, backend: Backend = REFERENCES) -> None:
+        self.config, self.weights, self.backend = config, weights, backend
+        self.lock = threading.RLock()
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
-        self.blocks = [AttentionBlock(config, layer.attention, operations) for layer in weights.layers]
+        self.blocks = [AttentionBlock(config, layer.attention, backend) for layer in weights.layers]
 
     def new_cache(self) -> KVCache:
         """An empty cache for all layers."""
@@ -90,7 +93,7 @@ class Llama:
             out: ``[M, hidden]``, made if None.
         """
         phases, eps = cache.phases, self.config.rms_norm_eps
-        operations = self.operations.for_rows(hidden.shape[0])
+        operations = self.backend.for_rows(hidden.shape[0])
         for index in range(first, last):
             layer, keys, values = self.weights.layers[index], cache.keys[index], cache.values[index]
             hidden = self.blocks[index](hidden, keys, values, position, phases, reach=reach, active=active)

@@ -1,15 +1,11 @@
-"""Read a checkpoint's tensors from disk straight into the packed matrices of the runtime.
+"""Put a checkpoint's tensors into the packed matrices of the runtime.
 
-Tensors arrive one at a time and are copied into their place, so beside the model there is never more in memory than one
-shard's mapping. ``pytorch_model.bin`` is read with ``weights_only``: no code of a checkpoint ever runs.
+Tensors come from an iterator of (name, tensor) and are copied into their place one at a time, so beside the model there
+is never more in memory than what the iterator holds: one shard's mapping, where it reads a folder.
 """
 
-import json
-import pickle
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,77 +16,10 @@ from kangaroo_kernels.reference.qkv_rope import interleave_rope
 from ..errors import KangarooError
 from .config import LlamaConfig
 
+NamedTensors = Iterable[tuple[str, Tensor]]
+"""A model's tensors under transformers' names, in any order."""
+
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.model")
-
-
-def find_folder(name_or_path: str | Path, what: str) -> Path:
-    """The folder itself, or the local copy of a hub repository, fetched if need be."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    name = str(name_or_path)
-    if folder.exists():
-        raise KangarooError(f"{what} {name!r} is a file; give the folder that holds it.")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
-        raise KangarooError(f"{what} folder {name!r} does not exist.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
-    except Exception as error:  # the hub, its HTTP client and the file system each have their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise KangarooError(f"{what} {name!r} is neither a folder nor to be had from the hub ({reason}).") from error
-
-
-def _shards(folder: Path) -> list[Path]:
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            try:
-                names = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
-                shards = [folder / name for name in names]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise KangarooError(f"{folder / index} is not a valid index of shards.") from error
-            missing = [path.name for path in shards if not path.is_file()]
-            if missing:
-                raise KangarooError(f"{folder}: {len(missing)} of {len(names)} shards are missing, first {missing[0]}.")
-            return shards
-    raise KangarooError(f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin.")
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint with its name, one at a time.
-
-    Raises:
-        KangarooError: files missing, truncated, or holding anything but tensors.
-    """
-    for path in _shards(folder):
-        if path.suffix == ".safetensors":
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (not a mapping)
-                        yield name, file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise KangarooError(f"{path} is truncated or not a safetensors file ({error}).") from error
-        else:
-            try:
-                mapped = zipfile.is_zipfile(path)  # the format before torch 1.6 cannot be
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-            except Exception as error:  # a damaged pickle raises whatever its bytes lead to
-                runs_code = isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error)
-                reason = "it would run code" if runs_code else "truncated or not a checkpoint"
-                raise KangarooError(f"{path} cannot be loaded: {reason}.") from error
-            if not isinstance(tensors, Mapping):
-                raise KangarooError(f"{path} holds no dictionary of tensors.")
-            # detached, for some files hold parameters
-            yield from ((str(name), tensor.detach()) for name, tensor in tensors.items() if isinstance(tensor, Tensor))
 
 
 class _Places:
@@ -110,36 +39,36 @@ class _Places:
             start += shape[0]
         return packed
 
-    def fill(self, folder: Path, tied: Mapping[str, str]) -> None:
+    def fill(self, tensors: NamedTensors, tied: Mapping[str, str], source: str) -> None:
         """Copy every tensor to its place; all must come, in the right shape, finite.
 
-        ``tied`` maps names that may come besides to the tensors they must equal.
+        ``tied`` maps names that may come besides to the tensors they must equal; ``source`` is what errors call them.
         """
         waiting, twins = dict(self.slots), {}
-        for name, tensor in read_tensors(folder):
+        for name, tensor in tensors:
             if name not in waiting:
                 if name in tied:
                     twins[name] = tensor
                 if name in tied or name in self.slots or name.endswith("rotary_emb.inv_freq"):
                     continue
-                raise KangarooError(f"{folder}: unexpected tensor {name!r}; config.json names another model.")
+                raise KangarooError(f"{source}: unexpected tensor {name!r}; config.json names another model.")
             slot, head_dim = waiting.pop(name)
             if tensor.shape != slot.shape:
                 found, wanted = list(tensor.shape), list(slot.shape)
-                raise KangarooError(f"{folder}: tensor {name!r} has shape {found}; config.json asks for {wanted}.")
+                raise KangarooError(f"{source}: tensor {name!r} has shape {found}; config.json asks for {wanted}.")
             if tensor.dtype not in STORED_DTYPES:
-                raise KangarooError(f"{folder}: tensor {name!r} is {tensor.dtype}; it must be a float type.")
+                raise KangarooError(f"{source}: tensor {name!r} is {tensor.dtype}; it must be a float type.")
             slot.copy_(tensor if head_dim is None else interleave_rope(tensor, head_dim))
             # looked at in its place, for float16 cannot hold all that bfloat16 can
             if not bool(torch.isfinite(slot).all()):
-                raise KangarooError(f"{folder}: tensor {name!r} holds values that are not finite in {self.dtype}.")
+                raise KangarooError(f"{source}: tensor {name!r} holds values that are not finite in {self.dtype}.")
         if waiting:
             first = next(iter(waiting))
-            raise KangarooError(f"{folder}: {len(waiting)} of {len(self.slots)} tensors are missing, first {first!r}.")
+            raise KangarooError(f"{source}: {len(waiting)} of {len(self.slots)} tensors are missing, first {first!r}.")
         for name, tensor in twins.items():
             original = self.slots[tied[name]][0]
             if tensor.shape != original.shape or not torch.equal(original, tensor.to(original)):
-                raise KangarooError(f"{folder}: config.json ties {name!r} to {tied[name]!r}, but the two differ.")
+                raise KangarooError(f"{source}: config.json ties {name!r} to {tied[name]!r}, but the two differ.")
 
 
 @dataclass(frozen=True)
@@ -233,9 +162,22 @@ def _mlp_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpac
 
 
 def load_target(
-    folder: Path, config: LlamaConfig, device: torch.device, dtype: torch.dtype, layout: Layout | None = None
+    tensors: NamedTensors,
+    config: LlamaConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: Layout | None = None,
+    source: str = "the checkpoint",
 ) -> TargetWeights:
-    """Read a Llama checkpoint; ``layout`` is its matrices', each the fastest for its machine if None.
+    """Take in a Llama model.
+
+    Args:
+        tensors: all of them, from a folder (``read_tensors``) or from elsewhere.
+        config: the shape that they must have.
+        device: where they go.
+        dtype: in which they are kept.
+        layout: of the matrices; each the fastest for its machine if None.
+        source: what errors call the place that they came from.
 
     Raises:
         KangarooError: files or tensors missing, of another shape, or not finite.
@@ -254,7 +196,7 @@ def load_target(
         block = _attention_places(places, config, prefix, layout)
         _mlp_places(places, config, prefix, block)
         blocks.append(block)
-    places.fill(folder, tied)
+    places.fill(tensors, tied, source)
     places.slots.clear()
     layers = [
         LayerWeights(_finish_attention(block), block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down"))
@@ -264,9 +206,14 @@ def load_target(
 
 
 def load_adapter(
-    folder: Path, config: LlamaConfig, device: torch.device, dtype: torch.dtype, layout: Layout | None = None
+    tensors: NamedTensors,
+    config: LlamaConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    layout: Layout | None = None,
+    source: str = "the adapter",
 ) -> AdapterWeights:
-    """Read an adapter, ours or the paper's authors' (same names, ``pytorch_model.bin``); ``layout`` as above.
+    """Take in an adapter, ours or the paper's authors' (same names); arguments as for ``load_target``.
 
     Raises:
         KangarooError: as for ``load_target``.
@@ -274,6 +221,6 @@ def load_adapter(
     places = _Places(device, dtype)
     norm = places.pack({"norm.weight": (config.hidden_size,)})
     block = _attention_places(places, config, "layers.0.", layout)
-    places.fill(folder, {})
+    places.fill(tensors, {}, source)
     places.slots.clear()
     return AdapterWeights(_finish_attention(block), norm)

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from ..demo import find_pair
 from ..drafters.adapter import check_exit_layer
 from ..errors import KangarooError
-from ..kangaroo import resolve_device, resolve_dtype
+from ..load import resolve_device, resolve_dtype
+from ..target.checkpoint import find_folder
 from ..target.config import LlamaConfig, load_config_values, parse_config
-from ..target.weights import find_folder
 from ..text import load_tokenizer
 
 ProgressReport = Callable[[str, int, int, str], None]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton import knobs
 
-from kangaroo_kernels.accept import MAX_STOPS
 from kangaroo_kernels.accept import accept as kernel
+from kangaroo_kernels.contract import MAX_STOPS
 from kangaroo_kernels.reference.accept import accept as reference
 
 FEW = st.integers(0, 3)  # few different tokens, so that drafts agree and stop tokens turn up

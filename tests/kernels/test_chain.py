@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from kangaroo_kernels import _chain, launch_config
+from kangaroo_kernels import launch_config
 from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.shared.chain import chain
 
@@ -48,7 +48,7 @@ def card(monkeypatch):
 
     def put(capability: tuple[int, int], settings: dict[str, Any]) -> None:
         files = {"gpu.json": settings, "sm_90.json": {"launches": [{"chained": False}]}}
-        monkeypatch.setattr(_chain, "_capability", lambda device: capability)
+        monkeypatch.setattr("kangaroo_kernels.shared.chain._capability", lambda device: capability)
         monkeypatch.setattr(launch_config, "files_for", lambda device: tuple(files))
         monkeypatch.setattr(launch_config, "rules", files.__getitem__)
         launch_config._chained_on.cache_clear()
@@ -91,7 +91,6 @@ def test_nothing_ships_chained():
 
 COMPILE = """
 import json
-from importlib import import_module
 
 import torch
 from compiled import compile_only
@@ -113,7 +112,7 @@ for run, architecture, on, names in runs:
             if step.name in names:
                 before = len(launches)
                 for each in step.calls(shape, Settings(1, 4096, torch.bfloat16, META)):
-                    getattr(import_module(f"kangaroo_kernels.{each.op}"), each.op)(*each.args, **each.kwargs)
+                    each.launch()
                 rows += [(step.drafting, launch) for launch in launches[before:]]
     found[run] = [
         (launch.kernel, drafting, launch.code.spill_stores + launch.code.stack_bytes, launch.code.operations)

@@ -8,9 +8,9 @@ import torch
 from draft_steps import Step, begin, by_stages, make_model, poison, same, with_caches
 from side_by_side import side_by_side
 
+from kangaroo_kernels.contract import DraftModel
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop
 from kangaroo_kernels.draft_loop.stages import ATTEND, CHOOSE, DOWN, GATE_UP, HEAD, MERGE, OUTPUT, QKV
-from kangaroo_kernels.reference.draft_loop import DraftModel
 
 module = importlib.import_module("kangaroo_kernels.draft_loop")
 STAGES = {"qkv": QKV, "attend": ATTEND, "merge": MERGE, "output": OUTPUT, "gate_up": GATE_UP, "down": DOWN}

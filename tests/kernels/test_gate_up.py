@@ -6,7 +6,6 @@ from budget import assert_within_budget
 from kernel_inputs import (
     HALF_DTYPES,
     KERNEL_DTYPES,
-    MAX_ROWS,
     ROW_STRIDES,
     drawer,
     framed,
@@ -17,6 +16,7 @@ from kernel_inputs import (
 )
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.gate_up import gate_up as launch
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
 from kangaroo_kernels.packed_weight import Layout, PackedWeight

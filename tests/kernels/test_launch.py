@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,77 +14,64 @@ import torch
 from kernel_inputs import ROW_STRIDES, drawer, framed, same_bits
 from torch import Tensor
 
+from kangaroo_kernels.operation import OPERATIONS, Inputs
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
-from kangaroo_kernels.reference.qkv_rope import rope_table
 from kangaroo_kernels.shared.launch import aligned_rows, device_scalar, device_seed, step_of
 
-OPERATIONS = ("qkv_rope", "attention", "linear_residual", "gate_up", "top1_head", "sample_head", "accept")
 TESTS = Path(__file__).resolve().parent.parent
 
 ROWS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CAPACITY, OUTPUTS, INNER, VOCAB = 3, 24, 4, 2, 8, 20, 17, 22, 37
+WEIGHT_ROWS = {
+    "qkv_rope": (HEADS + 2 * KV_HEADS) * HEAD_DIM,
+    "linear_residual": OUTPUTS,
+    "gate_up": 2 * INNER,
+}
+NAMES = [name for name, operation in OPERATIONS.items() if operation.example is not None]
+OF_ROWS = [name for name in NAMES if name not in ("accept", "commit")]
 
 
 def launcher(name: str) -> Callable[..., Any]:
-    return getattr(import_module(f"kangaroo_kernels.{name}"), name)
-
-
-def reference(name: str) -> Callable[..., Any]:
-    return getattr(import_module(f"kangaroo_kernels.reference.{name}"), name)
+    return OPERATIONS[name].launcher
 
 
 def arguments(name: str, device: torch.device, rows: int = ROWS) -> dict[str, Any]:
     """What an operation takes, by name."""
-    draw = drawer(0, torch.float32, device)
-    caches = {part: draw(KV_HEADS, CAPACITY, HEAD_DIM) for part in ("k_cache", "v_cache")}
-    normed = {"x": draw(rows, HIDDEN), "norm_weight": draw(HIDDEN), "eps": 1e-5}
-    if name == "qkv_rope":
-        weight = draw((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN)
-        table = rope_table(1e4 ** -torch.linspace(0, 1, HEAD_DIM // 2, device=device), CAPACITY)
-        return {**normed, **caches, "weight": weight, "table": table, "position": 2}
-    if name == "attention":
-        return {"q": draw(rows, HEADS, HEAD_DIM), **caches, "position": 2, "scale": 0.3}
-    if name == "linear_residual":
-        return {"x": normed["x"], "weight": draw(OUTPUTS, HIDDEN), "residual": draw(rows, OUTPUTS)}
-    if name == "gate_up":
-        return {**normed, "weight": draw(2 * INNER, HIDDEN)}
-    if name == "top1_head":
-        return {**normed, "weight": draw(VOCAB, HIDDEN)}
-    if name == "sample_head":
-        return {**normed, "weight": draw(VOCAB, HIDDEN), "position": 2, "temperature": 0.7, "seed": 5}
-    drafts, targets = torch.arange(rows, device=device), torch.arange(rows + 1, device=device)
-    return {"draft": drafts, "target": targets, "stop_tokens": targets[:0], "length": 4, "limit": 40}
+    torch.manual_seed(0)
+    operation = OPERATIONS[name]
+    inputs = Inputs(rows, CAPACITY, HEADS, KV_HEADS, HEAD_DIM, torch.float32, device)
+    args, kwargs = operation.example(inputs, WEIGHT_ROWS.get(name, VOCAB), HIDDEN)
+    return inspect.signature(operation.reference).bind(*args, **kwargs).arguments
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_launcher_and_reference_have_one_signature(name):
     ours, theirs = (
         [(part.name, part.kind, part.default) for part in inspect.signature(function).parameters.values()]
-        for function in (launcher(name), reference(name))
+        for function in (launcher(name), OPERATIONS[name].reference)
     )
     assert ours == theirs
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_launcher_and_reference_take_these_arguments(name, device):
     """Or the refusals below would say nothing."""
-    ours, theirs = (function(**arguments(name, device)) for function in (launcher(name), reference(name)))
-    ours, theirs = (out if isinstance(out, tuple) else (out,) for out in (ours, theirs))
-    for mine, other in zip(ours, theirs, strict=True):
-        assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
-        torch.testing.assert_close(mine, other)
+    ours, theirs = (arguments(name, device) for _ in range(2))
+    ours["returned"], theirs["returned"] = launcher(name)(**ours), OPERATIONS[name].reference(**theirs)
+    for part, value in ours.items():  # what is written to, too
+        torch.testing.assert_close(value, theirs[part])
 
 
 # ---- refusals
 
 
 @pytest.mark.parametrize("rows", [0, 17, 40])
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "accept"])
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_one_to_sixteen_rows(name, rows, device):
     with pytest.raises(ValueError, match=rf"^{name} takes 1 to 16 rows, got {rows}; its reference takes any number\.$"):
         launcher(name)(**arguments(name, device, rows))
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "accept"])
+@pytest.mark.parametrize("name", OF_ROWS)
 def test_dtypes(name, device):
     given = arguments(name, device)
     first = next(iter(set(given) & {"x", "q"}))
@@ -259,8 +245,8 @@ def test_without_the_interpreter_tensors_on_the_cpu_are_refused():
 import sys
 import torch
 sys.path.insert(0, "tests/kernels")
-from test_launch import OPERATIONS, arguments, launcher
-for name in OPERATIONS:
+from test_launch import NAMES, arguments, launcher
+for name in NAMES:
     print(name, flush=True)
     try:
         launcher(name)(**arguments(name, torch.device("cpu")))

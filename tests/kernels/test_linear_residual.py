@@ -4,7 +4,6 @@ from budget import assert_within_budget
 from kernel_inputs import (
     HALF_DTYPES,
     KERNEL_DTYPES,
-    MAX_ROWS,
     ROW_STRIDES,
     drawer,
     framed,
@@ -15,6 +14,7 @@ from kernel_inputs import (
 )
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
 from kangaroo_kernels.linear_residual import linear_residual as launch
 from kangaroo_kernels.packed_weight import Layout, PackedWeight

@@ -7,17 +7,12 @@ from torch import Tensor
 from kangaroo_kernels import (
     ops,  # noqa: F401 (registers them)
 )
+from kangaroo_kernels.operation import OPERATIONS
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
-from kangaroo_kernels.reference import accept as accept_ref
-from kangaroo_kernels.reference import attention as attention_ref
-from kangaroo_kernels.reference import gate_up as gate_up_ref
-from kangaroo_kernels.reference import linear_residual as linear_residual_ref
-from kangaroo_kernels.reference import qkv_rope as qkv_rope_ref
-from kangaroo_kernels.reference import sample_head as sample_head_ref
-from kangaroo_kernels.reference import top1_head as top1_head_ref
+from kangaroo_kernels.reference.qkv_rope import rope_table
 
 ROWS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LENGTH, VOCAB = 3, 24, 4, 2, 8, 20, 37
-NAMES = ("qkv_rope", "attention", "linear_residual", "gate_up", "top1_head", "sample_head", "accept")
+NAMES = [name for name, operation in OPERATIONS.items() if operation.schema is not None]
 
 
 def arguments(name: str, device: torch.device, paged: bool = False, bias: bool = False) -> tuple:
@@ -33,7 +28,7 @@ def arguments(name: str, device: torch.device, paged: bool = False, bias: bool =
     cache = (5, KV_HEADS, 4, HEAD_DIM) if paged else (KV_HEADS, LENGTH, HEAD_DIM)
     table = torch.tensor([3, 0, 4, 1, 2], dtype=torch.int32, device=device) if paged else None
     frequencies = 1e4 ** -torch.linspace(0, 1, HEAD_DIM // 2, device=device)
-    phases = torch.view_as_real(qkv_rope_ref.rope_table(frequencies, LENGTH))
+    phases = torch.view_as_real(rope_table(frequencies, LENGTH))
     position = number(LENGTH - ROWS - 1)
 
     def matrix(rows: int) -> tuple[Tensor, Tensor | None]:
@@ -58,6 +53,7 @@ def arguments(name: str, device: torch.device, paged: bool = False, bias: bool =
 
 def plainly(name: str, args: tuple) -> tuple[Tensor, ...]:
     """What the references give, in the same order."""
+    reference = OPERATIONS[name].reference
 
     def weight(matrix: Tensor, bias: Tensor | None) -> Tensor | PackedWeight:
         return matrix if bias is None else PackedWeight(matrix, bias, Layout.ROWS)
@@ -66,23 +62,23 @@ def plainly(name: str, args: tuple) -> tuple[Tensor, ...]:
         x, norm, matrix, bias, phases, keys, values, position, eps, table = args
         complex_phases = torch.view_as_complex(phases)
         return (
-            qkv_rope_ref.qkv_rope(
+            reference(
                 x, norm, weight(matrix, bias), complex_phases, keys, values, position, eps=eps, block_table=table
             ),
         )
     if name == "attention":
-        return (attention_ref.attention(*args[:4], scale=args[4], block_table=args[6]),)
+        return (reference(*args[:4], scale=args[4], block_table=args[6]),)
     if name == "linear_residual":
-        return (linear_residual_ref.linear_residual(args[0], weight(*args[1:3]), args[3]),)
+        return (reference(args[0], weight(*args[1:3]), args[3]),)
     if name == "gate_up":
-        return (gate_up_ref.gate_up(*args[:2], weight(*args[2:4]), eps=args[4]),)
+        return (reference(*args[:2], weight(*args[2:4]), eps=args[4]),)
     if name == "top1_head":
-        return tuple(top1_head_ref.top1_head(*args[:3], eps=args[3]))
+        return tuple(reference(*args[:3], eps=args[3]))
     if name == "sample_head":
         x, norm, matrix, position, seed, eps, temperature, stream, top_k, top_p = args
         settings = {"eps": eps, "temperature": temperature, "seed": seed, "stream": stream}
-        return tuple(sample_head_ref.sample_head(x, norm, matrix, position, **settings, top_k=top_k, top_p=top_p))
-    return (accept_ref.accept(*args),)
+        return tuple(reference(x, norm, matrix, position, **settings, top_k=top_k, top_p=top_p))
+    return (reference(*args),)
 
 
 def operation(name: str):

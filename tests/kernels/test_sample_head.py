@@ -14,11 +14,12 @@ from recorded import Recorded
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.reference.noise import gumbel, gumbel_rows
 from kangaroo_kernels.reference.sample_head import filter_logits
 from kangaroo_kernels.reference.sample_head import sample_head as reference
-from kangaroo_kernels.reference.top1_head import Top1, confidence_of, lm_head, top1_head
+from kangaroo_kernels.reference.top1_head import confidence_of, lm_head, top1_head
 from kangaroo_kernels.sample_head import (
     filtered_sample_kernel,
     kept_by_top_k,

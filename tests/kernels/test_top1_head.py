@@ -7,8 +7,9 @@ from recorded import Recorded
 from torch import Tensor
 from triton import knobs
 
+from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
-from kangaroo_kernels.reference.top1_head import Top1, confidence_of, lm_head
+from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
 from kangaroo_kernels.reference.top1_head import top1_head as reference
 from kangaroo_kernels.shared.head import TileResults, merge_tiles, merge_tiles_kernel
 from kangaroo_kernels.top1_head import top1_head as kernel

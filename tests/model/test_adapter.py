@@ -106,7 +106,7 @@ def test_exit_layer_from_the_file_or_the_caller(exit_layer: int, named: bool, tm
     adapter = make_adapter(tmp_path / "adapter", target, exit_layer=exit_layer if named else None, std=0.15)
     kangaroo = Kangaroo.from_pretrained(target, adapter, None if named else exit_layer, device="cpu")
     assert kangaroo.drafter is not None
-    assert kangaroo.drafter.exit_layer == exit_layer
+    assert kangaroo.drafter.first_layer == exit_layer
     assert_draft_parity(target, adapter, exit_layer, kangaroo)
 
 

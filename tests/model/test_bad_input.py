@@ -15,7 +15,8 @@ from pairs import make_adapter, make_target, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model import generate
+from kangaroo_kernels.model import request
+from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 
 NAN, INFINITY = float("nan"), float("inf")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -572,7 +573,7 @@ def test_stop_that_is_no_list(stop: Any, kangaroo: Kangaroo) -> None:
 
 
 def test_more_stop_tokens_than_are_looked_for(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "MAX_STOPS", 5)
+    monkeypatch.setattr(request, "MAX_STOPS", 5)
     assert kangaroo.generate([1, 2], max_new_tokens=3, stop=[3, 4, 5, 6, 3]).tokens
     refuse(lambda: kangaroo.generate([1, 2], max_new_tokens=3, stop=range(6)), "6 stop tokens", "at most 5")
 
@@ -597,20 +598,22 @@ def test_drafting_without_an_adapter(checkpoint: Path) -> None:
 
 def test_drafting_in_one_kernel_takes_16_bits(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kangaroo.target, "device", torch.device("cuda"))
-    Kangaroo(kangaroo.target, kangaroo.drafter)
-    refuse(lambda: Kangaroo(kangaroo.target, kangaroo.drafter, persistent=True), "float16 or bfloat16", "torch.float32")
+    parts = kangaroo.target, kangaroo.drafter.adapter
+    KangarooDrafter(*parts)
+    refuse(lambda: KangarooDrafter(*parts, persistent=True), "float16 or bfloat16", "torch.float32")
     monkeypatch.setattr(kangaroo.target, "dtype", torch.float16)
-    Kangaroo(kangaroo.target, kangaroo.drafter, persistent=True)
+    KangarooDrafter(*parts, persistent=True)
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_one_text_at_a_time(plain: bool, kangaroo: Kangaroo) -> None:
-    """A text that goes on after another was begun would read the other's keys and values."""
-    first = kangaroo.progress([1, 2], max_new_tokens=20, plain=plain)
+def test_one_text_at_a_time_in_a_session(plain: bool, kangaroo: Kangaroo) -> None:
+    """A text that goes on after another was begun in its session would read the other's keys and values."""
+    session = kangaroo.session()
+    first = session.progress([1, 2], max_new_tokens=20, plain=plain)
     next(first)
-    wanted = kangaroo.generate([4, 5], max_new_tokens=8).tokens
+    wanted = session.generate([4, 5], max_new_tokens=8).tokens
     refuse(lambda: next(first), "another text was begun", "one at a time")
-    assert kangaroo.generate([4, 5], max_new_tokens=8).tokens == wanted
+    assert session.generate([4, 5], max_new_tokens=8).tokens == wanted
 
 
 def test_a_refused_call_leaves_the_next_one_alone(kangaroo: Kangaroo) -> None:

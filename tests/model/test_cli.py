@@ -14,7 +14,8 @@ from conftest import Pair
 from pairs import make_target, make_tokenizer
 
 from kangaroo_kernels import Kangaroo, __version__
-from kangaroo_kernels.model import cli, compare
+from kangaroo_kernels.model.commands import cli, options, train
+from kangaroo_kernels.model.evaluation import compare
 
 PROMPT = "ABCabc"
 COMMAND = [sys.executable, "-c", "from kangaroo_kernels.model.commands.cli import main; main()"]
@@ -146,7 +147,7 @@ def test_a_difference_is_an_exit_code(run: Run, pair: Pair, monkeypatch: pytest.
     monkeypatch.setattr(compare, "compare", lambda *_, **__: different)
     arguments = generate_arguments(pair, "--prompt", PROMPT, "--compare")
     code, _, err = run(*arguments)
-    assert code == cli.NOT_IDENTICAL
+    assert code == options.NOT_IDENTICAL
     assert "identical: no" in err
     assert run(*arguments, "--temperature", 1, "--acceptance", "rejection").code == 0
 
@@ -197,7 +198,7 @@ def test_ctrl_c_keeps_the_json(run: Run, pair: Pair, monkeypatch: pytest.MonkeyP
     interrupt_after(monkeypatch, 3)
     code, out, _ = run(*generate_arguments(pair, "--prompt", PROMPT, "--json", "--plain"))
     answer = json.loads(out)
-    assert code == cli.INTERRUPTED
+    assert code == options.INTERRUPTED
     assert answer["finish_reason"] == "interrupted"
     assert len(answer["tokens"]) == answer["stats"]["new_tokens"] == 3
 
@@ -217,7 +218,7 @@ def test_ctrl_c_keeps_the_text(endless_process: "subprocess.Popen[bytes]") -> No
     begun = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == options.INTERRUPTED
     assert begun + out
     assert err.decode().endswith("interrupted.\n")
     assert err.count(b"\n") == 1
@@ -267,7 +268,7 @@ def test_train_writes_an_adapter_that_generates(run: Run, pair: Pair, tmp_path: 
 
 def test_options_are_repeated_for_each_file() -> None:
     given = ["--model", "m", "--data", "a", "b", "c", "--out", "o", "--held-out", "h", "--data", "d", "e"]
-    assert list(cli.repeat_options(given, {"--data", "--held-out"})) == [
+    assert list(train.repeat_options(given, {"--data", "--held-out"})) == [
         *("--model", "m", "--data", "a", "--data", "b", "--data", "c"),
         *("--out", "o", "--held-out", "h", "--data", "d", "--data", "e"),
     ]

@@ -3,7 +3,7 @@
 import pytest
 from conftest import Pair
 
-from kangaroo_kernels import DecodeStats, KangarooError
+from kangaroo_kernels import DecodeStats, KangarooError, Settings
 from kangaroo_kernels.model.evaluation.compare import Comparison, compare, compare_all, report, summarise
 
 
@@ -25,8 +25,8 @@ def test_a_difference_is_seen(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> No
     kangaroo = pair.load()
     generate = kangaroo.generate
 
-    def wrong(prompt: str, *, plain: bool = False, **settings: object) -> object:
-        return generate(prompt if plain else prompt[::-1], plain=plain, **settings)
+    def wrong(prompt: str, settings: Settings) -> object:
+        return generate(prompt if settings.plain else prompt[::-1], settings)
 
     monkeypatch.setattr(kangaroo, "generate", wrong)
     assert not compare(kangaroo, "ABC", rounds=1, max_new_tokens=20).identical

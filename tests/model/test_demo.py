@@ -10,7 +10,9 @@ from pairs import make_adapter
 from typer.testing import CliRunner
 
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model import cli, compare, demo
+from kangaroo_kernels.model import demo
+from kangaroo_kernels.model.commands import cli, options
+from kangaroo_kernels.model.evaluation import compare
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [{"name": "upper.py", "prompt": "ABCDEF"}, {"name": "lower.py", "prompt": "abcdef"}]
@@ -60,7 +62,7 @@ def test_a_difference_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     different = compare.Comparison("x", 1.0, 1.0, 1.0, False, kangaroo.generate("A", max_new_tokens=2).stats)
     monkeypatch.setattr(compare, "compare_all", lambda *_, **__: [different])
     result = CliRunner().invoke(cli.app, ["demo", "--json", *QUICK])
-    assert result.exit_code == cli.NOT_IDENTICAL
+    assert result.exit_code == options.NOT_IDENTICAL
 
 
 @pytest.mark.usefixtures("bundled")
@@ -75,7 +77,7 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(compare, "compare", interrupted)
     result = CliRunner().invoke(cli.app, ["demo", "--json", *QUICK])
     report = json.loads(result.stdout)
-    assert result.exit_code == cli.INTERRUPTED
+    assert result.exit_code == options.INTERRUPTED
     assert report["finish_reason"] == "interrupted"
     assert [entry["name"] for entry in report["prompts"]] == ["upper.py"]
 
@@ -95,7 +97,7 @@ def test_the_pair_loads_by_its_name(bundled: Path, pair: Pair, tmp_path: Path) -
     for settings, exit_layer in (({}, 2), ({"exit_layer": 1}, 1), ({"adapter": other}, 1)):
         drafter = Kangaroo.from_pretrained("demo", **settings).drafter
         assert drafter is not None
-        assert drafter.exit_layer == exit_layer
+        assert drafter.first_layer == exit_layer
     with pytest.raises(KangarooError, match=r"model folder './demo' does not exist"):
         Kangaroo.from_pretrained("./demo")
 

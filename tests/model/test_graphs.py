@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kangaroo_kernels.model import graphs
+from kangaroo_kernels.model.loop import graphs
 from kangaroo_kernels.model.loop.graphs import GraphRunner, no_garbage_collection
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from pairs import make_adapter, make_target
 from safetensors.torch import load_file
 
 from kangaroo_kernels import KangarooError
-from kangaroo_kernels.model.commands.info import environment, footprint
+from kangaroo_kernels.model.commands.facts import environment, footprint
 from kangaroo_kernels.model.demo import bundled_pair
 
 
@@ -30,7 +30,7 @@ def test_what_carries_the_operations(gpu: bool, name: str, monkeypatch: pytest.M
 
 
 def test_what_loads_by_default_is_what_it_says(pair: Pair) -> None:
-    kernels = pair.load().target.operations.kernels
+    kernels = pair.load().target.backend.name
     assert kernels in environment().operations.rpartition(":")[2].lower()
 
 

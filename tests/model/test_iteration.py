@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from drafters import on_the_device
+from drafters import on_the_device, with_backend
 from no_host_reads import HostReadError, no_host_reads
 from pairs import make_adapter, make_target
 
-from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model import decode
-from kangaroo_kernels.model import generate as generate_module
+from kangaroo_kernels import Kangaroo, Session
+from kangaroo_kernels.model import session as session_module
 from kangaroo_kernels.model.backend import REFERENCES
+from kangaroo_kernels.model.loop import device as decode
+from kangaroo_kernels.model.loop.graphs import GraphRunner
 from kangaroo_kernels.model.loop.iteration import Iteration
 
 PROMPT = [7, 3, 5]
@@ -37,12 +38,12 @@ def with_lag(monkeypatch) -> Callable[[int], None]:
     steps = decode.device_steps
 
     def put(lag: int) -> None:
-        monkeypatch.setattr(generate_module, "device_steps", lambda *args, **named: steps(*args, **named, lag=lag))
+        monkeypatch.setattr(session_module, "device_steps", lambda *args, **named: steps(*args, **named, lag=lag))
 
     return put
 
 
-def counts(kangaroo: Kangaroo, prompt: list[int] = PROMPT, **settings: Any) -> dict[str, Any]:
+def counts(kangaroo: Kangaroo | Session, prompt: list[int] = PROMPT, **settings: Any) -> dict[str, Any]:
     """Tokens and everything that was counted."""
     result = kangaroo.generate(prompt, **settings).as_dict()
     for timed in ("prefill_seconds", "decode_seconds", "tokens_per_second"):
@@ -64,6 +65,15 @@ def iterations(monkeypatch) -> list[int]:
     return launched
 
 
+@pytest.fixture
+def made(monkeypatch) -> list[Iteration]:
+    """Every iteration that a decode made."""
+    found = []
+    init = Iteration.__init__
+    monkeypatch.setattr(Iteration, "__init__", lambda self, *args: (found.append(self), init(self, *args))[1])
+    return found
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
 @pytest.mark.parametrize("gamma", [1, 3, 15])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
@@ -80,7 +90,7 @@ def test_it_does_what_the_host_loop_does(host, resident, sampling, gamma, thresh
 @pytest.mark.parametrize("gamma", [1, 4, 15])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
 def test_drafting_in_one_launch_does_the_same(host, resident, iterations, sampling, gamma, threshold):
-    resident.persistent = True
+    resident.drafter.persistent = True
     settings = {"num_speculative_tokens": gamma, "draft_confidence_threshold": threshold, **sampling}
     for new_tokens in (1, 5, 40):
         assert counts(resident, max_new_tokens=new_tokens, **settings) == counts(
@@ -113,13 +123,10 @@ def test_a_prompt_that_fills_the_context(host, resident, iterations, plain):
     assert iterations == []
 
 
-def test_steps_behind_the_early_exit_do_nothing(resident, monkeypatch):
+def test_steps_behind_the_early_exit_do_nothing(resident, made):
     """The draft that is unsure still gets its row of the exit layer; those that are not made get none."""
-    made = []
-    begin = Iteration._begin
-    monkeypatch.setattr(Iteration, "_begin", lambda self, *args: (made.append(self), begin(self, *args))[1])
     resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=5, draft_confidence_threshold=1.0)
-    written = made[-1].exit_hidden[1:].abs().sum(dim=1) > 0
+    written = made[-1].buffers.exit_hidden[1:].abs().sum(dim=1) > 0
     assert written.tolist() == [True, True, False, False, False, False]
 
 
@@ -131,9 +138,7 @@ def test_attention_is_launched_for_the_bucket(resident, monkeypatch):
         reaches.add(max_length)
         return REFERENCES.attention(*args, max_length=max_length, **named)
 
-    operations = replace(REFERENCES, kernels="triton", attention=attention)
-    for part in (*resident.target.blocks, resident.drafter.adapter.block):
-        part.operations = operations
+    with_backend(resident, replace(REFERENCES, resident=True, max_rows=16, attention=attention))
     resident.generate(PROMPT * 40, max_new_tokens=300, plain=True)  # the prefill is the references'
     resident.generate(PROMPT * 40, max_new_tokens=300)
     assert reaches == {256, 448}  # the second is the cache's capacity
@@ -151,20 +156,21 @@ def test_any_number_of_stop_tokens(host, resident):
 def test_what_lies_in_the_buffers_does_not_matter(host, resident):
     """A text that went wrong leaves NaN; the next one must not see it."""
     settings = {"max_new_tokens": 9, "num_speculative_tokens": 4, "draft_confidence_threshold": 0.4}
+    session = resident.session()
     for _ in range(2):
-        assert counts(resident, **settings) == counts(host, **settings)
+        assert counts(session, **settings) == counts(host, **settings)
         with torch.inference_mode():
-            for buffer in resident.runner._buffers.values():
+            for buffer in session.memory.runner._buffers.values():
                 buffer.fill_(float("nan") if buffer.is_floating_point() else 2**30)
 
 
 def test_the_adapter_has_seen_what_the_host_loop_shows_it(host, resident):
     """Its cache, the prompt's positions included; the last steps may end before either's adapter has run."""
     settings = {"max_new_tokens": 20, "num_speculative_tokens": 4, "draft_confidence_threshold": 0.3}
-    length = len(PROMPT) + len(host.generate(PROMPT, **settings).tokens)
-    resident.generate(PROMPT, **settings)
+    sessions = resident.session(), host.session()
+    length = len(PROMPT) + [len(session.generate(PROMPT, **settings).tokens) for session in sessions][1]
     for name in ("keys", "values"):
-        ours, theirs = (getattr(each._adapter_cache, name)[0][:, : length - 6] for each in (resident, host))
+        ours, theirs = (getattr(each.memory.drafter.cache, name)[0][:, : length - 6] for each in sessions)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -184,18 +190,15 @@ def test_the_host_may_lag(host, resident, with_lag, lag, plain):
 
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
-def test_what_runs_beyond_the_end_commits_nothing(resident, with_lag, lag, monkeypatch):
+def test_what_runs_beyond_the_end_commits_nothing(resident, with_lag, lag, made):
     """A stop token that the host has not read yet; the text on the device is what was committed."""
-    made = []
-    begin = Iteration._begin
-    monkeypatch.setattr(Iteration, "_begin", lambda self, *args: (made.append(self), begin(self, *args))[1])
     text = resident.generate(PROMPT, max_new_tokens=20, plain=True).tokens
     with_lag(lag)
     stopped = resident.generate(PROMPT, max_new_tokens=20, stop=[text[9]], draft_confidence_threshold=0.0)
     length = len(PROMPT) + len(stopped.tokens)
-    assert made[-1].length.tolist() == made[-1].limit.tolist() == [length]
-    assert made[-1].text[:length].tolist() == PROMPT + stopped.tokens
-    assert made[-1].flags.tolist() == [0] * len(made[-1].flags)
+    assert made[-1].buffers.length.tolist() == made[-1].buffers.limit.tolist() == [length]
+    assert made[-1].buffers.text[:length].tolist() == PROMPT + stopped.tokens
+    assert made[-1].buffers.flags.tolist() == [0] * len(made[-1].buffers.flags)
 
 
 def test_no_iteration_runs_that_cannot_be_needed(resident, with_lag, iterations):
@@ -234,8 +237,8 @@ OTHERS = (
 def test_a_captured_iteration_serves_all_numbers(host, resident, monkeypatch, sampling, persistent):
     """One graph, whatever threshold, temperature, filters and seed; what is replayed is the first request's work."""
     first: dict[Any, Callable[[], None]] = {}
-    monkeypatch.setattr(resident.runner, "run", lambda key, work: first.setdefault(key, work)())
-    resident.persistent = persistent
+    monkeypatch.setattr(GraphRunner, "run", lambda runner, key, work: first.setdefault(key, work)())
+    resident.drafter.persistent = persistent
     settings = {"max_new_tokens": 30, "num_speculative_tokens": 4, "draft_confidence_threshold": 0.3, **sampling}
     others = [each for each in OTHERS if each.keys() - {"draft_confidence_threshold"} <= sampling.keys()]
     wanted = []
@@ -246,11 +249,11 @@ def test_a_captured_iteration_serves_all_numbers(host, resident, monkeypatch, sa
     assert len({str(each) for each in wanted}) == len(wanted)  # the numbers matter
 
 
-def test_filters_that_keep_all_are_none(host, resident, iterations):
+def test_filters_that_keep_all_are_none(host, resident, monkeypatch):
     """They are launched, and drafted in one kernel, as if they were not asked for."""
     keys = set()
-    resident.runner.run = lambda key, work: (keys.add(key), work())
-    resident.persistent = True
+    monkeypatch.setattr(GraphRunner, "run", lambda runner, key, work: (keys.add(key), work()))
+    resident.drafter.persistent = True
     for filters in ({}, {"top_p": 1.0}, {"top_k": host.target.config.vocab_size}, {"top_k": 10**6, "top_p": 1}):
         settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, **filters}
         assert counts(resident, **settings) == counts(host, **settings)
@@ -276,7 +279,7 @@ def test_reach_bounds_what_an_iteration_touches(resident, monkeypatch, with_lag,
     run = Iteration.run
 
     def checked(iteration: Iteration, reach: int) -> None:
-        assert int(iteration.positions[1]) + iteration.max_drafts + 1 <= reach
+        assert int(iteration.buffers.position(0)) + iteration.max_drafts + 1 <= reach
         run(iteration, reach)
 
     monkeypatch.setattr(Iteration, "run", checked)
@@ -286,7 +289,7 @@ def test_reach_bounds_what_an_iteration_touches(resident, monkeypatch, with_lag,
 
 def test_a_damaged_decode_ends(resident, monkeypatch):
     """Rather than going on for ever."""
-    monkeypatch.setattr(Iteration, "commit", lambda self: self.report[:-1].fill_(5))
+    monkeypatch.setattr(Iteration, "commit", lambda self: self.buffers.report[:-1].fill_(5))
     with pytest.raises(RuntimeError, match="committed nothing"):
         resident.generate(PROMPT, max_new_tokens=9)
 
@@ -302,21 +305,18 @@ def test_buckets():
     ]
 
 
-def test_stages_in_order(resident, monkeypatch):
-    made = []
-    begin = Iteration._begin
-    monkeypatch.setattr(Iteration, "_begin", lambda self, *args: (made.append(self), begin(self, *args))[1])
-    resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=2)
-    resident.generate(PROMPT, max_new_tokens=1, plain=True)
-    resident.persistent = True
-    resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=2)
-    resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=2, temperature=1.0, top_k=5)
+def test_stages_in_order(resident, made):
+    def stages(**settings: Any) -> list[str]:
+        resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=2, **settings)
+        return [stage.name for stage in made[-1].stages(8)]
+
     drafting, end = ["kangaroo/draft/shallow", "kangaroo/draft/step"], ["kangaroo/accept", "kangaroo/commit"]
     by_steps = [*drafting, *drafting, drafting[0], "kangaroo/verify", *end]
-    assert [stage.name for stage in made[0].stages(8)] == by_steps
-    assert [stage.name for stage in made[1].stages(8)] == ["kangaroo/verify", *end]
-    assert [stage.name for stage in made[2].stages(8)] == ["kangaroo/draft", "kangaroo/verify", *end]
-    assert [stage.name for stage in made[3].stages(8)] == by_steps  # a filter needs a row of logits
+    assert stages() == by_steps
+    assert stages(plain=True) == ["kangaroo/verify", *end]
+    resident.drafter.persistent = True
+    assert stages() == ["kangaroo/draft", "kangaroo/verify", *end]
+    assert stages(temperature=1.0, top_k=5) == by_steps  # a filter needs a row of logits
 
 
 def test_a_lost_program_is_an_error(resident, monkeypatch):
@@ -328,9 +328,9 @@ def test_a_lost_program_is_an_error(resident, monkeypatch):
             self.error = torch.zeros(1, dtype=torch.int32)
             words.append(self.error)
 
-    operations = replace(resident.target.operations, prepare_draft_loop=lambda model, most: Prepared())
-    monkeypatch.setattr(resident.target, "operations", operations)
-    resident.persistent = True
+    backend = replace(resident.target.backend, prepare_draft_loop=lambda model, most: Prepared())
+    monkeypatch.setattr(resident.target, "backend", backend)
+    resident.drafter.persistent = True
     wanted = resident.generate(PROMPT, max_new_tokens=9).tokens
     assert resident.generate(PROMPT, max_new_tokens=9).tokens == wanted
     assert len(words) == 1
@@ -376,7 +376,7 @@ class Forbidden:
 def test_an_iteration_never_asks_the_host(kernels, monkeypatch, sampling, way):
     forbidden = Forbidden()
     monkeypatch.setattr(Iteration, "run", forbidden.run)
-    monkeypatch.setattr(kernels, "persistent", way == "persistent")
+    monkeypatch.setattr(kernels.drafter, "persistent", way == "persistent")
     settings = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.2, "plain": way == "plain", **sampling}
     assert len(kernels.generate(PROMPT, max_new_tokens=4, **settings).tokens) == 4
     assert forbidden.iterations > 0
@@ -430,7 +430,7 @@ def test_a_prompt_of_one_token(kernels, monkeypatch, prompt):
     plain = kernels.generate(prompt, max_new_tokens=6, plain=True).tokens
     by_steps = counts(kernels, prompt, **settings)
     assert by_steps["tokens"] == plain
-    monkeypatch.setattr(kernels, "persistent", True)
+    monkeypatch.setattr(kernels.drafter, "persistent", True)
     assert counts(kernels, prompt, **settings) == by_steps
 
 
@@ -440,7 +440,7 @@ def test_one_launch_drafts_what_the_steps_draft(kernels, monkeypatch):
         settings = {"max_new_tokens": 5, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.4, **sampling}
         by_steps = counts(kernels, **settings)
         with monkeypatch.context() as patch:
-            patch.setattr(kernels, "persistent", True)
+            patch.setattr(kernels.drafter, "persistent", True)
             assert counts(kernels, **settings) == by_steps
 
 
@@ -452,16 +452,16 @@ def test_one_launch_drafts_what_the_steps_draft(kernels, monkeypatch):
 def test_on_a_gpu_graphs_change_nothing(pair, monkeypatch, sampling):
     """Captured, recaptured at every bucket, or launched kernel by kernel: the same tokens and counts."""
     monkeypatch.setattr(decode, "LEAST_REACH", 8)
-    captured, launched = (pair.load(dtype="bfloat16", graphs=graphs) for graphs in (True, False))
-    persistent = pair.load(dtype="bfloat16", persistent=True)
+    captured, launched = (pair.load(dtype="bfloat16", graphs=graphs).session() for graphs in (True, False))
+    persistent = pair.load(dtype="bfloat16", persistent=True).session()
     for plain in (False, True):
         for new_tokens in (60, 200):  # the second outgrows the cache: every graph is dropped
             settings = {"max_new_tokens": new_tokens, "draft_confidence_threshold": 0.3, "plain": plain, **sampling}
             assert counts(captured, **settings) == counts(launched, **settings)
             assert counts(persistent, **settings) == counts(launched, **settings)
-    assert captured.runner.graphs > 2
-    assert captured.runner.captured_bytes > 0
-    assert launched.runner.graphs == 0
+    assert captured.memory.runner.graphs > 2
+    assert captured.memory.runner.captured_bytes > 0
+    assert launched.memory.runner.graphs == 0
 
 
 @pytest.mark.gpu
@@ -469,11 +469,11 @@ def test_on_a_gpu_graphs_change_nothing(pair, monkeypatch, sampling):
 @pytest.mark.parametrize("persistent", [True, False])
 def test_on_a_gpu_nothing_waits_inside_an_iteration(pair, monkeypatch, graphs, persistent):
     kangaroo = pair.load(dtype="bfloat16", graphs=graphs, persistent=persistent)
-    run = type(kangaroo.runner).run
+    run = GraphRunner.run
     settings = {"max_new_tokens": 30, "draft_confidence_threshold": 0.2}
     wanted = kangaroo.generate(PROMPT, **settings).tokens  # compiles
 
-    def strictly(runner: object, key: object, work: Callable[[], None]) -> None:
+    def strictly(runner: GraphRunner, key: object, work: Callable[[], None]) -> None:
         captures = graphs and key not in runner._graphs
         torch.cuda.set_sync_debug_mode("default" if captures else "error")
         try:
@@ -481,5 +481,5 @@ def test_on_a_gpu_nothing_waits_inside_an_iteration(pair, monkeypatch, graphs, p
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(type(kangaroo.runner), "run", strictly)
+    monkeypatch.setattr(GraphRunner, "run", strictly)
     assert kangaroo.generate(PROMPT, **settings).tokens == wanted

@@ -11,7 +11,7 @@ from drafters import NotANumber, Scripted, oracle, right_until, with_drafter
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Generation, Kangaroo
-from kangaroo_kernels.model.sampling import TARGET_STREAM
+from kangaroo_kernels.contract import TARGET_STREAM
 from kangaroo_kernels.reference.noise import gumbel
 
 VOCAB = 67
@@ -524,11 +524,11 @@ def poison(state: Any, kind: str) -> None:
     with torch.inference_mode():
         for rows in state.cache.keys + state.cache.values:
             spoil(rows[:, state.newest :])
-        for rows in state.adapter_cache.keys + state.adapter_cache.values:
-            spoil(rows[:, state.adapter_length :])
-        spoil(state.exit_hidden[1:])
-        if state.adapter_length == state.newest:
-            spoil(state.exit_hidden[:1])
+        for rows in state.memory.cache.keys + state.memory.cache.values:
+            spoil(rows[:, state.memory.length :])
+        spoil(state.memory.exit_hidden[1:])
+        if state.memory.length == state.newest:
+            spoil(state.memory.exit_hidden[:1])
 
 
 @pytest.mark.parametrize("kind", ["nan", "noise"])
@@ -552,7 +552,7 @@ def test_nothing_beyond_the_length_is_read(kangaroo, plain, kind, gamma, tempera
                 state = drafter.states[-1]
                 assert state.tokens == prompt + tokens
                 if len(tokens) < 60:  # a last step with room for one token drafts nothing
-                    assert state.newest - 1 <= state.adapter_length <= state.newest
+                    assert state.newest - 1 <= state.memory.length <= state.newest
                 poison(state, kind)
             assert tokens == wanted
             if say is None:  # drafts must not change either: a poisoned adapter would still be lossless
@@ -583,7 +583,7 @@ def test_one_instance_for_many_texts(pair, plain):
             abandoned.close()
             state = kangaroo.drafter.states[-1]
             with torch.inference_mode():
-                for cache in (state.cache, state.adapter_cache):
+                for cache in (state.cache, state.memory.cache):
                     for rows in cache.keys + cache.values:
                         rows.fill_(float("nan"))
             assert kangaroo.generate(prompt, max_new_tokens=count, plain=True).tokens == plain(prompt, count)

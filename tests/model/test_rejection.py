@@ -12,7 +12,8 @@ from pairs import make_adapter, make_target
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.sampling import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, Chooser, Sampling
+from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM
+from kangaroo_kernels.model.sampling import Chooser, Sampling
 from kangaroo_kernels.reference.noise import uniform
 
 CPU = torch.device("cpu")

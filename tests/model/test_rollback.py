@@ -6,12 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kangaroo_kernels.model.drafters.kangaroo import Drafter
-from kangaroo_kernels.model.loop.decode import commit
+from kangaroo_kernels.contract import Top1
+from kangaroo_kernels.model.drafters.kangaroo import AdapterMemory, KangarooDrafter
 from kangaroo_kernels.model.loop.state import TextState
 from kangaroo_kernels.model.target.cache import KVCache
 from kangaroo_kernels.reference.accept import accept
-from kangaroo_kernels.reference.top1_head import Top1
 
 STALE = -1.0
 
@@ -45,15 +44,15 @@ class Ledger(KVCache):
         self.rows[position : position + len(values)] = values
 
 
-class PaperDrafter(Drafter):
+class PaperDrafter(KangarooDrafter):
     """Says what it is told and writes the adapter's "keys"."""
 
     def __init__(self, paper: Paper) -> None:
-        self.target, self.exit_layer = paper, 1
+        self.target, self.first_layer = paper, 1
         self.script: list[tuple[int, float]] = []
 
-    def guess(self, exit_hidden, state, chooser, position):
-        state.adapter_cache.write(position, exit_hidden[:, 0].tolist())
+    def guess(self, exit_hidden, text, chooser, position):
+        text.memory.cache.write(position, exit_hidden[:, 0].tolist())
         token, confidence = self.script.pop(0)
         return Top1(torch.tensor([token]), torch.tensor([confidence])), None
 
@@ -76,24 +75,21 @@ def test_every_row_is_that_of_the_committed_text(prompt, gamma, steps, data):
     """After any run of drafts, acceptances, early ends and limits, what counts as valid belongs to the text."""
     paper = Paper()
     drafter = PaperDrafter(paper)
-    state = TextState(list(prompt), Ledger.__new__(Ledger), Ledger.__new__(Ledger))
-    state.cache.rows, state.adapter_cache.rows = [], []
-    state.exit_hidden = torch.full((gamma + 2, 1), STALE)
+    memory = AdapterMemory(Ledger.__new__(Ledger), len(prompt) - 1, torch.full((gamma + 2, 1), STALE))
+    state = TextState(list(prompt), Ledger.__new__(Ledger), memory)
+    state.cache.rows, memory.cache.rows = [], []
     if len(prompt) > 1:  # as prefill leaves it
         hidden = paper.run(paper.embed(prompt[:-1]), state.cache, 0, 0, 1)
-        state.adapter_cache.write(0, hidden[:, 0].tolist())
-    state.adapter_length = len(prompt) - 1
+        memory.cache.write(0, hidden[:, 0].tolist())
     for right, confidences, limit in steps:
         said = data.draw(st.lists(st.integers(0, 9), min_size=gamma, max_size=gamma))
         drafter.script = list(zip(said, confidences, strict=False))
-        draft = drafter.draft(state, None, gamma, 0.5)
+        draft = drafter.propose(state, None, gamma, 0.5)
         tokens = draft.tokens.tolist()
         assert tokens == said[: len(tokens)]
         assert len(tokens) == gamma or confidences[len(tokens) - 1] < 0.5
         chain = [state.tokens[-1], *tokens]
-        assert draft.exit_hidden[:, 0].tolist() == [
-            1000.0 * (state.newest + row) + token for row, token in enumerate(chain)
-        ]
+        assert draft.hidden[:, 0].tolist() == [1000.0 * (state.newest + row) + token for row, token in enumerate(chain)]
         wanted = [token if place < right else (token + 1) % 10 for place, token in enumerate(tokens)] + [7]
         before = list(state.tokens)
         none = torch.empty(0, dtype=torch.int64)
@@ -101,27 +97,29 @@ def test_every_row_is_that_of_the_committed_text(prompt, gamma, steps, data):
             draft.tokens, torch.tensor(wanted), none, len(before), len(before) + limit
         ).tolist()
         committed = wanted[: length - len(before)]
-        commit(state, committed)
+        state.tokens += committed
+        drafter.commit(state, len(committed))
 
         text = state.tokens
         assert text == before + committed
-        assert state.newest - 1 <= state.adapter_length <= state.newest
+        assert state.newest - 1 <= memory.length <= state.newest
         assert state.cache.rows[: state.newest] == [float(token) for token in text[: state.newest]]
         hidden = [1000.0 * position + token for position, token in enumerate(text)]
-        assert state.adapter_cache.rows[: state.adapter_length] == hidden[: state.adapter_length]
-        assert float(state.exit_hidden[0]) == hidden[state.newest - 1]
+        assert memory.cache.rows[: memory.length] == hidden[: memory.length]
+        assert float(memory.exit_hidden[0]) == hidden[state.newest - 1]
         # the adapter lags after full acceptance and never else
         full = accepted == len(tokens) and len(committed) == len(tokens) + 1
-        assert (state.adapter_length < state.newest) == full
+        assert (memory.length < state.newest) == full
 
 
 def test_by_hand():
-    state = TextState([1, 2, 3], Ledger.__new__(Ledger), adapter_length=6, exit_hidden=torch.arange(6.0)[:, None])
-    commit(state, [4, 5, 6])
-    assert state.tokens == [1, 2, 3, 4, 5, 6]
-    assert state.newest == 5
-    assert state.adapter_length == 5
-    assert state.exit_hidden[:, 0].tolist() == [3, 1, 2, 3, 4, 5]
-    commit(state, [9])
-    assert state.adapter_length == 5  # one behind: the row before the newest token has not been through the adapter
-    assert state.newest == 6
+    memory = AdapterMemory(Ledger.__new__(Ledger), 6, torch.arange(6.0)[:, None])
+    text, drafter = TextState([1, 2, 3, 4, 5, 6], Ledger.__new__(Ledger), memory), PaperDrafter(Paper())
+    drafter.commit(text, 3)
+    assert text.newest == 5
+    assert memory.length == 5
+    assert memory.exit_hidden[:, 0].tolist() == [3, 1, 2, 3, 4, 5]
+    text.tokens.append(9)
+    drafter.commit(text, 1)
+    assert memory.length == 5  # one behind: the row before the newest token has not been through the adapter
+    assert text.newest == 6

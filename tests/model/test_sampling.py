@@ -8,7 +8,8 @@ from chi_square import REJECTED, p_value, transform, uniform_p_value
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.sampling import DRAFT_STREAM, TARGET_STREAM, Chooser, Sampling
+from kangaroo_kernels.contract import DRAFT_STREAM, TARGET_STREAM
+from kangaroo_kernels.model.sampling import Chooser, Sampling
 from kangaroo_kernels.reference.noise import BLOCK, gumbel_rows
 from kangaroo_kernels.reference.top1_head import lm_head
 

@@ -13,9 +13,9 @@ from pairs import make_target, make_tokenizer
 from safetensors.torch import load_file
 
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model import train
 from kangaroo_kernels.model.target.config import load_config
 from kangaroo_kernels.model.text import load_tokenizer
+from kangaroo_kernels.model.training import train
 from kangaroo_kernels.model.training.train import TrainableAdapter, TrainingSettings, train_adapter
 
 TEXT = "the quick brown fox jumps over the lazy dog 0123456789 " * 60
@@ -44,7 +44,7 @@ def test_agreement_rises(target: Path, text: Path, tmp_path: Path) -> None:
     before = train_adapter(settings(target, text, tmp_path / "one", steps=1, learning_rate=1e-6))
     after = train_adapter(settings(target, text, tmp_path / "many", steps=200))
     assert after["top1_agreement_text"] > before["top1_agreement_text"] + 0.2, (before, after)
-    assert Kangaroo.from_pretrained(target, tmp_path / "many").drafter.exit_layer == 2
+    assert Kangaroo.from_pretrained(target, tmp_path / "many").drafter.first_layer == 2
 
 
 @pytest.mark.parametrize("heads", [None, 6])

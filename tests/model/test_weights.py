@@ -15,7 +15,7 @@ from pairs import make_target
 from safetensors.torch import load_file, save_file
 
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model.target.weights import read_tensors
+from kangaroo_kernels.model.target.checkpoint import read_tensors
 
 Tensors = dict[str, torch.Tensor]
 TOKENS = [7, 3, 66, 0, 1, 20, 41, 5]

@@ -32,12 +32,12 @@ from synthetic import paper_trace
 from triton.runtime import cache
 
 from kangaroo_kernels.launch_config import chained
-from kangaroo_kernels.model.loop.decode import LEAST_REACH
+from kangaroo_kernels.model.loop.device import LEAST_REACH
 from kangaroo_kernels.model.loop.graphs import GraphRunner
 from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.loop.state import TextState
+from kangaroo_kernels.model.request import Request
 from kangaroo_kernels.model.sampling import Sampling
-from kangaroo_kernels.model.target.cache import KVCache
 from kangaroo_kernels.workloads import MODELS, TINY, ModelShape, Settings, workloads
 
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
@@ -71,26 +71,25 @@ def operations(shape: ModelShape, on: bool) -> None:
         if "paged" not in step.name and not (on and "loop" in step.name):
             settings = Settings(1 if step.drafting else 7, step.length or 2048, BFLOAT16, META)
             for call in step.calls(shape, settings):
-                launcher(call.op)(*call.args, **call.kwargs)
+                call.launch()
 
 
 def iterations(shape: ModelShape, on: bool) -> None:
     """Plain decoding and Kangaroo at every reach; two layers stand for all, which are alike."""
     target = random_model.random_target(shape._replace(layers=2), META, BFLOAT16)
-    adapter = random_model.random_drafter(target, 1).adapter
-    config, runner = target.config, GraphRunner(META)
-    deep, own = KVCache(config, 2, META, BFLOAT16), KVCache(config, 1, META, BFLOAT16)
-    deep.reserve(CAPACITY)
-    own.reserve(CAPACITY)
+    runner, cache = GraphRunner(META), target.new_cache()
+    cache.reserve(CAPACITY)
     for drafts in (0, 6):
         for sampling in SAMPLINGS:
+            request = Request((1, 2, 3), 200, False, sampling, drafts, 0.6, frozenset(), ())
             for persistent in (False, True) if drafts and not on else (False,):
-                states = torch.empty(drafts + 2, config.hidden_size, dtype=BFLOAT16, device=META)
-                state = TextState([1, 2, 3], deep, own, 2, states)
-                given: dict[str, Any] = {"max_drafts": drafts, "threshold": 0.6, "stop_tokens": (), "length": 200}
-                adapting = adapter if drafts else None
-                iteration = Iteration(target, adapting, state, sampling, persistent=persistent, runner=runner, **given)
-                for reach in (*REACHES[:2], deep.capacity):
+                drafter, memory = random_model.random_drafter(target, 1, persistent=persistent), None
+                if drafts:
+                    memory = drafter.new_memory()
+                    memory.cache.reserve(CAPACITY)
+                text = TextState([1, 2, 3], cache, memory)
+                iteration = Iteration(target, drafter if drafts else None, text, request, runner)
+                for reach in (*REACHES[:2], cache.capacity):
                     iteration.run(reach)
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from compiled import CompileOnly
-from right import launcher, reference
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -26,20 +25,10 @@ from kangaroo_kernels import launch_config
 from kangaroo_kernels.draft_loop.kernel import PREFETCHED_STEPS
 from kangaroo_kernels.draft_loop.table import gpu_options
 from kangaroo_kernels.model import backend
+from kangaroo_kernels.operation import OPERATIONS, Operation
 from kangaroo_kernels.shared.chain import chain
 from kangaroo_kernels.shared.launch import require_interpreter
 
-OPS = [
-    "accept",
-    "attention",
-    "commit",
-    "draft_loop",
-    "gate_up",
-    "linear_residual",
-    "qkv_rope",
-    "sample_head",
-    "top1_head",
-]
 SHARED_BYTES = 232448
 """Of an H100's program."""
 
@@ -67,9 +56,9 @@ def on_meta(function: Callable[..., Any]) -> Callable[..., Any]:
     return wraps(function)(lambda x, *more: function(x.new_empty(0, device="meta"), *more))
 
 
-def computing(op: str) -> Callable[..., Any]:
+def computing(operation: Operation) -> Callable[..., Any]:
     """The launcher, then the reference."""
-    launch, compute = launcher(op), reference(op)
+    launch, compute = operation.launcher, operation.reference
 
     @wraps(launch)
     def both(*args: Any, **kwargs: Any) -> Any:
@@ -118,9 +107,11 @@ def install() -> None:
     cuda.set_sync_debug_mode = cuda.synchronize = cuda.empty_cache = lambda *args: None
     cuda.mem_get_info = lambda *args: (0, 0)
     if os.environ.get("STANDIN") == "compute":
-        for op in OPS:
-            replace(launcher(op), computing(op))
-        replace(backend.load_operations, lambda kernels, device, dtype: backend._triton_operations())
+        for operation in OPERATIONS.values():
+            both = computing(operation)
+            replace(operation.launcher, both)
+            vars(operation)["launcher"] = both
+        replace(backend.load_backend, lambda kernels, device, dtype: backend._triton_backend())
 
 
 install()

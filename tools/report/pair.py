@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model.demo import DemoPair
+from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.evaluation.compare import Comparison, compare, summarise
 
 from .job import Job
@@ -41,7 +42,7 @@ def run(job: Job) -> None:
     assert job.pair is not None
     pair = DemoPair(job.pair)
     kangaroo = Kangaroo.from_pretrained(pair.target, pair.adapter, device=job.device)
-    assert kangaroo.drafter is not None
+    assert isinstance(kangaroo.drafter, KangarooDrafter)
     config, adapter = kangaroo.target.config, kangaroo.drafter.adapter.config
     job.note(
         name=job.pair.name,

@@ -1,0 +1,131 @@
+"""What kernels, references and the runtime agree on: numbers and types that have one name, one value and this place."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.packed_weight import Weight
+
+# ---- numbers
+
+MAX_ROWS = 16
+"""Tokens in flight that the kernels are built for; more of them are a prefill, and the references' work."""
+
+MAX_SPECULATIVE_TOKENS = MAX_ROWS - 1
+"""The most drafts a step: with the newest token they fill the rows of a verification."""
+
+MAX_STOPS = 1024
+"""Stop tokens that the kernel of ``accept`` takes: each is compared with every row, in one warp's registers, of which
+that takes 168 a thread; 4,096 spill."""
+
+WIDEST_HEAD = 128
+"""Head size up to which the kernel of ``draft_loop`` runs on a GPU, in 16 bits: attention of wider ones has 8 warps in
+the stage kernels, which sum in another order."""
+
+TARGET_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)
+"""Streams of noise, so that a position's draws are independent: the target's tokens (and the coupled drafter's, which
+shall be the same), a drafter's that draws on its own, and the test by which rejection sampling accepts a draft."""
+
+# ---- types
+
+
+class Top1(NamedTuple):
+    """The token that a head gives each row.
+
+    Attributes:
+        token: ``[M]`` int64.
+        confidence: ``[M]`` float32, the most likely token's softmax probability; NaN where the row holds a NaN.
+    """
+
+    token: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> "Top1":
+        """New memory for ``rows`` rows, with whatever is in it."""
+        return cls(
+            torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, dtype=torch.float32, device=device)
+        )
+
+
+class Record(NamedTuple):
+    """The words with which a record of ``commit`` begins; the target's tokens follow.
+
+    Attributes:
+        before: length of the text before the iteration.
+        reached: length after it.
+        agreed: drafts that the target agreed with, also beyond an early end.
+        drafted: drafts that were made.
+        stopped: 1 if the last committed token is a stop token, else 0.
+    """
+
+    before: int
+    reached: int
+    agreed: int
+    drafted: int
+    stopped: int
+
+
+RECORD_HEAD = len(Record._fields)
+"""Words of a record before the tokens."""
+
+
+class AttentionBlock(NamedTuple):
+    """Pre-norm attention with its residual, and the cache that it attends to: the adapter, or half of a layer.
+
+    Attributes:
+        norm: ``[K]``.
+        qkv: ``[(H + 2 * H_kv) * D, K]``, as ``qkv_rope`` takes it.
+        output: ``[K, H * D]``.
+        k_cache: ``[H_kv, T, D]``.
+        v_cache: likewise.
+        table: ``[>= T, 1, D / 2]`` complex64 from ``rope_table``.
+        eps: of the norm.
+        scale: of the scores.
+    """
+
+    norm: Tensor
+    qkv: Weight
+    output: Weight
+    k_cache: Tensor
+    v_cache: Tensor
+    table: Tensor
+    eps: float
+    scale: float
+
+
+class Layer(NamedTuple):
+    """A decoder layer; its second norm has the eps of the first.
+
+    Attributes:
+        attention: the first half.
+        mlp_norm: ``[K]``.
+        gate_up: ``[2 * I, K]``, the gate's rows first.
+        down: ``[K, I]``.
+    """
+
+    attention: AttentionBlock
+    mlp_norm: Tensor
+    gate_up: Weight
+    down: Weight
+
+
+class DraftModel(NamedTuple):
+    """The drafter and its caches, as ``draft_loop`` takes them.
+
+    Attributes:
+        layers: the target's first ones.
+        adapter: behind them.
+        norm: ``[K]``, the adapter's, before the head.
+        head: ``[V, K]``, the target's.
+        eps: of that norm.
+        embedding: ``[V, K]``.
+    """
+
+    layers: tuple[Layer, ...]
+    adapter: AttentionBlock
+    norm: Tensor
+    head: Weight
+    eps: float
+    embedding: Tensor

@@ -1,0 +1,259 @@
+"""The table of operations, one row each. Whoever needs the operations, or some of them, reads ``OPERATIONS``.
+
+It gives the runtime its kernels or references, ``ops.py`` what is registered with PyTorch, and workloads, measuring
+tools and tests a kernel, its oracle and arguments for both. Importing it imports the references, which need torch
+alone; a kernel is imported, and Triton with it, where its launcher is first asked for.
+
+A new operand of an operation is added in its reference, in its kernel, in its row here, and in its test.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.contract import RECORD_HEAD, TARGET_STREAM, Top1
+from kangaroo_kernels.reference.accept import accept
+from kangaroo_kernels.reference.attention import attention
+from kangaroo_kernels.reference.commit import commit
+from kangaroo_kernels.reference.draft_loop import draft_loop
+from kangaroo_kernels.reference.gate_up import gate_up
+from kangaroo_kernels.reference.linear_residual import linear_residual
+from kangaroo_kernels.reference.qkv_rope import qkv_rope, rope_table
+from kangaroo_kernels.reference.sample_head import sample_head
+from kangaroo_kernels.reference.top1_head import top1_head
+
+EPS = 1e-5
+"""Of the norms in random arguments."""
+
+# ---- what a row is made of
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The sizes of a call that no weight has, and random operands of them.
+
+    Attributes:
+        rows: tokens in flight, M.
+        length: of the text, the tokens in flight included; the caches hold so many positions.
+        heads: H.
+        kv_heads: H_kv.
+        head_dim: D.
+        dtype: of weights and hidden states.
+        device: any; on ``meta`` nothing is computed.
+    """
+
+    rows: int
+    length: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal numbers."""
+        return torch.randn(shape, dtype=self.dtype, device=self.device).mul_(scale)
+
+    def normed(self, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows ``[M, K]``, a norm's weight ``[K]`` and a matrix ``[N, K]``."""
+        return self.random(self.rows, k), 1 + self.random(k, scale=0.1), self.random(n, k, scale=k**-0.5)
+
+    def caches(self) -> tuple[Tensor, Tensor]:
+        """Of keys and values, ``[H_kv, T, D]`` each."""
+        size = (self.kv_heads, self.length, self.head_dim)
+        return self.random(*size), self.random(*size)
+
+    def integers(self, *values: int) -> Tensor:
+        """One row of int64."""
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def position(self) -> Tensor:
+        """Of the first token in flight, ``[1]`` int64."""
+        return self.integers(self.length - self.rows)
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named ones of a launcher and of its reference."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        reference: the operation in PyTorch; its name is the operation's.
+        schema: the arguments and results of ``torch.ops.kangaroo.<name>``, in PyTorch's own words. Arguments have the
+            reference's names; a ``bias`` goes into the weight before it. None where the operation is not registered.
+        fake: the results for the schema's arguments with nothing in them, as ``torch.compile`` traces them.
+        example: random arguments from the sizes, N and K of the weight (V and K of the embedding for ``commit``;
+            unused where there is neither); None where a whole model is an argument.
+    """
+
+    reference: Callable[..., Any]
+    schema: str | None = None
+    fake: Callable[..., Any] | None = None
+    example: Callable[[Inputs, int, int], Arguments] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the operation, of its kernel's module and of the function in it."""
+        return self.reference.__name__
+
+    @cached_property
+    def launcher(self) -> Callable[..., Any]:
+        """The function that launches the kernel, of the reference's signature."""
+        function: Callable[..., Any] = getattr(import_module(f"kangaroo_kernels.{self.name}"), self.name)
+        return function
+
+
+# ---- qkv_rope
+
+
+def _fake_qkv_rope(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, k_cache: Tensor, *_: Any
+) -> Tensor:
+    kv_heads, head_dim = k_cache.shape[-3], k_cache.shape[-1]
+    return x.new_empty(x.shape[0], weight.shape[0] // head_dim - 2 * kv_heads, head_dim)
+
+
+def _example_of_qkv_rope(given: Inputs, n: int, k: int) -> Arguments:
+    table = rope_table(1e4 ** -torch.linspace(0, 1, given.head_dim // 2, device=given.device), given.length)
+    return (*given.normed(n, k), table, *given.caches(), given.position()), {"eps": EPS}
+
+
+QKV_ROPE = Operation(
+    qkv_rope,
+    "(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor table, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "Tensor position, float eps, Tensor? block_table=None) -> Tensor",
+    _fake_qkv_rope,
+    _example_of_qkv_rope,
+)
+
+# ---- attention
+
+
+def _example_of_attention(given: Inputs, n: int, k: int) -> Arguments:
+    q = given.random(given.rows, given.heads, given.head_dim)
+    return (q, *given.caches(), given.position()), {"scale": given.head_dim**-0.5}
+
+
+ATTENTION = Operation(
+    attention,
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor position, float scale, int? max_length=None, "
+    "Tensor? block_table=None) -> Tensor",
+    lambda q, *_: q.new_empty(q.shape[0], q.shape[1] * q.shape[2]),
+    _example_of_attention,
+)
+
+# ---- linear_residual
+
+
+def _example_of_linear_residual(given: Inputs, n: int, k: int) -> Arguments:
+    x, _, weight = given.normed(n, k)
+    return (x, weight, given.random(given.rows, n)), {}
+
+
+LINEAR_RESIDUAL = Operation(
+    linear_residual,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
+    lambda x, weight, bias, residual: residual.new_empty(residual.shape),
+    _example_of_linear_residual,
+)
+
+# ---- gate_up
+
+
+def _example_with_norm(given: Inputs, n: int, k: int) -> Arguments:
+    return given.normed(n, k), {"eps": EPS}
+
+
+GATE_UP = Operation(
+    gate_up,
+    "(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, float eps) -> Tensor",
+    lambda x, norm_weight, weight, *_: x.new_empty(x.shape[0], weight.shape[0] // 2),
+    _example_with_norm,
+)
+
+# ---- top1_head, sample_head
+
+
+def _fake_head(x: Tensor, *_: Any) -> Top1:
+    return Top1.empty(x.shape[0], x.device)
+
+
+TOP1_HEAD = Operation(
+    top1_head,
+    "(Tensor x, Tensor norm_weight, Tensor weight, float eps) -> (Tensor token, Tensor confidence)",
+    _fake_head,
+    _example_with_norm,
+)
+
+
+def _example_of_sample_head(given: Inputs, n: int, k: int) -> Arguments:
+    settings = {"eps": EPS, "temperature": 0.8, "seed": given.integers(7)}
+    return (*given.normed(n, k), given.integers(given.length)), settings
+
+
+SAMPLE_HEAD = Operation(
+    sample_head,
+    "(Tensor x, Tensor norm_weight, Tensor weight, Tensor position, Tensor seed, float eps, float temperature, "
+    f"int stream={TARGET_STREAM}, int? top_k=None, float? top_p=None) -> (Tensor token, Tensor confidence)",
+    _fake_head,
+    _example_of_sample_head,
+)
+
+# ---- accept
+
+
+def _example_of_accept(given: Inputs, n: int, k: int) -> Arguments:
+    target = torch.arange(given.rows, device=given.device)
+    limit = given.integers(given.length + given.rows)
+    return (target[1:], target, given.integers(-1, -2), given.integers(given.length), limit), {}
+
+
+ACCEPT = Operation(
+    accept,
+    "(Tensor draft, Tensor target, Tensor stop_tokens, Tensor length, Tensor limit) -> Tensor",
+    lambda draft, *_: draft.new_empty(3),
+    _example_of_accept,
+)
+
+# ---- commit
+
+
+def _example_of_commit(given: Inputs, n: int, k: int) -> Arguments:
+    rows, before = given.rows, given.length - given.rows
+
+    def zeros(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(count, dtype=dtype, device=given.device)
+
+    decision, lengths = given.integers(0, before + 1, 0), (given.integers(before), given.integers(given.length))
+    states = given.random(rows + 1, k), given.random(n, k), given.random(1, k)
+    counted = zeros(rows), zeros(given.length), *lengths, zeros(rows + 2), zeros(rows, torch.int32)
+    return (decision, *counted, *states, zeros(RECORD_HEAD + rows)), {}
+
+
+COMMIT = Operation(commit, example=_example_of_commit)
+
+# ---- the table
+
+OPERATIONS = {
+    row.name: row
+    for row in (
+        QKV_ROPE,
+        ATTENTION,
+        LINEAR_RESIDUAL,
+        GATE_UP,
+        TOP1_HEAD,
+        SAMPLE_HEAD,
+        ACCEPT,
+        COMMIT,
+        Operation(draft_loop),
+    )
+}
+"""Every operation by its name."""

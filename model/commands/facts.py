@@ -1,0 +1,175 @@
+"""What runs here, and what a model costs a step: the facts behind ``kangaroo info``, read without loading weights."""
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from kangaroo_kernels import __version__
+from kangaroo_kernels.packed_weight import Layout
+
+from ..demo import find_pair
+from ..drafters.adapter import load_adapter_config
+from ..errors import KangarooError
+from ..load import resolve_device, resolve_dtype
+from ..target.checkpoint import find_folder
+from ..target.config import DTYPES, SUPPORTED_MODEL_TYPES, SUPPORTED_ROPE_TYPES, LlamaConfig, load_config
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the software.
+
+    Attributes:
+        versions: of each package; None for one that is not installed.
+        devices: PyTorch's name and a description of each.
+        operations: what carries them, in general and on this machine.
+        supported: the kinds of checkpoints that load, and the layouts that packed weights can take on this CPU.
+    """
+
+    versions: dict[str, str | None]
+    devices: dict[str, str]
+    operations: str
+    supported: dict[str, list[str]]
+
+
+def environment() -> Environment:
+    """Look around."""
+    return Environment(
+        versions={
+            "kangaroo-kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "transformers": _version("transformers"),
+        },
+        devices=_devices(),
+        operations="Triton kernels on a GPU, PyTorch references on a CPU; by default here: " + _default_operations(),
+        supported={
+            "model_types": list(SUPPORTED_MODEL_TYPES),
+            "rope_types": list(SUPPORTED_ROPE_TYPES),
+            "dtypes": list(DTYPES),
+            "cpu_layouts": [layout.name.lower() for layout in Layout if _available(layout)],
+        },
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _default_operations() -> str:
+    return "Triton kernels" if resolve_device(None).type == "cuda" else "PyTorch references"
+
+
+def _devices() -> dict[str, str]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    devices = {"cpu": f"{platform.machine()}, {os.cpu_count()} cores, {capability}"}
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        devices[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+    return devices
+
+
+def _available(layout: Layout) -> bool:
+    if layout is Layout.FP16:
+        return "fbgemm" in torch.backends.quantized.supported_engines
+    return layout is not Layout.ONEDNN or torch.backends.mkldnn.is_available()
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model's shape, and the bytes of weights that each kind of step reads once.
+
+    Attributes:
+        dtype: the weights are loaded in.
+        exit_layer: how many of ``layers`` run before the adapter; None without one, as for the following.
+        adapter_parameters: of the adapter alone; it shares the target's head.
+        plain_step_bytes: all layers and the head.
+        draft_step_bytes: the first ``exit_layer`` layers, adapter and head.
+        verify_pass_bytes: the other layers and the head, whatever the number of drafts.
+        kv_bytes_per_token: keys and values of all layers, the adapter's included.
+    """
+
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    context_length: int
+    device: str
+    dtype: str
+    target_parameters: int
+    plain_step_bytes: int
+    kv_bytes_per_token: int
+    exit_layer: int | None = None
+    adapter_parameters: int | None = None
+    draft_step_bytes: int | None = None
+    verify_pass_bytes: int | None = None
+
+
+def footprint(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    exit_layer: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Footprint:
+    """Read the configurations of a model and perhaps an adapter; arguments as for ``Kangaroo.from_pretrained``.
+
+    Raises:
+        KangarooError: as ``Kangaroo.from_pretrained`` does.
+    """
+    where = resolve_device(device)
+    model, adapter = find_pair(model, adapter)
+    if exit_layer is not None and adapter is None:
+        raise KangarooError("exit_layer was given without an adapter; give both or neither.")
+    config = load_config(find_folder(model, "model"))
+    loaded = resolve_dtype(dtype, where, config.dtype)
+    size = loaded.itemsize
+    layer = config.attention_parameters + config.mlp_parameters
+    norm, embedding = config.hidden_size, config.vocab_size * config.hidden_size
+    head = norm + embedding
+    layers = config.num_hidden_layers * layer
+    kv_bytes = config.num_hidden_layers * _kv_values(config) * size
+    drafter = {}
+    if adapter is not None:
+        trained = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
+        shallow = trained.exit_layer * layer
+        own = trained.llama.attention_parameters + norm
+        kv_bytes += _kv_values(trained.llama) * size
+        drafter = {
+            "exit_layer": trained.exit_layer,
+            "adapter_parameters": own,
+            "draft_step_bytes": (shallow + own + embedding) * size,
+            "verify_pass_bytes": (layers - shallow + head) * size,
+        }
+    return Footprint(
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        attention_heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        context_length=config.context_length,
+        device=str(where),
+        dtype=str(loaded).removeprefix("torch."),
+        target_parameters=layers + head + (0 if config.tie_word_embeddings else embedding),
+        plain_step_bytes=(layers + head) * size,
+        kv_bytes_per_token=kv_bytes,
+        **drafter,
+    )
+
+
+def _kv_values(config: LlamaConfig) -> int:
+    """Numbers that one attention layer keeps of a token."""
+    return 2 * config.num_key_value_heads * config.head_dim

@@ -1,0 +1,150 @@
+"""``kangaroo generate``: continue a prompt."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..demo import find_pair
+from ..errors import KangarooError
+from .options import (
+    INTERRUPTED,
+    NOT_IDENTICAL,
+    Acceptance,
+    Adapter,
+    Device,
+    DraftConfidenceThreshold,
+    Dtype,
+    ExitLayer,
+    Json,
+    Kernels,
+    Model,
+    NumSpeculativeTokens,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    examples,
+    print_json,
+)
+
+EXAMPLES = examples(
+    "generate --model demo --prompt 'class Stack:' --compare",
+    "generate --model my-llama --adapter my-adapter --prompt-file prompt.txt --temperature 0.7 --seed 1",
+    "generate --model my-llama --plain --json < prompt.txt",
+)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="A UTF-8 file that holds it; without either, stdin does.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 128,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text to stop before; may be repeated.", metavar="<str>")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Decode without drafting.")] = False,
+    with_comparison: Annotated[
+        bool, typer.Option("--compare", help="Decode plainly as well; say whether tokens agree, and both speeds.")
+    ] = False,
+    as_json: Json = False,
+    adapter: Adapter = None,
+    exit_layer: ExitLayer = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    kernels: Kernels = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    draft_confidence_threshold: DraftConfidenceThreshold = None,
+    acceptance: Acceptance = "coupled",
+) -> None:
+    """Continue a prompt: new text goes to stdout as it is committed, statistics go to stderr.
+
+    Ctrl-C ends it and keeps what was generated.
+    """
+    if plain and with_comparison:
+        raise KangarooError("--plain and --compare exclude each other; give one of them.")
+    text = read_prompt(prompt, prompt_file)
+    if find_pair(model, adapter)[1] is None and not plain:
+        raise KangarooError("no adapter was given; add --adapter, or --plain to decode without one.")
+
+    from ..evaluation.compare import compare
+    from ..kangaroo import Kangaroo
+    from ..request import Settings
+    from ..results import DecodeStats, Generation
+    from .show import show_comparisons, summary
+
+    settings = Settings(  # checked before the long work of loading
+        max_new_tokens=max_new_tokens,
+        stop=stop or (),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        num_speculative_tokens=num_speculative_tokens,
+        draft_confidence_threshold=draft_confidence_threshold,
+        acceptance=acceptance,
+        plain=plain,
+    )
+    console = Console(stderr=True)
+    generation = Generation("", [], DecodeStats(), "context")  # stands if the prompt leaves no room for a step
+    comparison = None
+    try:
+        with console.status("loading the model"):
+            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels)
+        for step in kangaroo.progress(text, settings):
+            generation = step.generation
+            if not as_json:
+                typer.echo(step.text, nl=False)
+        if with_comparison:
+            comparison = compare(kangaroo, text, settings, name="the prompt", rounds=1)
+    except KeyboardInterrupt:
+        generation = replace(generation, finish_reason="interrupted")
+
+    if as_json:
+        compared = {"comparison": comparison.as_dict()} if comparison is not None else {}
+        print_json(generation.as_dict() | compared)
+    else:
+        if sys.stdout.isatty():
+            typer.echo()
+        typer.echo(summary(generation), err=True)
+        if comparison is not None:
+            show_comparisons(console, [comparison])
+    if generation.finish_reason == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+    # by rejection sampling, drafts change the tokens and keep their distribution
+    if comparison is not None and not comparison.identical and (acceptance == "coupled" or temperature == 0):
+        raise typer.Exit(NOT_IDENTICAL)
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The text of exactly one source: the option, the file or, without either, stdin.
+
+    Raises:
+        KangarooError: both, a file that cannot be read, a terminal as stdin, or anything but UTF-8.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise KangarooError("--prompt and --prompt-file exclude each other; give one of them.")
+    if prompt is not None:
+        source, content = "--prompt", prompt.encode("utf-8", "surrogateescape")  # as the shell gave it
+    elif prompt_file is not None:
+        try:
+            source, content = f"prompt file {prompt_file}", prompt_file.read_bytes()
+        except OSError as error:
+            raise KangarooError(f"prompt file {prompt_file} cannot be read: {error.strerror}.") from error
+    elif sys.stdin.isatty():
+        raise KangarooError("no prompt was given; add --prompt or --prompt-file, or pipe a text in.")
+    else:
+        source, content = "stdin", sys.stdin.buffer.read()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise KangarooError(f"{source} is not UTF-8 text (byte {error.start}).") from error

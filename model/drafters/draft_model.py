@@ -1,0 +1,49 @@
+"""The drafter as the operation ``draft_loop`` takes it: weights and caches gathered for one launch."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer
+
+from ..target.cache import KVCache
+from ..target.config import LlamaConfig
+from ..target.llama import Llama
+from ..target.weights import AttentionWeights
+from .adapter import Adapter
+
+if TYPE_CHECKING:
+    from ..loop.state import TextState
+
+
+class PreparedLoop(NamedTuple):
+    """What one launch needs.
+
+    Attributes:
+        model: weights and caches.
+        prepared: what the launcher made of them; None where it needs nothing.
+    """
+
+    model: DraftModel
+    prepared: Any
+
+
+def prepare_loop(target: Llama, adapter: Adapter, text: "TextState", drafts: int) -> PreparedLoop:
+    """Gather the shallow layers and the adapter over the caches of a text, for at most ``drafts`` drafts."""
+
+    def block(weights: AttentionWeights, config: LlamaConfig, cache: KVCache, index: int) -> AttentionBlock:
+        caches = cache.keys[index], cache.values[index]
+        eps, scale = config.rms_norm_eps, config.head_dim**-0.5
+        return AttentionBlock(weights.norm, weights.qkv, weights.output, *caches, cache.phases, eps, scale)
+
+    layers = tuple(
+        Layer(block(layer.attention, target.config, text.cache, index), layer.mlp_norm, layer.gate_up, layer.down)
+        for index, layer in enumerate(target.weights.layers[: adapter.config.exit_layer])
+    )
+    model = DraftModel(
+        layers,
+        block(adapter.block.weights, adapter.config.llama, text.memory.cache, 0),
+        adapter.norm,
+        target.weights.head,
+        adapter.config.llama.rms_norm_eps,
+        target.weights.embedding,
+    )
+    return PreparedLoop(model, target.backend.prepare_draft_loop(model, drafts))

@@ -1,0 +1,144 @@
+"""What a drafter is: anything that proposes tokens. Verification decides, so no drafter can change the text.
+
+Two loops use it. The loop led by the host (``loop/host.py``) asks ``propose`` for the drafts of a step. The loop that
+is resident on the device (``loop/iteration.py``) asks for ``stages``: work that reads and writes the iteration's
+buffers and never asks the host. A drafter may have one of the two or both; a loop that cannot run it refuses it in a
+sentence.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+
+from ..errors import KangarooError
+
+if TYPE_CHECKING:
+    from ..loop.iteration import Iteration
+    from ..loop.state import TextState
+    from ..sampling import Chooser
+    from ..target.llama import Llama
+
+PAPER_NUM_SPECULATIVE_TOKENS = 6
+PAPER_DRAFT_CONFIDENCE_THRESHOLD = 0.6
+
+
+@dataclass(frozen=True)
+class Draft:
+    """k drafted tokens, and what verification goes on from.
+
+    Attributes:
+        tokens: ``[k]`` int64; k may be 0.
+        hidden: ``[k + 1, hidden]``: what layer ``first_layer`` reads for the newest token and for every draft (their
+            embeddings where ``first_layer`` is 0).
+        distributions: ``[k, V]`` float32, what each token was drawn from, which rejection sampling needs; None means
+            that the drafter is certain of each.
+    """
+
+    tokens: Tensor
+    hidden: Tensor
+    distributions: Tensor | None = None
+
+
+class Stage(NamedTuple):
+    """A part of an iteration on the device.
+
+    Attributes:
+        name: as profilers show it.
+        work: launches it.
+    """
+
+    name: str
+    work: Callable[[], object]
+
+
+class Drafter(Protocol):
+    """Proposes tokens. A class that names it as its base inherits what it does not define.
+
+    Attributes:
+        first_layer: the first of the target's layers that verification runs. A drafter that ran the ones before it on
+            every row hands on their output; 0 means that it ran none.
+        num_speculative_tokens: the most drafts a step, 1 to 15, where the caller names no number.
+        draft_confidence_threshold: from 0 to 1, likewise; what it is compared with is the drafter's own affair.
+    """
+
+    first_layer: int = 0
+    num_speculative_tokens: int = PAPER_NUM_SPECULATIVE_TOKENS
+    draft_confidence_threshold: float = PAPER_DRAFT_CONFIDENCE_THRESHOLD
+
+    def new_memory(self) -> Any:
+        """What the drafter keeps of one text, caches for instance; every session has its own as ``text.memory``."""
+        return None
+
+    def prefill(self, text: "TextState", hidden: Tensor | None, reach: int, length: int) -> None:
+        """Begin a text.
+
+        Args:
+            text: its tokens, caches and memory.
+            hidden: ``[n - 1, hidden]``, what layer ``first_layer`` reads for every token but the last; None for a
+                prompt of one token.
+            reach: positions that may be written, drafts beyond the end included.
+            length: that the text may reach.
+        """
+
+    def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
+        """Draft at most ``most`` tokens after the newest one, for the loop led by the host."""
+        raise NotImplementedError
+
+    def commit(self, text: "TextState", count: int) -> None:
+        """Roll back to the text, whose last ``count`` tokens have just been committed."""
+
+    def attach(self, iteration: "Iteration") -> None:
+        """Begin a text on the device: what the iteration's buffers do not hold yet. It may ask the host."""
+
+    def stages(self, iteration: "Iteration", reach: int) -> Iterable[Stage]:
+        """Draft, for the loop on the device. No position is beyond ``reach``, and nothing may ask the host.
+
+        For each draft ``j`` that is made, the work leaves its token in ``buffers.drafts.token[j]``; ``flags[j + 1]`` is
+        1 where another one follows it. ``flags[0]`` is 1 while the text grows; a drafter may lower it, which means that
+        it makes no draft. ``buffers.exit_hidden[1 + r]`` holds what layer ``first_layer`` reads for row ``r``: the
+        newest token is row 0, draft ``j`` is row ``j + 1``.
+        """
+        raise NotImplementedError
+
+
+def provides(drafter: object, method: str) -> bool:
+    """Whether a drafter has a method of its own, and not the one that ``Drafter`` only declares."""
+    own = getattr(drafter, method, None)
+    return callable(own) and getattr(own, "__func__", own) is not getattr(Drafter, method)
+
+
+def check_drafter(drafter: Any, target: "Llama") -> None:
+    """Hold a drafter against the target and its loop.
+
+    Raises:
+        KangarooError: something is missing or out of its range.
+    """
+    name, layers, most = type(drafter).__name__, target.config.num_hidden_layers, MAX_SPECULATIVE_TOKENS
+    for method in ("new_memory", "prefill", "commit", "attach"):
+        if not callable(getattr(drafter, method, None)):
+            raise KangarooError(f"{name} has no {method}(); derive it from Drafter, which has one that does nothing.")
+    first, drafts = getattr(drafter, "first_layer", None), getattr(drafter, "num_speculative_tokens", None)
+    if not isinstance(first, int) or not 0 <= first < layers:
+        raise KangarooError(f"{name}.first_layer is {first!r}; this target allows 0 to {layers - 1}.")
+    if not isinstance(drafts, int) or not 1 <= drafts <= most:
+        raise KangarooError(f"{name}.num_speculative_tokens is {drafts!r}; it must be a whole number from 1 to {most}.")
+    threshold = getattr(drafter, "draft_confidence_threshold", None)
+    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise KangarooError(f"{name}.draft_confidence_threshold is {threshold!r}; it must be a number from 0 to 1.")
+    check_loop(drafter, target.backend.resident)
+
+
+def check_loop(drafter: Any, resident: bool) -> None:
+    """Raise unless the loop, resident on the device or led by the host, can run the drafter."""
+    name = type(drafter).__name__
+    if resident and not provides(drafter, "stages"):
+        raise KangarooError(
+            f"{name} has no stages(), which the loop on the device drafts with; give it one, or load the target with "
+            "kernels='reference'."
+        )
+    if not resident and not provides(drafter, "propose"):
+        raise KangarooError(f"{name} has no propose(), which the loop led by the host drafts with; give it one.")

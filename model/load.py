@@ -1,0 +1,89 @@
+"""From names to a loaded model: devices, dtypes, and a target with its adapter and tokenizer."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .backend import load_backend
+from .demo import find_pair
+from .drafters.adapter import Adapter, load_adapter_config
+from .errors import KangarooError
+from .target.checkpoint import find_folder, read_tensors
+from .target.config import DTYPES, load_config
+from .target.llama import Llama
+from .target.weights import load_target
+from .text import load_tokenizer
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint and an adapter's folder hold.
+
+    Attributes:
+        target: the model.
+        adapter: None where none was asked for.
+        tokenizer: None where the checkpoint has none.
+    """
+
+    target: Llama
+    adapter: Adapter | None
+    tokenizer: Any
+
+
+def load_pair(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    exit_layer: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    kernels: str | None = None,
+) -> Loaded:
+    """Load a checkpoint and perhaps an adapter for it; arguments and errors as for ``Kangaroo.from_pretrained``."""
+    where = resolve_device(device)
+    model, adapter = find_pair(model, adapter)
+    if exit_layer is not None and adapter is None:
+        raise KangarooError("exit_layer was given without an adapter; give both or neither.")
+    folder = find_folder(model, "model")
+    config = load_config(folder)
+    adapter_folder = None if adapter is None else find_folder(adapter, "adapter")
+    if adapter_folder is not None:  # before the long work of loading the target
+        load_adapter_config(adapter_folder, config, exit_layer)
+    precision = resolve_dtype(dtype, where, config.dtype)
+    backend = load_backend(kernels, where, precision)
+    weights = load_target(read_tensors(folder), config, where, precision, backend.layout, source=str(folder))
+    target = Llama(config, weights, backend)
+    loaded = None if adapter_folder is None else Adapter.load(adapter_folder, target, exit_layer)
+    return Loaded(target, loaded, load_tokenizer(folder))
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the GPU where there is one.
+
+    Raises:
+        KangarooError: a name that is none, or a GPU that is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise KangarooError(f"device {device!r} is unknown; use 'cpu' or 'cuda'.") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise KangarooError(f"device {device!r} is not supported; use 'cpu' or 'cuda'.")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise KangarooError("device 'cuda' was asked for, but PyTorch sees no CUDA GPU here.")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise KangarooError(
+            f"device {device!r} does not exist; PyTorch sees {torch.cuda.device_count()} CUDA GPUs here."
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The dtype asked for; else float32 on a CPU and the checkpoint's own on a GPU."""
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else stored
+    resolved = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in DTYPES.values():
+        raise KangarooError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
+    return resolved

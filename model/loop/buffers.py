@@ -1,0 +1,158 @@
+"""The device memory of an iteration: what an iteration reads and writes, by name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.contract import RECORD_HEAD, Top1
+
+from ..request import Request
+from ..sampling import SamplingTensors
+from ..target.llama import Llama
+from .graphs import GraphRunner
+from .state import TextState
+
+LEAST_STOPS = 16
+NO_TOKEN = -1
+"""Fills the list of stop tokens: no token equals it."""
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Rows of an iteration with at most R drafts, and where each kind of buffer holds them.
+
+    ::
+
+        position in the text   n - 2     n - 1     n         n + 1     ...   n + R - 1   n + R
+        what is there          committed newest    draft 0   draft 1   ...   draft R-1   (after all drafts)
+        row                              0         1         2         ...   R
+        positions[i]           0         1         2         3         ...   R + 1       R + 2
+        exit_hidden[i]         0         1         2         3         ...   R + 1
+        flags[i]                         0         1         2         ...   R
+        wanted[i]                        0         1         2         ...   R
+        drafts[i]                                  0         1         ...   R - 1
+
+    ``flags[r]`` says that another draft follows row r: for row 0 that the text grows, for the others that their draft
+    was made and was sure. ``wanted[r]`` is the target's token after row r. The slices by row are the methods below.
+
+    Attributes:
+        text: ``[capacity]`` int64, the text; what lies beyond ``length`` is left over.
+        length: ``[1]`` int64, n.
+        limit: ``[1]`` int64, the length that the text may reach.
+        positions: ``[R + 3]`` int64.
+        stops: ``[>= 16]`` int64, the stop tokens, filled up with -1.
+        flags: ``[R + 1]`` int32.
+        newest: ``[1, hidden]``, the embedding of the token that goes through the shallow layers next.
+        exit_hidden: ``[R + 2, hidden]``, what the drafter's ``first_layer`` reads; that of a draft that was not made is
+            left over, and finite.
+        drafts: ``[R]`` tokens and confidences.
+        wanted: ``[R + 1]`` tokens; their confidences are not used.
+        decision: ``[3]`` int64, what ``accept`` found.
+        report: ``[5 + R + 1 + 1]`` int64: the record of ``commit``, then the error word of ``draft_loop``, 0 where all
+            went well.
+        threshold: ``[1]`` float32, the confidence below which drafting stops.
+        sampling: the numbers of a request's ``Sampling``.
+    """
+
+    text: Tensor
+    length: Tensor
+    limit: Tensor
+    positions: Tensor
+    stops: Tensor
+    flags: Tensor
+    newest: Tensor
+    exit_hidden: Tensor
+    drafts: Top1
+    wanted: Top1
+    decision: Tensor
+    report: Tensor
+    threshold: Tensor
+    sampling: SamplingTensors
+
+    def position(self, row: int) -> Tensor:
+        """``[1]``: the position of a row; -1 is the token before the newest one, R + 1 the place after all drafts."""
+        return self.positions[row + 1 : row + 2]
+
+    def hidden(self, first: int, last: int) -> Tensor:
+        """``[last - first, hidden]``: the exit hidden states of rows ``first`` to ``last - 1``; -1 as above."""
+        return self.exit_hidden[first + 1 : last + 1]
+
+    def present(self, row: int) -> Tensor:
+        """``[1]``: whether a row is there: row 0 where the text grows, the others where their draft was made."""
+        return self.flags[max(row - 1, 0) : max(row, 1)]
+
+    def drafting(self, row: int) -> Tensor:
+        """``[1]``: whether a draft follows a row."""
+        return self.flags[row : row + 1]
+
+    def draft(self, row: int) -> Top1:
+        """``[1]`` each: the token and confidence drafted after a row, which will be row ``row + 1``."""
+        return Top1(self.drafts.token[row : row + 1], self.drafts.confidence[row : row + 1])
+
+
+def buffers_for(
+    target: Llama, text: TextState, request: Request, drafts: int, runner: GraphRunner, name: str
+) -> Buffers:
+    """The runner's buffers of that name, for at most ``drafts`` drafts a step; they are made when they are new."""
+    rows, hidden, sampling = drafts + 1, target.config.hidden_size, request.sampling
+
+    def numbers(field: str, *shape: int) -> Tensor:
+        return runner.buffer(f"{name}: {field}", shape, torch.int64)
+
+    def real(field: str) -> Tensor:
+        return runner.buffer(f"{name}: {field}", (1,), torch.float32)
+
+    def states(field: str, *shape: int) -> Tensor:
+        return runner.buffer(f"{name}: {field}", shape, target.dtype)
+
+    def top1(field: str, count: int) -> Top1:
+        confidences = runner.buffer(f"{name}: {field}, confidences", (count,), torch.float32)
+        return Top1(numbers(f"{field}, tokens", count), confidences)
+
+    return Buffers(
+        text=numbers("text", text.cache.capacity),
+        length=numbers("length", 1),
+        limit=numbers("limit", 1),
+        positions=numbers("positions", drafts + 3),
+        stops=numbers("stop tokens", max(LEAST_STOPS, 1 << (len(request.stop_tokens) - 1).bit_length())),
+        flags=runner.buffer(f"{name}: flags", (rows,), torch.int32),
+        newest=states("newest", 1, hidden),
+        exit_hidden=states("exit hidden", rows + 1, hidden),
+        drafts=top1("drafts", drafts),
+        wanted=top1("wanted", rows),
+        decision=numbers("decision", 3),
+        report=numbers("report", RECORD_HEAD + rows + 1),
+        threshold=real("threshold"),
+        sampling=SamplingTensors(
+            real("temperature"),
+            None if sampling.top_k is None else numbers("top-k", 1),
+            None if sampling.top_p is None else real("top-p"),
+            numbers("seed", 1),
+        ),
+    )
+
+
+def begin(buffers: Buffers, target: Llama, tokens: Sequence[int], request: Request) -> None:
+    """Put a text and its request into device memory; the last time that the host tells it anything."""
+    count, sampling, numbers = len(tokens), request.sampling, buffers.sampling
+
+    def put(buffer: Tensor | None, values: Sequence[float | None]) -> None:
+        if buffer is not None:
+            buffer[: len(values)].copy_(torch.tensor(values, dtype=buffer.dtype))
+
+    put(buffers.text, tokens)
+    put(buffers.length, [count])
+    put(buffers.limit, [request.length])
+    put(buffers.threshold, [request.threshold])
+    put(numbers.temperature, [sampling.temperature])
+    put(numbers.top_k, [sampling.top_k])
+    put(numbers.top_p, [sampling.top_p])
+    put(numbers.seed, [sampling.seed - (1 << 64) if sampling.seed >> 63 else sampling.seed])
+    put(buffers.positions, range(count - 2, count - 2 + len(buffers.positions)))
+    put(buffers.stops, [*request.stop_tokens, *[NO_TOKEN] * (len(buffers.stops) - len(request.stop_tokens))])
+    put(buffers.flags, [1] + [0] * (len(buffers.flags) - 1))
+    buffers.newest.copy_(target.embed(tokens[-1:]))
+    buffers.report.zero_()
+    buffers.exit_hidden.zero_()  # rows of drafts that are not made must be finite

@@ -1,0 +1,83 @@
+"""The decode loop led by the host: draft, verify, accept, commit (arXiv 2404.18911, algorithm 1), and plain decoding.
+
+The host reads every draft. That is what a CPU wants, where a step not taken is time saved, and what rejection sampling
+needs. ``device.py`` has the loop that stays on the device.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from ..drafters.protocol import Draft, Drafter
+from ..request import Request
+from ..results import Commit
+from ..sampling import Chooser
+from ..spans import span
+from ..target.llama import Llama
+from .state import TextState
+
+
+def prefill(target: Llama, drafter: Drafter | None, text: TextState, length: int, max_drafts: int) -> None:
+    """Fill all caches for every token but the last, and make room for a text of ``length`` tokens."""
+    reach = length + max_drafts + 1  # drafts beyond the limit still write their rows
+    text.cache.reserve(reach, length)
+    hidden = target.embed(text.tokens[:-1]) if len(text.tokens) > 1 else None
+    first = 0
+    if drafter is not None:
+        first = drafter.first_layer
+        if hidden is not None:
+            hidden = target.run(hidden, text.cache, 0, 0, first)
+        drafter.prefill(text, hidden, reach, length)
+    if hidden is not None:
+        target.run(hidden, text.cache, 0, first, target.config.num_hidden_layers)
+
+
+def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Request) -> Iterator[Commit]:
+    """Steps of Kangaroo decoding until the text has ``request.length`` tokens or a stop token."""
+    chooser, accept = Chooser(request.sampling, target.backend), target.backend.accept
+    stops = torch.tensor(sorted(request.stop_tokens), dtype=torch.int64, device=target.device)
+    while (remaining := request.length - len(text.tokens)) > 0:
+        draft = drafter.propose(text, chooser, min(request.max_drafts, remaining - 1), request.threshold)
+        with span("kangaroo/verify"):
+            wanted = verify(target, drafter.first_layer, text, chooser, draft)
+        with span("kangaroo/accept"):
+            before = len(text.tokens)
+            agreed, reached, stopped = accept(draft.tokens, wanted, stops, before, request.length).tolist()
+        with span("kangaroo/commit"):
+            committed = wanted[: reached - before].tolist()
+            text.tokens += committed  # what lies beyond in the caches is overwritten before it is read
+            drafter.commit(text, len(committed))
+        yield Commit(committed, min(agreed, len(committed)), len(draft.tokens), agreed, bool(stopped))
+        if stopped:
+            return
+
+
+def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, draft: Draft) -> Tensor:
+    """The target's tokens after the newest token and after every draft: ``[k + 1]`` int64.
+
+    The layers below ``first_layer`` are not run again; the others and the LM head run over all positions at once.
+    """
+    config, weights = target.config, target.weights
+    hidden = target.run(draft.hidden, text.cache, text.newest, first_layer, config.num_hidden_layers)
+    if chooser.sampling.rejects:
+        certain = one_hot(draft.tokens, config.vocab_size).float()
+        distributions = certain if draft.distributions is None else draft.distributions
+        return chooser.reject(draft.tokens, distributions, target.logits(hidden), text.newest + 1)
+    return chooser.target(hidden, weights.norm, weights.head, config.rms_norm_eps, text.newest + 1)
+
+
+def plain_steps(target: Llama, text: TextState, request: Request) -> Iterator[Commit]:
+    """Autoregressive decoding on the same operations, one token a step."""
+    weights, config, chooser = target.weights, target.config, Chooser(request.sampling, target.backend)
+    for _ in range(request.length - len(text.tokens)):
+        with span("kangaroo/verify"):
+            newest = text.newest
+            hidden = target.run(target.embed(text.tokens[-1:]), text.cache, newest, 0, config.num_hidden_layers)
+            token = int(chooser.target(hidden, weights.norm, weights.head, config.rms_norm_eps, newest + 1))
+        text.tokens.append(token)
+        stopped = token in request.stop_tokens
+        yield Commit([token], accepted=0, drafted=0, agreed=0, stopped=stopped)
+        if stopped:
+            return

@@ -1,0 +1,204 @@
+"""What a caller asks for: ``Settings``, checked once, and the ``Request`` that they make of a prompt and a model.
+
+Python's keywords, the command line and whatever serves texts over a network all make a ``Settings``; so each setting
+has one range and one sentence that refuses it.
+"""
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, MAX_STOPS
+
+from .drafters.protocol import Drafter
+from .errors import KangarooError
+from .sampling import Sampling, is_number, is_whole
+from .target.config import LlamaConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a text. Each is checked when the object is made.
+
+    Attributes:
+        max_new_tokens: how many tokens are written at most; fewer only where a stop or the context's end comes first.
+        temperature: 0 is greedy; else 0.001 to 100.
+        top_k: sample among this many tokens; None means all of them.
+        top_p: sample within this share of the probability; None means all of it.
+        seed: of the sampling noise; the same seed gives the same text, with Kangaroo and without.
+        num_speculative_tokens: the most drafts a step, 1 to 15; None takes the drafter's default.
+        draft_confidence_threshold: drafting stops below it, 0 to 1; None takes the drafter's default.
+        acceptance: ``coupled`` (same tokens as plain sampling) or ``rejection`` (same distribution).
+        stop: strings or token ids that end the text, besides the model's own end-of-text tokens.
+        plain: decode without drafting.
+
+    Raises:
+        KangarooError: a setting out of its range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    num_speculative_tokens: int | None = None
+    draft_confidence_threshold: float | None = None
+    acceptance: str = "coupled"
+    stop: str | Sequence[str | int] = ()
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        _ = self.sampling
+        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
+            raise KangarooError(f"max_new_tokens is {self.max_new_tokens!r}; it must be a whole number of at least 1.")
+        drafts, threshold, most = self.num_speculative_tokens, self.draft_confidence_threshold, MAX_SPECULATIVE_TOKENS
+        if drafts is not None and (not is_whole(drafts) or not 1 <= drafts <= most):
+            raise KangarooError(f"num_speculative_tokens is {drafts!r}; it must be a whole number from 1 to {most}.")
+        if threshold is not None and (not is_number(threshold) or not 0 <= threshold <= 1):
+            raise KangarooError(f"draft_confidence_threshold is {threshold!r}; it must be a number from 0 to 1.")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if isinstance(stop, bytes | Mapping) or not isinstance(stop, Iterable):
+            raise KangarooError(f"stop is {self.stop!r}; it must be a list of strings and token ids.")
+        object.__setattr__(self, "stop", tuple(stop))
+        if "" in self.stop_strings:
+            raise KangarooError("a stop string is empty; give at least one character.")
+
+    @classmethod
+    def of(cls, settings: "Settings | None", keywords: Mapping[str, Any]) -> "Settings":
+        """The settings themselves, or those that the keywords of a call name.
+
+        Raises:
+            KangarooError: a setting out of its range.
+            TypeError: an unknown keyword, one that is missing, or both kinds at once.
+        """
+        if settings is not None and not isinstance(settings, cls):
+            raise TypeError(f"the second positional argument is {settings!r}; give Settings, or keywords by name.")
+        if settings is not None:
+            if keywords:
+                raise TypeError(f"got both Settings and the keyword {min(keywords)!r}; give one of them.")
+            return settings
+        unknown = keywords.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}; help(Settings) lists them all.")
+        return cls(**keywords)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are picked."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed, self.acceptance)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings among ``stop``."""
+        return tuple(entry for entry in self.stop if isinstance(entry, str))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and its settings, resolved against a model: what the loops read.
+
+    Attributes:
+        tokens: of the prompt.
+        length: how many tokens the text may reach, prompt included.
+        limited_by_context: whether ``length`` is the model's limit and not the caller's.
+        sampling: how tokens are picked.
+        max_drafts: the most drafts a step; 0 decodes plainly.
+        threshold: the confidence below which drafting stops.
+        stop_tokens: the caller's and the model's own.
+        stop_strings: end the text, and are cut off it.
+    """
+
+    tokens: tuple[int, ...]
+    length: int
+    limited_by_context: bool
+    sampling: Sampling
+    max_drafts: int
+    threshold: float
+    stop_tokens: frozenset[int]
+    stop_strings: tuple[str, ...]
+
+
+def resolve(
+    prompt: str | Sequence[int], settings: Settings, config: LlamaConfig, tokenizer: Any, drafter: Drafter | None
+) -> Request:
+    """Hold a prompt and its settings against a model and what drafts for it.
+
+    Raises:
+        KangarooError: a prompt that is empty, too long or of unknown tokens; stops that this checkpoint cannot find; no
+            drafter where drafting was asked for.
+    """
+    if drafter is None and not settings.plain:
+        raise KangarooError("no adapter is loaded; give from_pretrained an adapter, or decode with plain=True.")
+    if settings.stop_strings and tokenizer is None:
+        raise KangarooError("stop strings need a tokenizer, and this checkpoint has none; give token ids.")
+    stop_ids = check_tokens([entry for entry in settings.stop if not isinstance(entry, str)], config.vocab_size)
+    stop_tokens = frozenset(stop_ids) | frozenset(config.eos_token_ids)
+    if len(stop_tokens) > MAX_STOPS:
+        raise KangarooError(f"there are {len(stop_tokens)} stop tokens; give at most {MAX_STOPS}.")
+    tokens = prompt_tokens(prompt, config, tokenizer)
+    length = len(tokens) + settings.max_new_tokens
+    drafts, threshold = settings.num_speculative_tokens, settings.draft_confidence_threshold
+    if drafter is None or settings.plain:
+        drafts, threshold = 0, 0.0
+    return Request(
+        tuple(tokens),
+        min(length, config.context_length),
+        length > config.context_length,
+        settings.sampling,
+        drafter.num_speculative_tokens if drafts is None and drafter else drafts or 0,
+        float(drafter.draft_confidence_threshold if threshold is None and drafter else threshold or 0.0),
+        stop_tokens,
+        settings.stop_strings,
+    )
+
+
+def prompt_tokens(prompt: str | Sequence[int], config: LlamaConfig, tokenizer: Any) -> list[int]:
+    """The tokens of a text, or the tokens given, checked.
+
+    Raises:
+        KangarooError: as ``check_prompt``; a text without a tokenizer, an empty one, or one that is not valid Unicode.
+    """
+    if not isinstance(prompt, str):
+        return check_prompt(prompt, config)
+    if tokenizer is None:
+        raise KangarooError("this checkpoint has no tokenizer; give the prompt as a list of tokens.")
+    if not prompt:
+        raise KangarooError("the prompt is empty; give at least one character.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise KangarooError("the prompt holds a lone surrogate, which is no character; give valid Unicode text.")
+    return check_prompt(tokenizer(prompt)["input_ids"], config)
+
+
+def check_prompt(tokens: Sequence[int], config: LlamaConfig) -> list[int]:
+    """The tokens of a prompt as a list of plain numbers.
+
+    Raises:
+        KangarooError: no tokens, unknown ones, or more than the context holds.
+    """
+    if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
+        raise KangarooError(f"the prompt is {tokens!r}; it must be a text or a list of tokens.")
+    checked = check_tokens(tokens, config.vocab_size)
+    if not checked:
+        raise KangarooError("the prompt is empty; give at least one token.")
+    if len(checked) > config.context_length:
+        raise KangarooError(f"the prompt has {len(checked)} tokens, the model's context holds {config.context_length}.")
+    return checked
+
+
+def check_tokens(tokens: Iterable[object], vocab_size: int) -> list[int]:
+    """The tokens as a list of plain numbers.
+
+    Raises:
+        KangarooError: one that is not a whole number of the vocabulary.
+    """
+    checked = []
+    for token in tokens:
+        try:
+            value = operator.index(token)  # type: ignore[arg-type]
+        except TypeError:
+            value = -1
+        if not 0 <= value < vocab_size or isinstance(token, bool):
+            raise KangarooError(f"token {token!r} is not a whole number from 0 to {vocab_size - 1}.")
+        checked.append(value)
+    return checked

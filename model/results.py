@@ -1,0 +1,160 @@
+"""What decoding gives: the commits of its steps, their counts and times, and the text."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What one step added to the text.
+
+    Attributes:
+        tokens: at least one.
+        accepted: how many of ``tokens`` were drafted; the others are the target's own.
+        drafted: how many were drafted in this step; 0 in plain decoding.
+        agreed: how many of the drafted the target agreed with, also beyond a stop token or the limit.
+        stopped: whether the last token is a stop token.
+    """
+
+    tokens: list[int]
+    accepted: int
+    drafted: int
+    agreed: int
+    stopped: bool
+
+    def cut(self, kept: int) -> "Commit":
+        """The same step of a text that a stop string ends after ``kept`` of its tokens."""
+        return replace(self, tokens=self.tokens[:kept], accepted=min(self.accepted, kept), stopped=True)
+
+
+@dataclass
+class DecodeStats:
+    """Counts and times of one decode.
+
+    Attributes:
+        new_tokens: committed tokens.
+        verification_steps: passes of the target over newly chosen rows; one a token in plain decoding.
+        drafted: tokens drafted.
+        accepted: drafted tokens that the target agreed with.
+        accepted_at: ``accepted_at[i]`` counts the steps that accepted a draft at position i.
+        prefill_seconds: time before the first step.
+        decode_seconds: time of all steps.
+    """
+
+    new_tokens: int = 0
+    verification_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: list[int] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def count(self, commit: Commit) -> None:
+        """Add one step."""
+        self.new_tokens += len(commit.tokens)
+        self.verification_steps += 1
+        self.drafted += commit.drafted
+        self.accepted += commit.agreed
+        self.accepted_at += [0] * (commit.agreed - len(self.accepted_at))
+        for position in range(commit.agreed):
+            self.accepted_at[position] += 1
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens a verification step, bonus token included (the paper's compression rate)."""
+        return self.new_tokens / self.verification_steps if self.verification_steps else 0.0
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted of drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def acceptance_rate_per_position(self) -> list[float]:
+        """The share of verification steps whose draft at each position was accepted (the paper's CTAR)."""
+        return [count / self.verification_steps for count in self.accepted_at]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Committed tokens over the time of the steps, prefill left out."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every figure by name, for JSON."""
+        return {
+            "new_tokens": self.new_tokens,
+            "verification_steps": self.verification_steps,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "draft_acceptance_rate": self.draft_acceptance_rate,
+            "acceptance_rate_per_position": self.acceptance_rate_per_position,
+            "prefill_seconds": self.prefill_seconds,
+            "decode_seconds": self.decode_seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a decode gave.
+
+    Attributes:
+        text: the new text, without special tokens, cut before a stop string.
+        tokens: the new tokens, a stop token included.
+        stats: counts and times.
+        finish_reason: ``length`` (``max_new_tokens`` reached), ``stop`` or ``context`` (the model can take no more).
+    """
+
+    text: str
+    tokens: list[int]
+    stats: DecodeStats
+    finish_reason: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything by name, for JSON."""
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "finish_reason": self.finish_reason,
+            "stats": self.stats.as_dict(),
+        }
+
+
+@dataclass
+class Outcome:
+    """A text while it is being written: what ``Generation`` will say, kept up to date with every step."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    finish_reason: str = "length"
+
+    def generation(self) -> Generation:
+        """What there is by now; later steps leave it as it is."""
+        stats = replace(self.stats, accepted_at=list(self.stats.accepted_at))
+        return Generation(self.text, list(self.tokens), stats, self.finish_reason)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One committed step as a caller sees it while it runs.
+
+    Attributes:
+        commit: its tokens and where they come from.
+        pieces: what each of its tokens added to the text; empty while a character is incomplete.
+    """
+
+    commit: Commit
+    pieces: list[str]
+    _outcome: Outcome
+
+    @property
+    def generation(self) -> Generation:
+        """Everything by now; why it ended is known with the last step."""
+        return self._outcome.generation()
+
+    @property
+    def text(self) -> str:
+        """What the step added to the text."""
+        return "".join(self.pieces)

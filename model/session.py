@@ -1,0 +1,215 @@
+"""One text's memory: the caches, the buffers and the graphs captured over them, and the text that is being written.
+
+A ``Kangaroo`` holds the weights and gives out sessions; each is independent of the others. A step of a text is
+exclusive: the texts of one model take turns, whichever threads they are read from.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .drafters.protocol import Drafter
+from .errors import KangarooError
+from .loop.device import device_steps
+from .loop.graphs import GraphRunner
+from .loop.host import kangaroo_steps, plain_steps, prefill
+from .loop.iteration import Iteration
+from .loop.state import TextState
+from .request import Request, Settings
+from .results import Commit, Generation, Outcome, Progress
+from .target.llama import Llama
+from .text import TextStream
+
+if TYPE_CHECKING:
+    from .kangaroo import Kangaroo
+
+
+class Memory:
+    """What one text needs besides the weights.
+
+    Args:
+        target: the model.
+        drafter: what drafts for it; None without one.
+        graphs: whether a GPU's iterations are captured.
+
+    Attributes:
+        cache: the target's keys and values.
+        drafter: what ``Drafter.new_memory`` made.
+        runner: holds the device's buffers and graphs, and counts their bytes.
+        text: the one that the caches hold; None before the first.
+    """
+
+    def __init__(self, target: Llama, drafter: Drafter | None, graphs: bool) -> None:
+        self.cache = target.new_cache()
+        self.drafter = None if drafter is None else drafter.new_memory()
+        self.runner = GraphRunner(target.device, graphs)
+        self.text: TextState | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory: caches, buffers, and what captured graphs took."""
+        own = self.cache.nbytes + getattr(self.drafter, "nbytes", 0)
+        return own + self.runner.buffer_bytes + self.runner.captured_bytes
+
+    def begin(self, kangaroo: "Kangaroo", request: Request) -> Iterator[Commit]:
+        """Fill the caches for a request, and the loop that writes it; the text that was there before is over.
+
+        The loop is on the device where the backend is resident, and led by the host otherwise.
+        """
+        target, drafter = kangaroo.target, kangaroo.drafter if request.max_drafts else None
+        self.text = text = TextState(list(request.tokens), self.cache, self.drafter)
+        if target.device.type == "cuda":
+            torch.cuda.synchronize(target.device)  # what another thread's stream still writes here comes first
+        try:
+            prefill(target, drafter, text, request.length, request.max_drafts)
+        except RuntimeError as error:  # PyTorch's kind for a full memory, on a CPU and on a GPU
+            if "memory" not in str(error) or not kangaroo.forget_idle():
+                raise
+            prefill(target, drafter, text, request.length, request.max_drafts)
+        if target.backend.resident and not request.sampling.rejects:
+            return device_steps(Iteration(target, drafter, text, request, self.runner), length=request.length)
+        if drafter is None:
+            return plain_steps(target, text, request)
+        return kangaroo_steps(target, drafter, text, request)
+
+
+class Session:
+    """One text after another, each in the same memory. ``Kangaroo.session`` makes one.
+
+    Beginning a text ends the one before: its next step raises. Texts that are to grow side by side need a session each.
+
+    Attributes:
+        memory: caches, buffers and graphs; its ``runner`` counts the graphs.
+    """
+
+    def __init__(self, kangaroo: "Kangaroo", memory: Memory) -> None:
+        self._kangaroo, self.memory = kangaroo, memory
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that the session takes; the weights are not among them."""
+        return self.memory.nbytes
+
+    def generate(self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any) -> Generation:
+        """As ``Kangaroo.generate``, in this session's memory."""
+        return self.progress(prompt, settings, **keywords).finish()
+
+    def stream(
+        self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any
+    ) -> Iterator[str]:
+        """As ``Kangaroo.stream``, in this session's memory."""
+        return (step.text for step in self.progress(prompt, settings, **keywords) if step.text)
+
+    def progress(self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any) -> "Writing":
+        """As ``Kangaroo.progress``, in this session's memory."""
+        request = self._kangaroo.resolve(prompt, Settings.of(settings, keywords))
+        return Writing(self._kangaroo, request, lambda: self.memory)
+
+
+class Writing(Iterator[Progress]):
+    """A text that is being written: an iterator over its steps that any thread may read, one step at a time.
+
+    Args:
+        kangaroo: the model.
+        request: what was asked for.
+        borrow: gives the memory when the first step is taken.
+        give_back: takes it when the text has ended, in whatever way.
+
+    Attributes:
+        outcome: the text, its counts and its times by now.
+    """
+
+    def __init__(
+        self,
+        kangaroo: "Kangaroo",
+        request: Request,
+        borrow: Callable[[], Memory],
+        give_back: Callable[[Memory], None] = lambda memory: None,
+    ) -> None:
+        self.outcome = Outcome()
+        self._turn = threading.RLock()
+        self._steps = _steps(kangaroo, request, self.outcome, borrow, give_back)
+
+    def __next__(self) -> Progress:
+        with self._turn:
+            return next(self._steps)
+
+    def finish(self) -> Generation:
+        """Write to the end: everything that there is then."""
+        for _ in self:
+            pass
+        return self.outcome.generation()
+
+    def close(self) -> None:
+        """End the text where it is; its memory is free for another one. A step under way is waited for."""
+        with self._turn:
+            self._steps.close()
+
+
+def _steps(
+    kangaroo: "Kangaroo",
+    request: Request,
+    outcome: Outcome,
+    borrow: Callable[[], Memory],
+    give_back: Callable[[Memory], None],
+) -> Generator[Progress, None, None]:
+    """Write a request in memory that is borrowed for it.
+
+    The generator does not know its ``Writing``, so a text that nobody holds any more ends at once.
+    """
+    memory = borrow()
+    try:
+        commits = _commits(kangaroo, request, outcome, memory)
+        yield from _pieces(commits, TextStream(kangaroo.tokenizer, request.stop_strings), request, outcome)
+    finally:
+        give_back(memory)
+
+
+def _commits(kangaroo: "Kangaroo", request: Request, outcome: Outcome, memory: Memory) -> Iterator[Commit]:
+    """The commits of a request, timed; each step has the model for itself."""
+    stats, device = outcome.stats, kangaroo.target.device
+    with kangaroo.step():
+        began = time.perf_counter()
+        steps = memory.begin(kangaroo, request)
+        text = memory.text
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the prefill's time is its own
+        stats.prefill_seconds = time.perf_counter() - began
+    while True:
+        with kangaroo.step():
+            if memory.text is not text:
+                raise KangarooError(
+                    "another text was begun in this session before this one ended; a session holds one at a time, so "
+                    "take a second one."
+                )
+            began = time.perf_counter()
+            commit = next(steps, None)
+            stats.decode_seconds += time.perf_counter() - began
+        if commit is None:
+            return
+        yield commit
+
+
+def _pieces(commits: Iterator[Commit], text: TextStream, request: Request, outcome: Outcome) -> Iterator[Progress]:
+    """Every step with its text; ``outcome`` is up to date with each."""
+    outcome.finish_reason = "context" if request.limited_by_context else "length"
+    for step in commits:
+        pieces = []
+        for token in step.tokens:
+            pieces.append(text.push(token))
+            if text.stopped:
+                break
+        commit = step if len(pieces) == len(step.tokens) else step.cut(len(pieces))
+        outcome.tokens += commit.tokens
+        outcome.stats.count(commit)
+        if commit.stopped or text.stopped or len(request.tokens) + len(outcome.tokens) == request.length:
+            pieces[-1] += text.finish()
+        if text.stopped or commit.stopped:
+            outcome.finish_reason = "stop"
+        outcome.text += "".join(pieces)
+        yield Progress(commit, pieces, outcome)
+        if text.stopped:
+            return

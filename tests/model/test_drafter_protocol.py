@@ -1,0 +1,230 @@
+"""Any drafter, on both loops: the text is plain decoding's, and a loop that cannot run a drafter says so."""
+
+import importlib.util
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chi_square import REJECTED, p_value
+from no_host_reads import no_host_reads
+from pairs import make_target
+
+from kangaroo_kernels import Draft, Drafter, Kangaroo, KangarooError
+from kangaroo_kernels.model.backend import REFERENCES
+from kangaroo_kernels.model.drafters.protocol import Stage, provides
+from kangaroo_kernels.model.loop.iteration import Iteration
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_drafter.py"
+SAMPLINGS = ({}, {"temperature": 1.0, "seed": 5}, {"temperature": 0.7, "seed": 1, "top_k": 8, "top_p": 0.9})
+RESIDENT = replace(REFERENCES, resident=True)
+VOCAB = 11  # so few that guesses are right now and then
+REPEATING = [5, 9, 2, 7, 5, 9, 2, 7, 5, 9, 2]
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    spec = importlib.util.spec_from_file_location("own_drafter", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Without an adapter."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "layers": 2, "heads": 2, "kv_heads": 1}
+    return make_target(tmp_path_factory.mktemp("alone"), std=0.1, **sizes)
+
+
+def load(checkpoint: Path, make: Any, resident: bool = False, **settings: Any) -> Kangaroo:
+    target = Kangaroo.from_pretrained(checkpoint, device="cpu", dtype="float32", **settings).target
+    if resident:
+        for part in (target, *target.blocks):
+            part.backend = RESIDENT
+    return Kangaroo(target, make(target))
+
+
+def counts(kangaroo: Kangaroo, prompt: list[int], **settings: Any) -> tuple[list[int], int, int, int]:
+    result = kangaroo.generate(prompt, **settings)
+    return result.tokens, result.stats.drafted, result.stats.accepted, result.stats.verification_steps
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
+def test_prompt_lookup_on_both_loops(checkpoint, example, sampling):
+    """The same drafts, too, at every text length from one token on."""
+    host, device = (load(checkpoint, example.PromptLookup, resident) for resident in (False, True))
+    drafted = accepted = 0
+    for prompt in (REPEATING, [5], [5, 5, 5, 5], [1, 2, 3], REPEATING * 6):
+        for most in (1, 6, 15):
+            settings = {"max_new_tokens": 40, "num_speculative_tokens": most, **sampling}
+            plain = host.generate(prompt, max_new_tokens=40, plain=True, **sampling).tokens
+            found = counts(host, prompt, **settings)
+            assert found[0] == plain
+            assert counts(device, prompt, **settings) == found
+            drafted, accepted = drafted + found[1], accepted + found[2]
+    assert drafted > accepted > 0
+
+
+def test_prompt_lookup_proposes_what_followed(checkpoint, example):
+    """Of several places the last one; without a match, nothing."""
+    drafter = load(checkpoint, example.PromptLookup).drafter
+
+    class Text:
+        def __init__(self, tokens: list[int]) -> None:
+            self.tokens = tokens
+
+    for tokens, most, wanted in (
+        ([1, 2, 3, 4, 1, 2, 3, 5, 9, 1, 2, 3], 2, [5, 9]),
+        ([1, 2, 3, 4, 1, 2, 3], 9, [4, 1, 2, 3]),
+        ([1, 2, 3, 4], 9, []),
+        ([7, 7, 7, 7], 3, [7]),
+        ([1, 2], 3, []),
+    ):
+        draft = drafter.propose(Text(tokens), None, most, 0.0)
+        assert draft.tokens.tolist() == wanted
+        assert len(draft.hidden) == len(wanted) + 1
+
+
+def test_prompt_lookup_on_the_kernels(checkpoint, example, monkeypatch):
+    """In the interpreter: plain decoding's tokens, and no question to the host inside an iteration."""
+    kangaroo = load(checkpoint, example.PromptLookup, kernels="triton")
+    assert kangaroo.target.backend.resident
+    run, iterations = Iteration.run, []
+
+    def forbidding(iteration: Iteration, reach: int) -> None:
+        iterations.append(reach)
+        with no_host_reads():
+            run(iteration, reach)
+
+    monkeypatch.setattr(Iteration, "run", forbidding)
+    settings = {"max_new_tokens": 4, "num_speculative_tokens": 3}
+    drafted = kangaroo.generate(REPEATING, **settings)
+    assert drafted.stats.drafted > 0
+    assert iterations
+    assert drafted.tokens == kangaroo.generate(REPEATING, plain=True, **settings).tokens
+
+
+class Guessing(Drafter):
+    """Says random tokens; it knows no distribution of its own."""
+
+    def __init__(self, target: Any) -> None:
+        self.target, self.dice = target, random.Random(0)
+
+    def propose(self, text, chooser, most, threshold):
+        drafts = [self.dice.randrange(VOCAB) for _ in range(self.dice.randint(0, most))]
+        hidden = self.target.embed([text.tokens[-1], *drafts])
+        return Draft(torch.tensor(drafts, dtype=torch.int64), hidden)
+
+
+def test_a_drafter_that_guesses_changes_nothing(checkpoint):
+    kangaroo = load(checkpoint, Guessing)
+    for sampling in SAMPLINGS:
+        plain = kangaroo.generate([1, 2], max_new_tokens=60, plain=True, **sampling).tokens
+        assert kangaroo.generate([1, 2], max_new_tokens=60, **sampling).tokens == plain
+
+
+def test_rejection_sampling_takes_a_drafter_that_is_certain(checkpoint):
+    """The second token's distribution, whatever was drafted for it, is the target's."""
+    kangaroo = load(checkpoint, Guessing)
+    settings = {"max_new_tokens": 1, "temperature": 1.0, "acceptance": "rejection"}
+    draws, found = 3000, torch.zeros(VOCAB)
+    for seed in range(draws):
+        text = kangaroo.generate([1, 2], **(settings | {"max_new_tokens": 2}), num_speculative_tokens=1, seed=seed)
+        found[text.tokens[0]] += 1
+    assert p_value(found, torch.softmax(kangaroo.logits([1, 2])[-1], dim=-1)) > REJECTED
+
+
+class OnTheDevice(Drafter):
+    """Has no ``propose``: nothing for the loop led by the host."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def stages(self, iteration, reach):
+        def nothing() -> None:
+            iteration.buffers.flags[0].zero_()
+            iteration.buffers.hidden(0, 1).copy_(iteration.buffers.newest)
+
+        yield Stage("draft", nothing)
+
+
+def test_a_drafter_that_drafts_nothing(checkpoint):
+    """It may lower the first flag; the text goes on all the same."""
+    kangaroo = load(checkpoint, OnTheDevice, resident=True)
+    plain = kangaroo.generate([1, 2], max_new_tokens=20, plain=True)
+    drafted = kangaroo.generate([1, 2], max_new_tokens=20)
+    assert drafted.tokens == plain.tokens
+    assert drafted.stats.drafted == 0
+
+
+def refuse(call: Any, *words: str) -> None:
+    with pytest.raises(KangarooError) as error:
+        call()
+    assert all(word in str(error.value) for word in words), error.value
+    assert str(error.value).count("\n") == 0
+
+
+def test_a_loop_that_cannot_run_a_drafter(checkpoint):
+    refuse(lambda: load(checkpoint, Guessing, resident=True), "Guessing has no stages()", "kernels='reference'")
+    refuse(lambda: load(checkpoint, OnTheDevice), "OnTheDevice has no propose()")
+    kangaroo = load(checkpoint, OnTheDevice, resident=True)
+    rejecting = {"max_new_tokens": 3, "temperature": 1.0, "acceptance": "rejection"}
+    refuse(lambda: kangaroo.generate([1, 2], **rejecting), "OnTheDevice has no propose()")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "words"),
+    [
+        ("first_layer", 2, ("first_layer is 2", "0 to 1")),
+        ("first_layer", None, ("first_layer is None",)),
+        ("num_speculative_tokens", 16, ("num_speculative_tokens is 16", "1 to 15")),
+        ("draft_confidence_threshold", 2.0, ("draft_confidence_threshold is 2.0", "0 to 1")),
+        ("new_memory", None, ("has no new_memory()", "Drafter")),
+    ],
+)
+def test_a_drafter_of_another_shape(checkpoint, attribute, value, words):
+    def make(target: Any) -> Guessing:
+        drafter = Guessing(target)
+        setattr(drafter, attribute, value)
+        return drafter
+
+    refuse(lambda: load(checkpoint, make), *words)
+
+
+def test_any_object_will_do(checkpoint):
+    """The protocol's methods are enough; deriving from it is for what a drafter leaves out."""
+    guessing = Guessing(None)
+
+    class Own:
+        first_layer, num_speculative_tokens, draft_confidence_threshold = 0, 4, 0.5
+
+        def __init__(self, target: Any) -> None:
+            guessing.target = target
+
+        def new_memory(self) -> dict[str, int]:
+            return {"texts": 0, "tokens": 0}
+
+        def prefill(self, text, hidden, reach, length):
+            text.memory["texts"] += 1
+
+        def propose(self, text, chooser, most, threshold):
+            assert (most, threshold) == (4, 0.5) or most < 4
+            return guessing.propose(text, chooser, most, threshold)
+
+        def commit(self, text, count):
+            text.memory["tokens"] += count
+
+        def attach(self, iteration):
+            raise AssertionError("the host leads this loop")
+
+    kangaroo = load(checkpoint, Own)
+    session = kangaroo.session()
+    for _ in range(2):
+        written = session.generate([1, 2], max_new_tokens=9)
+        assert written.tokens == kangaroo.generate([1, 2], max_new_tokens=9, plain=True).tokens
+    assert session.memory.drafter == {"texts": 2, "tokens": 18}
+    assert provides(kangaroo.drafter, "propose")
+    assert not provides(kangaroo.drafter, "stages")
