@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,9 +123,9 @@ def test_a_report_that_is_ended_writes_what_it_has(tmp_path):
 # ---- the command line
 
 
-def invoke(*arguments):
+def invoke(*arguments, main=gpu_report.main):
     app = typer.Typer()
-    app.command()(gpu_report.main)
+    app.command()(main)
     return CliRunner().invoke(app, arguments, terminal_width=200)
 
 
@@ -151,8 +152,23 @@ def test_a_mistake_gets_one_sentence(arguments, message, tmp_path, monkeypatch):
     assert message in done.stderr
 
 
-def test_help_names_the_parts():
-    assert all(name in invoke("--help").stdout for name in (*NAMES, "pair"))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "DIR", "--seconds", "nan"], "first: --seconds is nan; it must be a finite number above 0.\n"),
+        (
+            ["--out", "DIR", "--only", "loops"],
+            "first: there is no part called loops; there are environment, ",
+        ),
+        (["--out", "DIR"], "first: this needs a CUDA GPU and there is none here; --smoke"),
+    ],
+)
+def test_the_kit_refuses_likewise(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.syspath_prepend(str(TOOLS / "gpu_kit"))
+    done = invoke(*(argument.replace("DIR", str(tmp_path)) for argument in arguments), main=import_module("first").main)
+    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(message)
 
 
 @pytest.fixture

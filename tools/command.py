@@ -15,7 +15,7 @@ def refuse(command: str, sentence: str) -> NoReturn:
     raise typer.Exit(USER_ERROR)
 
 
-def require_minutes(command: str, minutes: float) -> None:
+def require_time(command: str, option: str, limit: float) -> None:
     """Refuse a time limit that is none."""
-    if not 0 < minutes < math.inf:
-        refuse(command, f"--minutes is {minutes:g}; it must be a finite number above 0.")
+    if not 0 < limit < math.inf:
+        refuse(command, f"{option} is {limit:g}; it must be a finite number above 0.")

@@ -32,7 +32,7 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from command import INCOMPLETE, INTERRUPTED, refuse, require_minutes
+from command import INCOMPLETE, INTERRUPTED, refuse, require_time
 from report.job import ROOT, write_json
 from report.page import SMOKE_LABEL, complaints, page, state_of
 from report.parts import ENVIRONMENT, PAIR, PARTS, Part, budgets, choose
@@ -203,7 +203,7 @@ def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="Every part at tiny size on the CPU; needs --out.")] = False,
 ) -> None:
     """Measure this library on this GPU and write a report."""
-    require_minutes(NAME, minutes)
+    require_time(NAME, "--minutes", minutes)
     try:
         parts = choose((*PARTS, PAIR), only)
     except ValueError as error:

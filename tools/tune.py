@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from command import INCOMPLETE, INTERRUPTED, refuse, require_minutes
+from command import INCOMPLETE, INTERRUPTED, refuse, require_time
 from gpu_card import Card, read_card, snapshot
 from tuning import DTYPES, Case, Found, Workbench, find_candidates, find_cases, result_of, search
 
@@ -113,7 +113,7 @@ def main(
     """Sweep launch configurations within a time limit and write those faster than the defaults, bit for bit equal."""
     if dtype not in DTYPES:
         refuse(NAME, f"--dtype is {dtype}; it must be one of {', '.join(DTYPES)}.")
-    require_minutes(NAME, minutes)
+    require_time(NAME, "--minutes", minutes)
     on_gpu = torch.cuda.is_available()
     if not dry_run and not on_gpu:
         refuse(NAME, "tuning needs a CUDA GPU and there is none here; --dry-run lists the candidates without one.")

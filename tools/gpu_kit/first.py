@@ -15,7 +15,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command import refuse, require_minutes
+from command import refuse, require_time
 from gpu_report import Plan, measure, require_device
 from report.parts import FIRST, choose
 
@@ -31,7 +31,7 @@ def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="Every part at tiny size on the CPU.")] = False,
 ) -> None:
     """Check and measure this GPU within minutes."""
-    require_minutes(NAME, seconds / 60)
+    require_time(NAME, "--seconds", seconds)
     try:
         parts = choose(FIRST, only)
     except ValueError as error:
