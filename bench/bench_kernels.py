@@ -3,6 +3,7 @@
 On a GPU, in bfloat16 (``tools/gpu_measure.py`` says how it is timed):
 
 - ``kernel``: the launcher, in the launch configuration that it picks here.
+- ``chained``: the same launched as a programmatic dependent of the kernel before it (sm_90).
 - ``eager``: the reference, with PyTorch's own ``rms_norm`` in place of the one written for CPUs, and cuBLAS for the
   matrices. Attention is ``scaled_dot_product_attention`` with ``enable_gqa`` over a cache of exactly the text's length
   (``causal_lower_right`` for several rows); a sample comes from a softmax divided by exponential noise.
@@ -16,29 +17,19 @@ Without a GPU the references run alone, in float32 at small shapes: that they wo
 """
 
 import time
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_measure import (
-    ALLOWED,
-    ROUNDS,
-    Replays,
-    launcher,
-    on_the_host,
-    quantiles,
-    read_card,
-    reference,
-    relative_error,
-    repetitions_for,
-    sets_needed,
-    snapshot,
-    written,
-)
+from gpu_card import read_card, snapshot
+from gpu_measure import ROUNDS, Replays, quantiles, repetitions_for, sets_needed
+from right import ALLOWED, launcher, on_the_host, reference, relative_error, written
 from torch.nn.attention.bias import causal_lower_right
 
 from kangaroo_kernels.contract import Top1
+from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.reference import gate_up as gate_up_ref
 from kangaroo_kernels.reference import qkv_rope as qkv_rope_ref
 from kangaroo_kernels.reference import top1_head as top1_head_ref
@@ -165,7 +156,7 @@ def norm_of_pytorch(monkeypatch):
 
 @pytest.mark.benchmark(timer=device_seconds if ON_GPU else time.perf_counter)
 @pytest.mark.filterwarnings("ignore")  # of compilers, about their own ways
-@pytest.mark.parametrize("way", ["kernel", "eager", "compiled"] if ON_GPU else ["reference"])
+@pytest.mark.parametrize("way", ["kernel", "chained", "eager", "compiled"] if ON_GPU else ["reference"])
 @pytest.mark.parametrize("rows", [1, 8, 16] if ON_GPU else [1, 4], ids=lambda rows: f"M{rows}")
 @pytest.mark.parametrize("case", list(find_cases()), ids=str)
 def bench_kernels(benchmark, request, norm_of_pytorch, case, rows, way):
@@ -180,7 +171,8 @@ def bench_kernels(benchmark, request, norm_of_pytorch, case, rows, way):
         "way": way,
     }
     if ON_GPU:
-        on_gpu(benchmark, request.getfixturevalue("ceiling"), norm_of_pytorch, case, rows, way)
+        with chained() if way == "chained" else nullcontext():
+            on_gpu(benchmark, request.getfixturevalue("ceiling"), norm_of_pytorch, case, rows, way)
     else:
         on_cpu(benchmark, case, rows)
 
@@ -200,7 +192,7 @@ def on_gpu(benchmark, ceiling, norm_of_pytorch, case, rows, way):
     count = sets_needed(bytes_moved, read_card(DEVICE).l2_bytes, torch.cuda.mem_get_info(DEVICE)[0])
     sets = [case.workload.make(settings) for _ in range(count)]
 
-    if way == "kernel":
+    if way in ("kernel", "chained"):
         function, allowed = launcher(op), ALLOWED[DTYPE]
         error = relative_error(op, written(op, function, sets[0]), sets[0])
     else:

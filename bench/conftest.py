@@ -12,7 +12,8 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
-from gpu_measure import measure_ceiling, read_card, snapshot
+from gpu_card import read_card, snapshot
+from gpu_measure import measure_ceiling
 
 from kangaroo_kernels import launch_config
 

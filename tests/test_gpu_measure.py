@@ -12,30 +12,32 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
+import gpu_card
 import gpu_measure
 import pynvml
+from gpu_card import THROTTLE_REASONS, EnergyMeter, read_card, snapshot, throttle_reasons
 from gpu_measure import (
     OVERFLOW,
     STREAMS,
-    THROTTLE_REASONS,
     Replays,
     Stream,
-    first_rows,
-    launcher,
     measure_ceiling,
-    on_the_host,
     quantiles,
-    read_card,
     read_stream,
-    reference,
-    relative_error,
     repetitions_for,
-    same_bits,
     sets_needed,
-    snapshot,
-    throttle_reasons,
     time_graph,
     wrapped_sum,
+)
+from right import (
+    ALLOWED,
+    first_results,
+    first_rows,
+    launcher,
+    on_the_host,
+    reference,
+    relative_error,
+    same_bits,
     written,
 )
 
@@ -47,26 +49,11 @@ ROWS, LENGTH = 5, 40
 # ---- the card
 
 
-def test_throttle_reasons_are_those_of_nvml():
-    """Every bit that NVML's header names, but for the alias and the two sums."""
-    names = [name for name in vars(pynvml) if name.startswith("nvmlClocksEventReason")]
-    bits = {getattr(pynvml, name) for name in names if not name.endswith(("All", "None"))}
-    assert bits == set(THROTTLE_REASONS)
-    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonGpuIdle] == "idle"
-    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonApplicationsClocksSetting] == "application clocks"
-    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonSwPowerCap] == "software power cap"
-    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonHwSlowdown] == "hardware slowdown"
-    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonSyncBoost] == "sync boost"
-    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonSwThermalSlowdown] == "software thermal slowdown"
-    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonHwThermalSlowdown] == "hardware thermal slowdown"
-    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown] == "hardware power brake"
-    assert THROTTLE_REASONS[pynvml.nvmlClocksThrottleReasonDisplayClockSetting] == "display clocks"
-
-
 def test_throttle_reasons_are_named():
     assert throttle_reasons(0) == []
-    assert throttle_reasons(0x4 | 0x40) == ["software power cap", "hardware thermal slowdown"]
-    assert throttle_reasons(0x1 | 1 << 40) == ["idle", "0x10000000000"]
+    assert throttle_reasons(0x4 | 0x40) == ["SwPowerCap", "HwThermalSlowdown"]
+    assert throttle_reasons(0x1 | 1 << 40) == ["GpuIdle", "0x10000000000"]
+    assert len(THROTTLE_REASONS) == 9
 
 
 @pytest.fixture
@@ -86,7 +73,7 @@ def nvml(monkeypatch):
     for name in [name for name in vars(pynvml) if name.startswith("nvmlDeviceGet")]:
         monkeypatch.setattr(pynvml, name, answer(name))
     monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
-    monkeypatch.setattr(gpu_measure, "_nvml_handle", lambda device: "handle")
+    monkeypatch.setattr(gpu_card, "_nvml_handle", lambda device: "handle")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     return answers
 
@@ -110,23 +97,33 @@ def test_snapshot_records_what_nvml_says(nvml):
         "power_w": 312.5,
         "power_limit_w": 700.0,
         "temperature_c": 41,
-        "throttle_reasons": ["software power cap"],
+        "throttle_reasons": ["SwPowerCap"],
     }
 
 
-def test_snapshot_leaves_out_what_nvml_does_not_say(nvml):
-    nvml["nvmlDeviceGetClockInfo", pynvml.NVML_CLOCK_SM] = 1980
+def test_snapshot_leaves_out_what_nvml_does_not_say(nvml, monkeypatch):
     taken = snapshot(torch.device("cuda", 0))
-    assert (taken.pop("name"), taken.pop("driver"), taken.pop("sm_mhz")) == ("a card", "580.1", 1980)
+    assert (taken.pop("name"), taken.pop("driver")) == ("a card", "580.1")
     assert set(taken.values()) == {None}
 
-
-def test_snapshot_without_nvml_says_so(nvml, monkeypatch):
     def missing(device):
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
-    monkeypatch.setattr(gpu_measure, "_nvml_handle", missing)
+    monkeypatch.setattr(gpu_card, "_nvml_handle", missing)
     assert snapshot(torch.device("cuda", 0)) == {"name": "a card", "nvml": "NVML Shared Library Not Found"}
+
+
+def test_energy_is_counted_between_beginning_and_end(nvml, monkeypatch):
+    counter = iter([0, 1000, 5000, 90000, 93000])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: next(counter))
+    meter, idle = EnergyMeter(torch.device("cuda")), EnergyMeter(None)
+    for begin, end in ((1, 5), (2, 12)):
+        meter.begin(begin)
+        meter.end(end)
+    assert meter.joules_per_token == pytest.approx(7 / 14)
+    idle.begin(0)
+    idle.end(9)
+    assert idle.joules_per_token is None
 
 
 # ---- time
@@ -274,6 +271,12 @@ def test_first_rows_are_the_same_call_with_fewer(name):
     positional, named = first_rows(WORKLOADS[name].op, arguments, 2)
     some, all_rows = function(*positional, **named), function(*arguments[0], **arguments[1])
     some, all_rows = (result if isinstance(result, tuple) else (result,) for result in (some, all_rows))
+    op = WORKLOADS[name].op
+    cut = first_results(op, written(op, function, arguments), 2)
+    if op != "qkv_rope":
+        assert all(torch.allclose(few, many, atol=1e-6) for few, many in zip(some, cut, strict=True))
+    else:
+        assert [each.shape[:2] for each in cut] == [(2, 3), (3, 2), (3, 2)], "caches have their rows behind the heads"
     for few, many in zip(some, all_rows, strict=True):
         assert len(few) == 2
         assert torch.allclose(few, many[:2], atol=1e-6)
@@ -327,19 +330,12 @@ def test_the_ceiling_is_plausible(device):
 
 
 @pytest.mark.gpu
-def test_the_card_speaks(device):
-    taken = snapshot(device)
-    assert taken["name"] == read_card(device).name == torch.cuda.get_device_name(device)
-    assert read_card(device).multiprocessors > 0
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_the_kernels_are_right_before_they_are_timed(name, device):
     arguments = arguments_of(WORKLOADS[name], torch.bfloat16, device)
     op = WORKLOADS[name].op
     with torch.inference_mode():
         error = relative_error(op, written(op, launcher(op), arguments), arguments)
-        assert error < gpu_measure.ALLOWED[torch.bfloat16]
+        assert error < ALLOWED[torch.bfloat16]
         positional, named = arguments
         assert time_graph([lambda: launcher(op)(*positional, **named)], 20, 5).p50 > 0

@@ -27,8 +27,8 @@ from iteration_profile import (
 )
 from profile_decode import app, prompt_of
 
-from kangaroo_kernels.model.commands.info import footprint
-from kangaroo_kernels.model.loop.decode import Commit
+from kangaroo_kernels.model.commands.facts import footprint
+from kangaroo_kernels.model.results import Commit
 from kangaroo_kernels.model.spans import NOTHING, span
 
 COMMIT = "kangaroo/commit"
@@ -234,12 +234,6 @@ def test_mistakes_get_a_sentence(arguments, sentence):
     assert done.exit_code == 2
     assert sentence in " ".join(done.output.split())
     assert "Traceback" not in done.output
-
-
-def test_ready_command_lines_are_in_the_help():
-    told = " ".join(run("--help").output.split())
-    for command in ("nsys profile -t cuda,nvtx --cuda-graph-trace=node", "ncu --profile-from-start off", "--nvtx"):
-        assert command in told
 
 
 def test_prompts_of_any_length(pair):

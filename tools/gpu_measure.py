@@ -6,127 +6,31 @@
 - Repetitions take the next of a rotating number of argument sets, whose weights together exceed ``OVERFLOW`` times the
   L2: as in decoding, every weight comes from memory. All numbers are random: zeros can run faster than data does.
 - The yardstick is measured on the same card: a read-only stream over a buffer many times the L2.
-- Nothing is timed before ``relative_error`` held what it wrote against float64, in memory that was poisoned before.
 
-No clock, limit or mode of the card is ever set; ``snapshot`` records them.
+No clock, limit or mode of the card is ever set; ``gpu_card.snapshot`` records them.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import pynvml
 import torch
 import triton
 import triton.language as tl
+from gpu_card import read_card
 from torch import Tensor
 
 from kangaroo_kernels.model.loop.graphs import no_garbage_collection
-from kangaroo_kernels.operation import OPERATIONS, Arguments
-from kangaroo_kernels.reference.noise import gumbel_rows
-from kangaroo_kernels.reference.sample_head import filter_logits
-from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
 
 OVERFLOW = 4
 """The argument sets' weights together are larger than so many times the L2."""
 
-REPLAY_US = 2000.0
-"""A replay lasts at least so long: its launch and its events take a few microseconds."""
+REPLAY_US, LEAST_US = 2000.0, 2.0
+"""A replay lasts at least so long, for its launch and its events take a few microseconds; no launch is faster."""
 
-LEAST_US = 2.0
-"""No launch is faster, however few its bytes."""
-
-ROUNDS = 30
-"""Timed replays."""
-
-WARM_UP_SECONDS = 0.05
-"""Of replays before them, in which the clocks rise."""
-
-# ---- the card
-
-
-class Card(NamedTuple):
-    """What a GPU says about itself.
-
-    Attributes:
-        l2_bytes: of its L2 cache.
-        shared_bytes: the most shared memory of a program.
-        capability: compute capability times ten.
-    """
-
-    name: str
-    multiprocessors: int
-    l2_bytes: int
-    shared_bytes: int
-    capability: int
-
-
-def read_card(device: torch.device) -> Card:
-    """Ask a CUDA device."""
-    gpu = torch.cuda.get_device_properties(device)
-    capability = 10 * gpu.major + gpu.minor
-    shared_bytes = getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block)
-    return Card(gpu.name, gpu.multi_processor_count, gpu.L2_cache_size, shared_bytes, capability)
-
-
-THROTTLE_REASONS = {
-    1 << 0: "idle",
-    1 << 1: "application clocks",
-    1 << 2: "software power cap",
-    1 << 3: "hardware slowdown",
-    1 << 4: "sync boost",
-    1 << 5: "software thermal slowdown",
-    1 << 6: "hardware thermal slowdown",
-    1 << 7: "hardware power brake",
-    1 << 8: "display clocks",
-}
-"""NVML's bits."""
-
-
-def throttle_reasons(bits: int) -> list[str]:
-    """The names of NVML's bits; one without a name as its number."""
-    set_bits = [1 << place for place in range(bits.bit_length()) if bits >> place & 1]
-    return [THROTTLE_REASONS.get(bit, hex(bit)) for bit in set_bits]
-
-
-@lru_cache(maxsize=8)
-def _nvml_handle(device: torch.device) -> Any:
-    pynvml.nvmlInit()
-    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-
-
-def snapshot(device: torch.device) -> dict[str, Any]:
-    """Name, driver, clocks, power, temperature and throttle reasons at this moment; None for what NVML does not say."""
-    try:
-        handle = _nvml_handle(device)
-    except pynvml.NVMLError as error:
-        return {"name": torch.cuda.get_device_name(device), "nvml": str(error)}
-
-    def read(query: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return query(*arguments)
-        except pynvml.NVMLError:
-            return None
-
-    def watts(milliwatts: int | None) -> float | None:
-        return None if milliwatts is None else milliwatts / 1000
-
-    reasons = read(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
-    return {
-        "name": torch.cuda.get_device_name(device),
-        "driver": read(pynvml.nvmlSystemGetDriverVersion),
-        "sm_mhz": read(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        "sm_mhz_max": read(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        "memory_mhz": read(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
-        "memory_mhz_max": read(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM),
-        "power_w": watts(read(pynvml.nvmlDeviceGetPowerUsage, handle)),
-        "power_limit_w": watts(read(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)),
-        "temperature_c": read(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
-        "throttle_reasons": None if reasons is None else throttle_reasons(reasons),
-    }
-
+ROUNDS, WARM_UP_SECONDS = 30, 0.05
+"""Timed replays, and how long before them others run, in which the clocks rise."""
 
 # ---- time
 
@@ -306,115 +210,3 @@ def measure_ceiling(device: torch.device) -> Ceiling:
     halves = source.chunk(2)
     copied = time_graph([lambda: halves[0].copy_(halves[1])], repetitions_for(1, buffer_bytes / 5e6)).p50
     return Ceiling(read, buffer_bytes / copied / 1e3, buffer_bytes, fastest)
-
-
-# ---- right before fast
-
-HEADS = ("top1_head", "sample_head")
-
-ALLOWED = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Relative errors beyond which nothing is timed: several roundings of the dtype."""
-
-
-def launcher(op: str) -> Callable[..., Any]:
-    """The kernel's."""
-    return OPERATIONS[op].launcher
-
-
-def reference(op: str) -> Callable[..., Any]:
-    """The operation in PyTorch."""
-    return OPERATIONS[op].reference
-
-
-def row_operands(op: str) -> tuple[int, ...]:
-    """Which arguments have a row a token in flight."""
-    return (0, 2) if op == "linear_residual" else (0,)
-
-
-def first_rows(op: str, arguments: Arguments, rows: int) -> Arguments:
-    """Arguments of the first ``rows`` tokens in flight."""
-    positional, named = arguments
-    cut = row_operands(op)
-    return tuple(value[:rows] if index in cut else value for index, value in enumerate(positional)), named
-
-
-def on_the_host(arguments: Arguments) -> Arguments:
-    """Arguments with positions and seeds as numbers: PyTorch would ask the device for them at every call."""
-
-    def number(value: Any) -> Any:
-        is_one = isinstance(value, Tensor) and value.dtype == torch.int64 and value.numel() == 1
-        return int(value) if is_one else value
-
-    positional, named = arguments
-    return tuple(map(number, positional)), {name: number(value) for name, value in named.items()}
-
-
-def _tensors(op: str, result: Any, arguments: Arguments) -> Iterator[Tensor]:
-    """A result's tensors, then the rows of the caches that the operation appends."""
-    yield from (result if isinstance(result, tuple) else (result,))
-    if op == "qkv_rope":
-        x, *_, k_cache, v_cache, position = arguments[0]
-        first, last = int(position), int(position) + x.shape[0]
-        yield from (k_cache[:, first:last], v_cache[:, first:last])
-
-
-def written(op: str, function: Callable[..., Any], arguments: Arguments, takes_out: bool = True) -> tuple[Tensor, ...]:
-    """Copies of all that a call writes, into poisoned memory where the function has ``out``."""
-    positional, named = arguments
-    result = function(*positional, **named)
-    if takes_out:
-        for tensor in _tensors(op, result, arguments):
-            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
-        result = function(*positional, **named, out=result)
-    return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in _tensors(op, result, arguments))
-
-
-def same_bits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Whether two results of ``written`` are equal to the last bit: a zero's sign counts."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return all(
-        torch.equal(one.view(integers[one.element_size()]), other.view(integers[other.element_size()]))
-        for one, other in zip(ours, theirs, strict=True)
-    )
-
-
-def relative_error(op: str, got: tuple[Tensor, ...], arguments: Arguments, same_noise: bool = True) -> float:
-    """How far ``got`` (of ``written``) is from the reference in float64; infinity for a NaN or an impossible token.
-
-    It is the largest |got - truth| / |truth| over what was written. For a head it is the confidences' distance, or how
-    far below the best score the chosen tokens' are, over the largest score, whichever is more: a near tie may go either
-    way. Without ``same_noise`` a sampled token says nothing but that it is one.
-    """
-    positional, named = arguments
-    wide = tuple(
-        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in positional
-    )
-    if op in HEADS:
-        errors = _head_errors(op, got, (wide, named), same_noise)
-    else:
-        truth = written(op, reference(op), (wide, named), takes_out=False)
-        errors = [_distance(ours, exact) for ours, exact in zip(got, truth, strict=True)]
-    return max((error if error == error else float("inf") for error in errors), default=float("inf"))  # noqa: PLR0124
-
-
-def _distance(ours: Tensor, truth: Tensor) -> float:
-    return float((ours.double() - truth.double()).norm() / truth.double().norm())
-
-
-def _head_errors(op: str, got: tuple[Tensor, ...], arguments: Arguments, same_noise: bool) -> list[float]:
-    (x, norm_weight, weight, *rest), named = arguments
-    logits = lm_head(x, norm_weight, weight, eps=named["eps"])
-    token, confidence = got
-    if not bool(((token >= 0) & (token < logits.shape[1])).all()):
-        return [float("inf")]
-    distance = _distance(confidence, confidence_of(logits))
-    if op == "top1_head":
-        scores = logits
-    elif same_noise:
-        rows, vocab_size = logits.shape
-        noise = gumbel_rows(int(named["seed"]) % (1 << 64), 0, int(rest[0]), rows, vocab_size, logits.device)
-        scores = filter_logits(logits, named["temperature"], None, None) + noise
-    else:
-        return [distance]
-    lost = scores.amax(dim=-1) - scores.gather(-1, token[:, None])[:, 0]
-    return [distance, float(lost.max() / scores.abs().max())]

@@ -5,8 +5,8 @@
     python tools/gpu_report.py --pair runs/large
     python tools/gpu_report.py --smoke --out build/report
 
-In this order: versions and the card's measured ceilings, the GPU's tests, bit-equality, microbenchmarks, decode speeds
-beside transformers, one iteration kernel by kernel, and tuning with what time is left. Every part runs in a process of
+In this order: versions and the card's measured bandwidth, the GPU's tests, bit-equality at real shapes,
+microbenchmarks, decode speeds beside transformers, and one iteration kernel by kernel. Every part runs in a process of
 its own within its share of the time; what one does not use, the next ones have. A part that fails or hangs is told of,
 and the others go on.
 
@@ -19,37 +19,33 @@ it is about a GPU.
 """
 
 import hashlib
-import math
+import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from command import INCOMPLETE, INTERRUPTED, refuse, require_time
 from report.job import ROOT, write_json
 from report.page import SMOKE_LABEL, complaints, page, state_of
-from report.parts import PAIR, PARTS, Part, budgets, choose
+from report.parts import ENVIRONMENT, PAIR, PARTS, Part, budgets, choose
 from report.runner import GRACE, read_piece, run_part
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from kangaroo_kernels import launch_config
 
-INCOMPLETE, USER_ERROR, INTERRUPTED = 1, 2, 130
-FORMAT = 1
+NAME = "gpu_report"
+FORMAT = 2
 """Of ``report.json``; parts of another one are not kept."""
 
 SOURCES = ("kangaroo_kernels", "model", "tools")
-PART_NAMES = ", ".join(part.name for part in (*PARTS, PAIR))
 PAIR_FILES = ("target", "adapter", "prompts.json")
 LEAST_SECONDS = 3.0
 """With less than this nothing is started: importing takes so long."""
@@ -58,10 +54,27 @@ RESERVE = 12.0
 """Seconds for the plots, and for a last part that has to be ended."""
 
 
-def refuse(sentence: str) -> typer.Exit:
-    """Say what was wrong; raise what comes back."""
-    typer.echo(f"gpu_report: {' '.join(sentence.split())}", err=True)
-    return typer.Exit(USER_ERROR)
+class Plan(NamedTuple):
+    """What to measure.
+
+    Attributes:
+        parts: in their order.
+        minutes: for all of them.
+        folder: where the report goes; parts that lie there already are kept.
+        smoke: tiny sizes, on the CPU.
+        brief: the first model alone, at its shortest context.
+        pair: folder of a trained pair.
+    """
+
+    parts: Sequence[Part]
+    minutes: float
+    folder: Path
+    smoke: bool = False
+    brief: bool = False
+    pair: Path | None = None
+
+
+# ---- what is measured
 
 
 def git(*arguments: str) -> str:
@@ -76,13 +89,16 @@ def git(*arguments: str) -> str:
 def commit() -> str:
     """The commit that is measured; where git does not know it (a copy of the files), a digest of the sources.
 
-    Results that lie in the repository are no change of it.
+    Results that lie in the repository are no change of it. Beside carried kernels (``gpu_kit``) the digest's commit is
+    known.
     """
     name = git("rev-parse", "--short=12", "HEAD")
-    if not name:
-        return f"unknown, sources {digest_of_sources()}"
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
-    return name + (" with changes" if changed else "")
+    if name:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+        return name + (" with changes" if changed else "")
+    digest, key = digest_of_sources(), ROOT / ".dev" / "key.json"
+    carried = json.loads(key.read_text(encoding="utf-8")) if key.is_file() else {}
+    return str(carried["commit"]) if carried.get("sources") == digest else f"unknown, sources {digest}"
 
 
 def digest_of_sources(root: Path = ROOT) -> str:
@@ -94,38 +110,61 @@ def digest_of_sources(root: Path = ROOT) -> str:
     return digest.hexdigest()[:12]
 
 
-def folder_of(gpu: str) -> Path:
-    """Where a GPU's results lie."""
-    return ROOT / "bench" / "results" / launch_config.file_name(gpu).removesuffix(".json")
+# ---- measuring
 
 
-def show_plan(console: Console, parts: list[Part], seconds: float) -> None:
-    """Print what will be done, and for how long at most."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("part")
-    table.add_column("seconds", justify="right")
-    table.add_column("what")
-    for part, budget in zip(parts, budgets(parts, seconds), strict=True):
-        table.add_row(part.name, f"{budget:.0f}", part.what)
-    console.print(table)
+def measure(plan: Plan) -> int:
+    """Run the parts one after the other and write the report: an exit code. What there is stays written.
 
+    A folder that cannot be written is refused.
+    """
+    began, console, limit = time.monotonic(), Console(stderr=True, highlight=False), 60 * plan.minutes
+    file = plan.folder / "report.json"
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        refuse(NAME, f"{plan.folder} cannot be written: {error.strerror}.")
+    reserve = min(RESERVE + GRACE, 0.1 * limit)
+    command = shlex.join(["python", *map(str, sys.argv)])
+    where = {"commit": commit(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "command": command}
+    about = {"format": FORMAT, "gpu": None if plan.smoke else torch.cuda.get_device_name(), "smoke": plan.smoke}
+    earlier, label = read_piece(file), {"label": SMOKE_LABEL} if plan.smoke else {}
+    parts: dict[str, Any] = earlier.get("parts", {}) if about.items() <= earlier.items() else {}
+    report = {**label, **about, "minutes": plan.minutes, **where, "parts": parts}
+    for part, seconds in zip(plan.parts, budgets(plan.parts, limit - reserve), strict=True):
+        console.print(f"{part.name:12} {seconds:6.0f} s  {part.what}")
+    interrupted, ran = False, list[str]()
+    try:
+        for index, part in enumerate(plan.parts):
+            left = limit - reserve - (time.monotonic() - began)
+            if left < LEAST_SECONDS:
+                parts.setdefault(part.name, {"status": "skipped", "seconds": 0, "limit": 0} | where)
+                console.print(f"{part.name:12}    0.0 s  skipped, no time left")
+                continue
+            seconds = budgets(plan.parts[index:], left)[0]
+            with console.status(part.name) as status:  # nothing where there is no terminal
 
-@contextmanager
-def time_bar(console: Console, limit: float) -> Iterator[Callable[[str], None]]:
-    """A bar of the time that is left; call it with what is being done."""
-    started = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=limit, left="")
+                def show(doing: str, name: str = part.name, status: Any = status) -> None:
+                    status.update(f"{name}: {doing[:70]}")
 
-        def update(what: str) -> None:
-            spent = time.monotonic() - started
-            left = max(0, math.ceil(limit - spent))
-            bar.update(
-                task, description=what[:70], completed=min(limit, spent), left=f"{left // 60}:{left % 60:02} left"
-            )
-
-        yield update
+                piece = run_part(
+                    part, seconds, plan.folder, smoke=plan.smoke, brief=plan.brief, pair=plan.pair, update=show
+                )
+            parts[part.name] = piece | where
+            ran.append(part.name)
+            write_json(file, report)
+            console.print(f"{part.name:12} {piece['seconds']:6.1f} s  {state_of(piece)}")
+            if piece["status"] == "interrupted":
+                interrupted = True
+                break
+    except KeyboardInterrupt:
+        interrupted = True
+    wrong = [*complaints({"parts": {name: parts[name] for name in ran}}), *write_report(report, plan.folder)]
+    for sentence in wrong:
+        typer.echo(f"{NAME}: {sentence}", err=True)
+    console.print(f"{time.monotonic() - began:.0f} s; wrote {plan.folder / 'report.md'}", soft_wrap=True)
+    return INTERRUPTED if interrupted else INCOMPLETE if wrong else 0
 
 
 def write_report(report: dict[str, Any], folder: Path) -> list[str]:
@@ -142,9 +181,21 @@ def write_report(report: dict[str, Any], folder: Path) -> list[str]:
     return trouble
 
 
+# ---- the command
+
+
+def require_device(command: str, smoke: bool) -> None:
+    """Refuse where there is no GPU to measure."""
+    if not smoke and not torch.cuda.is_available():
+        refuse(command, "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.")
+
+
 def main(
     minutes: Annotated[float, typer.Option(help="The time limit of the whole.")] = 9.0,
-    only: Annotated[str | None, typer.Option(help=f"Parts to run, with commas between them: {PART_NAMES}.")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help=f"Parts to run, with commas between them: {', '.join(p.name for p in (*PARTS, PAIR))}."),
+    ] = None,
     pair: Annotated[
         Path | None, typer.Option(help="Measure a trained pair: a folder with target/, adapter/ and prompts.json.")
     ] = None,
@@ -152,72 +203,28 @@ def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="Every part at tiny size on the CPU; needs --out.")] = False,
 ) -> None:
     """Measure this library on this GPU and write a report."""
-    began = time.monotonic()
-    if not 0 < minutes < math.inf:
-        raise refuse(f"--minutes is {minutes:g}; it must be a finite number above 0.")
+    require_time(NAME, "--minutes", minutes)
     try:
-        parts = choose(None if only is None else [name.strip() for name in only.split(",")], pair is not None)
+        parts = choose((*PARTS, PAIR), only)
     except ValueError as error:
-        raise refuse(str(error)) from error
+        refuse(NAME, str(error))
+    if only is None:
+        parts = list(PARTS) if pair is None else [ENVIRONMENT, PAIR]
+    if PAIR in parts and pair is None:
+        refuse(NAME, "the part pair needs --pair DIR, a folder with target/, adapter/ and prompts.json.")
+    if pair is not None and PAIR not in parts:
+        refuse(NAME, "--pair is given, but --only leaves the part pair out; name it too.")
     if pair is not None and (lacking := [name for name in PAIR_FILES if not (pair / name).exists()]):
-        raise refuse(
-            f"--pair is {pair}, which has no {' and no '.join(lacking)}; tools/train_demo.py writes such a pair."
+        refuse(
+            NAME, f"--pair is {pair}, which has no {' and no '.join(lacking)}; tools/train_demo.py writes such a pair."
         )
     if smoke and out is None:
-        raise refuse("--smoke needs --out, a folder to write: its figures do not belong into bench/results.")
-    if not smoke and not torch.cuda.is_available():
-        raise refuse("this report needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.")
-    gpu = None if smoke else torch.cuda.get_device_name()
-    folder = (out or folder_of(gpu or "CPU")).resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").touch()
-    except OSError as error:
-        raise refuse(f"{folder} cannot be written: {error.strerror}.") from error
-
-    console, limit = Console(stderr=True, highlight=False), 60 * minutes
-    reserve = min(RESERVE + GRACE, 0.1 * limit)
-    command = shlex.join(["python", "tools/gpu_report.py", *sys.argv[1:]])
-    where = {"commit": commit(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "command": command}
-    earlier = read_piece(folder / "report.json")
-    about = {"format": FORMAT, "gpu": gpu, "smoke": smoke}
-    kept = earlier.get("parts", {}) if about.items() <= earlier.items() else {}
-    label = {"label": SMOKE_LABEL} if smoke else {}
-    report: dict[str, Any] = {**label, **about, "minutes": minutes, **where, "parts": kept}
-    show_plan(console, parts, limit - reserve)
-    interrupted = False
-    try:
-        with time_bar(console, limit) as update:
-            for index, part in enumerate(parts):
-                left = limit - reserve - (time.monotonic() - began)
-                seconds = budgets(parts[index:], left)[0]
-                update(part.name)
-                if left < LEAST_SECONDS:
-                    report["parts"].setdefault(part.name, {"status": "skipped", "seconds": 0, "limit": 0} | where)
-                    console.print(f"{part.name:12}    0.0 s  skipped, no time left")
-                    continue
-
-                def show(doing: str, name: str = part.name) -> None:
-                    update(f"{name}: {doing}")
-
-                piece = run_part(part, seconds, folder, smoke=smoke, pair=pair and pair.resolve(), update=show)
-                report["parts"][part.name] = piece | where
-                write_json(folder / "report.json", report)
-                console.print(f"{part.name:12} {piece['seconds']:6.1f} s  {state_of(piece)}")
-                if piece["status"] == "interrupted":
-                    interrupted = True
-                    break
-    except KeyboardInterrupt:
-        interrupted = True
-    order = [part.name for part in (*PARTS, PAIR) if part.name in report["parts"]]
-    report["parts"] = {name: report["parts"][name] for name in order}
-    ran = {name: piece for name, piece in report["parts"].items() if name in {part.name for part in parts}}
-    wrong = complaints(report | {"parts": ran}) + write_report(report, folder)
-    for sentence in wrong:
-        typer.echo(f"gpu_report: {sentence}", err=True)
-    console.print(f"{time.monotonic() - began:.0f} s; wrote {folder / 'report.md'}", soft_wrap=True)
-    if interrupted or wrong:
-        raise typer.Exit(INTERRUPTED if interrupted else INCOMPLETE)
+        refuse(NAME, "--smoke needs --out, a folder to write: its figures do not belong into bench/results.")
+    require_device(NAME, smoke)
+    if out is None:
+        name = launch_config.file_name(torch.cuda.get_device_name()).removesuffix(".json")
+        out = ROOT / "bench" / "results" / name
+    raise typer.Exit(measure(Plan(parts, minutes, out.resolve(), smoke, pair=pair and pair.resolve())))
 
 
 if __name__ == "__main__":

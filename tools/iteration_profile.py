@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.contract import MAX_ROWS
-from kangaroo_kernels.model.loop.decode import Commit
+from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
+from kangaroo_kernels.model.results import Commit
 from kangaroo_kernels.model.target.config import LlamaConfig
 
 PREFIX = "kangaroo/"
@@ -84,11 +85,6 @@ def events_of(trace: dict[str, Any], categories: Sequence[str]) -> list[dict[str
     return sorted(found, key=lambda each: (each["ts"], -each["dur"]))
 
 
-def ranges_of(trace: dict[str, Any]) -> list[dict[str, Any]]:
-    """The stages' ranges on the host."""
-    return [each for each in events_of(trace, ("user_annotation",)) if each["name"].startswith(PREFIX)]
-
-
 def outermost(operations: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Operations that no other one of their thread called."""
     ends: dict[Any, float] = {}
@@ -113,40 +109,39 @@ def launched_events(trace: dict[str, Any], on_gpu: bool) -> list[tuple[Event, fl
 
 
 def by_ranges(trace: dict[str, Any], on_gpu: bool, last_stage: str) -> list[Iteration]:
-    """The whole iterations of a trace whose every event was launched within a range."""
-    launched, ranges = launched_events(trace, on_gpu), ranges_of(trace)
-    found: list[Iteration] = []
-    current: Iteration = []
-    for each in ranges:
-        first, last = each["ts"], each["ts"] + each["dur"]
-        events = [event for event, launch in launched if first <= launch <= last]
-        current.append(StageRun(each["name"], first, each["dur"], events=events))
-        if each["name"] == last_stage:
-            found.append(on_device_time(current) if on_gpu else without_seams(current))
-            current = []
+    """The whole iterations of a trace whose every event was launched within a range.
+
+    Raises:
+        ProfileError: there is none.
+    """
+    launched, found, current = launched_events(trace, on_gpu), list[Iteration](), Iteration()
+    for each in events_of(trace, ("user_annotation",)):
+        if each["name"].startswith(PREFIX):
+            first, last = each["ts"], each["ts"] + each["dur"]
+            events = [event for event, launch in launched if first <= launch <= last]
+            current.append(StageRun(each["name"], first, each["dur"], events=events))
+            if each["name"] == last_stage:
+                found.append(joined(current, on_gpu))
+                current = []
     if not found:
         raise ProfileError(f"the trace shows no whole iteration: no range {last_stage}.")
     return found
 
 
-def without_seams(iteration: Iteration) -> Iteration:
-    """The same on the host's own time: a stage begins where the one before it ended."""
-    joined, end = [], iteration[0].start
-    for stage in iteration:
-        joined.append(replace(stage, start=end, us=stage.start + stage.us - end))
-        end = stage.start + stage.us
-    return joined
+def joined(iteration: Iteration, on_gpu: bool) -> Iteration:
+    """The same without seams: a stage begins where the one before it ended, so a gap counts to the stage behind it.
 
-
-def on_device_time(iteration: Iteration) -> Iteration:
-    """The same with the times of its kernels; a gap counts to the stage that begins behind it."""
-    joined = []
-    end = next((event.start for stage in iteration for event in stage.events), iteration[0].start)
+    On a GPU the times are those of the kernels, on a CPU those of the ranges.
+    """
+    first_event = next((event.start for stage in iteration for event in stage.events), iteration[0].start)
+    stages, end = [], first_event if on_gpu else iteration[0].start
     for stage in iteration:
-        last = stage.events[-1].end if stage.events else end
-        joined.append(replace(stage, start=end, us=last - end))
+        last = stage.start + stage.us
+        if on_gpu:
+            last = stage.events[-1].end if stage.events else end
+        stages.append(replace(stage, start=end, us=last - end))
         end = last
-    return joined
+    return stages
 
 
 def by_order(trace: dict[str, Any], like: Iteration) -> list[Iteration]:
@@ -165,7 +160,7 @@ def by_order(trace: dict[str, Any], like: Iteration) -> list[Iteration]:
         iteration = [replace(stage, events=[next(chunk) for _ in stage.events]) for stage in like]
         if [event.name for stage in iteration for event in stage.events] != names:
             raise ProfileError("the replayed graph ran other kernels than a launched iteration.")
-        found.append(on_device_time(iteration))
+        found.append(joined(iteration, on_gpu=True))
     return found
 
 
@@ -189,6 +184,11 @@ class Profile:
     length: int
     trace: dict[str, Any]
     graphs: bool
+
+
+def median_of(iterations: Sequence[Iteration]) -> Iteration:
+    """The one of median length."""
+    return sorted(iterations, key=lambda each: sum(stage.us for stage in each))[len(iterations) // 2]
 
 
 def room_for(iterations: int) -> int:
@@ -226,7 +226,7 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
         ProfileError: a profiler that may not see this device, or a text that ended too soon.
     """
     on_gpu = kangaroo.target.device.type == "cuda"
-    resident = kangaroo.target.operations.kernels == "triton"
+    resident = kangaroo.target.backend.resident
     last_stage = PREFIX + ("commit" if resident or not settings.get("plain") else "verify")
     try:
         kangaroo.generate(prompt, max_new_tokens=64, **settings)  # compiles; captures
@@ -235,8 +235,7 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
         raise ProfileError("the text ended before enough iterations ran; give another prompt.") from None
     graphs = on_gpu and kangaroo.graphs
     if graphs:
-        pair = kangaroo.target, kangaroo.drafter, kangaroo.tokenizer
-        launcher = Kangaroo(*pair, graphs=False, persistent=kangaroo.persistent)
+        launcher = Kangaroo(kangaroo.target, kangaroo.drafter, kangaroo.tokenizer, graphs=False)
         like = by_ranges(traced(launcher, prompt, 2, settings)[0], on_gpu, last_stage)[-1]
         iterations = by_order(trace, like)
     else:
@@ -281,8 +280,8 @@ def stage_bytes(kangaroo: Kangaroo, length: int) -> dict[str, int]:
     ]
     head, exit_layer = target.weights.head.nbytes, 0
     found = {}
-    if kangaroo.drafter is not None:
-        adapter, exit_layer = kangaroo.drafter.adapter, kangaroo.drafter.exit_layer
+    if isinstance(kangaroo.drafter, KangarooDrafter):
+        adapter, exit_layer = kangaroo.drafter.adapter, kangaroo.drafter.first_layer
         found[DRAFT_STAGES[0]] = sum(layers[:exit_layer])
         found[DRAFT_STAGES[1]] = attention(adapter.block.weights, adapter.config.llama) + head
     found[PREFIX + "verify"] = sum(layers[exit_layer:]) + head

@@ -4,19 +4,18 @@ How fast a decode is does not depend on what the weights say. They are scaled so
 every layer: nothing overflows, and nothing is zeros, which can run faster than data does.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from synthetic import Trace, with_synthetic_acceptance
 from torch import Tensor
 
-from kangaroo_kernels.model.backend import Operations, load_operations
-from kangaroo_kernels.model.drafters.adapter import (
-    PAPER_DRAFT_CONFIDENCE_THRESHOLD,
-    PAPER_NUM_SPECULATIVE_TOKENS,
-    Adapter,
-    AdapterConfig,
-)
-from kangaroo_kernels.model.drafters.kangaroo import Drafter
+from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.model.backend import REFERENCES, Backend, load_backend
+from kangaroo_kernels.model.drafters.adapter import Adapter, AdapterConfig
+from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
+from kangaroo_kernels.model.drafters.protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
 from kangaroo_kernels.model.target.config import LlamaConfig, RopeConfig
 from kangaroo_kernels.model.target.llama import Llama
 from kangaroo_kernels.model.target.weights import AdapterWeights, AttentionWeights, LayerWeights, TargetWeights
@@ -25,6 +24,12 @@ from kangaroo_kernels.workloads import ModelShape
 
 CONTEXT = 1 << 16
 """Positions that a random model allows; how many it was trained for has no meaning."""
+
+SMOKE = ModelShape("smoke", 32, 32, 2, 1, 16, 64, 2)
+"""The model of runs without a GPU: small enough for Triton's interpreter."""
+
+RESIDENT_REFERENCES = replace(REFERENCES, resident=True)
+"""The references in the kernels' loop on the device, a thousand times faster than Triton's interpreter on a CPU."""
 
 
 def config_of(shape: ModelShape, dtype: torch.dtype) -> LlamaConfig:
@@ -53,12 +58,19 @@ def exit_layer_of(shape: ModelShape) -> int:
     return max(1, shape.layers // 16)
 
 
+def random_prompt(shape: ModelShape, length: int) -> list[int]:
+    """So many tokens, the same ones every time."""
+    generator = torch.Generator().manual_seed(length)
+    prompt: list[int] = torch.randint(shape.vocab_size, (length,), generator=generator).tolist()
+    return prompt
+
+
 class _Maker:
     """Random tensors on a device."""
 
     def __init__(self, config: LlamaConfig, device: torch.device, seed: int) -> None:
         self.config, self.device = config, device
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generator = torch.Generator(device).manual_seed(seed) if device.type != "meta" else None
 
     def normal(self, rows: int, columns: int, scale: float) -> Tensor:
         empty = torch.empty(rows, columns, dtype=self.config.dtype, device=self.device)
@@ -91,7 +103,7 @@ def random_target(
     device: torch.device,
     dtype: torch.dtype,
     *,
-    operations: Operations | None = None,
+    backend: Backend | None = None,
     quiet: float = 1.0,
     seed: int = 0,
 ) -> Llama:
@@ -99,9 +111,9 @@ def random_target(
 
     Args:
         shape: its sizes.
-        device: where it is made, never passing through the host.
+        device: where it is made, never passing through the host; on ``meta`` it holds no numbers.
         dtype: of its weights.
-        operations: what it computes with; the Triton kernels if None (on a CPU in Triton's interpreter).
+        backend: what it computes with; the Triton kernels if None (on a CPU in Triton's interpreter).
         quiet: how much the layers behind the exit add, of what they would; below 1, drafts can be right.
         seed: of the weights.
     """
@@ -115,10 +127,12 @@ def random_target(
             maker.norm(),
             maker.matrix(shape.vocab_size, shape.hidden),
         )
-    return Llama(config, weights, operations or load_operations("triton", device, dtype))
+    return Llama(config, weights, backend or load_backend("triton", device, dtype))
 
 
-def random_drafter(target: Llama, exit_layer: int, *, scale: float = 0.1, seed: int = 1) -> Drafter:
+def random_drafter(
+    target: Llama, exit_layer: int, *, scale: float = 0.1, seed: int = 1, persistent: bool = False
+) -> KangarooDrafter:
     """An adapter of the target's own attention shape, with the paper's settings; it adds ``scale`` times its states.
 
     Its norm is the target's last one, so that an exit state which says the target's token already drafts it.
@@ -127,4 +141,51 @@ def random_drafter(target: Llama, exit_layer: int, *, scale: float = 0.1, seed: 
     with torch.inference_mode():
         weights = AdapterWeights(_Maker(config, target.device, seed).attention(scale), target.weights.norm)
     settings = AdapterConfig(config, exit_layer, PAPER_NUM_SPECULATIVE_TOKENS, PAPER_DRAFT_CONFIDENCE_THRESHOLD)
-    return Drafter(target, Adapter(settings, weights, target))
+    return KangarooDrafter(target, Adapter(settings, weights, target), persistent)
+
+
+def random_kangaroo(
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, *, references: bool = False, quiet: float = 1.0
+) -> Kangaroo:
+    """A random target with a random drafter; with ``references`` they compute so, in the loop on the device."""
+    target = random_target(shape, device, dtype, backend=RESIDENT_REFERENCES if references else None, quiet=quiet)
+    return Kangaroo(target, random_drafter(target, exit_layer_of(shape)))
+
+
+def sharing_weights(
+    kangaroo: Kangaroo, *, trace: Trace | None = None, graphs: bool = True, persistent: bool = False
+) -> Kangaroo:
+    """Another decoder on the same target's weights, with caches and graphs of its own.
+
+    Args:
+        kangaroo: whose weights.
+        trace: what becomes of its drafts (``synthetic.py``), instead of what the weights say.
+        graphs: whether its iterations are captured.
+        persistent: whether it drafts in one kernel.
+    """
+    assert kangaroo.drafter is not None
+    target = kangaroo.target if trace is None else with_synthetic_acceptance(kangaroo.target, trace)
+    return Kangaroo(target, random_drafter(target, kangaroo.drafter.first_layer, persistent=persistent), graphs=graphs)
+
+
+Verified = tuple[Tensor, Tensor, Tensor, Tensor]
+"""The last hidden states ``[M, hidden]``, tokens ``[M]``, confidences ``[M]`` and logits ``[M, V]`` of some rows."""
+
+
+def verification(kangaroo: Kangaroo, prompt: Sequence[int], states: Tensor) -> Callable[[int, int], Verified]:
+    """``verify(first, last)``: the deep layers and the head on those of the exit layer's ``states`` behind a prompt."""
+    target, drafter = kangaroo.target, kangaroo.drafter
+    assert drafter is not None
+    config, weights, position = target.config, target.weights, len(prompt)
+    cache = target.new_cache()
+    cache.reserve(position + len(states))
+    target.run(target.embed(prompt), cache, 0, 0, config.num_hidden_layers)
+
+    def verify(first: int, last: int) -> Verified:
+        hidden = target.run(states[first:last], cache, position + first, drafter.first_layer, config.num_hidden_layers)
+        best = target.backend.top1_head(hidden, weights.norm, weights.head, eps=config.rms_norm_eps)
+        # the library multiplies one row at a time, which is one shape for it: equal states have equal logits
+        logits = torch.cat([target.logits(hidden[row : row + 1]) for row in range(len(hidden))])
+        return hidden, best.token, best.confidence, logits
+
+    return verify

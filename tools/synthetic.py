@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels.contract import Top1
-from kangaroo_kernels.model.backend import Operations
+from kangaroo_kernels.model.backend import Backend
 from kangaroo_kernels.model.target.llama import Llama
 
 PAPER_MEAN_ACCEPTANCE_LENGTH = 1.93
@@ -38,13 +38,7 @@ ASSUMPTION = (
 
 
 def conditional_rate(mean_acceptance_length: float, max_drafts: int) -> float:
-    """The rate p of every position for which 1 + p + p^2 + ... + p^max_drafts is the mean acceptance length.
-
-    Raises:
-        ValueError: a mean that no rate gives.
-    """
-    if not 1 <= mean_acceptance_length <= 1 + max_drafts:
-        raise ValueError(f"a mean acceptance length of {mean_acceptance_length} is not between 1 and {1 + max_drafts}.")
+    """The rate p of every position for which 1 + p + p^2 + ... + p^max_drafts is the mean acceptance length."""
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -75,31 +69,24 @@ class Trace(NamedTuple):
         return len(self.agreed) + int(self.agreed.sum())
 
 
-def paper_trace(
-    steps: int = STEPS,
-    max_drafts: int = MAX_DRAFTS,
-    mean_acceptance_length: float = PAPER_MEAN_ACCEPTANCE_LENGTH,
-    seed: int = 0,
-) -> Trace:
+def paper_trace(steps: int = STEPS) -> Trace:
     """A trace at the paper's mean; the module's docstring has the assumptions.
 
     Drafts are drawn position by position, an exact share of the steps that reached it, so that the trace has the mean
     of its rates, and then the steps are shuffled.
     """
-    rate = conditional_rate(mean_acceptance_length, max_drafts)
-    reached = [round(steps * rate**position) for position in range(1, max_drafts + 1)]
-    agreed = torch.zeros(steps, dtype=torch.int64)
-    for count in reached:
-        agreed[:count] += 1
-    agreed = agreed[torch.randperm(steps, generator=torch.Generator().manual_seed(seed))]
-    return Trace((agreed + 1).clamp(max=max_drafts), agreed)
+    rate, agreed = conditional_rate(PAPER_MEAN_ACCEPTANCE_LENGTH, MAX_DRAFTS), torch.zeros(steps, dtype=torch.int64)
+    for position in range(1, MAX_DRAFTS + 1):
+        agreed[: round(steps * rate**position)] += 1
+    agreed = agreed[torch.randperm(steps, generator=torch.Generator().manual_seed(0))]
+    return Trace((agreed + 1).clamp(max=MAX_DRAFTS), agreed)
 
 
 class _Player:
     """A trace on the device, and which step of it comes next."""
 
-    def __init__(self, operations: Operations, trace: Trace, max_drafts: int, device: torch.device) -> None:
-        self.operations = operations
+    def __init__(self, backend: Backend, trace: Trace, max_drafts: int, device: torch.device) -> None:
+        self.backend = backend
         goes_on = torch.arange(1, max_drafts + 1) < trace.drafted[:, None]  # after the draft at each place
         columns = (trace.agreed[:, None], trace.agreed[:, None] + 1, goes_on)
         self.steps = torch.cat([column.long() for column in columns], dim=1).to(device)
@@ -109,26 +96,17 @@ class _Player:
 
     def top1_head(self, *arguments: Any, **named: Any) -> Top1:
         """The head; after a draft the trace decides whether another follows."""
-        result = self.operations.top1_head(*arguments, **named)
+        result = self.backend.top1_head(*arguments, **named)
         if named.get("threshold") is not None:  # the target's own tokens have none
             place = 2 + self.place
             torch.mul(self.now[0, place : place + 1], named["active"], out=named["sure"])
             self.place += 1
         return result
 
-    def accept(
-        self,
-        draft: Tensor,
-        target: Tensor,
-        stop_tokens: Tensor,
-        length: Tensor,
-        limit: Tensor,
-        *,
-        drafted: Tensor,
-        out: Tensor,
-    ) -> Tensor:
+    def accept(self, *arguments: Tensor, drafted: Tensor, out: Tensor) -> Tensor:
         """``accept``; then the trace's decision in the place of its own, and on to the next step."""
-        self.operations.accept(draft, target, stop_tokens, length, limit, drafted=drafted, out=out)
+        draft, _, _, length, limit = arguments
+        self.backend.accept(*arguments, drafted=drafted, out=out)
         self.place = 0
         if len(draft):  # there are none in plain decoding
             alive = drafted[:1]  # 0 when the text has reached its limit: nothing is drafted and nothing agreed
@@ -146,6 +124,6 @@ def with_synthetic_acceptance(target: Llama, trace: Trace, max_drafts: int = MAX
 
     The target must run on the Triton kernels, whose loop lives on the device.
     """
-    player = _Player(target.operations, trace, max_drafts, target.device)
-    operations = replace(target.operations, top1_head=player.top1_head, accept=player.accept)
-    return Llama(target.config, target.weights, operations)
+    player = _Player(target.backend, trace, max_drafts, target.device)
+    backend = replace(target.backend, top1_head=player.top1_head, accept=player.accept)
+    return Llama(target.config, target.weights, backend)

@@ -1,9 +1,7 @@
-"""What a user would pick instead, on the same card: transformers' ``generate``, three ways, with random weights.
+"""What a user would pick instead, on the same card: transformers' ``generate``, two ways, with random weights.
 
 - ``eager``: as it comes (SDPA, dynamic cache).
 - ``static, compiled``: ``cache_implementation="static"``, for which ``generate`` compiles the forward pass.
-- ``assisted``: transformers' speculative decoding, with an assistant of Llama-68M's shape and random weights, at its
-  default settings. Nearly nothing is accepted, so this is its worst case, as ``kangaroo`` without forcing is ours.
 
 Tokens a second of the steps, without the prefill and the first ``SETTLED`` tokens: ``generate`` makes a new static
 cache in every call, for which the compiled forward records its CUDA graphs again. A stopping criterion waits for the
@@ -14,19 +12,19 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch._dynamo.utils
 import transformers
+from random_model import random_prompt
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteriaList
 
 from kangaroo_kernels.workloads import ModelShape
 
-from .decode import random_prompt
 from .job import Job
 
 CONTEXTS = (128, 2048)
@@ -34,8 +32,7 @@ NEW_TOKENS, ROUNDS = 64, 2
 SETTLED = 8
 """Tokens before the clock starts; of a text shorter than four times that, a quarter."""
 
-ASSISTANT = ModelShape("Llama-68M", 768, 3072, 12, 12, 64, 0, 2)
-EAGER, ASSISTED, COMPILED = WAYS = ("eager", "assisted", "static, compiled")
+EAGER, COMPILED = WAYS = ("transformers, eager", "transformers, static, compiled")
 
 
 def contexts_of(job: Job) -> tuple[int, ...]:
@@ -68,9 +65,9 @@ def trained_model(folder: Path, job: Job, dtype: torch.dtype) -> Any:
     return model.to(job.device).eval()
 
 
-def compiled(job: Job) -> dict[str, Any]:
-    """What makes ``generate`` take the compiled way; a smoke run has the static cache alone."""
-    return {"cache_implementation": "static", "disable_compile": job.smoke}
+def settings_of(way: str, job: Job) -> dict[str, Any]:
+    """What makes ``generate`` take that way; a smoke run has the static cache alone."""
+    return {"cache_implementation": "static", "disable_compile": job.smoke} if way == COMPILED else {}
 
 
 def require_compiled(how: dict[str, Any]) -> None:
@@ -128,12 +125,14 @@ def timed(model: Any, prompt: list[int], tokens: int, job: Job, **how: Any) -> T
     return Timed(text[len(prompt) :], speed)
 
 
-def measure(model: Any, prompt: list[int], job: Job, **how: Any) -> dict[str, Any]:
+def measure(models: dict[str, Any], shape: ModelShape, context: int, way: str, job: Job) -> dict[str, Any]:
     """One way to generate: a warm-up of the same length, then the median of a few."""
-    tokens = 6 if job.smoke else NEW_TOKENS
-    timed(model, prompt, tokens, job, **how)
-    runs = [timed(model, prompt, tokens, job, **how) for _ in range(1 if job.smoke else ROUNDS)]
-    speeds = [run.tokens_per_second for run in runs if run.tokens_per_second is not None]
+    if shape.name not in models:
+        models[shape.name] = transformers_model(shape, job)
+    tokens, rounds = (6, 1) if job.smoke else (NEW_TOKENS, ROUNDS)
+    call = partial(timed, models[shape.name], random_prompt(shape, context), tokens, job, **settings_of(way, job))
+    call()
+    speeds = [speed for _, speed in (call() for _ in range(rounds)) if speed is not None]
     return {
         "tokens_per_second": statistics.median(speeds),
         "slowest": min(speeds),
@@ -144,50 +143,16 @@ def measure(model: Any, prompt: list[int], job: Job, **how: Any) -> dict[str, An
 
 
 def run(job: Job) -> None:
-    """Eager for every model; then the other ways at the shortest context, and at the others as far as time reaches."""
-    job.note(
-        note="random weights; tokens a second of the steps, prefill and first tokens left out",
-        ways=list(WAYS),
-        settled=SETTLED,
-        assistant=f"{ASSISTANT.name}'s shape with the target's vocabulary and random weights, default settings",
-        compiled=not job.smoke,
-    )
+    """Eager for every model, then the compiled way, whose compilations take long, the shortest context first."""
+    job.note(settled=SETTLED, compiled=not job.smoke)
     contexts = contexts_of(job)
-    first, others = contexts[:1], contexts[1:]
-    for way, some in ((EAGER, contexts), (ASSISTED, first), (COMPILED, first), (COMPILED, others), (ASSISTED, others)):
+    for way, some in ((EAGER, contexts), (COMPILED, contexts[:1]), (COMPILED, contexts[1:])):
         for shape in job.models:
+            models: dict[str, Any] = {}
             for context in some:
-                models, prompt = Models(shape, job), random_prompt(shape, context)
-                how = compiled(job) if way == COMPILED else {}
                 entry = {"model": shape.name, "context": context, "way": way}
-                job.cell("cells", entry, models.measure(prompt, assisted=way == ASSISTED, **how))
-                models.free()
-
-
-class Models:
-    """A model and its assistant, made when they are first needed."""
-
-    def __init__(self, shape: ModelShape, job: Job) -> None:
-        self.shape, self.job = shape, job
-        self.target: Any = None
-        self.assistant: Any = None
-
-    def measure(self, prompt: list[int], assisted: bool = False, **how: Any) -> Callable[[], dict[str, Any]]:
-        """The measurement, still to be called."""
-
-        def work() -> dict[str, Any]:
-            if self.target is None:
-                self.target = transformers_model(self.shape, self.job)
-            if assisted and self.assistant is None:
-                self.assistant = transformers_model(ASSISTANT._replace(vocab_size=self.shape.vocab_size), self.job)
-            helper = {"assistant_model": self.assistant} if assisted else {}
-            return measure(self.target, prompt, self.job, **helper, **how)
-
-        return work
-
-    def free(self) -> None:
-        """Let go of both."""
-        self.target = self.assistant = None
-        torch.compiler.reset()
-        gc.collect()
-        self.job.free()
+                job.cell("cells", entry, partial(measure, models, shape, context, way, job))
+            models.clear()
+            torch.compiler.reset()
+            gc.collect()
+            job.free()

@@ -2,66 +2,52 @@
 
 With random weights no draft is sure and next to none is accepted: unforced, Kangaroo is at its worst, a draft a step
 for nothing. ``synthetic.py`` says what the forced run assumes. Tokens a second are of the steps, prefill left out.
-Steps with a fixed number of drafts are timed besides: drafting kernel by kernel, in chained launches, in one kernel.
-They come last, and those in one kernel behind all others: what a kernel does wrong may end the process.
-A smoke run takes the same loop over the references: Triton's interpreter is a thousand times slower.
+Steps with a fixed number of drafts are timed besides. Those in one kernel come behind all others: what that kernel does
+wrong may end the process. A smoke run takes the same loop over the references.
 """
 
 import gc
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from random_model import exit_layer_of, random_drafter, random_target
-from synthetic import ASSUMPTION, MAX_DRAFTS, paper_trace, with_synthetic_acceptance
+from gpu_card import EnergyMeter
+from random_model import random_kangaroo, random_prompt, sharing_weights
+from synthetic import ASSUMPTION, MAX_DRAFTS, paper_trace
 
 from kangaroo_kernels import Generation, Kangaroo
 from kangaroo_kernels.launch_config import chained
-from kangaroo_kernels.model.backend import REFERENCES
-from kangaroo_kernels.model.target.llama import Llama
-from kangaroo_kernels.workloads import ModelShape
+from kangaroo_kernels.workloads import ModelShape, workloads
 
-from .energy import EnergyMeter
 from .job import Job
 
 CONTEXTS = (128, 2048, 8192)
-NEW_TOKENS, LEAST_TOKENS, WARM_UP_TOKENS = 128, 32, 16
+NEW_TOKENS, LEAST_TOKENS, WARM_UP_TOKENS, SMOKE_TOKENS = 128, 32, 16, 5
 STEP_DRAFTS, STEP_TOKENS, STEP_ROUNDS = (1, 2, 6), 48, 2
-SMOKE_TOKENS = 5
 ROUNDS = 3
 """Timed decodes of a cell, after one of the same length that warms up and captures."""
 
-WAYS = ("plain", "kangaroo", "kangaroo, synthetic")
+PLAIN, PLAIN_CHAINED, UNFORCED, SYNTHETIC = WAYS = (
+    "plain",
+    "plain, chained",
+    "Kangaroo, unforced",
+    "Kangaroo, synthetic acceptance",
+)
+"""Chained launches are sm_90's (``launch_config.chained``)."""
+
+STAGEWISE, STAGEWISE_CHAINED, ONE_KERNEL = DRAFTING = ("kernel by kernel", "kernel by kernel, chained", "in one kernel")
 
 
 def contexts_of(job: Job) -> tuple[int, ...]:
-    """Prompt lengths."""
-    return (20,) if job.smoke else CONTEXTS
+    """Prompt lengths, the shortest first."""
+    return (20,) if job.smoke else CONTEXTS[: 1 if job.brief else None]
 
 
-CHAINED = "kernel by kernel, chained"
-DRAFTING = {"kernel by kernel": "kangaroo", CHAINED: "chained", "in one kernel": "persistent"}
-"""How steps draft, and what decodes so; chained launches are sm_90's (``launch_config.chained``)."""
-
-
-def random_prompt(shape: ModelShape, length: int) -> list[int]:
-    """Tokens, the same ones every time."""
-    generator = torch.Generator().manual_seed(length)
-    prompt: list[int] = torch.randint(shape.vocab_size, (length,), generator=generator).tolist()
-    return prompt
-
-
-def bytes_a_token(target: Llama, length: int) -> int:
-    """That a plain step must read at the end of a text of ``length``: every weight, and all keys and values."""
-    config = target.config
-    rows = config.num_attention_heads * config.head_dim
-    kv_rows = config.num_key_value_heads * config.head_dim
-    layer = config.hidden_size * (2 * rows + 2 * kv_rows + 3 * config.intermediate_size) + 2 * length * kv_rows
-    elements = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
-    return elements * target.dtype.itemsize
+def bytes_a_token(shape: ModelShape, length: int, itemsize: int) -> int:
+    """That a plain step must read at the end of a text of ``length``: every weight once, and all keys and values."""
+    moved = {(each.op, each.role): each.bytes_moved(1, length, itemsize) for each in workloads(shape)}
+    layer = sum(size for (op, _), size in moved.items() if not op.endswith("head"))
+    return shape.layers * layer + moved["top1_head", "head"]
 
 
 def decode(kangaroo: Kangaroo, prompt: list[int], tokens: int, plain: bool, meter: EnergyMeter) -> Generation:
@@ -78,7 +64,7 @@ def decode(kangaroo: Kangaroo, prompt: list[int], tokens: int, plain: bool, mete
 
 def measure(kangaroo: Kangaroo, prompt: list[int], way: str, seconds: float, job: Job) -> dict[str, Any]:
     """Speed of one way to decode, in about ``seconds`` besides the first compilations."""
-    plain, most = way == WAYS[0], paper_trace().tokens if way == WAYS[2] else NEW_TOKENS
+    plain, most = way in (PLAIN, PLAIN_CHAINED), paper_trace().tokens if way == SYNTHETIC else NEW_TOKENS
     tokens, rounds, meter = SMOKE_TOKENS, 1, EnergyMeter(None)
     if not job.smoke:
         decode(kangaroo, prompt, WARM_UP_TOKENS, plain, meter)  # compiles, which takes longer than it decodes
@@ -89,25 +75,18 @@ def measure(kangaroo: Kangaroo, prompt: list[int], way: str, seconds: float, job
         meter = EnergyMeter(job.device)
     runs = [decode(kangaroo, prompt, tokens, plain, meter).stats for _ in range(rounds)]
     speeds = [run.tokens_per_second for run in runs]
-    found: dict[str, Any] = {
+    stats = runs[0]
+    return {
         "tokens_per_second": statistics.median(speeds),
         "slowest": min(speeds),
         "fastest": max(speeds),
         "new_tokens": tokens,
         "rounds": rounds,
+        "us_per_step": 1e6 * statistics.median(run.decode_seconds / run.verification_steps for run in runs),
+        "mean_acceptance_length": stats.mean_acceptance_length,
+        "drafted_per_step": stats.drafted / stats.verification_steps,
         "joules_per_token": meter.joules_per_token,
     }
-    if plain:
-        found["bytes_per_token"] = bytes_a_token(kangaroo.target, len(prompt) + tokens // 2)
-    else:
-        stats = runs[0]
-        found |= {
-            "mean_acceptance_length": stats.mean_acceptance_length,
-            "drafted_per_step": stats.drafted / stats.verification_steps,
-            "acceptance_rate_per_position": stats.acceptance_rate_per_position,
-            "us_per_step": 1e6 * statistics.median(run.decode_seconds / run.verification_steps for run in runs),
-        }
-    return found
 
 
 def measure_step(kangaroo: Kangaroo, prompt: list[int], drafts: int, job: Job) -> dict[str, Any]:
@@ -120,34 +99,28 @@ def measure_step(kangaroo: Kangaroo, prompt: list[int], drafts: int, job: Job) -
 
 
 class Decoders:
-    """A model's weights, made when they are first needed, and what decodes with them."""
+    """What decodes at one model's shape, a decoder a way, all on the same weights; made when they are needed."""
 
     def __init__(self, shape: ModelShape, job: Job) -> None:
         self.shape, self.job = shape, job
         self._made: dict[str, Kangaroo] = {}
 
-    def __call__(self, kind: str) -> Kangaroo:
-        """``kangaroo``; ``chained``, to be captured so; ``persistent``, in one kernel; ``synthetic``, by the trace."""
+    def __call__(self, way: str) -> Kangaroo:
+        """The one for a way to decode or to draft: a graph keeps what it was captured with, so each has its own."""
         if not self._made:
-            operations = replace(REFERENCES, kernels="triton") if self.job.smoke else None
-            target = random_target(self.shape, self.job.device, self.job.dtype, operations=operations)
-            drafter = random_drafter(target, exit_layer_of(self.shape))
-            synthetic = with_synthetic_acceptance(target, paper_trace())
-            self._made = {
-                "kangaroo": Kangaroo(target, drafter),
-                "chained": Kangaroo(target, drafter),  # graphs of its own
-                "persistent": Kangaroo(target, drafter, persistent=True),
-                "synthetic": Kangaroo(synthetic, random_drafter(synthetic, drafter.exit_layer)),
-            }
-        return self._made[kind]
+            self._made[UNFORCED] = random_kangaroo(
+                self.shape, self.job.device, self.job.dtype, references=self.job.smoke
+            )
+        if way not in self._made:
+            trace = paper_trace() if way == SYNTHETIC else None
+            self._made[way] = sharing_weights(self._made[UNFORCED], trace=trace, persistent=way == ONE_KERNEL)
+        return self._made[way]
 
 
 def run(job: Job) -> None:
     """Every model, context and way, until the time is over."""
     trace = paper_trace()
     job.note(
-        note="random weights; tokens a second of the steps, prefill left out",
-        ways=list(WAYS),
         synthetic={
             "assumption": ASSUMPTION,
             "mean_acceptance_length": trace.mean_acceptance_length,
@@ -159,7 +132,7 @@ def run(job: Job) -> None:
         measure_decodes(job, shape, len(job.models) - index)
         gc.collect()
         job.free()
-    for some in (tuple(DRAFTING)[:-1], tuple(DRAFTING)[-1:]):
+    for some in (DRAFTING[:-1], DRAFTING[-1:]):
         for shape in job.models:
             measure_steps(job, shape, some)
             gc.collect()
@@ -167,30 +140,33 @@ def run(job: Job) -> None:
 
 
 def measure_decodes(job: Job, shape: ModelShape, models_left: int) -> None:
-    """The decodes of one model."""
+    """The decodes of one model; a plain one has the bytes that a step must read besides."""
     decoders = Decoders(shape, job)
 
-    def decode_cell(way: str, prompt: list[int], seconds: float) -> dict[str, Any]:
-        return measure(decoders("synthetic" if way == WAYS[2] else "kangaroo"), prompt, way, seconds, job)
+    def cell(way: str, prompt: list[int], seconds: float) -> dict[str, Any]:
+        with chained(way == PLAIN_CHAINED):
+            found = measure(decoders(way), prompt, way, seconds, job)
+        if way in (PLAIN, PLAIN_CHAINED):
+            length = len(prompt) + found["new_tokens"] // 2
+            found["bytes_per_token"] = bytes_a_token(shape, length, job.dtype.itemsize)
+        return found
 
     todo = [(context, way) for context in contexts_of(job) for way in WAYS]
     for done, (context, way) in enumerate(todo):
-        seconds = job.left / (models_left * len(todo) - done)
+        seconds = job.left / (models_left * len(todo) - done) / (2 if job.brief else 1)  # the other half is for steps
         entry = {"model": shape.name, "context": context, "way": way}
-        job.cell("cells", entry, partial(decode_cell, way, random_prompt(shape, context), seconds))
+        job.cell("cells", entry, partial(cell, way, random_prompt(shape, context), seconds))
 
 
-def measure_steps(job: Job, shape: ModelShape, ways: Sequence[str]) -> None:
+def measure_steps(job: Job, shape: ModelShape, ways: tuple[str, ...]) -> None:
     """The steps of one model by the number of drafts, drafting in these ways."""
-    decoders = Decoders(shape, job)
+    decoders, context = Decoders(shape, job), contexts_of(job)[0]
 
-    def step_cell(drafting: str, prompt: list[int], drafts: int) -> dict[str, Any]:
-        kangaroo = decoders(DRAFTING[drafting])
-        with chained(drafting == CHAINED):
-            return measure_step(kangaroo, prompt, drafts, job)
+    def cell(drafting: str, drafts: int) -> dict[str, Any]:
+        with chained(drafting == STAGEWISE_CHAINED):
+            return measure_step(decoders(drafting), random_prompt(shape, context), drafts, job)
 
-    context = contexts_of(job)[0]
     for drafts in STEP_DRAFTS:
         for drafting in ways:
             entry = {"model": shape.name, "context": context, "drafts": drafts, "drafting": drafting}
-            job.cell("steps", entry, partial(step_cell, drafting, random_prompt(shape, context), drafts))
+            job.cell("steps", entry, partial(cell, drafting, drafts))

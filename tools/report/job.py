@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_model import SMOKE
 
 from kangaroo_kernels.workloads import MODELS, ModelShape
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 """The repository."""
-
-SMOKE = ModelShape("smoke", 32, 32, 2, 1, 16, 64, 2)
-"""The only model of a smoke run: small enough for Triton's interpreter."""
 
 
 def one_line(error: BaseException) -> str:
@@ -42,6 +40,7 @@ class Job:
         seconds: that it may take.
         smoke: whether to run at tiny size on the CPU.
         pair: folder of a trained pair, for the part that measures one.
+        brief: whether the first model alone is measured, at its shortest context.
         values: what it found.
     """
 
@@ -50,6 +49,7 @@ class Job:
     seconds: float
     smoke: bool = False
     pair: Path | None = None
+    brief: bool = False
     values: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class Job:
     @property
     def models(self) -> tuple[ModelShape, ...]:
         """Whose shapes to measure, the most telling first."""
-        return (SMOKE,) if self.smoke else MODELS
+        return (SMOKE,) if self.smoke else MODELS[: 1 if self.brief else None]
 
     def note(self, **values: Any) -> None:
         """Add to what was found."""

@@ -5,14 +5,14 @@ a user would pick instead. In a low precision its text may differ from ours by r
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model.demo import DemoPair
-from kangaroo_kernels.model.evaluation.compare import compare, summarise
+from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
+from kangaroo_kernels.model.evaluation.compare import Comparison, compare, summarise
 
 from .job import Job
 
@@ -25,6 +25,7 @@ class Decoded(NamedTuple):
     """A prompt that plain decoding and Kangaroo went through.
 
     Attributes:
+        name: of the prompt.
         prompt: its tokens.
         new: the tokens of plain decoding.
         speed: Kangaroo's tokens a second.
@@ -39,29 +40,26 @@ class Decoded(NamedTuple):
 def run(job: Job) -> None:
     """Every prompt, plain and Kangaroo in turns, then all of them together; then transformers."""
     assert job.pair is not None
-    device = "cpu" if job.smoke else "cuda"
     pair = DemoPair(job.pair)
-    kangaroo = Kangaroo.from_pretrained(pair.target, pair.adapter, device=device)
-    assert kangaroo.drafter is not None
+    kangaroo = Kangaroo.from_pretrained(pair.target, pair.adapter, device=job.device)
+    assert isinstance(kangaroo.drafter, KangarooDrafter)
     config, adapter = kangaroo.target.config, kangaroo.drafter.adapter.config
     job.note(
         name=job.pair.name,
         dtype=str(kangaroo.target.dtype).removeprefix("torch."),
-        kernels=kangaroo.target.operations.kernels,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         exit_layer=adapter.exit_layer,
         num_speculative_tokens=adapter.num_speculative_tokens,
         draft_confidence_threshold=adapter.draft_confidence_threshold,
-        greedy=True,
         not_run=0,
     )
     prompts = list(pair.prompts().items())[: 2 if job.smoke else PROMPTS]
-    comparisons, rows, decoded = [], list[dict[str, Any]](), list[Decoded]()
+    comparisons, decoded = list[Comparison](), list[Decoded]()
     new_tokens, rounds = (24, 1) if job.smoke else (NEW_TOKENS, ROUNDS)
     for name, text in prompts:
         if job.left <= (1 - OWN_SHARE) * job.seconds:
-            job.note(not_run=len(prompts) - len(rows))
+            job.note(not_run=len(prompts) - len(comparisons))
             break
         job.doing(name)
         plain = kangaroo.generate(text, max_new_tokens=new_tokens, plain=True)
@@ -69,8 +67,7 @@ def run(job: Job) -> None:
         comparisons.append(comparison)
         prompt = kangaroo.tokenizer(text)["input_ids"]
         decoded.append(Decoded(name, prompt, plain.tokens, comparison.kangaroo_tokens_per_second))
-        rows.append(comparison.as_dict())
-        job.note(prompts=rows, total=summarise(comparisons).as_dict(), counts=asdict(summarise(comparisons).stats))
+        job.note(prompts=[each.as_dict() for each in comparisons], total=summarise(comparisons).as_dict())
     beside_transformers(job, pair, kangaroo, decoded)
 
 
@@ -85,33 +82,32 @@ def beside_transformers(job: Job, pair: DemoPair, kangaroo: Kangaroo, decoded: l
 
     The longest text comes first: ``generate`` keeps the length of its static cache from then on, and compiles once.
     """
+    # what is measured before must not hang on what this imports
+    from . import baselines  # noqa: PLC0415
+
     models: list[Any] = []
 
     def cell(text: Decoded, way: str) -> dict[str, Any]:
-        # what is measured before must not hang on what this imports
-        from .baselines import COMPILED, compiled, timed, trained_model  # noqa: PLC0415
-
         if not models:
-            models.append(trained_model(pair.target, job, kangaroo.target.dtype))
-        how = compiled(job) if way == COMPILED else {}
-        runs = [timed(models[0], text.prompt, len(text.new), job, **how) for _ in range(2)]  # the first warms up
-        speed = runs[1].tokens_per_second
+            models.append(baselines.trained_model(pair.target, job, kangaroo.target.dtype))
+        how = baselines.settings_of(way, job)
+        for _ in range(2):  # the first warms up
+            run = baselines.timed(models[0], text.prompt, len(text.new), job, **how)
         return {
-            "tokens_per_second": speed,
-            "kangaroo_speedup": text.speed / speed if speed else None,
+            "tokens_per_second": run.tokens_per_second,
+            "kangaroo_speedup": text.speed / run.tokens_per_second if run.tokens_per_second else None,
             "new_tokens": len(text.new),
-            "agreeing_tokens": agreeing(text.new, runs[1].tokens),
+            "agreeing_tokens": agreeing(text.new, run.tokens),
         }
 
-    ways = ["eager", "static, compiled"]
-    job.note(ways=list(ways), compiled=not job.smoke)
+    ways = list(baselines.WAYS)
     for text in sorted(decoded, key=lambda each: -len(each.prompt) - len(each.new)):
         for way in list(ways):
             job.cell("cells", {"prompt": text.name, "way": way}, partial(cell, text, way))
             cells = job.values["cells"]
             if "error" in cells[-1]:
                 ways.remove(way)
-            job.note(baselines=[total_of(cells, one) for one in job.values["ways"]])
+            job.note(baselines=[total_of(cells, one) for one in baselines.WAYS])
 
 
 def total_of(cells: Sequence[dict[str, Any]], way: str) -> dict[str, Any]:

@@ -1,57 +1,87 @@
-"""The parts of the report, in their order, and how the time is shared out."""
+"""What a report is made of: parts in their order, each with its share of the time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Part(NamedTuple):
-    """A part; the module of its name in this package runs it.
+    """A part of a report.
 
     Attributes:
-        share: of the time, relative to the others'.
+        name: of the part; unless it is tests, the module of that name in this package runs it.
+        share: of the time, relative to the other parts'.
         what: it does, in a few words.
+        tests: pytest's arguments, where the part is tests.
+        workers: the most processes that run those tests.
     """
 
     name: str
     share: float
     what: str
+    tests: tuple[str, ...] = ()
+    workers: int = 1
 
+
+WORKERS = 12
+"""Most of a small test's time is the host's."""
+
+REAL_SHAPES, LAUNCHES, ONE_KERNEL = (
+    f"tests/gpu/test_{name}.py" for name in ("real_shapes", "ways_to_launch", "zz_one_kernel")
+)
+DECODE = Part("decode", 140, "decode speeds with random weights, plain and Kangaroo")
+ENVIRONMENT = Part("environment", 25, "versions, and what the card's memory gives")
+KERNELS = Part("kernels", 80, "microbenchmarks beside PyTorch's own ways")
 
 PARTS = (
-    Part("environment", 25, "versions, and the card's measured ceilings"),
-    Part("tests", 85, "the tests that need a GPU"),
-    Part("equality", 35, "bit-equality at real shapes"),
-    Part("kernels", 80, "microbenchmarks beside PyTorch's own ways"),
-    Part("decode", 140, "decode speeds with random weights, plain and Kangaroo"),
+    ENVIRONMENT,
+    Part("tests", 85, "the tests that need a GPU", ("tests", "--ignore=tests/gpu"), WORKERS),
+    Part("equality", 45, "bits and tokens at real models' shapes", ("tests/gpu",)),
+    KERNELS,
+    DECODE,
     Part("baselines", 130, "transformers on the same card"),
     Part("timeline", 20, "one iteration, kernel by kernel"),
-    Part("tuning", 25, "launch configurations, if time is left"),
 )
 PAIR = Part("pair", 90, "a trained pair on held-out prompts")
 
+LOOP_TESTS = "tests/kernels/test_draft_loop.py"
+CHOSEN = "bits or wherever or captured or thousand or lost or wait or graphs or the_same or (plain_tokens and bfloat16)"
+"""Of the GPU's tests those that hold bits, graphs and waiting."""
 
-def choose(only: Sequence[str] | None, with_pair: bool) -> list[Part]:
-    """The parts asked for, in their order.
+FIRST = (
+    ENVIRONMENT,
+    Part("operations", 35, "every operation at real shapes, its error and its bits", (REAL_SHAPES, "-k", "operation")),
+    Part("launches", 35, "plain decoding's tokens in every way to launch", (LAUNCHES,)),
+    Part("loop", 45, "the persistent kernel at sizes that fill the card", (ONE_KERNEL, "-k", "stages or again")),
+    Part(
+        "tests",
+        70,
+        "the tests of bits, graphs and waiting",
+        ("tests/kernels", "tests/model", f"--ignore={LOOP_TESTS}", "-k", CHOSEN),
+        WORKERS,
+    ),
+    Part("loop_tests", 35, "the persistent kernel's own tests, alone on the card", (LOOP_TESTS,)),
+    KERNELS._replace(share=45),
+    DECODE._replace(share=60),
+)
+"""The first minutes on a card (``gpu_kit/first.py``): is it right, and how fast at the first model's shape."""
 
-    Without ``only`` these are all, or with a pair the environment and the pair.
+
+def choose(parts: Sequence[Part], only: str | None) -> list[Part]:
+    """Those of the parts whose names stand in ``only``, with commas between them; all of them without it.
 
     Raises:
-        ValueError: a name that is none, or the pair's part without a pair.
+        ValueError: a name that is none.
     """
-    known = {part.name: part for part in (*PARTS, PAIR)}
     if only is None:
-        return [PARTS[0], PAIR] if with_pair else list(PARTS)
-    unknown = [name for name in only if name not in known]
-    if unknown or not only:
+        return list(parts)
+    names, known = [name.strip() for name in only.split(",")], [part.name for part in parts]
+    unknown = [name for name in names if name not in known]
+    if unknown:
         raise ValueError(f"there is no part called {', '.join(unknown) or 'so'}; there are {', '.join(known)}.")
-    if PAIR.name in only and not with_pair:
-        raise ValueError("the part pair needs --pair DIR, a folder with target/, adapter/ and prompts.json.")
-    if with_pair and PAIR.name not in only:
-        raise ValueError("--pair is given, but --only leaves the part pair out; name it too.")
-    return [part for name, part in known.items() if name in only]
+    return [part for part in parts if part.name in names]
 
 
-def budgets(parts: Iterable[Part], seconds: float) -> list[float]:
-    """What each part may take of the time that is left."""
-    shares = [part.share for part in parts]
-    return [max(0.0, seconds) * share / sum(shares) for share in shares]
+def budgets(parts: Sequence[Part], seconds: float) -> list[float]:
+    """What each part may take of the seconds that are left."""
+    total = sum(part.share for part in parts)
+    return [max(0.0, seconds) * part.share / total for part in parts]

@@ -1,6 +1,6 @@
-"""The report's pictures: a roofline with the measured ceilings, decode speeds, one iteration, a pair's acceptance."""
+"""The report's pictures: kernels beside the measured ceiling, decode speeds, one iteration, a pair's acceptance."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,220 +9,152 @@ import matplotlib as mpl
 mpl.use("Agg")  # no screen is needed
 
 import matplotlib.pyplot as plt
-import numpy as np
+from iteration_profile import PREFIX, Event, StageRun
 
 from .job import one_line
-from .page import SMOKE_LABEL, name_of
+from .page import SMOKE_LABEL, kernel_rows
 
 Values = Mapping[str, Any]
-
-COLOURS = {
-    "qkv_rope": "#2f6f9f",
-    "attention": "#b5542b",
-    "linear_residual": "#6a9f58",
-    "gate_up": "#8c6bb1",
-    "top1_head": "#c9a227",
-    "sample_head": "#7f7f7f",
-}
-OTHER, SKIPPED = "#444444", "#c4c4c4"
-MARKERS = {1: "o", 4: "D", 8: "s", 16: "^"}
-WAY_COLOURS = ("#9db8cc", "#5b92bb", "#1f4e79", "#d9c3b0", "#c99a74", "#a05a2c", "#6b4a33")
-WIDTH = 9.0
-DPI = 130
-NAME_LENGTH = 34
+BLUES = ("#9db8cc", "#5b92bb", "#1f4e79", "#10293f", "#d9a37a", "#a05a2c")
+STAGES = {"draft": BLUES[2], "draft/shallow": BLUES[1], "draft/step": BLUES[2], "verify": "#b5542b"}
+OTHER, SKIPPED = "#777777", "#c4c4c4"
+WIDTH, DPI, NAME_LENGTH = 9.0, 130, 34
 
 
-def _finish(figure: Any, path: Path, report: Values, what: str) -> None:
+def save(figure: Any, path: Path, title: str) -> None:
     """Say on the picture itself where and what it is, and write it."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    if report["smoke"]:
-        figure.suptitle(SMOKE_LABEL, fontsize=9, color="#a03020")
-    else:
-        figure.suptitle(f"{report['gpu']}: {what}", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
 
-def roofline(report: Values, path: Path) -> bool:
-    """Speed over arithmetic intensity, a point a kernel and number of rows, below what the card was measured to do."""
-    parts = report["parts"]
-    cells = [cell for cell in parts.get("kernels", {}).get("cells", ()) if cell["way"] in ("kernel", "reference")]
-    ceilings = parts.get("environment", {}).get("ceilings") or {}
-    if not cells or "product_flops" not in ceilings:
-        return False
-    read, product = ceilings["read_gigabytes_per_second"] * 1e9, ceilings["product_flops"]
-    intensities = [cell["flops"] / cell["bytes"] for cell in cells]
-    figure, axes = plt.subplots(figsize=(WIDTH, 5.2), layout="constrained")
-    reach = np.geomspace(min(intensities) / 2, 4 * max(*intensities, product / read), 200)
-    roof = np.minimum(reach * read, product) / 1e12
-    axes.plot(
-        reach,
-        roof,
-        color=OTHER,
-        linewidth=1.5,
-        label=f"measured: {read / 1e9:,.0f} GB/s, {product / 1e12:,.3g} TFLOP/s",
-    )
-    for cell in cells:
-        axes.scatter(
-            cell["flops"] / cell["bytes"],
-            cell["flops"] / cell["us"] / 1e6,
-            s=26,
-            color=COLOURS.get(cell["op"], OTHER),
-            marker=MARKERS.get(cell["rows"], "x"),
-            alpha=0.8,
-            zorder=3,
+def bars(axes: Any, groups: Sequence[Any], series: Mapping[str, Mapping[Any, float]]) -> None:
+    """Horizontal bars: a group a row, in it a bar a series, where that has a figure."""
+    height = 0.8 / max(1, len(series))
+    for index, (label, values) in enumerate(series.items()):
+        places = [place + index * height for place, group in enumerate(groups) if group in values]
+        drawn = axes.barh(
+            places, [values[group] for group in groups if group in values], height, color=BLUES[index], label=label
         )
-    for op in dict.fromkeys(cell["op"] for cell in cells):
-        axes.scatter([], [], s=26, color=COLOURS.get(op, OTHER), label=op)
-    for rows in sorted({cell["rows"] for cell in cells}):
-        axes.scatter([], [], s=26, color=OTHER, marker=MARKERS.get(rows, "x"), label=f"{rows} row{'s' * (rows > 1)}")
-    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte that must move", ylabel="TFLOP/s")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8, ncols=2, loc="lower right")
-    _finish(figure, path, report, "kernels at real models' shapes, bfloat16")
+        axes.bar_label(drawn, fmt="{:,.3g}", fontsize=6, padding=2)
+    axes.set_yticks([place + 0.4 - height / 2 for place in range(len(groups))], groups, fontsize=7)
+    axes.invert_yaxis()
+    axes.legend(fontsize=7)
+
+
+def panels(count: int, rows: int) -> tuple[Any, list[Any]]:
+    """A figure with panels one below the other, for so many bars in all."""
+    figure, axes = plt.subplots(count, 1, figsize=(WIDTH, count + 0.16 * rows), layout="constrained", squeeze=False)
+    return figure, list(axes[:, 0])
+
+
+def kernels(piece: Values, path: Path, title: str) -> bool:
+    """Bandwidth of every kernel at 1 and 8 rows, in percent of the measured ceiling (of a CPU: microseconds)."""
+    rows = kernel_rows(piece.get("cells", ()))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    if not rows:
+        return False
+    figure, axes = panels(len(models), 2 * len(rows))
+    for panel, model in zip(axes, models, strict=True):
+        series: dict[str, dict[str, float]] = {}
+        for row in (row for row in rows if row["model"] == model):
+            for label, cell in (("1 row", row["one"]), ("8 rows", row["eight"])):
+                if cell:
+                    share = cell["share_of_ceiling"]
+                    value = cell["us"]["p50"] if share is None else 100 * share
+                    series.setdefault(label, {})[row["op"]] = value
+        bars(panel, [row["op"] for row in rows if row["model"] == model], series)
+        panel.set_title(f"{model}: % of the measured read bandwidth", fontsize=9)
+    save(figure, path, title + ", kernels in bfloat16")
     return True
 
 
-def decode(report: Values, path: Path) -> bool:
+def decode(piece: Values, path: Path, title: str) -> bool:
     """Tokens a second, a panel a model, a group a context, a bar a way."""
-    parts = report["parts"]
-    pieces = [parts.get(name, {}) for name in ("decode", "baselines")]
-    cells = [cell for piece in pieces for cell in piece.get("cells", ()) if "tokens_per_second" in cell]
+    cells = [cell for cell in piece.get("cells", ()) if "tokens_per_second" in cell]
+    models = list(dict.fromkeys(cell["model"] for cell in cells))
     if not cells:
         return False
-    ways = [*pieces[0].get("ways", ()), *pieces[1].get("ways", ())]
-    labels = [name_of(way) for way in pieces[0].get("ways", ())]
-    labels += [f"transformers, {way}" for way in pieces[1].get("ways", ())]
-    models = list(dict.fromkeys(cell["model"] for cell in cells))
-    figure, panels = plt.subplots(
-        len(models), 1, figsize=(WIDTH, 2.6 * len(models) + 0.8), layout="constrained", squeeze=False
-    )
-    width = 0.8 / len(ways)
-    for axes, model in zip(panels[:, 0], models, strict=True):
-        contexts = sorted({cell["context"] for cell in cells if cell["model"] == model})
-        for index, (way, label) in enumerate(zip(ways, labels, strict=True)):
-            speeds = {cell["context"]: cell for cell in cells if (cell["model"], cell["way"]) == (model, way)}
-            places = [group + (index - (len(ways) - 1) / 2) * width for group, c in enumerate(contexts) if c in speeds]
-            some = [speeds[context] for context in contexts if context in speeds]
-            heights = [cell["tokens_per_second"] for cell in some]
-            spread = [
-                [h - c["slowest"] for h, c in zip(heights, some, strict=True)],
-                [c["fastest"] - h for h, c in zip(heights, some, strict=True)],
-            ]
-            bars = axes.bar(
-                places,
-                heights,
-                width * 0.92,
-                yerr=spread,
-                color=WAY_COLOURS[index],
-                label=label,
-                error_kw={"linewidth": 0.8},
-            )
-            axes.bar_label(bars, fmt="{:,.0f}", fontsize=7, padding=2)
-        axes.set_xticks(range(len(contexts)), [f"context {context:,}" for context in contexts])
-        axes.set_xlim(-0.5, len(contexts) - 0.5)
-        axes.set(title=model, ylabel="tokens/s")
-        axes.margins(y=0.15)
-        axes.grid(alpha=0.3, axis="y")
-        axes.set_axisbelow(True)
-    handles, names = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize=8, ncols=3, loc="outside lower center")
-    _finish(figure, path, report, "batch 1, random weights, prefill left out")
+    figure, axes = panels(len(models), len(cells))
+    for panel, model in zip(axes, models, strict=True):
+        series: dict[str, dict[str, float]] = {}
+        for cell in (cell for cell in cells if cell["model"] == model):
+            series.setdefault(cell["way"], {})[f"context {cell['context']:,}"] = cell["tokens_per_second"]
+        bars(panel, list(dict.fromkeys(group for values in series.values() for group in values)), series)
+        panel.set_title(f"{model}: tokens/s", fontsize=9)
+    save(figure, path, title + ", batch 1, random weights, prefill left out")
     return True
 
 
-def timeline(report: Values, path: Path) -> bool:
-    """One iteration: a bar an event, coloured by operation, a lane a draft or stage."""
-    piece = report["parts"].get("timeline", {})
-    events = piece.get("events", ())
-    if not events:
-        return False
-    lanes = list(dict.fromkeys(event["lane"] for event in events))
-    figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(lanes) + 1.6), layout="constrained")
-    bars: dict[str, list[tuple[int, Values]]] = {}
-    for event in events:
-        op = next((op for op in COLOURS if event["name"].startswith(op)), "other")
-        bars.setdefault("skipped" if event["skipped"] else op, []).append((lanes.index(event["lane"]), event))
-    for op, some in bars.items():
-        axes.barh(
-            [lane for lane, _ in some],
-            [event["us"] for _, event in some],
-            left=[event["start"] for _, event in some],
-            height=0.7,
-            color={"other": OTHER, "skipped": SKIPPED}.get(op) or COLOURS[op],
-            label=op,
-        )
-    axes.set_yticks(range(len(lanes)), lanes)
+def iteration(stages: Sequence[StageRun], path: Path, title: str) -> None:
+    """One iteration as a timeline: a lane a stage, a bar an event; what is empty within a stage is gap."""
+    begin = stages[0].start
+    lanes = list(dict.fromkeys(stage.name.removeprefix(PREFIX) for stage in stages))
+    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.45 * len(lanes)), layout="constrained")
+    for stage in stages:
+        name = stage.name.removeprefix(PREFIX)
+        lane, colour = lanes.index(name), STAGES.get(name, OTHER)
+        axes.broken_barh([(stage.start - begin, stage.us)], (lane - 0.4, 0.8), color=colour, alpha=0.15, linewidth=0)
+        events = [(event.start - begin, event.us) for event in stage.events]
+        axes.broken_barh(events, (lane - 0.3, 0.6), color=SKIPPED if stage.skipped else colour, linewidth=0)
+    axes.set(yticks=range(len(lanes)), yticklabels=lanes, xlabel="microseconds", xlim=(0, None))
     axes.invert_yaxis()
-    busy = f"{piece['us']:,.0f} us, {piece['busy_us']:,.0f} us of them busy"
-    axes.set(xlabel="us", xlim=(0, None), title=f"{piece['model']}, context {piece['context']:,}: {busy}")
-    axes.grid(alpha=0.3, axis="x")
-    axes.set_axisbelow(True)
-    figure.legend(fontsize=8, ncols=len(bars), loc="outside lower center")
-    _finish(figure, path, report, "one iteration, random weights, synthetic acceptance")
+    save(figure, path, title)
+
+
+def timeline(piece: Values, path: Path, title: str) -> bool:
+    """The iteration of median length."""
+    if not piece.get("median"):
+        return False
+    stages = [StageRun(**stage | {"events": [Event(*each) for each in stage["events"]]}) for stage in piece["median"]]
+    iteration(stages, path, f"{title}, one iteration of {piece['model']}, random weights, synthetic acceptance")
     return True
 
 
-def pair(report: Values, path: Path) -> bool:
+def pair(piece: Values, path: Path, title: str) -> bool:
     """Speed over plain decoding by prompt, and the acceptance of every position."""
-    piece = report["parts"].get("pair", {})
     if "total" not in piece:
         return False
     prompts, total = piece["prompts"], piece["total"]
+    names = {row["name"]: "/".join(row["name"].split("/")[-2:])[-NAME_LENGTH:] for row in prompts}
     plain = {row["name"]: row["plain_tokens_per_second"] for row in prompts}
-    ways = {"Kangaroo": {row["name"]: row["speedup"] for row in prompts}}
+    series = {"Kangaroo": {names[row["name"]]: row["speedup"] for row in prompts}}
     for cell in piece.get("cells", ()):
         if cell.get("tokens_per_second") and plain[cell["prompt"]]:
-            speeds = ways.setdefault(f"transformers, {cell['way']}", {})
-            speeds[cell["prompt"]] = cell["tokens_per_second"] / plain[cell["prompt"]]
-    height = max(3.4, 0.17 * len(ways) * len(prompts) + 1.2)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, height), layout="constrained")
-    thickness = 0.8 / len(ways)
-    colours = {"Kangaroo": WAY_COLOURS[1], "eager": WAY_COLOURS[3], "static, compiled": WAY_COLOURS[5]}
-    for index, (way, speeds) in enumerate(ways.items()):
-        left.barh(
-            [place + (index - (len(ways) - 1) / 2) * thickness for place, name in enumerate(plain) if name in speeds],
-            [speeds[name] for name in plain if name in speeds],
-            0.92 * thickness,
-            color=colours.get(way.removeprefix("transformers, "), OTHER),
-            label=way,
-        )
-    left.set_yticks(range(len(plain)), ["/".join(name.split("/")[-2:])[-NAME_LENGTH:] for name in plain])
-    left.axvline(1, color=OTHER, linewidth=1)
-    left.invert_yaxis()
-    left.set_title(f"speed over plain decoding; Kangaroo's median {total['speedup']:.2f}", fontsize=10)
-    if len(ways) > 1:
-        figure.legend(fontsize=8, ncols=len(ways), loc="outside lower left")
-    rates = total["acceptance_rate_per_position"]
-    right.bar(range(1, len(rates) + 1), [100 * rate for rate in rates], color=WAY_COLOURS[2])
-    right.set(
-        xlabel="position",
-        ylabel="% of the steps",
-        ylim=(0, 100),
-    )
-    right.set_title(f"drafts accepted; {total['mean_acceptance_length']:.2f} tokens a step", fontsize=10)
-    right.set_xticks(range(1, len(rates) + 1))
-    _finish(figure, path, report, "a trained pair, held-out prompts, batch 1, greedy")
+            speedup = cell["tokens_per_second"] / plain[cell["prompt"]]
+            series.setdefault(cell["way"], {})[names[cell["prompt"]]] = speedup
+    figure, axes = panels(2, len(series) * len(prompts) + len(total["acceptance_rate_per_position"]))
+    bars(axes[0], list(names.values()), series)
+    axes[0].set_title(f"speed over plain decoding; Kangaroo's median {total['speedup']:.2f}", fontsize=9)
+    rates = {f"position {place}": 100 * rate for place, rate in enumerate(total["acceptance_rate_per_position"], 1)}
+    bars(axes[1], list(rates), {"% of the steps": rates})
+    axes[1].set_title(f"drafts accepted; {total['mean_acceptance_length']:.2f} tokens a step", fontsize=9)
+    save(figure, path, title + ", a trained pair, held-out prompts, batch 1, greedy")
     return True
 
 
-PLOTS: Mapping[str, tuple[str, Callable[[Values, Path], bool]]] = {
-    "kernels": ("roofline.png", roofline),
-    "decode": ("decode.png", decode),
-    "timeline": ("timeline.png", timeline),
-    "pair": ("pair.png", pair),
+PLOTS: Mapping[str, Callable[[Values, Path, str], bool]] = {
+    "kernels": kernels,
+    "decode": decode,
+    "timeline": timeline,
+    "pair": pair,
 }
 
 
 def draw(report: Values, folder: Path) -> tuple[dict[str, str], list[str]]:
     """Draw what there are figures for: the files' names by part, and a sentence for each that could not be drawn."""
     drawn, trouble = {}, []
-    for part, (name, plot) in PLOTS.items():
+    parts = {name: dict(piece) for name, piece in report["parts"].items()}
+    if "decode" in parts and "baselines" in parts:
+        parts["decode"]["cells"] = [*parts["decode"].get("cells", ()), *parts["baselines"].get("cells", ())]
+    for name, plot in PLOTS.items():
+        file = f"{name}.png"
         try:
-            if plot(report, folder / name):
-                drawn[part] = name
+            if plot(parts.get(name, {}), folder / file, SMOKE_LABEL if report["smoke"] else report["gpu"]):
+                drawn[name] = file
         except Exception as error:  # a figure that no axis takes: the page and the other pictures are worth more
-            trouble.append(f"{name} could not be drawn: {one_line(error)}.")
+            trouble.append(f"{file} could not be drawn: {one_line(error)}.")
             plt.close("all")
     return drawn, trouble

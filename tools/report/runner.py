@@ -50,6 +50,7 @@ def run_part(
     folder: Path,
     *,
     smoke: bool = False,
+    brief: bool = False,
     pair: Path | None = None,
     update: Callable[[str], None] = lambda doing: None,
     command: tuple[str, ...] = (sys.executable, "-m", "report.worker"),
@@ -61,6 +62,7 @@ def run_part(
         seconds: it is told to end within these; after ``GRACE`` more it is ended.
         folder: where its further files go.
         smoke: tiny sizes, on the CPU.
+        brief: the first model alone.
         pair: folder of a trained pair.
         update: called now and then with what is being done.
         command: what runs a part.
@@ -73,7 +75,7 @@ def run_part(
     with tempfile.TemporaryDirectory() as scratch:
         piece, log = Path(scratch) / "piece.json", Path(scratch) / "log"
         arguments = [part.name, "--piece", str(piece), "--folder", str(folder), "--seconds", f"{seconds:.1f}"]
-        arguments += ["--smoke"] if smoke else []
+        arguments += ["--smoke"] * smoke + ["--brief"] * brief
         arguments += ["--pair", str(pair)] if pair is not None else []
         began = time.monotonic()
         with log.open("wb") as output:
@@ -112,7 +114,7 @@ def _wait(process: "subprocess.Popen[bytes]", deadline: float, update: Callable[
             return "stopped"
         if now > deadline + GRACE and not interrupted:
             interrupted = True
-            _signal(process, signal.SIGINT)  # pytest and the tuner write what they have
+            _signal(process, signal.SIGINT)  # pytest writes what it has
         update()
         time.sleep(POLL)
     if interrupted:

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, counted while they run: a test that hangs does not take the others' results along."""
+"""Parts that are tests, counted while they run: a test that hangs does not take the others' results along."""
 
 import importlib.util
 import os
@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
+from . import guard
 from .job import ROOT, Job
-
-WORKERS = 4
-"""Most of a test's time is compiling, which other cores can do."""
+from .parts import Part
 
 SMOKE_TESTS = ("tests/kernels/test_rms_norm.py",)
 SHOWN_FAILURES = 20
@@ -23,7 +22,14 @@ class Counter:
         self.job = job
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         self.failures: list[dict[str, str]] = []
+        self.noted: list[dict[str, Any]] = []
         self.collected = 0
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """In a smoke run no test waits for a GPU."""
+        for item in items if self.job.smoke else ():
+            item.own_markers = [mark for mark in item.own_markers if mark.name != "skip"]
 
     def pytest_collection_finish(self, session: Any) -> None:
         """How many there are."""
@@ -54,26 +60,32 @@ class Counter:
         self.counts[report.outcome] += 1
         if report.outcome == "failed":
             self.fail(report)
+        self.noted += [{"test": report.nodeid, name: value} for name, value in report.user_properties]
         done = sum(self.counts.values())
         self.job.note(
             **self.counts,
             collected=self.collected,
             not_run=max(0, self.collected - done),
             failures=self.failures[:SHOWN_FAILURES],
+            noted=self.noted,
             doing=f"{done} of {self.collected}",
         )
 
 
-def run(job: Job) -> None:
-    """``pytest -m gpu``, in this process."""
+def run(job: Job, part: Part) -> None:
+    """Run the GPU's tests among those of a part, in this process or in workers; in a smoke run on the CPU."""
     os.chdir(ROOT)
-    counter = Counter(job)
-    chosen = list(SMOKE_TESTS) if job.smoke else ["-m", "gpu", "tests"]
-    if not job.smoke and importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 2 * WORKERS:
-        chosen += ["-n", str(WORKERS)]
+    os.environ["GUARD_LOG"] = str((job.folder / "lost.txt").resolve())
+    counter, chosen = Counter(job), [*part.tests, "-m", "gpu"]
+    if job.smoke and not part.tests[0].startswith("tests/gpu"):  # those are tiny on a CPU
+        chosen = list(SMOKE_TESTS)
+    workers = 1 if job.smoke else min(part.workers, (os.cpu_count() or 1) - 2)
+    if workers > 1 and importlib.util.find_spec("xdist"):
+        chosen += ["-n", str(workers), "--max-worker-restart=24"]
     job.note(ran="pytest " + " ".join(chosen))
-    quietly = ("--continue-on-collection-errors", "--tb=short", "-p", "no:cacheprovider")
-    status = pytest.main([*chosen, *quietly], plugins=[counter])
-    job.note(exit_status=int(status))
+    quietly = ("--continue-on-collection-errors", "--tb=short", "-p", "no:cacheprovider", "-p", "report.guard")
+    status = pytest.main([*chosen, *quietly, "-W", "default"], plugins=[counter])  # others' warnings are no failures
+    compiled = {"compiled": len(guard.compiled), "compiled_names": sorted(set(guard.compiled))}
+    job.note(exit_status=int(status), found=len(guard.found), **compiled)
     if not counter.collected:
         raise RuntimeError(f"pytest found no tests and ended with {int(status)}.")

@@ -1,0 +1,89 @@
+"""At real models' shapes: operations against float64, and their bits; a verification's rows; whole decodes.
+
+In a smoke run of the report the same comparisons go through a tiny shape in Triton's interpreter, where a row's bits
+may depend on its neighbours (``docs/kernels.md``): there operations are held by their errors, decodes by their tokens.
+"""
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from random_model import SMOKE, random_kangaroo, random_prompt, verification
+from right import ALLOWED, first_results, first_rows, launcher, relative_error, same_bits, written
+
+from kangaroo_kernels.workloads import MODELS, Settings, workloads
+
+ON_GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.gpu
+SHAPES, DTYPE = (MODELS, torch.bfloat16) if ON_GPU else ((SMOKE,), torch.float32)
+ROWS, COUNTS = (16, range(1, 16)) if ON_GPU else (16, (1, 2))
+QUIET = 0.1
+"""What the layers behind the exit add: so little that about half of the drafts are right."""
+
+CASES = [
+    pytest.param(shape, each, id=f"{shape.name}-{each.op}-{each.role}") for shape in SHAPES for each in workloads(shape)
+]
+
+
+@pytest.mark.parametrize(("shape", "workload"), CASES)
+@torch.inference_mode()
+def test_an_operation(shape, workload, device):
+    """On 16 rows and on their first M alone: near the truth, and the same bits."""
+    op, kernel = workload.op, launcher(workload.op)
+    arguments = workload.make(Settings(ROWS, 1000 if ON_GPU else 32, DTYPE, device))
+    together = written(op, kernel, arguments)
+    assert relative_error(op, together, arguments) <= ALLOWED[DTYPE]
+    for count in COUNTS:
+        few = first_rows(op, arguments, count)
+        alone = written(op, kernel, few)
+        assert relative_error(op, alone, few) <= ALLOWED[DTYPE], f"{count} rows"
+        if ON_GPU:
+            assert same_bits(alone, first_results(op, together, count)), f"{count} rows have other bits alone"
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
+def decoder(request, device):
+    """A random model, some of whose drafts are right, and a prompt."""
+    yield (
+        random_kangaroo(request.param, device, DTYPE, quiet=QUIET),
+        random_prompt(request.param, 300 if ON_GPU else 20),
+    )
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def test_a_verifications_rows(decoder, device):
+    """The deep layers and the head over 16 rows at once, as in verification, and row by row, as in plain decoding."""
+    kangaroo, prompt = decoder
+    states = torch.randn(ROWS if ON_GPU else 3, kangaroo.target.config.hidden_size, dtype=DTYPE, device=device)
+    verify = verification(kangaroo, prompt, states)
+    together = verify(0, len(states))
+    alone = [torch.cat(parts) for parts in zip(*(verify(row, row + 1) for row in range(len(states))), strict=True)]
+    for name, ours, theirs in zip(("states", "tokens", "confidences", "logits"), together, alone, strict=True):
+        if ON_GPU or not ours.is_floating_point():
+            assert torch.equal(ours, theirs), name
+        else:
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-4), name
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8] if ON_GPU else [0.0])
+def test_a_decode(decoder, temperature):
+    compare_decodes(*decoder, temperature)
+
+
+def compare_decodes(kangaroo, prompt, temperature):
+    """Plain decoding's tokens at several settings; nothing would be compared if no draft were accepted."""
+    settings, lengths = {"max_new_tokens": 96 if ON_GPU else 8, "temperature": temperature}, []
+    wanted = kangaroo.generate(prompt, plain=True, **settings).tokens
+    for drafts, threshold in ((6, 0.6), (6, 0.0), (15, 0.0), (1, 1.0)) if ON_GPU else ((6, 0.0),):
+        limits = {"num_speculative_tokens": drafts, "draft_confidence_threshold": threshold}
+        got = kangaroo.generate(prompt, **limits, **settings)
+        assert got.tokens == wanted, limits
+        lengths.append(got.stats.mean_acceptance_length)
+    assert max(lengths) > 1

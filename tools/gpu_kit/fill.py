@@ -1,0 +1,180 @@
+"""Compile what a GPU will be asked for, through the project's own launchers, in ``standin``'s place of a GPU.
+
+``python -O fill.py NAME FOLDER``, NAME being a model's: every operation at its shapes; whole iterations, plain and
+Kangaroo's, in every way to launch. ``loops``: the persistent loop at the sizes of its tests, and the yardstick's
+streams. ``kernel-tests``, ``model-tests``, ``decodes`` and ``parts``: what ``first.py`` runs; the last three with
+``STANDIN=compute``. ``parts`` goes through the branches that a GPU takes, at a tiny shape; its times mean nothing.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import standin  # before anything else of the library
+
+# isort: split
+import gpu_measure as gm
+import pytest
+import random_model
+import torch
+from gpu_card import Card, EnergyMeter
+from report import decode as decoding
+from report import environment
+from report.job import Job
+from report.parts import CHOSEN
+from right import launcher
+from steps import META, STEPS
+from synthetic import paper_trace
+from triton.runtime import cache
+
+from kangaroo_kernels.launch_config import chained
+from kangaroo_kernels.model.loop.device import LEAST_REACH
+from kangaroo_kernels.model.loop.graphs import GraphRunner
+from kangaroo_kernels.model.loop.iteration import Iteration
+from kangaroo_kernels.model.loop.state import TextState
+from kangaroo_kernels.model.request import Request
+from kangaroo_kernels.model.sampling import Sampling
+from kangaroo_kernels.workloads import MODELS, TINY, ModelShape, Settings, workloads
+
+CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
+LENGTHS = (128, 256, 1000, 2048, 8192, 32768)
+SAMPLINGS = (Sampling(), Sampling(temperature=0.8), Sampling(temperature=0.8, top_k=50, top_p=0.9))
+CAPACITY = 8192 + 64
+REACHES = (LEAST_REACH, 2048, CAPACITY)
+"""Which kernels are launched depends on them no further than these do: 2 splits, a multiple of 16, and 33."""
+
+CHAIN_TESTS = "tests/kernels/test_chain.py"
+"""One of them decodes, so they are led with the references computing."""
+
+CARD = Card("a card", 132, 50 << 20, standin.SHARED_BYTES, 90)
+
+
+def model(shape: ModelShape) -> None:
+    """All that is launched at a model's shape."""
+    for on in (False, True):
+        with chained(on), torch.inference_mode():
+            operations(shape, on)
+            iterations(shape, on)
+
+
+def operations(shape: ModelShape, on: bool) -> None:
+    """What the report's parts on kernels and equality run, and the steps of ``kernel_report.py``."""
+    for length in LENGTHS:
+        for workload in workloads(shape):
+            args, kwargs = workload.make(Settings(7, length, BFLOAT16, META))
+            launcher(workload.op)(*args, **kwargs)
+    for step in STEPS:
+        if "paged" not in step.name and not (on and "loop" in step.name):
+            settings = Settings(1 if step.drafting else 7, step.length or 2048, BFLOAT16, META)
+            for call in step.calls(shape, settings):
+                call.launch()
+
+
+def iterations(shape: ModelShape, on: bool) -> None:
+    """Plain decoding and Kangaroo at every reach; two layers stand for all, which are alike."""
+    target = random_model.random_target(shape._replace(layers=2), META, BFLOAT16)
+    runner, cache = GraphRunner(META), target.new_cache()
+    cache.reserve(CAPACITY)
+    for drafts in (0, 6):
+        for sampling in SAMPLINGS:
+            request = Request((1, 2, 3), 200, False, sampling, drafts, 0.6, frozenset(), ())
+            for persistent in (False, True) if drafts and not on else (False,):
+                drafter, memory = random_model.random_drafter(target, 1, persistent=persistent), None
+                if drafts:
+                    memory = drafter.new_memory()
+                    memory.cache.reserve(CAPACITY)
+                text = TextState([1, 2, 3], cache, memory)
+                iteration = Iteration(target, drafter if drafts else None, text, request, runner)
+                for reach in (*REACHES[:2], cache.capacity):
+                    iteration.run(reach)
+
+
+def put(module: Any, **values: Any) -> None:
+    """Other values in the place of a module's own."""
+    for name, value in values.items():
+        setattr(module, name, value)
+
+
+def empty(
+    *shape: int, generator: Any = None, dtype: Any = None, device: Any = None, scale: float = 1.0
+) -> torch.Tensor:
+    """In the place of random numbers: memory that nobody has touched."""
+    return torch.empty(*shape, dtype=dtype, device=device)
+
+
+def loops() -> None:
+    """The streams; the loop and its stages at every size."""
+    source = torch.empty((1 << 30) - (1 << 20), dtype=torch.int32, device=META)
+    for each in gm.STREAMS:
+        gm.read_stream(source, each, CARD.multiprocessors)
+    tests, draft_steps = import_module("test_zz_one_kernel"), import_module("draft_steps")
+    put(draft_steps, drawer=lambda seed, dtype, device: partial(empty, dtype=dtype, device=device))
+    for hidden, inner, vocab, heads in tests.SIZES.values():
+        put(draft_steps, HIDDEN=hidden, INNER=inner, VOCAB=vocab)
+        drafter = draft_steps.make_model(CPU, BFLOAT16, 2, (), heads, heads, tests.CAPACITY)
+        for sampling in ({}, {"temperature": 0.8, "seed": 3}):
+            for before in (126, 300, 2000):
+                one, stages = (draft_steps.begin(drafter, 6, before) for _ in range(2))
+                draft_steps.by(launcher("draft_loop"), drafter, one, threshold=0.0, **sampling)
+                draft_steps.by_stages(drafter, stages, threshold=0.0, **sampling)
+
+
+def tests(*chosen: str) -> None:
+    """Lead them through their launches: asserts are compiled away, and nothing holds."""
+    ways = ["-W", "ignore", "--assert=plain", "-p", "no:cacheprovider", "-q", "--tb=no", "--no-header", "-r", "N"]
+    ways.append("--continue-on-collection-errors")
+    pytest.main(["-m", "gpu", *ways, *chosen], plugins=[standin])
+
+
+def kernel_tests() -> None:
+    """Those that ``first.py`` chooses, on memory that nobody has touched."""
+    put(torch, randn=empty)
+    tests("tests/kernels", f"--ignore={CHAIN_TESTS}", "-k", f"({CHOSEN}) and not thousand")
+
+
+def decodes() -> None:
+    """The bundled pair in every way to launch."""
+    ways = import_module("test_ways_to_launch")
+    for way in ways.WAYS:
+        for temperature in (0.0, 0.8):
+            list(ways.decodes(way, temperature, CPU, 9))
+
+
+def parts(folder: Path) -> None:
+    """``environment`` and ``decode`` as a GPU has them."""
+    ceiling, trace, meter = gm.Ceiling(4300.0, 4000.0, 1 << 30, gm.STREAMS[0]), paper_trace(4), EnergyMeter(None)
+    put(Job, device=CPU, dtype=BFLOAT16, models=(TINY._replace(layers=3),))
+    put(environment, read_card=lambda device: CARD, snapshot=lambda device: {"sm_mhz": 1980})
+    put(environment, measure_ceiling=lambda device: ceiling)
+    put(decoding, NEW_TOKENS=4, WARM_UP_TOKENS=4, LEAST_TOKENS=4, STEP_TOKENS=4)
+    put(decoding, paper_trace=lambda: trace, EnergyMeter=lambda device: meter)
+    for part in (environment, decoding):
+        job = Job(folder / f"{part.__name__}.json", folder, 600, brief=True)
+        part.run(job)
+        cells = [*job.values.get("cells", ()), *job.values.get("steps", ())]
+        if wrong := [cell for cell in cells if "error" in cell]:
+            sys.exit(f"{part.__name__}: {wrong}")
+
+
+def main() -> None:
+    """Do the work of that name."""
+    began, what, folder = time.monotonic(), sys.argv[1], Path(sys.argv[2])
+    if not getattr(cache, "adopted", False):
+        sys.exit(
+            "sitecustomize.py was not run, or this is another Triton than the GPU's: nothing of it would be found."
+        )
+    works: dict[str, Callable[[], None]] = {shape.name: partial(model, shape) for shape in MODELS}
+    works |= {"loops": loops, "kernel-tests": kernel_tests, "decodes": decodes, "parts": partial(parts, folder)}
+    works["model-tests"] = partial(tests, "tests/model", CHAIN_TESTS, "-k", CHOSEN)
+    works[what]()
+    counts = f"{len(standin.compiled)} compiled, {len(standin.found)} found"
+    counts += "".join(f", CANNOT BE COLLECTED: {name}" for name in standin.broken)
+    print(f"{what}: {counts}, {time.monotonic() - began:.0f} s, {time.process_time():.0f} s of one core")
+
+
+if __name__ == "__main__":
+    main()

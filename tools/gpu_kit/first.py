@@ -1,0 +1,47 @@
+"""The first minutes on a GPU: is it right, and how fast? ``python tools/gpu_kit/first.py --out DIR [--seconds 265]``.
+
+Parts of ``gpu_report.py`` in an order of their own, each in a process and within its time: one that fails, hangs or
+loses the GPU ends alone. ``DIR/report.json`` and ``DIR/report.md`` have what was found as soon as a part is over, the
+report is printed at the end. Triton's cache (``TRITON_CACHE_DIR``) decides what must be compiled; every part counts it.
+``--only a,b`` picks some; ``--smoke`` runs all of them at tiny size on the CPU, the kernels in Triton's interpreter.
+"""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from command import refuse, require_time
+from gpu_report import Plan, measure, require_device
+from report.parts import FIRST, choose
+
+NAME = "first"
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    seconds: Annotated[float, typer.Option(help="The time limit of the whole.")] = 265.0,
+    only: Annotated[
+        str | None, typer.Option(help=f"Parts to run, with commas between them: {', '.join(p.name for p in FIRST)}.")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Every part at tiny size on the CPU.")] = False,
+) -> None:
+    """Check and measure this GPU within minutes."""
+    require_time(NAME, "--seconds", seconds)
+    try:
+        parts = choose(FIRST, only)
+    except ValueError as error:
+        refuse(NAME, str(error))
+    require_device(NAME, smoke)
+    status = measure(Plan(parts, seconds / 60, out.resolve(), smoke, brief=True))
+    print((out / "report.md").read_text(encoding="utf-8"), flush=True)
+    raise typer.Exit(status)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    typer.run(main)

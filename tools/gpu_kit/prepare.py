@@ -1,0 +1,184 @@
+"""Make ``.dev/``, which is carried to a GPU beside the project: the compiled kernels, and what Triton finds them by.
+
+    python tools/gpu_kit/prepare.py [--python 312] [--triton 3.6.0] [--dry] [--again]
+
+The GPU's machine has another Python than this one, and Triton's cache is keyed by the digest of Triton's own files, its
+library for that Python included: the digest is read off that wheel. The kernels are compiled here with the same version
+for this Python, in ``/tmp/kcache``, since Triton's cache holds absolute paths, and stripped to what a launch needs.
+Nothing is done where neither the sources nor the kit changed; where a kernel changed, that one is compiled. ``--dry``
+then unpacks what is carried and goes through all launches again, which must find every kernel.
+"""
+
+import hashlib
+import json
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# ruff: noqa: E402 (the tools first)
+KIT = Path(__file__).resolve().parent
+ROOT = KIT.parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from command import refuse
+from gpu_report import commit, digest_of_sources
+
+DEV, BUILD, CACHE = ROOT / ".dev", ROOT / "build" / "gpu", Path("/tmp/kcache")
+SOURCES = ("kangaroo_kernels", "model", "tools", "tests")
+WORK = ("Vicuna-7B", "kernel-tests", "Llama-3.1-8B", "Llama-3.2-1B", "loops", "model-tests", "decodes", "parts")
+COMPUTING = ("model-tests", "decodes", "parts")
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+
+
+def run(*command: Any, **environment: str) -> tuple[int, str]:
+    """A program in the root, politely: its exit status, and what it printed."""
+    done = subprocess.run(
+        ["nice", "-n", "5", *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout.strip()
+
+
+def require(what: str, *command: Any) -> None:
+    """The same, or the end."""
+    status, said = run(*command)
+    if status:
+        refuse("prepare", f"{what} failed: {said[-1500:]}")
+
+
+def digest(data: bytes) -> str:
+    """As Triton has it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def key_of(wheel: Path, triton: Path) -> str:
+    """``triton.runtime.cache.triton_key()`` as it is where that wheel is installed; ``triton`` has its Python files."""
+    with zipfile.ZipFile(wheel) as archive:
+
+        def parts(folder: str) -> Iterator[str]:
+            for module in pkgutil.iter_modules([str(triton / folder)]):
+                path = f"{folder}/{module.name}"
+                yield digest(archive.read(f"triton/{path}/__init__.py" if module.ispkg else f"triton/{path}.py"))
+                if module.ispkg:
+                    yield from parts(path)
+
+        found = [digest(archive.read("triton/runtime/cache.py")), *parts("compiler"), *parts("backends")]
+        found += [digest(archive.read("triton/_C/libtriton.so")), *parts("language")]
+        source = archive.read("triton/__init__.py").decode()
+    return source.split("__version__ = ")[1].split("\n")[0].strip("'\"") + "-".join(found)
+
+
+def wheel_of(python: str, version: str) -> Path:
+    """The wheel for the GPU's Python, fetched once."""
+    folder, pattern = BUILD / "wheels", f"triton-{version}-cp{python}-*.whl"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not list(folder.glob(pattern)):
+        which = ("--no-deps", "--only-binary=:all:", f"--python-version={python}", "-d", folder, f"triton=={version}")
+        require("fetching Triton's wheel", *PIP, "download", *which)
+    return next(folder.glob(pattern))
+
+
+def triton_for(version: str) -> Path:
+    """A folder with that Triton for this Python: the Makefile's, or one of its own."""
+    for folder in (ROOT / ".venv/triton-3.6", BUILD / "triton"):
+        if (folder / f"triton-{version}.dist-info").is_dir():
+            return folder
+    require("installing Triton", *PIP, "install", "--no-deps", "--target", BUILD / "triton", f"triton=={version}")
+    return BUILD / "triton"
+
+
+def state_of(key: str) -> str:
+    """What decides which kernels there are."""
+    files = [file for folder in SOURCES for file in (ROOT / folder).glob("**/*") if file.suffix in (".py", ".json")]
+    return digest(b"".join(file.read_bytes() for file in sorted(files)) + key.encode())
+
+
+def compile_all(triton: Path) -> bool:
+    """Two processes at a time; whether all went well, and whether nothing had to be compiled is what they print."""
+    paths = [triton, ROOT, DEV, KIT, *(ROOT / name for name in ("tools", "tests", "tests/gpu"))]
+    environment = {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "TRITON_CACHE_DIR": str(CACHE),
+        "TRITON_INTERPRET": "0",
+        "STANDIN_USED": str(BUILD / "used"),
+    }
+
+    def work(what: str) -> bool:
+        mode = "compute" if what in COMPUTING else ""
+        status, said = run(sys.executable, "-O", KIT / "fill.py", what, BUILD, **environment, STANDIN=mode)
+        print(f"{what} failed:\n{said[-1500:]}" if status else said.splitlines()[-1], flush=True)
+        return status == 0
+
+    (BUILD / "used").write_text("")
+    with ThreadPoolExecutor(2) as pool:
+        return all(list(pool.map(work, WORK)))
+
+
+def pack() -> int:
+    """The kernels that were asked for: machine code, and what a launcher must know of it."""
+    names = sorted(set((BUILD / "used").read_text(encoding="utf-8").split()))
+    with tarfile.open(DEV / "kcache.tgz", "w:gz", compresslevel=9) as archive:
+        for file in sorted(file for name in names for file in (CACHE / name).iterdir()):
+            if file.suffix in (".cubin", ".json"):
+                archive.add(file, f"{CACHE.name}/{file.parent.name}/{file.name}")
+    return len(names)
+
+
+def unpack() -> None:
+    """What is carried, in the place of the cache."""
+    shutil.rmtree(CACHE, ignore_errors=True)
+    with tarfile.open(DEV / "kcache.tgz") as archive:
+        archive.extractall(CACHE.parent, filter="data")
+
+
+def main(
+    python: Annotated[str, typer.Option(help="Of the GPU's machine: 312 for 3.12.")] = "312",
+    triton: Annotated[str, typer.Option(help="Of the GPU's machine.")] = "3.6.0",
+    dry: Annotated[bool, typer.Option("--dry", help="Then go through all launches with what is carried.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Even if nothing changed.")] = False,
+) -> None:
+    """Compile the kernels that a GPU will be asked for."""
+    began, file = time.monotonic(), DEV / "key.json"
+    DEV.mkdir(exist_ok=True)
+    shutil.copy(KIT / "sitecustomize.py", DEV)
+    installed = triton_for(triton)
+    key = key_of(wheel_of(python, triton), installed / "triton")
+    known, state = json.loads(file.read_text()) if file.is_file() else {}, state_of(key)
+    told = {"triton": triton, "key": key, "commit": commit(), "sources": digest_of_sources()}
+    write = partial(file.write_text, encoding="utf-8")
+    if known.get("state") == state and (DEV / "kcache.tgz").is_file() and not again:
+        print("nothing changed")
+        write(json.dumps(told | {"state": state}))
+    else:
+        write(json.dumps(told))
+        complete = compile_all(installed)
+        print(f"{pack()} kernels, of {sum(1 for _ in CACHE.iterdir())} in {CACHE}")
+        write(json.dumps(told | ({"state": state} if complete else {})))
+    for carried in sorted(DEV.iterdir()):
+        print(f"{carried.stat().st_size / 2**20:8.2f} MiB  {carried.name}")
+    if dry:
+        unpack()
+        compile_all(installed)
+    print(f"{time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,130 @@
+"""Stands in for an sm_90 GPU where there is none: kernels are compiled, loaded and launched, and none runs.
+
+Launchers called on CPU or ``meta`` tensors take the launch configurations, options and specialisations of a GPU. With
+``STANDIN=compute`` a launcher also calls its reference, so that whole decodes go on. As a pytest plugin it leads GPU
+tests through their launches; run them with ``python -O`` and ``--assert=plain``, for nothing that they hold is true.
+The kernels that were asked for are noted in the file ``$STANDIN_USED``.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compiled import CompileOnly
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kangaroo_kernels import launch_config
+from kangaroo_kernels.draft_loop.kernel import PREFETCHED_STEPS
+from kangaroo_kernels.draft_loop.table import gpu_options
+from kangaroo_kernels.model import backend
+from kangaroo_kernels.operation import OPERATIONS, Operation
+from kangaroo_kernels.shared.chain import chain
+from kangaroo_kernels.shared.launch import require_interpreter
+
+SHARED_BYTES = 232448
+"""Of an H100's program."""
+
+found, compiled, broken = list[str](), list[str](), list[str]()
+
+
+def note(*, src: Any, metadata_group: dict[str, str], cache_hit: bool, **event: Any) -> None:
+    """Triton tells of every kernel once a process."""
+    (found if cache_hit else compiled).append(src.name)
+    with open(os.environ["STANDIN_USED"], "a", encoding="utf-8") as file:
+        file.write(Path(next(iter(metadata_group.values()))).parent.name + "\n")
+
+
+def replace(function: Callable[..., Any], other: Callable[..., Any]) -> None:
+    """Put ``other`` in the place of a function, in every module of the package that has it."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("kangaroo_kernels")]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if value is function:
+                setattr(module, name, other)
+
+
+def on_meta(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As it decides for a device that is not a CPU."""
+    return wraps(function)(lambda x, *more: function(x.new_empty(0, device="meta"), *more))
+
+
+def computing(operation: Operation) -> Callable[..., Any]:
+    """The launcher, then the reference."""
+    launch, compute = operation.launcher, operation.reference
+
+    @wraps(launch)
+    def both(*args: Any, **kwargs: Any) -> Any:
+        launch(*args, **kwargs)
+        return compute(*args, **kwargs)
+
+    return both
+
+
+class Driver(CompileOnly):
+    """Takes a binary that fits into an H100's shared memory, and any launch."""
+
+    class utils:  # noqa: N801 (Triton's name)
+        """What Triton asks of a card."""
+
+        load_binary = staticmethod(lambda name, kernel, shared, device: (name, name, 0, 0, 1024))
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": SHARED_BYTES})
+
+    launcher_cls = staticmethod(lambda src, metadata: lambda *args: None)
+
+
+class Graph:
+    """What is captured has been launched by then; a replay does nothing."""
+
+    def replay(self) -> None:
+        """Nothing is left to do."""
+
+
+def install() -> None:
+    """Put it all into place."""
+    run: Any = JITFunction.run
+
+    def prefetching(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        """What ``draft_loop`` leaves out on a CPU."""
+        more = {"PREFETCHED": PREFETCHED_STEPS} if kernel.fn.__name__ == "draft_loop_kernel" else {}
+        return run(kernel, *args, **kwargs | more)
+
+    knobs.compilation.listener, JITFunction.run = note, prefetching
+    driver.set_active(Driver(90))
+    replace(launch_config.files_for, lambda device: ("sm_90.json",))
+    replace(require_interpreter, lambda op, x: None)
+    replace(chain, on_meta(chain))
+    replace(gpu_options, on_meta(gpu_options))
+    cuda: Any = torch.cuda
+    cuda.CUDAGraph, cuda.graph = Graph, lambda *args, **kwargs: nullcontext()
+    cuda.set_sync_debug_mode = cuda.synchronize = cuda.empty_cache = lambda *args: None
+    cuda.mem_get_info = lambda *args: (0, 0)
+    if os.environ.get("STANDIN") == "compute":
+        for operation in OPERATIONS.values():
+            both = computing(operation)
+            replace(operation.launcher, both)
+            vars(operation)["launcher"] = both
+        replace(backend.load_backend, lambda kernels, device, dtype: backend._triton_backend())
+
+
+install()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """No test waits for a GPU."""
+    for item in items:
+        item.own_markers = [mark for mark in item.own_markers if mark.name != "skip"]
+
+
+def pytest_collectreport(report: Any) -> None:
+    """Tests that cannot be imported leave their kernels out."""
+    if report.failed:
+        broken.append(report.nodeid)

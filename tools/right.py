@@ -1,0 +1,130 @@
+"""Right before fast: nothing is timed before ``relative_error`` held what it wrote against float64.
+
+What a call writes is copied out of memory that was poisoned before (``written``), compared to the last bit
+(``same_bits``) or with the reference in float64 (``relative_error``).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kangaroo_kernels.operation import OPERATIONS, Arguments
+from kangaroo_kernels.reference.noise import gumbel_rows
+from kangaroo_kernels.reference.sample_head import filter_logits
+from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
+
+HEADS = ("top1_head", "sample_head")
+
+ALLOWED = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Relative errors beyond which nothing is timed: several roundings of the dtype."""
+
+
+def launcher(op: str) -> Callable[..., Any]:
+    """The kernel's."""
+    return OPERATIONS[op].launcher
+
+
+def reference(op: str) -> Callable[..., Any]:
+    """The operation in PyTorch."""
+    return OPERATIONS[op].reference
+
+
+def row_operands(op: str) -> tuple[int, ...]:
+    """Which arguments have a row a token in flight."""
+    return (0, 2) if op == "linear_residual" else (0,)
+
+
+def first_rows(op: str, arguments: Arguments, rows: int) -> Arguments:
+    """Arguments of the first ``rows`` tokens in flight."""
+    positional, named = arguments
+    cut = row_operands(op)
+    return tuple(value[:rows] if index in cut else value for index, value in enumerate(positional)), named
+
+
+def first_results(op: str, results: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """The same of what ``written`` gave for all; an appended cache has its rows in the second dimension."""
+    return [each[:, :rows] if op == "qkv_rope" and index else each[:rows] for index, each in enumerate(results)]
+
+
+def on_the_host(arguments: Arguments) -> Arguments:
+    """Arguments with positions and seeds as numbers: PyTorch would ask the device for them at every call."""
+
+    def number(value: Any) -> Any:
+        is_one = isinstance(value, Tensor) and value.dtype == torch.int64 and value.numel() == 1
+        return int(value) if is_one else value
+
+    positional, named = arguments
+    return tuple(map(number, positional)), {name: number(value) for name, value in named.items()}
+
+
+def _tensors(op: str, result: Any, arguments: Arguments) -> Iterator[Tensor]:
+    """A result's tensors, then the rows of the caches that the operation appends."""
+    yield from (result if isinstance(result, tuple) else (result,))
+    if op == "qkv_rope":
+        x, *_, k_cache, v_cache, position = arguments[0]
+        first, last = int(position), int(position) + x.shape[0]
+        yield from (k_cache[:, first:last], v_cache[:, first:last])
+
+
+def written(op: str, function: Callable[..., Any], arguments: Arguments, takes_out: bool = True) -> tuple[Tensor, ...]:
+    """Copies of all that a call writes, into poisoned memory where the function has ``out``."""
+    positional, named = arguments
+    result = function(*positional, **named)
+    if takes_out:
+        for tensor in _tensors(op, result, arguments):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+        result = function(*positional, **named, out=result)
+    return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in _tensors(op, result, arguments))
+
+
+def same_bits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether two results of ``written`` are equal to the last bit: a zero's sign counts."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return all(
+        torch.equal(one.view(integers[one.element_size()]), other.view(integers[other.element_size()]))
+        for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def relative_error(op: str, got: tuple[Tensor, ...], arguments: Arguments, same_noise: bool = True) -> float:
+    """How far ``got`` (of ``written``) is from the reference in float64; infinity for a NaN or an impossible token.
+
+    It is the largest |got - truth| / |truth| over what was written. For a head it is the confidences' distance, or how
+    far below the best score the chosen tokens' are, over the largest score, whichever is more: a near tie may go either
+    way. Without ``same_noise`` a sampled token says nothing but that it is one.
+    """
+    positional, named = arguments
+    wide = tuple(
+        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in positional
+    )
+    if op in HEADS:
+        errors = _head_errors(op, got, (wide, named), same_noise)
+    else:
+        truth = written(op, reference(op), (wide, named), takes_out=False)
+        errors = [_distance(ours, exact) for ours, exact in zip(got, truth, strict=True)]
+    return max((error if error == error else float("inf") for error in errors), default=float("inf"))  # noqa: PLR0124
+
+
+def _distance(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+
+
+def _head_errors(op: str, got: tuple[Tensor, ...], arguments: Arguments, same_noise: bool) -> list[float]:
+    (x, norm_weight, weight, *rest), named = arguments
+    logits = lm_head(x, norm_weight, weight, eps=named["eps"])
+    token, confidence = got
+    if not bool(((token >= 0) & (token < logits.shape[1])).all()):
+        return [float("inf")]
+    distance = _distance(confidence, confidence_of(logits))
+    if op == "top1_head":
+        scores = logits
+    elif same_noise:
+        rows, vocab_size = logits.shape
+        noise = gumbel_rows(int(named["seed"]) % (1 << 64), 0, int(rest[0]), rows, vocab_size, logits.device)
+        scores = filter_logits(logits, named["temperature"], None, None) + noise
+    else:
+        return [distance]
+    lost = scores.amax(dim=-1) - scores.gather(-1, token[:, None])[:, 0]
+    return [distance, float(lost.max() / scores.abs().max())]
