@@ -13,7 +13,9 @@ import typer
 from typer.testing import CliRunner
 
 from kangaroo_kernels import KangarooError
-from kangaroo_kernels.model import cli, demo, generate
+from kangaroo_kernels.model import demo, load
+from kangaroo_kernels.model.commands import cli, generate, info, train
+from kangaroo_kernels.model.commands import demo as demo_command
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -80,9 +82,10 @@ BEFORE = {
 def commands() -> dict[tuple[str, str], Callable[..., Any]]:
     """Every function of a tool or of the package's command that takes options."""
     names = [path.stem for path in TOOLS.glob("*.py") if "import typer" in path.read_text()]
-    modules = {name: import_module(name) for name in names} | {"cli": cli}
+    modules = {name: import_module(name) for name in names}
+    modules |= {each.__name__: each for each in (demo_command, generate, train, info)}
     return {
-        (module, name): function
+        ("cli" if holder.__name__.startswith("kangaroo") else module, name): function
         for module, holder in modules.items()
         for name, function in inspect.getmembers(holder, inspect.isfunction)
         if function.__module__ == holder.__name__ and options(function)
@@ -132,7 +135,7 @@ def test_nonsense_is_refused_before_any_work(
     def work(*arguments: Any, **settings: Any) -> None:
         pytest.fail("work has begun")
 
-    monkeypatch.setattr(generate, "load_target", work)
+    monkeypatch.setattr(load, "load_target", work)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     if hasattr(module, "train_pair"):
         monkeypatch.setattr(module, "train_pair", work)
@@ -157,7 +160,7 @@ def test_nonsense_is_refused_before_any_work(
 def test_calibration_prompts_that_are_none(
     content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "load_target", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr(load, "load_target", lambda *_: pytest.fail("work has begun"))
     prompts = tmp_path / "prompts.json"
     if content is not None:
         prompts.write_text(content)
