@@ -44,9 +44,8 @@ class PromptLookup(Drafter):
         at = torch.where(same, places, -1).max()
         follows = at + N + torch.arange(most, device=device)
         drafts = text[follows.clamp(max=len(text) - 1)]
-        there = (at >= 0) & (follows < length) & (buffers.flags[0] > 0)
         buffers.drafts.token.copy_(drafts)
-        buffers.flags[:most].copy_(there)  # flags[j]: draft j is made
+        buffers.flags[:most].copy_((at >= 0) & (follows < length) & (buffers.flags[0] > 0))  # which drafts are made
         buffers.hidden(0, 1).copy_(buffers.newest)
         buffers.hidden(1, most + 1).copy_(self.target.weights.embedding[drafts])
 

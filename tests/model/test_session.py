@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import pytest
@@ -24,17 +25,17 @@ def load(pair: Any, loop: str) -> Kangaroo:
     return on_the_device(pair.load(device="cpu")) if loop == "resident" else pair.load(device="cpu")
 
 
-def requests(count: int, seed: int, longest: int, vocab: int = 67) -> list[tuple[list[int], dict[str, Any]]]:
+def requests(count: int, seed: int, longest: int) -> list[tuple[list[int], dict[str, Any]]]:
     """Prompts and settings of mixed lengths and kinds."""
     dice, made = random.Random(seed), []
     for number in range(count):
-        prompt = [dice.randrange(vocab) for _ in range(dice.choice((2, 5, 20, 60)))]
+        prompt = [dice.randrange(67) for _ in range(dice.choice((2, 5, 20, 60)))]
         kind = dice.choice(({}, {"plain": True}, {"temperature": 0.8, "seed": number}, {"num_speculative_tokens": 3}))
         made.append((prompt, {"max_new_tokens": dice.randint(1, longest), **kind}))
     return made
 
 
-def stress(kangaroo: Kangaroo, asked: list[tuple[list[int], dict[str, Any]]], workers: int = 8) -> None:
+def stress(kangaroo: Kangaroo, asked: list[tuple[list[int], dict[str, Any]]]) -> None:
     """Every request alone, then all of them from many threads: the same tokens."""
     wanted = [kangaroo.generate(prompt, **settings).tokens for prompt, settings in asked]
     dice = random.Random(1)
@@ -51,7 +52,7 @@ def stress(kangaroo: Kangaroo, asked: list[tuple[list[int], dict[str, Any]]], wo
             return [token for step in kangaroo.progress(prompt, **settings) for token in step.commit.tokens]
         return kangaroo.generate(prompt, **settings).tokens
 
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(work, range(len(asked)))) == wanted
 
 
@@ -60,15 +61,25 @@ def test_200_requests_from_8_threads(pair, loop):
     stress(load(pair, loop), requests(200, 3, 24))
 
 
-def test_threads_on_the_kernels(tmp_path_factory, device):
-    """The resident loop as it is, in the interpreter; fewer requests, since each launch takes milliseconds there."""
+def test_200_requests_from_8_threads_on_the_kernels(tmp_path_factory, device):
+    """The resident loop as it is, in the interpreter: short texts, since a launch takes milliseconds there."""
     folder = tmp_path_factory.mktemp("kernels")
-    sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 40, "layers": 2, "heads": 2, "kv_heads": 1}
+    sizes = {"vocab_size": 12, "hidden_size": 16, "intermediate_size": 16, "layers": 2, "heads": 2, "kv_heads": 1}
     target = make_target(folder / "target", quiet_from=1, quiet=0.2, **sizes)
     adapter = make_adapter(folder / "adapter", target, exit_layer=1, copy_layer=1)
     kangaroo = Kangaroo.from_pretrained(target, adapter, device=device, dtype="float32", kernels="triton")
     assert kangaroo.target.backend.resident
-    stress(kangaroo, requests(6, 5, 2, vocab=40), workers=3)
+    kinds = ({"plain": True}, {"temperature": 0.8}, {"num_speculative_tokens": 1, "draft_confidence_threshold": 0.0})
+    asked = [
+        ([token] * length, {"max_new_tokens": 1 + length % 2, "seed": length, **kind})
+        for token, length, kind in product((1, 7), (1, 2, 40), kinds)
+    ]
+    wanted = [kangaroo.generate(prompt, **settings).tokens for prompt, settings in asked]
+    order = [number % len(asked) for number in range(200)]
+    random.Random(2).shuffle(order)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: kangaroo.generate(asked[number][0], **asked[number][1]).tokens, order))
+    assert found == [wanted[number] for number in order]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
