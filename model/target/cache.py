@@ -53,8 +53,7 @@ class KVCache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.phases))
 
     def _grow(self, capacity: int) -> None:
-        self.capacity = capacity
+        self.keys, self.values, self.capacity = [], [], 0  # the old memory goes before the new comes
         heads, head_dim = self.shape
-        self.keys, self.values = [], []  # the old memory goes before the new comes
-        store = torch.empty(2, self.layers, heads, self.capacity, head_dim, device=self.device, dtype=self.dtype)
-        self.keys, self.values = list(store[0].unbind()), list(store[1].unbind())
+        store = torch.empty(2, self.layers, heads, capacity, head_dim, device=self.device, dtype=self.dtype)
+        self.keys, self.values, self.capacity = list(store[0].unbind()), list(store[1].unbind()), capacity
