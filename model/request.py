@@ -13,7 +13,7 @@ from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, MAX_STOPS
 
 from .drafters.protocol import Drafter
 from .errors import KangarooError
-from .sampling import Sampling, is_number, is_whole
+from .sampling import Sampling, is_number, is_whole, plain_number
 from .target.config import LlamaConfig
 
 
@@ -57,6 +57,9 @@ class Settings:
             raise KangarooError(f"num_speculative_tokens is {drafts!r}; it must be a whole number from 1 to {most}.")
         if threshold is not None and (not is_number(threshold) or not 0 <= threshold <= 1):
             raise KangarooError(f"draft_confidence_threshold is {threshold!r}; it must be a number from 0 to 1.")
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "num_speculative_tokens"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
+        object.__setattr__(self, "draft_confidence_threshold", plain_number(threshold))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if isinstance(stop, bytes | Mapping) or not isinstance(stop, Iterable):
             raise KangarooError(f"stop is {self.stop!r}; it must be a list of strings and token ids.")
@@ -133,7 +136,8 @@ def resolve(
     if settings.stop_strings and tokenizer is None:
         raise KangarooError("stop strings need a tokenizer, and this checkpoint has none; give token ids.")
     stop_ids = check_tokens([entry for entry in settings.stop if not isinstance(entry, str)], config.vocab_size)
-    stop_tokens = frozenset(stop_ids) | frozenset(config.eos_token_ids)
+    ends = [*config.eos_token_ids, getattr(tokenizer, "eos_token_id", None)]
+    stop_tokens = frozenset(stop_ids) | frozenset(end for end in ends if end is not None)
     if len(stop_tokens) > MAX_STOPS:
         raise KangarooError(f"there are {len(stop_tokens)} stop tokens; give at most {MAX_STOPS}.")
     tokens = prompt_tokens(prompt, config, tokenizer)
@@ -167,7 +171,11 @@ def prompt_tokens(prompt: str | Sequence[int], config: LlamaConfig, tokenizer: A
         raise KangarooError("the prompt is empty; give at least one character.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise KangarooError("the prompt holds a lone surrogate, which is no character; give valid Unicode text.")
-    return check_prompt(tokenizer(prompt)["input_ids"], config)
+    tokens = list(tokenizer(prompt)["input_ids"])
+    begin = tokenizer.bos_token_id
+    if begin is not None and tokens[:2] == [begin, begin]:  # the text, a rendered chat template say, had it already
+        del tokens[0]
+    return check_prompt(tokens, config)
 
 
 def check_prompt(tokens: Sequence[int], config: LlamaConfig) -> list[int]:
@@ -178,6 +186,15 @@ def check_prompt(tokens: Sequence[int], config: LlamaConfig) -> list[int]:
     """
     if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
         raise KangarooError(f"the prompt is {tokens!r}; it must be a text or a list of tokens.")
+    if isinstance(tokens, Mapping):
+        raise KangarooError(f"the prompt is a mapping with {', '.join(map(repr, tokens))}; give its 'input_ids'.")
+    shape = getattr(tokens, "shape", (0,))
+    if len(shape) != 1:
+        raise KangarooError(f"the prompt has the shape {list(shape)}; it must be one row of tokens, [T].")
+    tokens = list(tokens)
+    for kind, name in ((str, "texts"), (Mapping, "messages"), (list | tuple, "rows of tokens")):
+        if tokens and all(isinstance(entry, kind) for entry in tokens):
+            raise KangarooError(f"the prompt is a list of {name}; give one text or one list of tokens.")
     checked = check_tokens(tokens, config.vocab_size)
     if not checked:
         raise KangarooError("the prompt is empty; give at least one token.")

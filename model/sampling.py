@@ -6,6 +6,7 @@ et al., arXiv 2211.17192) draws the drafts on their own and keeps the target's d
 """
 
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,8 @@ class Sampling:
             raise KangarooError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^64 - 1.")
         if self.acceptance not in ACCEPTANCES:
             raise KangarooError(f"acceptance is {self.acceptance!r}; it must be one of {', '.join(ACCEPTANCES)}.")
+        for name in ("temperature", "top_k", "top_p", "seed"):
+            object.__setattr__(self, name, plain_number(getattr(self, name)))
 
     @property
     def greedy(self) -> bool:
@@ -70,13 +73,18 @@ class Sampling:
 
 
 def is_whole(value: object) -> bool:
-    """Whether ``value`` is an int; True and False are none here."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether ``value`` is a whole number, Python's or NumPy's; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is an int or a float; True and False are none here."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether ``value`` is a real number, Python's or NumPy's; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def plain_number(value: Any) -> Any:
+    """The same as Python's own ``int`` or ``float``; anything else, None for instance, as it is."""
+    return int(value) if is_whole(value) else float(value) if is_number(value) else value
 
 
 class SamplingTensors(NamedTuple):

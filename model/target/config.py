@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import KangarooError
 
+GENERATION_CONFIG = "generation_config.json"
 SUPPORTED_MODEL_TYPES = ("llama", "mistral")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
@@ -205,8 +206,6 @@ def parse_config(values: Mapping[str, Any], path: Path | str = "config.json") ->
         raise KangarooError(f"{path}: {heads} attention heads are not a multiple of {kv_heads} key-value heads.")
     if head_dim % 2:
         raise KangarooError(f"{path}: head_dim is {head_dim}; rotary embeddings need an even one.")
-    eos = values.get("eos_token_id")
-    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
     dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
     return LlamaConfig(
         vocab_size=size("vocab_size"),
@@ -222,11 +221,32 @@ def parse_config(values: Mapping[str, Any], path: Path | str = "config.json") ->
         attention_bias=bool(values.get("attention_bias", False)),
         mlp_bias=bool(values.get("mlp_bias", False)),
         rope=_rope_config(values, path),
-        eos_token_ids=eos_ids,
+        eos_token_ids=_end_tokens(values),
         dtype=DTYPES.get(dtype, torch.float32),
     )
 
 
+def _end_tokens(values: Mapping[str, Any]) -> tuple[int, ...]:
+    eos = values.get("eos_token_id")
+    return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+
+
 def load_config(folder: Path, what: str = "model") -> LlamaConfig:
-    """Read and validate ``folder/config.json``."""
-    return parse_config(load_config_values(folder, what), folder / "config.json")
+    """Read and validate ``folder/config.json``.
+
+    Some checkpoints name the end of a turn in ``generation_config.json`` alone, so what either of the two files names
+    ends a text.
+
+    Raises:
+        KangarooError: as ``parse_config``; a ``generation_config.json`` that is no JSON object.
+    """
+    config, path = parse_config(load_config_values(folder, what), folder / "config.json"), folder / GENERATION_CONFIG
+    if not path.is_file():
+        return config
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KangarooError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise KangarooError(f"{path} holds no JSON object; it should hold generation settings.")
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *_end_tokens(values)))))

@@ -1,0 +1,130 @@
+"""What callers hand over: NumPy's numbers, prompts of other kinds, texts that already have their special tokens, and
+what a checkpoint says of a text's end in its different files.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pairs import make_target, make_tokenizer
+
+from kangaroo_kernels import Kangaroo, KangarooError, Settings
+from kangaroo_kernels.model.request import prompt_tokens
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_tokenizer(make_target(tmp_path / "model"))
+
+
+def load(folder: Path) -> Kangaroo:
+    return Kangaroo.from_pretrained(folder, device="cpu")
+
+
+def generate(folder: Path, **settings: Any) -> Any:
+    return load(folder).generate(PROMPT, max_new_tokens=20, plain=True, **settings)
+
+
+def write(path: Path, **values: Any) -> None:
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(known | values))
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("many", [False, True])
+def test_each_file_may_name_the_end(folder, where, many):
+    """Instruct checkpoints name the end of a turn in generation_config.json alone."""
+    text = generate(folder).tokens
+    end = text[5]
+    other = next(token for token in range(67) if token not in text)
+    for name in ("config.json", "generation_config.json"):
+        write(folder / name, eos_token_id=other)
+    write(folder / where, eos_token_id=[other, end] if many else end)
+    written = generate(folder)
+    assert written.tokens == text[: text.index(end) + 1]
+    assert written.finish_reason == "stop"
+
+
+def test_the_tokenizer_may_name_the_end(folder):
+    kangaroo = load(folder)
+    text = kangaroo.generate(PROMPT, max_new_tokens=20, plain=True).tokens
+    kangaroo.tokenizer.eos_token = kangaroo.tokenizer.convert_ids_to_tokens(text[3])
+    written = kangaroo.generate(PROMPT, max_new_tokens=20, plain=True).tokens
+    assert written == text[: text.index(text[3]) + 1]
+
+
+@pytest.mark.parametrize("content", ["no JSON", "[]", "3"])
+def test_a_damaged_generation_config(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(KangarooError, match=r"generation_config\.json"):
+        load(folder)
+
+
+def test_numpys_numbers_are_numbers(folder):
+    settings = {
+        "temperature": np.float32(0.5),
+        "top_k": np.int64(9),
+        "top_p": np.float64(0.75),
+        "seed": np.uint64(3),
+        "num_speculative_tokens": np.int32(2),
+        "draft_confidence_threshold": np.float32(0.25),
+        "stop": (np.int64(4),),
+    }
+    made = Settings(max_new_tokens=np.int64(20), plain=True, **settings)
+    plainly = {"temperature": 0.5, "top_k": 9, "top_p": 0.75, "seed": 3, "stop": (4,)}
+    kangaroo = load(folder)
+    assert kangaroo.generate(PROMPT, made).tokens == generate(folder, **plainly).tokens
+    for name in ("max_new_tokens", "top_k", "seed", "num_speculative_tokens"):
+        assert type(getattr(made, name)) is int
+    for name in ("temperature", "top_p", "draft_confidence_threshold"):
+        assert type(getattr(made, name)) is float
+    for wrong in ({"seed": np.bool_(True)}, {"seed": np.float64(3.0)}, {"top_k": np.array([3])}, {"seed": None}):
+        with pytest.raises(KangarooError, match=next(iter(wrong))):
+            Settings(max_new_tokens=1, **wrong)
+
+
+def test_rows_of_tokens(folder):
+    kangaroo = load(folder)
+    wanted = kangaroo.generate(PROMPT, max_new_tokens=5, plain=True).tokens
+    for prompt in (tuple(PROMPT), np.array(PROMPT), torch.tensor(PROMPT)):
+        assert kangaroo.generate(prompt, max_new_tokens=5, plain=True).tokens == wanted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([{"role": "user", "content": "hi"}], "a list of messages"),
+        (["a", "b"], "a list of texts"),
+        ([[1, 2], [3]], "a list of rows of tokens"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 1]}, "'input_ids', 'attention_mask'"),
+        (torch.tensor([[1, 2]]), r"shape \[1, 2\]"),
+        (np.array([[1, 2]]), r"shape \[1, 2\]"),
+        (torch.tensor(3), r"shape \[\]"),
+    ],
+)
+def test_prompts_of_other_kinds_are_named(folder, prompt, words):
+    with pytest.raises(KangarooError, match=words):
+        load(folder).generate(prompt, max_new_tokens=1, plain=True)
+
+
+def test_a_text_that_has_its_first_token_gets_no_second_one(folder):
+    """As a rendered chat template has it; a text without it gets one as ever."""
+    from tokenizers import processors
+
+    kangaroo = load(folder)
+    tokenizer, config = kangaroo.tokenizer, kangaroo.target.config
+    tokenizer.bos_token = "A"
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="A $A", special_tokens=[("A", begin)]
+    )
+    rest = [tokenizer.convert_tokens_to_ids(character) for character in "BC"]
+    assert tokenizer("ABC")["input_ids"][:2] == [begin, begin]
+    for text in ("ABC", "BC"):
+        assert prompt_tokens(text, config, tokenizer) == [begin, *rest]
+    assert prompt_tokens("AABC", config, tokenizer) == [begin, begin, *rest]
