@@ -163,7 +163,9 @@ def _steps(
     memory = borrow()
     try:
         commits = _commits(kangaroo, request, outcome, memory)
-        yield from _pieces(commits, TextStream(kangaroo.tokenizer, request.stop_strings), request, outcome)
+        yield from _pieces(
+            commits, TextStream(kangaroo.tokenizer, request.stop_strings, request.tokens), request, outcome
+        )
     finally:
         give_back(memory)
 

@@ -1,9 +1,13 @@
 """Tokenizers, and turning a stream of tokens into a stream of text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .errors import KangarooError
+
+PROMPT_TOKENS = 16
+"""Of the prompt's end, that the new text is decoded with: whether it begins with a space depends on them."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -23,17 +27,19 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class TextStream:
-    """Tokens in, text out, holding back bytes that do not make a character yet and whatever may begin a stop string.
+    """Tokens in, text out: the prompt's text and what comes out are the text of all tokens together.
+
+    It holds back bytes that do not make a character yet, and whatever may begin a stop string.
 
     Attributes:
         stopped: whether a stop string was completed.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...] = (), prompt: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop_strings = tokenizer, stop_strings
-        self.tokens: list[int] = []
+        self.tokens = list(prompt[-PROMPT_TOKENS:])
         self.stopped = False
-        self._settled = 0  # tokens whose text is known
+        self._settled = len(self.tokens)  # tokens whose text is known
         self._context = 0  # tokens before them that decoding needs for its spaces
         self._held = ""
 
@@ -42,8 +48,8 @@ class TextStream:
         if self.tokenizer is None:
             return ""
         self.tokens.append(token)
-        before = self._text(self._context, self._settled)
         after = self._text(self._context, len(self.tokens))
+        before = self._known(after)
         if len(after) <= len(before) or after.endswith("\ufffd"):
             return ""
         self._context, self._settled = self._settled, len(self.tokens)
@@ -53,14 +59,19 @@ class TextStream:
         """The rest, when no more tokens come."""
         if self.tokenizer is None or self.stopped:
             return ""
-        before = self._text(self._context, self._settled)
-        rest = self._text(self._context, len(self.tokens))[len(before) :]
+        after = self._text(self._context, len(self.tokens))
+        rest = after[len(self._known(after)) :]
         self._context = self._settled = len(self.tokens)
         piece = self._release(rest)
         if self.stopped:
             return piece
         piece, self._held = piece + self._held, ""
         return piece
+
+    def _known(self, after: str) -> str:
+        """What is known of ``after``; a character that the prompt left incomplete is not, once it is whole."""
+        known = self._text(self._context, self._settled)
+        return known if after.startswith(known) else known.rstrip("\ufffd")
 
     def _text(self, first: int, last: int) -> str:
         decoded = self.tokenizer.decode(

@@ -13,6 +13,7 @@ from pairs import make_target, make_tokenizer
 
 from kangaroo_kernels import Kangaroo, KangarooError, Settings
 from kangaroo_kernels.model.request import prompt_tokens
+from kangaroo_kernels.model.text import TextStream
 
 PROMPT = [5, 6, 7]
 
@@ -128,3 +129,53 @@ def test_a_text_that_has_its_first_token_gets_no_second_one(folder):
     for text in ("ABC", "BC"):
         assert prompt_tokens(text, config, tokenizer) == [begin, *rest]
     assert prompt_tokens("AABC", config, tokenizer) == [begin, begin, *rest]
+
+
+def word_tokenizer() -> Any:
+    """As Llama-1 and Llama-2 have it: a word carries the space before it, and the first one of a text loses it."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "\u2581Once", "\u2581upon", "\u2581a", "\u2581time", ",", "\u2581there"]
+    words += [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, [], byte_fallback=True))
+    strip = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(strip)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def byte_tokens(text: str) -> list[int]:
+    return [7 + byte for byte in text.encode()]
+
+
+@pytest.mark.parametrize("cut", range(1, 14))
+def test_prompt_and_new_text_are_the_text_of_all_tokens(cut):
+    """Wherever the prompt ends: behind a word, and in the middle of a character of several bytes."""
+    tokenizer = word_tokenizer()
+    tokens = [1, 2, 3, *byte_tokens("\u00e9"), 4, 5, *byte_tokens("\U0001f998"), 6, *byte_tokens("!")]
+    whole = tokenizer.decode(tokens)
+    assert whole == "Once upon a\u00e9 time,\U0001f998 there!"
+    stream = TextStream(tokenizer, prompt=tokens[:cut])
+    new = "".join(stream.push(token) for token in tokens[cut:]) + stream.finish()
+    assert tokenizer.decode(tokens[:cut]).rstrip("\ufffd") + new == whole
+
+
+def test_a_long_prompt_is_not_decoded_at_every_token():
+    """The end of it is enough."""
+    tokenizer, lengths = word_tokenizer(), []
+
+    class Counting:
+        def decode(self, tokens: list[int], **settings: Any) -> str:
+            lengths.append(len(tokens))
+            return tokenizer.decode(tokens, **settings)
+
+    stream = TextStream(Counting(), prompt=[1, 2, 3, 4] * 500)
+    assert "".join(stream.push(token) for token in [5, 6] * 20).startswith(", there, there")
+    assert max(lengths) < 40
+
+
+def test_the_space_before_the_first_new_word(folder):
+    kangaroo = load(folder)
+    kangaroo.tokenizer = word_tokenizer()
+    written = kangaroo.generate([1, 2], max_new_tokens=12, plain=True)
+    assert kangaroo.tokenizer.decode([1, 2]) + written.text == kangaroo.tokenizer.decode([1, 2, *written.tokens])
