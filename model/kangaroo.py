@@ -15,6 +15,7 @@ from .drafters.kangaroo import KangarooDrafter
 from .drafters.protocol import Drafter, check_drafter, check_loop
 from .errors import KangarooError
 from .load import load_pair
+from .loop.host import reach_of
 from .loop.threads import fastest_thread_count, threads
 from .request import Request, Settings, check_prompt, resolve
 from .results import Generation
@@ -92,12 +93,13 @@ class Kangaroo:
         """Memory for one text after another, independent of all others; as many as fit into the device's memory.
 
         Args:
-            length: positions to make room for at once; a session grows with its texts. Its ``nbytes`` says what it
-                takes.
+            length: tokens of a text that the target's cache has room for at once; a session grows with its texts. Its
+                ``nbytes`` says what it takes.
         """
         memory = self._new_memory()
         if length:
-            memory.cache.reserve(length)
+            with self.step():
+                memory.cache.reserve(reach_of(length), length)
         return Session(self, memory)
 
     def generate(self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any) -> Generation:

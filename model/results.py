@@ -151,7 +151,7 @@ class Progress:
 
     @property
     def generation(self) -> Generation:
-        """Everything by now; why it ended is known with the last step."""
+        """Everything by the latest step; why it ended is known with the last one."""
         return self._outcome.generation()
 
     @property

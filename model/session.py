@@ -15,7 +15,7 @@ from .drafters.protocol import Drafter
 from .errors import KangarooError
 from .loop.device import device_steps
 from .loop.graphs import GraphRunner
-from .loop.host import kangaroo_steps, plain_steps, prefill
+from .loop.host import kangaroo_steps, plain_steps, prefill, reach_of
 from .loop.iteration import Iteration
 from .loop.state import TextState
 from .request import Request, Settings
@@ -47,6 +47,7 @@ class Memory:
         self.drafter = None if drafter is None else drafter.new_memory()
         self.runner = GraphRunner(target.device, graphs)
         self.text: TextState | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def nbytes(self) -> int:
@@ -57,23 +58,39 @@ class Memory:
     def begin(self, kangaroo: "Kangaroo", request: Request) -> Iterator[Commit]:
         """Fill the caches for a request, and the loop that writes it; the text that was there before is over.
 
-        The loop is on the device where the backend is resident, and led by the host otherwise.
+        Where there is no memory left, that of the texts before is let go.
         """
+        try:
+            return self._begin(kangaroo, request)
+        except RuntimeError as error:  # PyTorch's kind for a full memory, on a CPU and on a GPU
+            if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+                raise
+            if not kangaroo.forget_idle():
+                raise
+        return self._begin(kangaroo, request)
+
+    def _begin(self, kangaroo: "Kangaroo", request: Request) -> Iterator[Commit]:
+        """The loop is on the device where the backend is resident, and led by the host otherwise."""
         target, drafter = kangaroo.target, kangaroo.drafter if request.max_drafts else None
         self.text = text = TextState(list(request.tokens), self.cache, self.drafter)
         if target.device.type == "cuda":
             torch.cuda.synchronize(target.device)  # what another thread's stream still writes here comes first
-        try:
-            prefill(target, drafter, text, request.length, request.max_drafts)
-        except RuntimeError as error:  # PyTorch's kind for a full memory, on a CPU and on a GPU
-            if "memory" not in str(error) or not kangaroo.forget_idle():
-                raise
-            prefill(target, drafter, text, request.length, request.max_drafts)
+        if reach_of(request.length) > self.cache.capacity:
+            self.runner.clear()  # it may hold the old cache, which goes before the new one comes
+        prefill(target, drafter, text, request.length)
         if target.backend.resident and not request.sampling.rejects:
             return device_steps(Iteration(target, drafter, text, request, self.runner), length=request.length)
         if drafter is None:
             return plain_steps(target, text, request)
         return kangaroo_steps(target, drafter, text, request)
+
+    def follow_stream(self) -> None:
+        """Let this thread's stream wait for the one that the last step ran on, if it is another one."""
+        if self.runner.device.type == "cuda":
+            current = torch.cuda.current_stream(self.runner.device)
+            if self._stream is not None and self._stream != current:
+                current.wait_stream(self._stream)
+            self._stream = current
 
 
 class Session:
@@ -187,6 +204,7 @@ def _commits(kangaroo: "Kangaroo", request: Request, outcome: Outcome, memory: M
                     "another text was begun in this session before this one ended; a session holds one at a time, so "
                     "take a second one."
                 )
+            memory.follow_stream()
             began = time.perf_counter()
             commit = next(steps, None)
             stats.decode_seconds += time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""What a drafter is: anything that proposes tokens. Verification decides, so no drafter can change the text.
+"""What a drafter is: anything that proposes tokens. Verification decides, so no drafted token can change the text.
 
 Two loops use it. The loop led by the host (``loop/host.py``) asks ``propose`` for the drafts of a step. The loop that
 is resident on the device (``loop/iteration.py``) asks for ``stages``: work that reads and writes the iteration's
@@ -85,22 +85,32 @@ class Drafter(Protocol):
         """
 
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
-        """Draft at most ``most`` tokens after the newest one, for the loop led by the host."""
+        """Draft at most ``most`` tokens after the newest one, for the loop led by the host.
+
+        ``most`` may be 0; ``hidden`` has a row for the newest token all the same.
+        """
         raise NotImplementedError
 
     def commit(self, text: "TextState", count: int) -> None:
-        """Roll back to the text, whose last ``count`` tokens have just been committed."""
+        """Roll back to the text, whose last ``count`` tokens have just been committed; for the loop led by the host."""
 
     def attach(self, iteration: "Iteration") -> None:
-        """Begin a text on the device: what the iteration's buffers do not hold yet. It may ask the host."""
+        """Begin a text on the device: what the iteration's buffers do not hold yet. It may ask the host.
+
+        Memory of the drafter's own that ``stages`` will read or write is given to ``iteration.runner.rely_on``, so that
+        graphs go when it moves.
+        """
 
     def stages(self, iteration: "Iteration", reach: int) -> Iterable[Stage]:
         """Draft, for the loop on the device. No position is beyond ``reach``, and nothing may ask the host.
 
+        On a GPU the work is captured once and replayed from then on: whatever changes from iteration to iteration is
+        read from device memory, never from Python. Work of another kind has stages of other names.
+
         For each draft ``j`` that is made, the work leaves its token in ``buffers.drafts.token[j]``; ``flags[j + 1]`` is
         1 where another one follows it. ``flags[0]`` is 1 while the text grows; a drafter may lower it, which means that
         it makes no draft. ``buffers.exit_hidden[1 + r]`` holds what layer ``first_layer`` reads for row ``r``: the
-        newest token is row 0, draft ``j`` is row ``j + 1``.
+        newest token is row 0, draft ``j`` is row ``j + 1``. Rows of drafts that are not made must be finite.
         """
         raise NotImplementedError
 
@@ -117,6 +127,10 @@ def check_drafter(drafter: Any, target: "Llama") -> None:
     Raises:
         KangarooError: something is missing or out of its range.
     """
+    if getattr(drafter, "target", target) is not target:
+        raise KangarooError(
+            f"this {type(drafter).__name__} was made for another target; make one for the target that it drafts for."
+        )
     name, layers, most = type(drafter).__name__, target.config.num_hidden_layers, MAX_SPECULATIVE_TOKENS
     for method in ("new_memory", "prefill", "commit", "attach"):
         if not callable(getattr(drafter, method, None)):

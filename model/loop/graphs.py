@@ -110,8 +110,9 @@ class GraphRunner:
             return work()
         if key not in self._graphs:
             if key not in self._ran:
-                self._ran.add(key)
-                return work()
+                work()
+                self._ran.add(key)  # once its kernels are compiled, which a capture must not do
+                return None
             if len(self._graphs) == MOST_GRAPHS:
                 self._wait()
                 self._graphs.popitem(last=False)

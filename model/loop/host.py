@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+
 from ..drafters.protocol import Draft, Drafter
+from ..errors import KangarooError
 from ..request import Request
 from ..results import Commit
 from ..sampling import Chooser
@@ -19,9 +22,14 @@ from ..target.llama import Llama
 from .state import TextState
 
 
-def prefill(target: Llama, drafter: Drafter | None, text: TextState, length: int, max_drafts: int) -> None:
+def reach_of(length: int) -> int:
+    """Positions that a text of ``length`` tokens may write: drafts beyond the limit still write their rows."""
+    return length + MAX_SPECULATIVE_TOKENS + 1
+
+
+def prefill(target: Llama, drafter: Drafter | None, text: TextState, length: int) -> None:
     """Fill all caches for every token but the last, and make room for a text of ``length`` tokens."""
-    reach = length + max_drafts + 1  # drafts beyond the limit still write their rows
+    reach = reach_of(length)  # the same for any number of drafts, so that they all find the same memory
     text.cache.reserve(reach, length)
     hidden = target.embed(text.tokens[:-1]) if len(text.tokens) > 1 else None
     first = 0
@@ -39,7 +47,9 @@ def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Re
     chooser, accept = Chooser(request.sampling, target.backend), target.backend.accept
     stops = torch.tensor(sorted(request.stop_tokens), dtype=torch.int64, device=target.device)
     while (remaining := request.length - len(text.tokens)) > 0:
-        draft = drafter.propose(text, chooser, min(request.max_drafts, remaining - 1), request.threshold)
+        most = min(request.max_drafts, remaining - 1)
+        draft = drafter.propose(text, chooser, most, request.threshold)
+        check_draft(drafter, draft, most)
         with span("kangaroo/verify"):
             wanted = verify(target, drafter.first_layer, text, chooser, draft)
         with span("kangaroo/accept"):
@@ -52,6 +62,16 @@ def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Re
         yield Commit(committed, min(agreed, len(committed)), len(draft.tokens), agreed, bool(stopped))
         if stopped:
             return
+
+
+def check_draft(drafter: Drafter, draft: Draft, most: int) -> None:
+    """Raise unless a draft has the form that verification goes on from."""
+    count, rows = len(draft.tokens), len(draft.hidden)
+    if count > most or rows != count + 1:
+        raise KangarooError(
+            f"{type(drafter).__name__}.propose gave {count} tokens and {rows} rows; it may give up to {most} tokens, "
+            "and must give a row for the newest token and for each of them."
+        )
 
 
 def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, draft: Draft) -> Tensor:

@@ -49,11 +49,12 @@ class Iteration:
         name = "plain" if drafter is None else f"{self.max_drafts} drafts"
         self.buffers = buffers_for(target, text, request, self.max_drafts, runner, name)
         self.chooser = Chooser(sampling, target.backend, self.buffers.sampling)
-        self.key = (name, sampling.greedy, sampling.top_k is not None, sampling.top_p is not None)
         runner.rely_on("target", text.cache.keys[0], text.cache.phases)
         begin(self.buffers, target, text.tokens, request)
         if drafter is not None:
             drafter.attach(self)
+        stages = tuple(stage.name for stage in self.stages(0))
+        self.key = (name, stages, sampling.greedy, sampling.top_k is not None, sampling.top_p is not None)
 
     def stages(self, reach: int) -> Iterator[Stage]:
         """The work of an iteration in order; no position of it is beyond ``reach``."""

@@ -13,6 +13,9 @@ from .cache import KVCache
 from .config import LlamaConfig
 from .weights import AttentionWeights, TargetWeights
 
+GPU_LOCKS: "dict[torch.device, threading.RLock]" = {}
+"""One for each GPU: while a stream of it is captured, no other thread may wait for the whole device."""
+
 
 class AttentionBlock:
     """Pre-norm self-attention with its residual: all of an adapter, the first half of a decoder layer."""
@@ -49,13 +52,14 @@ class Llama:
         device: where it lives.
         dtype: of its weights and hidden states.
         backend: what it computes with.
-        lock: held by whoever runs a step; the texts of a target take turns.
+        lock: held by whoever runs a step; the texts of a target, and of all targets on one GPU, take turns.
     """
 
     def __init__(self, config: LlamaConfig, weights: TargetWeights, backend: Backend = REFERENCES) -> None:
         self.config, self.weights, self.backend = config, weights, backend
-        self.lock = threading.RLock()
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        on_gpu = self.device.type == "cuda"
+        self.lock = GPU_LOCKS.setdefault(self.device, threading.RLock()) if on_gpu else threading.RLock()
         self.blocks = [AttentionBlock(config, layer.attention, backend) for layer in weights.layers]
 
     def new_cache(self) -> KVCache:

@@ -182,6 +182,25 @@ def test_a_loop_that_cannot_run_a_drafter(checkpoint):
     refuse(lambda: kangaroo.generate([1, 2], **rejecting), "OnTheDevice has no propose()")
 
 
+def test_a_drafter_of_another_target(checkpoint):
+    """Its states would go into verification, and its keys into the cache."""
+    targets = [Kangaroo.from_pretrained(checkpoint, device="cpu").target for _ in range(2)]
+    refuse(lambda: Kangaroo(targets[0], Guessing(targets[1])), "Guessing was made for another target")
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(3, 4), (2, 2), (0, 0), (1, 3)])
+def test_a_draft_of_another_form(checkpoint, tokens, rows):
+    class Wrong(Guessing):
+        def propose(self, text, chooser, most, threshold):
+            return Draft(torch.zeros(tokens, dtype=torch.int64), self.target.embed([1]).expand(rows, -1))
+
+    kangaroo = load(checkpoint, Wrong)
+    asked = {"max_new_tokens": 9, "num_speculative_tokens": 2}
+    refuse(
+        lambda: kangaroo.generate([1, 2], **asked), f"Wrong.propose gave {tokens} tokens and {rows} rows", "2 tokens"
+    )
+
+
 @pytest.mark.parametrize(
     ("attribute", "value", "words"),
     [

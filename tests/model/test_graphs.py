@@ -46,6 +46,20 @@ def test_work_runs_once_a_call(runner):
         assert len(runner.captured) == runner.graphs == (calls > 1)
 
 
+def test_work_that_failed_was_not_run(runner):
+    """Its kernels may not be compiled yet, and a capture must not compile them."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run("key", interrupted)
+    runner.run("key", lambda: None)
+    assert runner.graphs == 0
+    runner.run("key", lambda: None)
+    assert runner.graphs == 1
+
+
 def test_keys_have_graphs_of_their_own(runner):
     ran = []
     for key in "abab":

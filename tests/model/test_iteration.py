@@ -317,6 +317,7 @@ def test_stages_in_order(resident, made):
     resident.drafter.persistent = True
     assert stages() == ["kangaroo/draft", "kangaroo/verify", *end]
     assert stages(temperature=1.0, top_k=5) == by_steps  # a filter needs a row of logits
+    assert len({iteration.key for iteration in made}) == 4  # each has graphs of its own
 
 
 def test_a_lost_program_is_an_error(resident, monkeypatch):

@@ -70,15 +70,19 @@ def test_200_requests_from_8_threads_on_the_kernels(tmp_path_factory, device):
     assert kangaroo.target.backend.resident
     kinds = ({"plain": True}, {"temperature": 0.8}, {"num_speculative_tokens": 1, "draft_confidence_threshold": 0.0})
     asked = [
-        ([token] * length, {"max_new_tokens": 1 + length % 2, "seed": length, **kind})
+        ([token] * length, {"max_new_tokens": 1 + length % 3, "seed": length, **kind})
         for token, length, kind in product((1, 7), (1, 2, 40), kinds)
     ]
     wanted = [kangaroo.generate(prompt, **settings).tokens for prompt, settings in asked]
     order = [number % len(asked) for number in range(200)]
     random.Random(2).shuffle(order)
+
+    def work(number: int) -> list[int]:
+        prompt, settings = asked[number]
+        return [token for step in kangaroo.progress(prompt, **settings) for token in step.commit.tokens]
+
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda number: kangaroo.generate(asked[number][0], **asked[number][1]).tokens, order))
-    assert found == [wanted[number] for number in order]
+        assert list(pool.map(work, order)) == [wanted[number] for number in order]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -160,9 +164,21 @@ def test_a_session_says_what_it_takes(pair):
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     assert session.nbytes >= 100 * per_position
     assert empty.nbytes < per_position * 64
-    before = session.nbytes
-    session.generate([1] * 150, max_new_tokens=50)
+    before, place = session.nbytes, session.memory.cache.keys[0].data_ptr()
+    session.generate([1] * 60, max_new_tokens=40)
+    assert session.memory.cache.keys[0].data_ptr() == place  # there was room for all of it
+    session.generate([1] * 250, max_new_tokens=50)
     assert session.nbytes >= before + 100 * per_position
+
+
+@pytest.mark.parametrize("length", [5, 47, 48, 112, 123, 240, 496])
+def test_plain_and_drafted_texts_find_the_same_memory(pair, length):
+    """Whatever the number of drafts: a cache that grew would drop every graph."""
+    session = load(pair, "resident").session(length=length)
+    place = session.memory.cache.keys[0].data_ptr()
+    for settings in ({"plain": True}, {"num_speculative_tokens": 1}, {"num_speculative_tokens": 15}):
+        session.generate([5] * (length - 3), max_new_tokens=3, **settings)
+        assert session.memory.cache.keys[0].data_ptr() == place
 
 
 @pytest.mark.parametrize("loop", LOOPS)
