@@ -55,17 +55,17 @@ class Memory:
         return own + self.runner.buffer_bytes + self.runner.captured_bytes
 
     def begin(self, kangaroo: "Kangaroo", request: Request) -> Iterator[Commit]:
-        """Fill the caches for a request, and the loop that writes it; the text that was there before is over.
+        """Fill the caches for a request and return the loop that writes it; the text before it ends.
 
         The loop is on the device where the backend is resident, and led by the host otherwise.
         """
         target, drafter = kangaroo.target, kangaroo.drafter if request.max_drafts else None
         self.text = text = TextState(list(request.tokens), self.cache, self.drafter)
         if target.device.type == "cuda":
-            torch.cuda.synchronize(target.device)  # what another thread's stream still writes here comes first
+            torch.cuda.synchronize(target.device)  # another thread's stream may still write here
         try:
             prefill(target, drafter, text, request.length, request.max_drafts)
-        except RuntimeError as error:  # PyTorch's kind for a full memory, on a CPU and on a GPU
+        except RuntimeError as error:  # PyTorch raises it when memory is full, on a CPU and on a GPU
             if "memory" not in str(error) or not kangaroo.forget_idle():
                 raise
             prefill(target, drafter, text, request.length, request.max_drafts)
@@ -119,7 +119,7 @@ class Writing(Iterator[Progress]):
         give_back: takes it when the text has ended, in whatever way.
 
     Attributes:
-        outcome: the text, its counts and its times by now.
+        outcome: the text so far, its counts and its times.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Writing(Iterator[Progress]):
             return next(self._steps)
 
     def finish(self) -> Generation:
-        """Write to the end: everything that there is then."""
+        """Write the text to its end and return all of it."""
         for _ in self:
             pass
         return self.outcome.generation()
@@ -176,7 +176,7 @@ def _commits(kangaroo: "Kangaroo", request: Request, outcome: Outcome, memory: M
         steps = memory.begin(kangaroo, request)
         text = memory.text
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the prefill's time is its own
+            torch.cuda.synchronize(device)  # the first step's time must not include the prefill's
         stats.prefill_seconds = time.perf_counter() - began
     while True:
         with kangaroo.step():
