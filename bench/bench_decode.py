@@ -52,7 +52,7 @@ def decoders(kangaroo, transformers_model):
     }
 
 
-@pytest.mark.parametrize("decoder", ["plain", "kangaroo", "transformers"])  # the upper one varies faster
+@pytest.mark.parametrize("decoder", ["plain", "kangaroo", "transformers"])  # the decorator on top varies faster
 @pytest.mark.parametrize("name", PROMPTS)
 def bench_decode(benchmark, decoders, kangaroo, decoder, name):
     tokens = kangaroo.tokenizer(PROMPTS[name])["input_ids"]
@@ -65,7 +65,7 @@ def bench_decode(benchmark, decoders, kangaroo, decoder, name):
     benchmark.extra_info["decoder"] = decoder
     benchmark.extra_info["new_tokens"] = len(wanted)
     benchmark.extra_info["tokens_per_second"] = len(wanted) / benchmark.stats.stats.median
-    if decoder != "transformers":  # without prefill, as the demo has it
+    if decoder != "transformers":  # prefill left out, as in the demo
         benchmark.extra_info["decode_tokens_per_second"] = median(run.stats.tokens_per_second for run in runs)
     if decoder == "kangaroo":
         stats = runs[0].stats

@@ -1,4 +1,4 @@
-"""Every operation of a decode step: the Triton kernel beside PyTorch's own way, at the shapes of real models.
+"""Every operation of a decode step: the Triton kernel beside PyTorch itself, at the shapes of real models.
 
 On a GPU, in bfloat16 (``tools/gpu_measure.py`` says how it is timed):
 
@@ -9,11 +9,11 @@ On a GPU, in bfloat16 (``tools/gpu_measure.py`` says how it is timed):
   (``causal_lower_right`` for several rows); a sample comes from a softmax divided by exponential noise.
 - ``compiled``: ``torch.compile`` of the same; RoPE without complex numbers, which it does not fuse.
 
-The time of a round is that of one call on the device, from events: pytest-benchmark's table has it in its own columns.
-A result is held against the reference in float64 before it is timed. ``-k 'Llama-3.1-8B and gate_up and not compiled'``
-picks some; all of them take some minutes, most of which is compiling.
+The time of a round is the device time of one call, from CUDA events; pytest-benchmark shows it in its own columns. Each
+result is compared with the reference in float64 before it is timed. ``-k 'Llama-3.1-8B and gate_up and not compiled'``
+picks some benchmarks; all of them take some minutes, most of which is compiling.
 
-Without a GPU the references run alone, in float32 at small shapes: that they work and what they cost, no more.
+Without a GPU only the references run, in float32 at small shapes. This shows that they work and what they cost.
 """
 
 import time
@@ -43,11 +43,11 @@ SHORT = 256
 """Positions of the caches that ``qkv_rope`` appends to."""
 
 BASELINE_ERROR = 3e-2
-"""PyTorch rounds the logits to bfloat16, half of 2^-5 where the largest lie: that is 1.6% of a confidence."""
+"""PyTorch rounds the logits to bfloat16. Where the largest lie, that is off by half of 2^-5: 1.6% of a confidence."""
 
 
 class Case(NamedTuple):
-    """An operation of a model; ``length`` is the text's, for attention."""
+    """An operation of a model; ``length`` is that of the text, and only attention depends on it."""
 
     model: str
     workload: Workload
@@ -69,7 +69,7 @@ def find_cases():
 
 
 class DeviceClock:
-    """Seconds that replays took on the device, a call each: what pytest-benchmark reads before and after a round."""
+    """The sum of the seconds that calls took on the device; pytest-benchmark reads it before and after a round."""
 
     def __init__(self):
         self.total = 0.0
@@ -142,7 +142,7 @@ def pytorch_arguments(op, arguments, compiled):
 
 @pytest.fixture
 def norm_of_pytorch(monkeypatch):
-    """A function that puts PyTorch's norm into the references from then on, until the benchmark ends."""
+    """A function: once it is called, the references use PyTorch's norm until the benchmark ends."""
 
     def put():
         for module in (qkv_rope_ref, gate_up_ref, top1_head_ref):
@@ -155,7 +155,7 @@ def norm_of_pytorch(monkeypatch):
 
 
 @pytest.mark.benchmark(timer=device_seconds if ON_GPU else time.perf_counter)
-@pytest.mark.filterwarnings("ignore")  # of compilers, about their own ways
+@pytest.mark.filterwarnings("ignore")  # compilers warn about their own internals
 @pytest.mark.parametrize("way", ["kernel", "chained", "eager", "compiled"] if ON_GPU else ["reference"])
 @pytest.mark.parametrize("rows", [1, 8, 16] if ON_GPU else [1, 4], ids=lambda rows: f"M{rows}")
 @pytest.mark.parametrize("case", list(find_cases()), ids=str)
@@ -234,7 +234,7 @@ def on_gpu(benchmark, ceiling, norm_of_pytorch, case, rows, way):
 
 
 def require_right(benchmark, error, allowed):
-    """Green before fast."""
+    """Fail a benchmark whose result is wrong, before it is timed."""
     benchmark.extra_info["relative_error"] = error
     if not error <= allowed:
         pytest.fail(f"wrong, so not timed: relative error {error:.2g}, allowed {allowed:.2g}")

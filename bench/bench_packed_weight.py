@@ -1,6 +1,7 @@
-"""The layouts of a weight matrix on a CPU, at the demo pair's shapes and at larger ones, for one row and for four.
+"""The layouts of ``PackedWeight`` on a CPU, at the demo pair's shapes and at larger ones, for one row and for four.
 
-Every repetition takes the next of a ring of matrices larger than the caches, as decoding does.
+Every repetition takes the next matrix of a ring that is larger than the CPU's caches: in decoding, too, weights come
+from memory.
 """
 
 import itertools

@@ -19,10 +19,10 @@ from kangaroo_kernels import launch_config
 
 ON_GPU = torch.cuda.is_available()
 BEFORE = snapshot(torch.device("cuda", torch.cuda.current_device())) if ON_GPU else None
-"""The GPU before any benchmark."""
+"""The state of the GPU before any benchmark."""
 
 CEILINGS = []
-"""What the card's memory gives, once it was measured."""
+"""The measured bandwidth of the GPU's memory; empty until a benchmark asks for it."""
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -1,7 +1,8 @@
-"""A drafter of one's own: prompt lookup, which needs no training and runs on any checkpoint.
+"""How to write a drafter of your own: prompt lookup, which needs no training and runs on any checkpoint.
 
-Where the text's last N tokens stood before, what followed them is proposed again. Verification keeps the text that of
-plain decoding. ``propose`` serves the loop led by the host, ``stages`` the loop on the device.
+If the text's last N tokens stand somewhere before, the drafter proposes the tokens that followed them there.
+Verification makes sure that the text stays that of plain decoding. The loop led by the host calls ``propose``, the loop
+on the device calls ``stages``.
 
     python examples/own_drafter.py [MODEL]
 """
@@ -32,7 +33,7 @@ class PromptLookup(Drafter):
         return Draft(torch.tensor(drafts, dtype=torch.int64, device=self.target.device), hidden)
 
     def stages(self, iteration, reach):
-        """The same in one stage of fixed shapes, which never asks the host."""
+        """The same search as one stage of fixed shapes, which never asks the host."""
         yield Stage("draft", lambda: self.look_up(iteration.buffers, iteration.max_drafts))
 
     def look_up(self, buffers, most):

@@ -1,7 +1,7 @@
 """One kernel in someone else's model: greedy decoding with transformers, its head replaced by ``top1_head``.
 
 transformers computes the final norm, then a logit for every token, then an argmax. ``top1_head`` does all three as it
-reads the head once, writes no logits, and says how sure the model is besides. Run it with
+reads the head once, writes no logits, and also gives the token's probability. Run it with
 
     python examples/use_kernels.py                          # a tiny random Llama
     python examples/use_kernels.py --model DIR_OR_HUB_NAME  # any Llama checkpoint
@@ -49,7 +49,7 @@ def main() -> None:
     """Decode both ways and compare."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="a Llama checkpoint's folder or hub name; a tiny random one if left out")
-    parser.add_argument("--tokens", type=int, default=8, help="how many to decode")
+    parser.add_argument("--tokens", type=int, default=8, help="how many tokens to decode")
     settings = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load(settings.model, device)

@@ -1,7 +1,7 @@
 """Kangaroo decoding on hand-written kernels: lossless self-speculative decoding for Llama models.
 
-The kernels' references live here and import torch alone; the runtime is ``kangaroo_kernels.model``. The public names
-below are fetched on first use, so that importing the operations stays light.
+The kernels and their PyTorch references live here; the runtime is ``kangaroo_kernels.model``. The public names below
+are imported on first use, so that importing the operations stays light.
 """
 
 from importlib import import_module

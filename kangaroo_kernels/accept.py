@@ -1,6 +1,6 @@
 """``accept`` in Triton: prefix match, bonus token, stop tokens, the limit and the new length, all on the device.
 
-One program owns the step; it moves bytes.
+One program does the whole step; it moves only a few bytes.
 """
 
 import torch
@@ -23,7 +23,7 @@ def accept_kernel(
     draft_ptr,  # [R] int64
     target_ptr,  # [R + 1] int64
     stop_ptr,  # [STOPS] int64
-    drafted_ptr,  # [COUNTS] integers: how many of draft there are, in all
+    drafted_ptr,  # [COUNTS] integers: their sum is the number of drafts
     length_ptr,  # [1] int64
     limit_ptr,  # [1] int64
     out_ptr,  # [3] int64: accepted, new length, stopped
@@ -32,7 +32,7 @@ def accept_kernel(
     BLOCK_S: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """One program owns the step."""
+    """One program does the whole step."""
     follow(CHAINED)
     offs = tl.arange(0, BLOCK_M)
     drafted = tl.sum(tl.load(drafted_ptr + offs, mask=offs < COUNTS, other=0).to(tl.int64), axis=0)

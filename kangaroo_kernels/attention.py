@@ -29,18 +29,20 @@ from kangaroo_kernels.shared.splits import count_splits, count_splits_of, first_
 from kangaroo_kernels.shared.tiles import elements, skipped
 
 MERGED = tl.constexpr(8)
-"""Splits that the reduction takes at a time; fewer than packed rows, lest the compiler lay both alike in draft_loop."""
+"""Splits that the reduction takes at a time. They are fewer than the packed rows: in draft_loop the compiler would give
+two tiles of one shape the same layout."""
 
 MAX_PACKED_ROWS = {2: 64, 4: 16}
-"""Of a tile, by the bytes of an element; float32 is multiplied in registers. Part of the contract."""
+"""The most packed rows of a tile, by the bytes of an element; float32, multiplied in registers, has fewer. Part of the
+contract (docs/kernels.md)."""
 
 TILE_BYTES = tl.constexpr(128)
-"""Of the elements along a tile's positions: 64 positions, 32 in float32. Part of the contract, too."""
+"""A tile has as many positions as elements fill this many bytes: 64, or 32 in float32. Part of the contract."""
 
 
 @triton.jit
 def seen_or_one(denominator):
-    """1 for a row that sees nothing, before the first position: its result is 0, not NaN."""
+    """``denominator``, but 1 for a row that sees no position, as it lies before the first: its result is 0, not NaN."""
     return tl.where(denominator > 0.0, denominator, 1.0)
 
 
@@ -48,7 +50,7 @@ def seen_or_one(denominator):
 def attention_split(work, position, q, scale, caches, parts, heads, STAGES: tl.constexpr):
     """A split of a key-value head's positions for a block of packed rows; ``position`` is the first row's.
 
-    ``scale`` of the scores holds log2(e). ``STAGES`` of the software pipeline; None leaves them to the launch.
+    ``scale`` includes the factor log2(e). ``STAGES`` is the software pipeline's depth; None leaves it to the launch.
     """
     GROUP: tl.constexpr = heads.GROUP
     HEAD_DIM: tl.constexpr = heads.DIM
@@ -72,7 +74,7 @@ def attention_split(work, position, q, scale, caches, parts, heads, STAGES: tl.c
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     for first in tl.range(work.start, tl.minimum(first_position(split + 1), length), BLOCK_T, num_stages=STAGES):
         positions = first + tl.arange(0, BLOCK_T)
-        written = positions < length  # beyond lies whatever was there: 0 * NaN is NaN
+        written = positions < length  # memory beyond may hold NaN, and 0 * NaN is NaN
         mask = written[:, None] & dim_mask[None, :]
         k_rows = row_offsets(positions, written, keys, caches.table_ptr, caches.BLOCK_SIZE)
         k_ptrs = k_head_ptr + k_rows[:, None] + dims[None, :]
@@ -81,7 +83,7 @@ def attention_split(work, position, q, scale, caches, parts, heads, STAGES: tl.c
         seen = positions[None, :] <= position + rows[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, axis=1))
-        # a row that has seen nothing yet stays exactly as it is: powers of -inf, not NaN
+        # for a row that has seen nothing yet, -inf - -inf would be NaN; with pivot 0 it stays exactly as it is
         pivot = tl.where(higher == float("-inf"), 0.0, higher)
         fade = tl.exp2(best - pivot)
         weights = tl.exp2(scores - pivot[:, None])
@@ -110,7 +112,7 @@ def attention_split(work, position, q, scale, caches, parts, heads, STAGES: tl.c
 def attention_kernel(
     q_ptr,  # [M, H, D]
     k_ptr,  # [H_kv, T, D] or [blocks, H_kv, block_size, D]
-    v_ptr,  # likewise
+    v_ptr,  # as k_ptr
     table_ptr,  # [T / block_size] int32 or None
     position_ptr,  # [1] int64
     active_ptr,  # [1] int32 or None
@@ -163,7 +165,7 @@ def attention_kernel(
 
 @triton.jit
 def attention_merge(row, head, position, M, H, splits, parts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Merge the splits of a head of a token, out of ``splits``; ``position`` is the first row's."""
+    """Merge the splits that a head of a token has, at most ``splits``; ``position`` is that of the first row."""
     splits = tl.minimum(count_splits_of(position + row + 1), splits)
     dims = tl.arange(0, BLOCK_D)
     dim_mask = dims < HEAD_DIM
@@ -221,7 +223,7 @@ def attention_reduce_kernel(
 
 
 def query_tile(group: int, head_dim: int, itemsize: int) -> tuple[int, int]:
-    """Packed rows and columns of the tile of queries: for ``group`` query heads a key-value head, of ``head_dim``."""
+    """Packed rows and columns of the queries' tile, for ``group`` query heads of ``head_dim`` per key-value head."""
     rows = min(MAX_PACKED_ROWS[itemsize], triton.next_power_of_2(MAX_ROWS * group))
     return int(rows), int(max(16, triton.next_power_of_2(head_dim)))
 
@@ -261,8 +263,8 @@ def attention(
 ) -> Tensor:
     """Attend from M rows to the cache; arguments and result as for ``reference.attention``.
 
-    ``max_length`` bounds ``position + M`` (the caches' capacity if None): programs are launched for so many positions,
-    and return at once where the text is shorter.
+    ``max_length`` bounds ``position + M`` (the caches' capacity if None): programs are launched for this many
+    positions, and those beyond the end of the text return at once.
     """
     keys, values = check_heads(q, k_cache, v_cache, block_table)
     check_flag("attention", active, q.device)
@@ -279,7 +281,7 @@ def attention(
         stats = torch.empty((splits, rows, heads, 2), dtype=torch.float32, device=q.device)
     where = device_scalar(position, q.device)
     block_rows, block_d = query_tile(group, head_dim, q.element_size())
-    # a block table is loaded a stage ahead of what it points to
+    # in a paged cache the pipeline loads block table entries a stage ahead of the rows that they point to
     config = launch_config("attention" if block_table is None else "attention_paged", head_dim, block_rows, q)
     attention_kernel[(triton.cdiv(rows * group, block_rows), keys.kv_heads, splits)](
         q,

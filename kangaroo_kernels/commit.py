@@ -1,6 +1,6 @@
-"""``commit`` in Triton: the text, the lengths and the rows that begin the next iteration, without the host.
+"""``commit`` in Triton: update the text, the lengths and the rows that begin the next iteration, all on the device.
 
-One program owns the iteration: it reads the old length before it writes the new one. Bytes moved: three rows of the
+One program does all of it: it reads the old length before it writes the new one. Bytes moved: three rows of the
 hidden size.
 """
 
@@ -16,7 +16,7 @@ from kangaroo_kernels.shared.tiles import CHUNK
 
 BLOCK = 2 * MAX_ROWS
 BEFORE, REACHED, AGREED, DRAFTED, STOPPED = map(tl.constexpr, Record(*range(RECORD_HEAD)))
-"""Where the words of a record lie."""
+"""Where each word of a ``Record`` lies."""
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def commit_kernel(
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
-    """One program owns the iteration."""
+    """One program commits the whole iteration."""
     follow(CHAINED)
     agreed, reached, stopped = tl.load(decision_ptr), tl.load(decision_ptr + 1), tl.load(decision_ptr + 2)
     before = tl.load(length_ptr)

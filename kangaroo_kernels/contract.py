@@ -1,4 +1,4 @@
-"""What kernels, references and the runtime agree on: numbers and types that have one name, one value and this place."""
+"""What kernels, references and the runtime agree on: numbers and types that are defined here and nowhere else."""
 
 from typing import NamedTuple
 
@@ -10,22 +10,23 @@ from kangaroo_kernels.packed_weight import Weight
 # ---- numbers
 
 MAX_ROWS = 16
-"""Tokens in flight that the kernels are built for; more of them are a prefill, and the references' work."""
+"""The most tokens in flight that the kernels take; more of them are a prefill, which the references run."""
 
 MAX_SPECULATIVE_TOKENS = MAX_ROWS - 1
 """The most drafts a step: with the newest token they fill the rows of a verification."""
 
 MAX_STOPS = 1024
-"""Stop tokens that the kernel of ``accept`` takes: each is compared with every row, in one warp's registers, of which
-that takes 168 a thread; 4,096 spill."""
+"""The most stop tokens that the kernel of ``accept`` takes. One warp compares each with every row in its registers, of
+which this number takes 168 per thread; with 4,096 stop tokens they spill."""
 
 WIDEST_HEAD = 128
-"""Head size up to which the kernel of ``draft_loop`` runs on a GPU, in 16 bits: attention of wider ones has 8 warps in
-the stage kernels, which sum in another order."""
+"""The largest head size for which the kernel of ``draft_loop`` runs on a GPU, in 16 bits. For wider heads the kernel of
+``attention`` has 8 warps, which sum in another order, so the two would differ in bits."""
 
 TARGET_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)
-"""Streams of noise, so that a position's draws are independent: the target's tokens (and the coupled drafter's, which
-shall be the same), a drafter's that draws on its own, and the test by which rejection sampling accepts a draft."""
+"""Streams of noise, which make the draws at one position independent. The first draws the target's tokens (and those of
+a coupled drafter, so that they are the same), the second those of a drafter that draws on its own, and the third
+decides whether rejection sampling accepts a draft."""
 
 # ---- types
 
@@ -43,7 +44,7 @@ class Top1(NamedTuple):
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> "Top1":
-        """New memory for ``rows`` rows, with whatever is in it."""
+        """New, uninitialised memory for ``rows`` rows."""
         return cls(
             torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, dtype=torch.float32, device=device)
         )
@@ -68,7 +69,7 @@ class Record(NamedTuple):
 
 
 RECORD_HEAD = len(Record._fields)
-"""Words of a record before the tokens."""
+"""How many words of a record come before the tokens."""
 
 
 class AttentionBlock(NamedTuple):
@@ -79,7 +80,7 @@ class AttentionBlock(NamedTuple):
         qkv: ``[(H + 2 * H_kv) * D, K]``, as ``qkv_rope`` takes it.
         output: ``[K, H * D]``.
         k_cache: ``[H_kv, T, D]``.
-        v_cache: likewise.
+        v_cache: as ``k_cache``.
         table: ``[>= T, 1, D / 2]`` complex64 from ``rope_table``.
         eps: of the norm.
         scale: of the scores.
@@ -115,12 +116,12 @@ class DraftModel(NamedTuple):
     """The drafter and its caches, as ``draft_loop`` takes them.
 
     Attributes:
-        layers: the target's first ones.
-        adapter: behind them.
-        norm: ``[K]``, the adapter's, before the head.
-        head: ``[V, K]``, the target's.
-        eps: of that norm.
-        embedding: ``[V, K]``.
+        layers: the target's first layers.
+        adapter: the adapter's attention block, which runs after them.
+        norm: ``[K]``, the adapter's norm before the head.
+        head: ``[V, K]``, the target's head.
+        eps: of the adapter's norm.
+        embedding: ``[V, K]``, the target's.
     """
 
     layers: tuple[Layer, ...]

@@ -1,7 +1,7 @@
 """``gate_up`` in Triton: RMSNorm, the gate and up projections, ``silu(gate) * up``; the reference has the formula.
 
-A program owns ``BLOCK_N`` columns of the output and streams their gate and up rows together, so the product never
-leaves it. Bytes moved: ``2 * I * K`` elements of weight, once; ``x`` comes from the L2.
+A program owns ``BLOCK_N`` columns of the output and streams their gate and up rows together, so neither gate nor up is
+ever written. Bytes moved: ``2 * I * K`` elements of weight, once; ``x`` comes from the L2.
 """
 
 import triton
@@ -21,7 +21,7 @@ def gate_up_tile(tile, x, norm, w, out, BLOCK_N: tl.constexpr):
     """All rows of columns ``tile * BLOCK_N ..`` of ``out``; ``w`` has the gate rows first."""
     I = out.cols
     cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    # gate and up rows in turns: one tile, one product, and both halves of a column in the same thread
+    # gate and up rows alternate: one tile and one product give both halves of a column, in the same thread
     pairs = tl.arange(0, 2 * BLOCK_N)
     owned = tl.minimum(tile * BLOCK_N + pairs // 2, I - 1) + pairs % 2 * I
     acc = norm_project(x, norm, w, owned, 2 * BLOCK_N)
@@ -55,7 +55,7 @@ def gate_up_kernel(
 ):
     """One program owns all rows of ``BLOCK_N`` columns of ``out``."""
     fetch_ahead(w_ptr, w_row_stride, I, K, active_ptr, BLOCK_N, CHAINED)
-    # a cast, since an I of 1 is a number and not a tensor
+    # Triton makes a constant of an I that is 1; the cast makes a tensor of it
     fetch_ahead(w_ptr + tl.cast(I, tl.int64) * w_row_stride, w_row_stride, I, K, active_ptr, BLOCK_N, CHAINED)
     follow(CHAINED)
     if skipped(active_ptr):
@@ -83,7 +83,7 @@ def gate_up(
     matrix, bias = weight_and_bias(weight)
     check_operands("gate_up", x, norm_weight, matrix, active)
     if matrix.shape[0] % 2:
-        raise ValueError(f"gate_up: the weight has {matrix.shape[0]} rows; it must be as many of gate as of up.")
+        raise ValueError(f"gate_up: the weight has {matrix.shape[0]} rows; it must have as many for gate as for up.")
     inner = matrix.shape[0] // 2
     x = aligned_rows(x)
     out = check_out("gate_up", out, (x.shape[0], inner), x)

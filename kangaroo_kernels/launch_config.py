@@ -1,10 +1,10 @@
-"""Launch configurations are data: ``configs/`` holds a JSON file a GPU name, and a default an architecture.
+"""Launch configurations are data: ``configs/`` holds a JSON file for each GPU name, and one for each architecture.
 
 A file maps each operation to rules; the first whose conditions hold wins, the GPU's own rules before those of its
 architecture. Conditions are ``n``, ``k`` and ``dtype`` (equal) and ``max_n`` (at most); a rule without any is the
-operation's default. An entry ``launches`` says whether kernels are chained. ``tools/tune.py`` writes GPUs' files. No
-setting in them changes a bit of any result: what does (K steps, KV tiles and splits) is fixed in the kernels, and the
-tuner refuses a candidate with other bits.
+operation's default. An entry ``launches`` says whether kernels are chained (``shared/chain.py``). ``tools/tune.py``
+writes the files of GPUs. No setting in a file changes a bit of any result: whatever would (K steps, KV tiles and
+splits) is fixed in the kernels, and the tuner refuses a candidate that gives other bits.
 """
 
 import json
@@ -25,9 +25,9 @@ class LaunchConfig(NamedTuple):
     """How an operation is launched.
 
     Attributes:
-        num_warps: of a program.
-        num_stages: tiles of the software pipeline, one of which is being used while the others are under way.
-        block_n: weight rows a program (and a matrix) owns; 0 where the operation has no such choice.
+        num_warps: warps of a program.
+        num_stages: tiles of the software pipeline; one is in use while the others are being loaded.
+        block_n: weight rows that a program owns (of each matrix, if there are two); 0 where there is no such choice.
     """
 
     num_warps: int
@@ -36,7 +36,7 @@ class LaunchConfig(NamedTuple):
 
 
 def file_name(gpu: str) -> str:
-    """``NVIDIA H200`` to ``NVIDIA_H200.json``."""
+    """The name of a GPU's file: ``NVIDIA_H200.json`` for ``NVIDIA H200``."""
     return "".join(char if char.isalnum() else "_" for char in gpu) + ".json"
 
 
@@ -58,14 +58,14 @@ def pick(files: tuple[str, ...], op: str, n: int, k: int, dtype: str) -> LaunchC
 
 
 def architecture_file(capability: int) -> str:
-    """The default of an architecture, or of the nearest older one that has a file."""
+    """The file of an architecture, or of the nearest older one that has a file."""
     known = (90, DEFAULT_ARCHITECTURE)
     return f"sm_{next((arch for arch in known if capability >= arch), DEFAULT_ARCHITECTURE)}.json"
 
 
 @lru_cache(maxsize=8)
 def files_for(device: torch.device) -> tuple[str, ...]:
-    """The files that are asked on ``device``; the interpreter on a CPU takes the oldest architecture's."""
+    """The files that hold for ``device``, in order; the interpreter on a CPU takes the oldest architecture's."""
     if device.type != "cuda":
         return (architecture_file(DEFAULT_ARCHITECTURE),)
     major, minor = torch.cuda.get_device_capability(device)
@@ -83,9 +83,9 @@ _pickers: list[Picker] = []
 
 @contextmanager
 def configured_by(picker: Picker) -> Iterator[None]:
-    """Within it, ``picker(op, n, k, dtype)`` decides instead of the files.
+    """Inside this context, ``picker(op, n, k, dtype)`` decides instead of the files.
 
-    For the tuner's candidates, and for compiling for a GPU that is not here.
+    It is for the tuner's candidates, and for compiling for a GPU that is not here.
     """
     _pickers.append(picker)
     try:
@@ -104,7 +104,7 @@ _chained: list[bool] = []
 
 @contextmanager
 def chained(on: bool = True) -> Iterator[None]:
-    """Within it, kernels are launched as programmatic dependents, or not, whatever the files say.
+    """Inside this context, kernels are launched as programmatic dependents, or not, whatever the files say.
 
     Where the GPU has no such launches (before sm_90) it changes nothing. A captured graph keeps what it was captured
     with.
@@ -123,10 +123,10 @@ def _chained_on(device: torch.device) -> bool:
 
 
 def is_chained(device: torch.device) -> bool:
-    """Whether to launch so on ``device``: the first file that has ``"launches": [{"chained": ...}]`` says it."""
+    """Whether to chain kernels on ``device``: the first file with ``"launches": [{"chained": ...}]`` decides."""
     return _chained[-1] if _chained else _chained_on(device)
 
 
 def configs_folder() -> Path:
-    """Where the tuner writes."""
+    """The folder that the tuner writes to."""
     return Path(str(resources.files("kangaroo_kernels").joinpath("configs")))

@@ -1,8 +1,8 @@
-"""The table of operations, one row each. Whoever needs the operations, or some of them, reads ``OPERATIONS``.
+"""The table of operations, one row each. Code that needs the operations, or some of them, reads ``OPERATIONS``.
 
-It gives the runtime its kernels or references, ``ops.py`` what is registered with PyTorch, and workloads, measuring
-tools and tests a kernel, its oracle and arguments for both. Importing it imports the references, which need torch
-alone; a kernel is imported, and Triton with it, where its launcher is first asked for.
+The runtime takes its kernels or references from here, and ``ops.py`` what it registers with PyTorch. Workloads,
+measuring tools and tests take a kernel, its reference and arguments for both. Importing this module imports the
+references, which need only torch; a kernel, and Triton with it, is imported when its launcher is first asked for.
 
 A new operand of an operation is added in its reference, in its kernel, in its row here, and in its test.
 """
@@ -28,18 +28,18 @@ from kangaroo_kernels.reference.sample_head import sample_head
 from kangaroo_kernels.reference.top1_head import top1_head
 
 EPS = 1e-5
-"""Of the norms in random arguments."""
+"""The eps of the norms in random arguments."""
 
 # ---- what a row is made of
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The sizes of a call that no weight has, and random operands of them.
+    """The sizes of a call that do not follow from a weight, and random operands of these sizes.
 
     Attributes:
         rows: tokens in flight, M.
-        length: of the text, the tokens in flight included; the caches hold so many positions.
+        length: of the text, the tokens in flight included; the caches hold this many positions.
         heads: H.
         kv_heads: H_kv.
         head_dim: D.
@@ -64,7 +64,7 @@ class Inputs:
         return self.random(self.rows, k), 1 + self.random(k, scale=0.1), self.random(n, k, scale=k**-0.5)
 
     def caches(self) -> tuple[Tensor, Tensor]:
-        """Of keys and values, ``[H_kv, T, D]`` each."""
+        """The caches of keys and of values, ``[H_kv, T, D]`` each."""
         size = (self.kv_heads, self.length, self.head_dim)
         return self.random(*size), self.random(*size)
 
@@ -73,12 +73,12 @@ class Inputs:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def position(self) -> Tensor:
-        """Of the first token in flight, ``[1]`` int64."""
+        """The position of the first token in flight, ``[1]`` int64."""
         return self.integers(self.length - self.rows)
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and named ones of a launcher and of its reference."""
+"""The positional and keyword arguments of a launcher and of its reference."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Operation:
         reference: the operation in PyTorch; its name is the operation's.
         schema: the arguments and results of ``torch.ops.kangaroo.<name>``, in PyTorch's own words. Arguments have the
             reference's names; a ``bias`` goes into the weight before it. None where the operation is not registered.
-        fake: the results for the schema's arguments with nothing in them, as ``torch.compile`` traces them.
-        example: random arguments from the sizes, N and K of the weight (V and K of the embedding for ``commit``;
-            unused where there is neither); None where a whole model is an argument.
+        fake: makes uninitialised results for the schema's arguments, which ``torch.compile`` traces with.
+        example: makes random arguments from the sizes and from N and K of the weight (V and K of the embedding for
+            ``commit``; unused where there is neither); None where a whole model is an argument.
     """
 
     reference: Callable[..., Any]
@@ -101,12 +101,12 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """Of the operation, of its kernel's module and of the function in it."""
+        """The name of the operation, of its kernel's module and of the function in it."""
         return self.reference.__name__
 
     @cached_property
     def launcher(self) -> Callable[..., Any]:
-        """The function that launches the kernel, of the reference's signature."""
+        """The function that launches the kernel; it has the reference's signature."""
         function: Callable[..., Any] = getattr(import_module(f"kangaroo_kernels.{self.name}"), self.name)
         return function
 

@@ -1,9 +1,9 @@
 """The operations as ``torch.ops.kangaroo.*``, for ``torch.compile``: importing this module registers them.
 
-A thin layer, beside the plain functions and not under them: tensors and numbers in, new tensors out (``qkv_rope`` also
-writes its caches), positions, seeds and the RoPE table as real tensors on the device. CUDA tensors go to the Triton
-kernels, CPU tensors to the references. Each has a fake kernel (shapes and dtypes alone), so
-``torch.compile(fullgraph=True)`` takes them whole. ``operation.py`` has the schemas.
+This is a thin layer over the plain functions, which do not use it. It takes tensors and numbers and returns new tensors
+(``qkv_rope`` also writes its caches). Positions and seeds are tensors on the device, and so is the RoPE table, in real
+numbers. CUDA tensors go to the Triton kernels, CPU tensors to the references. Each operation has a fake kernel, which
+gives only shapes and dtypes, so ``torch.compile(fullgraph=True)`` takes it. ``operation.py`` has the schemas.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def _call(names: Sequence[str], function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """``function`` of a schema's arguments, which have its own names but for the ``bias`` of a weight."""
+    """Call ``function`` with a schema's arguments, which have the same names; a ``bias`` joins its weight."""
     given = dict(zip(names, args, strict=False)) | kwargs
     bias = given.pop("bias", None)
     if bias is not None:
         given["weight"] = PackedWeight(given["weight"], bias, Layout.ROWS)
     result = function(**given)
-    return result.contiguous() if isinstance(result, Tensor) else tuple(result)  # a reference's may be a view
+    return result.contiguous() if isinstance(result, Tensor) else tuple(result)  # a reference may return a view
 
 
 def _register(operation: Operation, schema: str, fake: Callable[..., Any]) -> None:

@@ -5,7 +5,7 @@ checkpoint always gives the same bits). Microseconds on two cores of an AMD Zen 
 matrix fresh from memory (``bench/results/cpu/packed_weight.json``):
 
     ==============  ===================  ===================  =========================================
-    layout          704 x 192 (1; 4)     4096 x 4096 (1; 4)   kept where
+    layout          704 x 192 (1; 4)     4096 x 4096 (1; 4)   used where
     ==============  ===================  ===================  =========================================
     ``FP16``        11; 17               359; 789             every weight is exact in fp16 (FBGEMM)
     ``ONEDNN``      38; 35               999; 1189            fp32, from 64k weights on
@@ -27,7 +27,7 @@ from torch import Tensor
 
 ONEDNN_MIN_WEIGHTS = 1 << 16
 THREADED_MIN_WEIGHTS = 1 << 20
-"""From here on FBGEMM's threaded entry point repays its 10 us of overhead."""
+"""From this many weights on, FBGEMM's threaded entry point repays its 10 us of overhead."""
 
 
 class Layout(enum.Enum):
@@ -64,7 +64,7 @@ class PackedWeight:
         layout: forces a layout; None lets ``choose_layout`` decide.
 
     Attributes:
-        nbytes: of the matrix as it is stored.
+        nbytes: bytes of the matrix as it is stored.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, layout: Layout | None = None) -> None:
@@ -78,7 +78,7 @@ class PackedWeight:
             self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         elif self.layout is Layout.FP16:
             self._zero_bias = weight.new_zeros(self.out_features) if bias is None else bias
-            with warnings.catch_warnings():  # announced for removal; the threaded entry point above would replace it
+            with warnings.catch_warnings():  # PyTorch will remove it; the threaded entry point above would replace it
                 warnings.simplefilter("ignore", UserWarning)
                 self._packed = torch.fbgemm_pack_gemm_matrix_fp16(weight)
                 torch.fbgemm_linear_fp16_weight_fp32_activation(
@@ -93,7 +93,7 @@ class PackedWeight:
 
     @property
     def rows(self) -> Tensor:
-        """The matrix ``[N, K]`` itself, for kernels; in the ``ROWS`` layout alone."""
+        """The matrix ``[N, K]`` itself, for kernels; only in the ``ROWS`` layout."""
         assert self.layout is Layout.ROWS
         return self._packed  # type: ignore[no-any-return]
 

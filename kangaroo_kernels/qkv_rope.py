@@ -48,7 +48,7 @@ def qkv_rope_tile(tile, position, x, norm, w, phases_ptr, q, caches, HEAD_DIM: t
     sine = tl.load(phase_ptrs + 1, mask=turned, other=0.0)
     even, odd = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
     x_even, x_odd = tl.where(is_turned[None, :], even, 0.0), tl.where(is_turned[None, :], odd, 0.0)
-    new_even = tl.where(is_turned[None, :], x_even * cosine - x_odd * sine, even)  # a value times 0 may be NaN
+    new_even = tl.where(is_turned[None, :], x_even * cosine - x_odd * sine, even)  # of v: inf * 0 would be NaN
     new_odd = tl.where(is_turned[None, :], x_even * sine + x_odd * cosine, odd)
     out = tl.reshape(tl.join(new_even, new_odd), (BLOCK_M, BLOCK_N)).to(q.ptr.dtype.element_ty)
 
@@ -74,7 +74,7 @@ def qkv_rope_kernel(
     phases_ptr,  # [T, D / 2, 2] float32: cosine, sine
     q_ptr,  # [M, H, D]
     k_ptr,  # [H_kv, T, D] or [blocks, H_kv, block_size, D]
-    v_ptr,  # likewise
+    v_ptr,  # as k_ptr
     table_ptr,  # [T / block_size] int32 or None
     position_ptr,  # [1] int64
     active_ptr,  # [1] int32 or None

@@ -1,9 +1,10 @@
 """``sample_head`` in Triton: RMSNorm, LM head, and a sample by Gumbel-max, the noise made in registers.
 
 Without a filter it is ``top1_head`` with a score beside every logit, and the logits are never written. Top-k and top-p
-need to see a whole row: then the head's tiles write their logits (``4 * M * V`` bytes, which stay in the L2), and a
-program a row finds the smallest logit that is kept, bit by bit from the highest (a count or a sum over the row each, 32
-of them a filter), and samples. Bytes moved: the head, ``V * K`` elements, once.
+need to see a whole row: then the head's tiles write their logits (``4 * M * V`` bytes, which stay in the L2), and one
+program per row finds the smallest logit that is kept, and samples. It finds the 32 bits of that logit one by one, the
+highest first, with one count (top-k) or sum (top-p) over the row for each bit. Bytes moved: the head, ``V * K``
+elements, once.
 """
 
 from typing import Any
@@ -50,7 +51,7 @@ SMALLEST_TOP_P = tl.constexpr(1e-30)
 
 @triton.jit
 def sample_tile(tile, noise, x, norm, w, logits_ptr, parts, BLOCK_N: tl.constexpr):
-    """All rows of tokens ``tile * BLOCK_N ..``: their logits, [M, V] float32; if None, what they leave in ``parts``."""
+    """All rows of tokens ``tile * BLOCK_N ..``: write their logits, [M, V] float32; if None, their ``parts``."""
     M, V = x.rows, w.rows
     first = tile * BLOCK_N
     cols = first + tl.arange(0, BLOCK_N)
@@ -248,7 +249,7 @@ def filtered_sample_kernel(
 
 
 def real_filter(value: Any, all_of_it: float) -> Any:
-    """A top-k or top-p; None for one that is known to keep everything."""
+    """``value``, a top-k or top-p, or None for one that is known to keep everything."""
     return None if value is None or (not isinstance(value, Tensor) and value >= all_of_it) else value
 
 

@@ -1,9 +1,9 @@
 """``top1_head`` in Triton: RMSNorm, LM head, top-1 token and its softmax probability; the logits are never written.
 
-Two launches: a program owns ``BLOCK_N`` tokens of the vocabulary and leaves three numbers a row; then a program a row
-merges them. In a drafting step the merge also says in the flag ``sure`` whether the confidence reaches the threshold,
-and copies the token's embedding to where the next step begins. Bytes moved: the head, ``V * K`` elements, once, and
-``24 * M`` bytes a tile.
+Two launches: a program owns ``BLOCK_N`` tokens of the vocabulary and leaves three numbers per row; then one program per
+row merges them. In a drafting step the merge also says in the flag ``sure`` whether the confidence reaches the
+threshold, and copies the token's embedding to where the next step begins. Bytes moved: the head, ``V * K`` elements,
+once, and ``24 * M`` bytes per tile.
 """
 
 import triton
@@ -22,7 +22,7 @@ from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipp
 
 @triton.jit
 def top1_tile(tile, x, norm, w, parts, BLOCK_N: tl.constexpr):
-    """All rows of tokens ``tile * BLOCK_N ..``: what they leave in ``parts``."""
+    """All rows of tokens ``tile * BLOCK_N ..``: write their ``parts``."""
     M, V = x.rows, w.rows
     cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     owned = tl.minimum(cols, V - 1)  # the last tile's columns beyond the end repeat the last one

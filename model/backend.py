@@ -18,7 +18,7 @@ KERNELS = ("triton", "reference")
 
 @dataclass(frozen=True)
 class Backend:
-    """The operations of a decode step and what a decode must know of them; their references' docstrings say the rest.
+    """The operations of a decode step and what a decode must know of them; their references document the rest.
 
     Attributes:
         name: one of ``KERNELS``.
@@ -43,7 +43,7 @@ class Backend:
     prepare_draft_loop: Callable[..., Any]
 
     def for_rows(self, rows: int) -> "Backend":
-        """These operations, or the references for more rows than the kernels take: a prefill, cuBLAS's and SDPA's."""
+        """These operations, or the references (cuBLAS, SDPA) for a prefill of more rows than the kernels take."""
         return self if self.max_rows is None or rows <= self.max_rows else REFERENCES
 
 

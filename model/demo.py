@@ -8,7 +8,7 @@ from .errors import KangarooError
 
 PAIR = Path(__file__).parent / "demo_pair"
 DEMO_MODEL = "demo"
-"""The bundled pair, where a model is named; a folder called so is ``./demo``."""
+"""The bundled pair's name wherever a model is asked for; a folder of this name must be given as ``./demo``."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ def bundled_pair() -> DemoPair:
 
 
 def find_pair(model: str | Path, adapter: str | Path | None) -> tuple[str | Path, str | Path | None]:
-    """The bundled pair's folders for the model called ``demo``, an adapter that is given in its own adapter's place.
+    """The bundled pair's folders for the model called ``demo``; an adapter that is given replaces the pair's own.
 
-    Any other model and adapter as they are.
+    Any other model and adapter are returned as they are.
     """
     if model != DEMO_MODEL:
         return model, adapter

@@ -23,7 +23,7 @@ from .session import Memory, Session, Writing
 from .target.llama import Llama
 
 MOST_IDLE = 8
-"""Memories kept for the next texts, with their caches and graphs; one more lets go of the oldest."""
+"""The most memories that are kept for the next texts, with their caches and graphs; the oldest goes first."""
 
 
 class Kangaroo:
@@ -35,8 +35,8 @@ class Kangaroo:
 
     Args:
         target: the model.
-        drafter: proposes tokens (``drafters/protocol.py``); None without one, and decoding is plain.
-        tokenizer: the checkpoint's tokenizer; None where it has none, and prompts are token lists.
+        drafter: proposes tokens (``drafters/protocol.py``); None means that all decoding is plain.
+        tokenizer: the checkpoint's tokenizer; None where it has none, so that prompts must be lists of tokens.
         graphs: whether a GPU's iterations are captured in CUDA graphs; each session has its own.
 
     Raises:
@@ -68,7 +68,7 @@ class Kangaroo:
 
         Args:
             model: a folder, a hub name, or ``demo``: the bundled pair.
-            adapter: a folder or a hub name; None allows plain decoding alone, but for the bundled pair, which has one.
+            adapter: a folder or a hub name; None allows only plain decoding, or takes the bundled pair's own adapter.
             exit_layer: overrides the adapter's own; needed for adapters that do not name it.
             device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
             dtype: of the weights; None means float32 on a CPU and the checkpoint's own on a GPU.
@@ -90,7 +90,7 @@ class Kangaroo:
     # ---- writing
 
     def session(self, length: int = 0) -> Session:
-        """Memory for one text after another, independent of all others; as many as fit into the device's memory.
+        """A session: memory for one text after another. There may be as many sessions as fit into the device's memory.
 
         Args:
             length: tokens of a text that the target's cache has room for at once; a session grows with its texts. Its
@@ -112,7 +112,7 @@ class Kangaroo:
                 ``draft_confidence_threshold``, ``acceptance``, ``stop``, ``plain``; ``Settings`` explains each.
 
         Raises:
-            KangarooError: a setting or prompt that cannot serve.
+            KangarooError: a setting or prompt that cannot be used.
             TypeError: an unknown keyword.
         """
         return self.progress(prompt, settings, **keywords).finish()
@@ -122,14 +122,14 @@ class Kangaroo:
     ) -> Iterator[str]:
         """As ``generate``, yielding pieces of text as they are committed; joined, they are its ``text``.
 
-        Statistics and the reason of the end are had from ``progress``.
+        ``progress`` also gives the statistics and the reason of the end.
         """
         return (step.text for step in self.progress(prompt, settings, **keywords) if step.text)
 
     def progress(self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any) -> Writing:
         """As ``stream``, with the tokens and their origin beside each piece, and the ``Generation`` so far.
 
-        The last step's is what ``generate`` returns; a prompt that fills the context has no step.
+        The ``Generation`` of the last step is what ``generate`` returns; a prompt that fills the context has no step.
         """
         request = self.resolve(prompt, Settings.of(settings, keywords))
         return Writing(self, request, self._borrow, self._idle.append)
@@ -138,23 +138,23 @@ class Kangaroo:
         return Memory(self.target, self.drafter, self.graphs)
 
     def _borrow(self) -> Memory:
-        """Memory for a text of its own: that of the last one that ended, or new."""
+        """Memory for a text outside of any session: that of the text that ended last, or new memory."""
         try:
             return self._idle.pop()
         except IndexError:
             return self._new_memory()
 
     def forget_idle(self) -> int:
-        """Let go of the memory that is kept for the next texts; the number of texts that it held."""
+        """Free the memories that are kept for the next texts; return how many there were."""
         count = len(self._idle)
         self._idle.clear()
         return count
 
     def resolve(self, prompt: str | Sequence[int], settings: Settings) -> Request:
-        """What a prompt and its settings come to on this model.
+        """Resolve a prompt and its settings for this model.
 
         Raises:
-            KangarooError: a setting or prompt that cannot serve.
+            KangarooError: a setting or prompt that cannot be used.
         """
         request = resolve(prompt, settings, self.target.config, self.tokenizer, self.drafter)
         if request.max_drafts:
@@ -163,7 +163,7 @@ class Kangaroo:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A step has the model for itself, in inference mode and on the fastest number of threads."""
+        """Hold the model for one step, in inference mode and on the fastest number of threads."""
         with self.target.lock, torch.inference_mode():
             if self._threads is None and self.target.device.type == "cpu" and not self.target.backend.resident:
                 self._threads = self._measure_threads()

@@ -60,7 +60,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or the GPU where there is one.
 
     Raises:
-        KangarooError: a name that is none, or a GPU that is not there.
+        KangarooError: an unknown name, or a GPU that is not there.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
 """What a caller asks for: ``Settings``, checked once, and the ``Request`` that they make of a prompt and a model.
 
-Python's keywords, the command line and whatever serves texts over a network all make a ``Settings``; so each setting
-has one range and one sentence that refuses it.
+Keywords in Python, the options of the command line and a network server all become a ``Settings``, so each setting has
+one range and one error message.
 """
 
 import operator
@@ -69,7 +69,7 @@ class Settings:
 
     @classmethod
     def of(cls, settings: "Settings | None", keywords: Mapping[str, Any]) -> "Settings":
-        """The settings themselves, or those that the keywords of a call name.
+        """``settings`` as they are, or those that the keywords of a call name.
 
         Raises:
             KangarooError: a setting out of its range.
@@ -109,7 +109,7 @@ class Request:
         max_drafts: the most drafts a step; 0 decodes plainly.
         threshold: the confidence below which drafting stops.
         stop_tokens: the caller's and the model's own.
-        stop_strings: end the text, and are cut off it.
+        stop_strings: strings that end the text and are cut off it.
     """
 
     tokens: tuple[int, ...]
@@ -125,7 +125,7 @@ class Request:
 def resolve(
     prompt: str | Sequence[int], settings: Settings, config: LlamaConfig, tokenizer: Any, drafter: Drafter | None
 ) -> Request:
-    """Hold a prompt and its settings against a model and what drafts for it.
+    """Check a prompt and its settings against a model and its drafter.
 
     Raises:
         KangarooError: a prompt that is empty, too long or of unknown tokens; stops that this checkpoint cannot find; no

@@ -9,10 +9,10 @@ class Commit:
     """What one step added to the text.
 
     Attributes:
-        tokens: at least one.
+        tokens: the new tokens, at least one.
         accepted: how many of ``tokens`` were drafted; the others are the target's own.
         drafted: how many were drafted in this step; 0 in plain decoding.
-        agreed: how many of the drafted the target agreed with, also beyond a stop token or the limit.
+        agreed: how many drafted tokens the target agreed with, also beyond a stop token or the limit.
         stopped: whether the last token is a stop token.
     """
 
@@ -23,7 +23,7 @@ class Commit:
     stopped: bool
 
     def cut(self, kept: int) -> "Commit":
-        """The same step of a text that a stop string ends after ``kept`` of its tokens."""
+        """The same step, ended by a stop string after ``kept`` of its tokens."""
         return replace(self, tokens=self.tokens[:kept], accepted=min(self.accepted, kept), stopped=True)
 
 
@@ -33,7 +33,7 @@ class DecodeStats:
 
     Attributes:
         new_tokens: committed tokens.
-        verification_steps: passes of the target over newly chosen rows; one a token in plain decoding.
+        verification_steps: passes of the target that gave new tokens; in plain decoding, one per token.
         drafted: tokens drafted.
         accepted: drafted tokens that the target agreed with.
         accepted_at: ``accepted_at[i]`` counts the steps that accepted a draft at position i.
@@ -61,12 +61,12 @@ class DecodeStats:
 
     @property
     def mean_acceptance_length(self) -> float:
-        """Tokens a verification step, bonus token included (the paper's compression rate)."""
+        """Tokens per verification step, bonus token included (the paper's compression rate)."""
         return self.new_tokens / self.verification_steps if self.verification_steps else 0.0
 
     @property
     def draft_acceptance_rate(self) -> float:
-        """Accepted of drafted."""
+        """The share of the drafted tokens that were accepted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     @property
@@ -131,7 +131,7 @@ class Outcome:
     finish_reason: str = "length"
 
     def generation(self) -> Generation:
-        """What there is by now; later steps leave it as it is."""
+        """What was written so far, as a copy that later steps do not change."""
         stats = replace(self.stats, accepted_at=list(self.stats.accepted_at))
         return Generation(self.text, list(self.tokens), stats, self.finish_reason)
 

@@ -2,7 +2,7 @@
 
 The token at absolute position p is a pure function of (logits, seed, p). With ``coupled`` acceptance the drafter uses
 the target's noise, and what is accepted is what plain sampling with that seed would have said. ``rejection`` (Leviathan
-et al., arXiv 2211.17192) draws the drafts on their own and keeps the target's distribution, not its tokens.
+et al., arXiv 2211.17192) draws the drafts with other noise and keeps the target's distribution, not its tokens.
 """
 
 from dataclasses import dataclass, replace
@@ -88,13 +88,13 @@ def plain_number(value: Any) -> Any:
 
 
 class SamplingTensors(NamedTuple):
-    """The numbers of a ``Sampling`` in device memory: work that is captured once serves whatever lies there.
+    """The numbers of a ``Sampling`` in device memory, so that work which is captured once serves all values.
 
     Attributes:
         temperature: ``[1]`` float32, not read where decoding is greedy.
-        top_k: ``[1]`` int64, or None: keep all.
-        top_p: ``[1]`` float32, or None: keep all.
-        seed: ``[1]`` int64, of the same bits.
+        top_k: ``[1]`` int64, or None to keep all.
+        top_p: ``[1]`` float32, or None to keep all.
+        seed: ``[1]`` int64, with the bits of the unsigned seed.
     """
 
     temperature: Tensor
@@ -107,9 +107,9 @@ class Chooser:
     """Picks tokens for one text: the target's and, from the same noise or its own, the drafter's.
 
     Args:
-        sampling: how.
-        backend: what with.
-        numbers: of ``sampling`` in device memory, for work that is captured.
+        sampling: how tokens are picked.
+        backend: the operations that pick them.
+        numbers: the numbers of ``sampling`` in device memory, for work that is captured.
     """
 
     def __init__(
@@ -167,9 +167,9 @@ class Chooser:
     def reject(self, draft: Tensor, draft_distribution: Tensor, target_logits: Tensor, position: int) -> Tensor:
         """Rejection sampling, written as the tokens the target "would have said".
 
-        Draft i stands with probability ``min(1, p_i(d_i) / q_i(d_i))``; where it falls, a sample of
-        ``max(p_i - q_i, 0)`` (normalised) takes its place, which is never ``d_i``. So the rule for acceptance stays
-        prefix equality.
+        With the target's distribution ``p_i`` and the draft's ``q_i``, draft ``d_i`` is accepted with probability
+        ``min(1, p_i(d_i) / q_i(d_i))``. Otherwise a sample of ``max(p_i - q_i, 0)`` (normalised) takes its place, which
+        is never ``d_i``. So the rule for acceptance stays prefix equality.
 
         Args:
             draft: ``[k]`` int64, the tokens at ``position, ...``.

@@ -56,7 +56,7 @@ class Memory:
         return own + self.runner.buffer_bytes + self.runner.captured_bytes
 
     def begin(self, kangaroo: "Kangaroo", request: Request) -> Iterator[Commit]:
-        """Fill the caches for a request, and the loop that writes it; the text that was there before is over.
+        """Fill the caches for a request and return the loop that writes it; the text before it ends.
 
         Where there is no memory left, that of the texts before is let go.
         """
@@ -136,7 +136,7 @@ class Writing(Iterator[Progress]):
         give_back: takes it when the text has ended, in whatever way.
 
     Attributes:
-        outcome: the text, its counts and its times by now.
+        outcome: the text so far, its counts and its times.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class Writing(Iterator[Progress]):
             return next(self._steps)
 
     def finish(self) -> Generation:
-        """Write to the end: everything that there is then."""
+        """Write the text to its end and return all of it."""
         for _ in self:
             pass
         return self.outcome.generation()
@@ -195,7 +195,7 @@ def _commits(kangaroo: "Kangaroo", request: Request, outcome: Outcome, memory: M
         steps = memory.begin(kangaroo, request)
         text = memory.text
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the prefill's time is its own
+            torch.cuda.synchronize(device)  # the first step's time must not include the prefill's
         stats.prefill_seconds = time.perf_counter() - began
     while True:
         with kangaroo.step():

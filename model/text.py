@@ -20,7 +20,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each tokenizer library has its own kinds
+    except Exception as error:  # each tokenizer library raises its own kinds
         raise KangarooError(
             f"{folder}: the tokenizer cannot be loaded ({(str(error) or type(error).__name__).splitlines()[0]})."
         ) from error
@@ -44,7 +44,7 @@ class TextStream:
         self._held = ""
 
     def push(self, token: int) -> str:
-        """Text that is certain now."""
+        """Take a token; return the text that is now certain."""
         if self.tokenizer is None:
             return ""
         self.tokens.append(token)
@@ -56,7 +56,7 @@ class TextStream:
         return self._release(after[len(before) :])
 
     def finish(self) -> str:
-        """The rest, when no more tokens come."""
+        """The rest of the text, once no more tokens come."""
         if self.tokenizer is None or self.stopped:
             return ""
         after = self._text(self._context, len(self.tokens))

@@ -1,12 +1,14 @@
 """``draft_loop`` in Triton: shallow layers, adapter and head, token after token, in one persistent launch.
 
-Every program stays resident and takes its share of the tiles of one stage after the other: ``qkv_rope``, ``attention``,
-its merge, the output projection, ``gate_up``, the down projection; the adapter's first four; the head and its merge.
-Between two stages lies a barrier across the grid (``shared/grid.py``); before a program waits there, it asks for what
-it will first read of the next weight. The loop ends on the device's own decision, the threshold. A stage is the very
-function that the stage kernels run, with their tiles, so the results are theirs to the bit.
+Every program stays resident and takes its share of the tiles of one stage after the other. A layer has six stages:
+``qkv_rope``, ``attention``, its merge, the output projection, ``gate_up`` and the down projection. The adapter has the
+first four of them; the head and its merge follow. Between two stages lies a barrier across the grid
+(``shared/grid.py``); before a program waits there, it prefetches what it will first read of the next weight. The device
+itself ends the loop, by the threshold. Each stage is the same function that the operation's own kernel (its "stage
+kernel") runs, with the same tiles, so the results are the same to the bit.
 
-Bytes moved: those of the stages, once a draft. Barriers, a draft: 6 a layer, 4 for the adapter, 2 for the head.
+Bytes moved: for each draft, those of all stages. Barriers for each draft: 6 per layer, 4 for the adapter, 2 for the
+head.
 """
 
 import triton
@@ -56,7 +58,7 @@ from kangaroo_kernels.top1_head import top1_tile
 __all__ = ["DraftLoop", "draft_loop", "draft_loop_kernel", "prepare_draft_loop"]
 
 PREFETCHED_STEPS = 4
-"""Steps along K of a program's first tile: about what the memory delivers while a barrier lasts."""
+"""Steps along K of a program's first tile that it prefetches: about what the memory delivers while a barrier lasts."""
 
 
 @triton.jit(
@@ -72,10 +74,10 @@ PREFETCHED_STEPS = 4
     ],
 )
 def draft_loop_kernel(
-    base_ptr,  # [] of the weights' dtype, what the table's offsets count from
+    base_ptr,  # [] of the weights' dtype: the table's offsets count from here
     table_ptr,  # [layers + 1, TABLE_WORDS] int64, the adapter last
     phases_ptr,  # [T, D / 2, 2] float32
-    adapter_phases_ptr,  # likewise
+    adapter_phases_ptr,  # [ADAPTER_T, D / 2, 2] float32
     head_norm_ptr,  # [K]
     head_ptr,  # [V, K]
     head_bias_ptr,  # [V] or None
@@ -98,7 +100,7 @@ def draft_loop_kernel(
     largest_ptr,  # [tiles] float32
     sum_ptr,  # [tiles] float32
     state_ptr,  # [STATE_WORDS] int32
-    seed_ptr,  # [1] int64, or None: the most likely token
+    seed_ptr,  # [1] int64, or None for the most likely token
     stream,
     temperature_ptr,  # [1] float32 or None
     threshold_ptr,  # [1] float32
@@ -151,16 +153,16 @@ def draft_loop_kernel(
     tiles = tl.cdiv(V, HEAD_N)
     qkv_rows = (GROUP + 2) * HEAD_DIM * H_KV
     adapter_qkv_rows = (ADAPTER_GROUP + 2) * ADAPTER_HEAD_DIM * ADAPTER_H_KV
-    turns = tl.where(is_whole(state_ptr), TURNS * (LAYERS + 1), 0)  # of a draft; 0 ends the loop
+    turns = tl.where(is_whole(state_ptr), TURNS * (LAYERS + 1), 0)  # per draft; 0 ends the loop
     left = TileParts(score_ptr, index_ptr, largest_ptr, sum_ptr, tiles)
     arrivals = 0
     drafted = 0
     while turns > 0:
-        # What no turn changes is not to be computed ahead of them all, nor what no tile changes ahead of a stage's
-        # tiles (disable_licm): it would sit in registers through every loop over a weight or the cache.
+        # disable_licm: the compiler must not compute what no turn changes ahead of all turns, nor what no tile changes
+        # ahead of a stage's tiles, for it would sit in registers through every loop over a weight or the cache.
         for turn in tl.range(0, turns, disable_licm=True):
             if turn < turns:
-                block = tl.cast(turn, tl.int32) // TURNS  # the interpreter's is Python's
+                block = tl.cast(turn, tl.int32) // TURNS  # in the interpreter it is an int of Python
                 adapting = block == LAYERS
                 stage = turn - block * TURNS
                 stage = tl.where(adapting & (stage > OUTPUT), stage + HEAD - GATE_UP, stage)
@@ -284,7 +286,7 @@ def draft_loop_kernel(
 
 
 def prepare_draft_loop(model: DraftModel, most: int) -> DraftLoop:
-    """What ``draft_loop`` needs of ``model`` for up to ``most`` drafts a step."""
+    """Prepare what ``draft_loop`` needs of ``model`` for up to ``most`` drafts a step."""
     return DraftLoop(model, most)
 
 
@@ -293,7 +295,7 @@ def refuse_filters(top_k: int | Tensor | None, top_p: float | Tensor | None, voc
     if real_filter(top_k, vocab_size) is not None or real_filter(top_p, 1.0) is not None:
         raise ValueError(
             f"draft_loop: top_k {top_k} and top_p {top_p} need a whole row of logits, which this kernel never has; "
-            "draft with the stage kernels, or without a filter."
+            "draft step by step, or without a filter."
         )
 
 
@@ -315,7 +317,8 @@ def draft_loop(
 ) -> Top1:
     """Draft up to R tokens, in place; arguments and result as for ``reference.draft_loop``.
 
-    With ``prepared`` (and numbers on the device) nothing is allocated but ``out``, and nothing waits for the device.
+    With ``prepared`` (and numbers that lie on the device) a call allocates nothing but ``out`` and never waits for the
+    device.
     """
     most = len(flags) - 1
     loop = DraftLoop(model, most) if prepared is None else prepared

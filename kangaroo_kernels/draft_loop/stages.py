@@ -1,6 +1,6 @@
 """The stages of ``draft_loop`` that know a block's shape: a program's share of their tiles, and what it prefetches.
 
-A block is a layer, or the adapter behind the last of them. Where its tensors lie, a row of a table says.
+A block is a layer, or the adapter after the last layer. A row of a table says where the tensors of a block lie.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from kangaroo_kernels.shared.operands import Cache, Caches, Linear, Matrix, Norm
 from kangaroo_kernels.shared.splits import count_splits_of, first_position
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES, elements
 
-# The stages, in the order of a layer; the adapter goes from OUTPUT to HEAD.
+# The stages, in the order of a layer; after OUTPUT the adapter goes on to HEAD.
 QKV = tl.constexpr(0)
 ATTEND = tl.constexpr(1)
 MERGE = tl.constexpr(2)
@@ -26,7 +26,7 @@ DOWN = tl.constexpr(5)
 HEAD = tl.constexpr(6)
 CHOOSE = tl.constexpr(7)
 TURNS = tl.constexpr(6)
-"""Stages of a layer, and as many of the adapter and the head."""
+"""Stages of a layer; the adapter and the head together have as many."""
 
 # Where a block's tensors lie: words of its row of the table.
 NORM_AT = tl.constexpr(0)
@@ -44,27 +44,27 @@ VALUES_AT = tl.constexpr(11)
 TABLE_WORDS = tl.constexpr(12)
 
 PREFETCH_BYTES = tl.constexpr(64)
-"""From one prefetch to the next: the memory's own grain."""
+"""The distance from one prefetch to the next: the memory's own granularity."""
 
 VECTOR = tl.constexpr(VECTOR_BYTES)
-"""Bytes that the table counts in."""
+"""The table's offsets count in units of this many bytes."""
 
 ATTENTION_STAGES = tl.constexpr(2)
-"""Of the pipeline over the KV cache: with more of them one program would take the shared memory of two."""
+"""Stages of the pipeline over the KV cache: with more of them one program would take the shared memory of two."""
 
 
 class Turn(NamedTuple):
     """What every stage of a turn knows: the program, the block and the rows.
 
     Attributes:
-        program: this one's number.
-        programs: of the grid.
+        program: the number of this program.
+        programs: how many programs the grid has.
         base_ptr: what the table's offsets count from, of the weights' dtype.
         row_ptr: the block's row of the table, ``[TABLE_WORDS]`` int64.
         adapting: whether the block is the adapter.
         M: rows, 1 or 2.
-        position: of the first row.
-        kv_heads: of the block.
+        position: the position of the first row.
+        kv_heads: the block's key-value heads.
         room: positions that the block's caches and phases hold.
     """
 
@@ -80,7 +80,7 @@ class Turn(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """The strides of a block's keys, and of its values.
+    """The strides of a block's key cache, which are those of its value cache, too.
 
     Attributes:
         head: from head to head.
@@ -115,8 +115,8 @@ class Widths(NamedTuple):
     Attributes:
         QKV: of ``qkv_rope``.
         LINEAR: of ``linear_residual``.
-        GATE_UP: of ``gate_up``, of which a tile reads twice as many rows.
-        HEAD: of the head: tokens.
+        GATE_UP: of ``gate_up``, whose tiles read twice as many weight rows.
+        HEAD: of the head, whose columns are tokens.
     """
 
     QKV: tl.constexpr
@@ -179,7 +179,7 @@ def attend_stage(turn, q_ptr, strides, scale, parts, heads):
 
 @triton.jit
 def merge_stage(turn, sums_ptr, stats_ptr, mixed_ptr, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A program's heads of the merge of a block's splits."""
+    """A program's share of the heads, whose splits it merges."""
     splits = count_splits_of(tl.minimum(turn.position + turn.M, turn.room))
     for item in tl.range(turn.program, turn.M * H, turn.programs, disable_licm=True):
         parts = Parts(sums_ptr, stats_ptr, mixed_ptr, H * HEAD_DIM)
@@ -188,9 +188,9 @@ def merge_stage(turn, sums_ptr, stats_ptr, mixed_ptr, H, HEAD_DIM: tl.constexpr,
 
 @triton.jit
 def prefetch_next(turn, stage, table_ptr, head_ptr, sizes, widths: tl.constexpr, STEPS: tl.constexpr):
-    """Have the first ``STEPS`` along K of this program's first tile of the next weight brought to the L2.
+    """Prefetch into the L2 the first ``STEPS`` steps along K of this program's first tile of the next weight.
 
-    The output projection's are fetched behind QKV, for attention and its merge read no weight.
+    Those of the output projection are fetched right after QKV, since attention and its merge read no weight.
     """
     QKV_N: tl.constexpr = widths.QKV
     LINEAR_N: tl.constexpr = widths.LINEAR
@@ -212,7 +212,7 @@ def prefetch_next(turn, stage, table_ptr, head_ptr, sizes, widths: tl.constexpr,
     in_pairs = (word == GATE_UP_AT) & (to_head == 0)
 
     rows = turn.program * size + tl.minimum(tl.arange(0, MOST_ROWS), size - 1)
-    half = tl.where(in_pairs, rows % 2 * I, 0)  # gate and up in turns
-    rows = tl.minimum(tl.where(in_pairs, rows // 2, rows), N - 1) + half  # beyond an end the last one again
+    half = tl.where(in_pairs, rows % 2 * I, 0)  # gate and up rows alternate
+    rows = tl.minimum(tl.where(in_pairs, rows // 2, rows), N - 1) + half  # beyond the end, the last one again
     cols = tl.minimum(tl.arange(0, COLS) * GRAIN, inputs - 1)
     prefetch(w_ptr + rows.to(tl.int64)[:, None] * inputs + cols[None, :])

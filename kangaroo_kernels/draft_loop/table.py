@@ -1,4 +1,4 @@
-"""What ``draft_loop`` needs of a model, made once: a launch then allocates nothing and asks nothing of the host."""
+"""What ``draft_loop`` needs of a model, prepared once: a launch then allocates nothing and never asks the host."""
 
 import math
 from typing import Any, NamedTuple
@@ -34,20 +34,22 @@ from kangaroo_kernels.shared.splits import count_splits
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 
 POLLS = 1 << 20
-"""Looks at the counter before a program takes another for lost: about a second, where a stage takes microseconds."""
+"""How often a waiting program reads the counter before it takes another program for lost. This lasts about a second,
+while a stage takes microseconds."""
 
 PROGRAMS_PER_SM = 2
 
 SPARE_SHARED = 4096
-"""Bytes a program beside its tiles: reductions, and what the system takes."""
+"""Bytes of shared memory that a program takes beside its tiles: for reductions, and for the system."""
 
 MAX_REGISTERS = 242
-"""A thread; two programs an SM leave 256."""
+"""Registers per thread; with two programs per SM there are 256."""
 
 SPARING_FROM, SPARING_REGISTERS, LARGE_TILE = 90, 160, 64 * 128
-"""From that architecture on the assembler is told to be sparing with registers (before it, that makes it spill), and
-gets only so many unless the queries of an attention program are a large tile. Found by trying: its spills are no simple
-function of the limit, and often more where it has more."""
+"""From architecture ``SPARING_FROM`` on, the assembler is told to be sparing with registers; on older ones that makes
+it spill. It then gets only ``SPARING_REGISTERS`` unless the queries of an attention program are a tile of at least
+``LARGE_TILE``. These numbers were found by trying: spills are no simple function of the limit, and a higher limit often
+gives more of them."""
 
 
 class BlockShape(NamedTuple):
@@ -55,15 +57,15 @@ class BlockShape(NamedTuple):
 
     Attributes:
         kv_heads: ``H_kv``.
-        group: query heads a key-value head.
+        group: query heads per key-value head.
         head_dim: ``D``.
         room: positions that caches and phases hold.
         head_stride: of the caches, from head to head.
         row_stride: from position to position.
         scale: of the scores, times log2(e).
         eps: of the norm.
-        itemsize: of an element.
-        phases: ``[T, 1, D / 2, 2]`` float32.
+        itemsize: bytes of an element.
+        phases: ``[T, 1, D / 2, 2]`` float32, the RoPE table.
     """
 
     kv_heads: int
@@ -94,29 +96,29 @@ class BlockShape(NamedTuple):
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Rows and columns of the tile of queries: those of ``attention``, for the bits, though two rows would do."""
+        """Rows and columns of the queries' tile: two rows would do, but the bits must be those of ``attention``."""
         return query_tile(self.group, self.head_dim, self.itemsize)
 
     def tiles(self, prefix: str = "") -> dict[str, int]:
-        """The kernel's compile-time arguments for these heads, their names behind ``prefix``."""
+        """The kernel's compile-time arguments for these heads; ``prefix`` goes before their names."""
         rows, cols = self.tile
         sizes = {"GROUP": self.group, "HEAD_DIM": self.head_dim, "BLOCK_D": cols, "BLOCK_R": rows}
         return {prefix + name: size for name, size in sizes.items()}
 
 
 def refuse(sentence: str) -> ValueError:
-    """The error to raise."""
+    """The error to raise for a model or an argument that does not fit."""
     return ValueError(f"draft_loop: {sentence}")
 
 
 def shape_of(block: AttentionBlock, x: Tensor) -> BlockShape:
-    """What an attention block looks like, by its caches and the rows of its qkv."""
+    """The shape of an attention block, from its caches and the rows of its qkv weight."""
     keys = cache_layout("draft_loop", block.k_cache, None, x)
     values = cache_layout("draft_loop", block.v_cache, None, x)
     rows, head_dim = weight_and_bias(block.qkv)[0].shape[0], block.k_cache.shape[-1]
     heads = rows // head_dim - 2 * keys.kv_heads
     if keys != values or block.v_cache.shape[-1] != head_dim:
-        raise refuse("the keys' cache and the values' differ in shape or strides; they must be alike.")
+        raise refuse("the key cache and the value cache differ in shape or strides; they must be alike.")
     if rows % head_dim or heads < 1 or heads % keys.kv_heads:
         raise refuse(
             f"qkv has {rows} rows, a cache is {list(block.k_cache.shape)}; they must be (H + 2 * H_kv) * D rows and "
@@ -151,11 +153,12 @@ def matrix_of(
 
 
 def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]) -> int:
-    """Programs of the grid: as many as are resident at once, ``PROGRAMS_PER_SM`` at most; one for the interpreter."""
+    """Programs of the grid: as many as fit at once, at most ``PROGRAMS_PER_SM`` per SM; one in the interpreter."""
     if x.device.type != "cuda":
         return 1
     device = torch.cuda.get_device_properties(x.device)
-    # 32 weight rows, 16 rows of x and the norm's weight a stage; the cache's tiles twice beside the queries'
+    # a pipeline stage holds 32 weight rows, 16 rows of x and the norm's weight; attention holds the queries and two
+    # tiles each of keys and values
     weights = (num_stages - 1) * (3 * MAX_ROWS + 1) * K_STEP_BYTES.value
     tiles = ((each.tile, each.itemsize) for each in shapes)
     caches = max((4 * TILE_BYTES.value + rows * itemsize) * cols for (rows, cols), itemsize in tiles)
@@ -164,7 +167,7 @@ def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]
 
 
 def gpu_options(x: Tensor, shapes: tuple[BlockShape, ...]) -> dict[str, Any]:
-    """What the launch is given besides its arguments: all programs are resident or none is, and no register spills."""
+    """Options of the launch: it starts only if all programs can be resident, and no register spills."""
     if x.device.type == "cpu":
         return {}
     options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
@@ -185,9 +188,9 @@ class DraftLoop:
         model: as given.
         most: drafts a step, R.
         grid: programs that are launched; all must be resident at once.
-        programs: that a barrier waits for; another number than ``grid`` is for tests.
-        error: ``[1]`` int32 on the device: 0, or 1 + the stage where the grid waited in vain for a program. What that
-            launch left is worthless, and later ones do nothing until ``reset``.
+        programs: how many programs a barrier waits for; only tests make it differ from ``grid``.
+        error: ``[1]`` int32 on the device: 0, or 1 + the stage after which a program never came to the barrier. The
+            results of that launch are worthless, and later launches do nothing until ``reset``.
     """
 
     def __init__(self, model: DraftModel, most: int, programs: int | None = None, polls: int = POLLS) -> None:
@@ -195,7 +198,7 @@ class DraftLoop:
         require_interpreter("draft_loop", x)
         if not 1 <= most < MAX_ROWS or not model.layers:
             raise refuse(
-                f"got {len(model.layers)} layers and {most} drafts a step; there must be a layer, and 1 to "
+                f"got {len(model.layers)} layers and {most} drafts a step; there must be at least one layer, and 1 to "
                 f"{MAX_ROWS - 1} drafts."
             )
         self.model, self.most, self.polls = model, most, polls
@@ -205,8 +208,8 @@ class DraftLoop:
         widest = max(each.head_dim for each in shapes)
         if x.device.type != "cpu" and (x.dtype == torch.float32 or widest > WIDEST_HEAD):
             raise refuse(
-                f"the weights are {x.dtype}, the heads {widest} wide; its bits are those of the stage kernels in "
-                f"float16 and bfloat16 with heads of at most {WIDEST_HEAD}. Draft step by step."
+                f"the weights are {x.dtype}, the heads {widest} wide; on a GPU this kernel takes float16 or bfloat16 "
+                f"with heads of at most {WIDEST_HEAD}. Draft step by step instead."
             )
         self.head = matrix_of("the head", x, model.norm, model.head, (vocab_size, K))
         self._fill_table(x, inner)
@@ -264,19 +267,19 @@ class DraftLoop:
         self.biased = {
             name: any(row[word.value] is not None for row in rows for word in words) for name, words in biases.items()
         }
-        # a missing bias beside others is one of -0.0, which changes no bit of any sum
+        # where only some blocks have a bias, the others get one of -0.0, which changes no bit of any sum
         self.blank = x.new_full((max(self.shape.qkv_rows, self.adapter_shape.qkv_rows, 2 * inner, K),), -0.0)
         tensors = [[self.blank if tensor is None else tensor for tensor in row] for row in rows]
         self.base = min((tensor for row in tensors for tensor in row), key=Tensor.data_ptr)
         start = self.base.data_ptr()
         offsets = [[tensor.data_ptr() - start for tensor in row] for row in tensors]
         if any(offset % VECTOR_BYTES for row in offsets for offset in row) or start % VECTOR_BYTES:
-            raise refuse(f"a weight or cache begins at an address that is no multiple of {VECTOR_BYTES} bytes.")
+            raise refuse(f"a weight or cache begins at an address that is not a multiple of {VECTOR_BYTES} bytes.")
         words = [[offset // VECTOR_BYTES for offset in row] for row in offsets]
         self.table = torch.tensor(words, dtype=torch.int64, device=x.device)
 
     def _tensors_of(self, block: AttentionBlock, shape: BlockShape, x: Tensor) -> list[Tensor | None]:
-        """A block's row of the table, its MLP still missing."""
+        """A block's row of the table; the entries of its MLP are still missing."""
         row: list[Tensor | None] = [None] * TABLE_WORDS.value
         K = x.shape[1]
         row[NORM_AT.value] = block.norm
@@ -293,7 +296,7 @@ class DraftLoop:
     def check(
         self, model: DraftModel, flags: Tensor, positions: Tensor, newest: Tensor, exit_hidden: Tensor, out: Top1 | None
     ) -> Top1:
-        """``out``, made if need be; raises where arguments of a launch do not fit what was prepared."""
+        """``out``, or a new one if it is None; raises where a launch's arguments do not fit what was prepared."""
         if model is not self.model or len(flags) != self.most + 1:
             raise refuse(
                 f"it was prepared for another model, or for {self.most} drafts and not for {len(flags) - 1}; "

@@ -1,4 +1,4 @@
-"""``accept``: which drafted tokens stand, and how far the text has come.
+"""``accept``: how many drafted tokens are accepted, and how long the text becomes.
 
     accepted = length of the longest prefix with draft[i] == target[i];  committed = target[:accepted + 1]
 
@@ -22,16 +22,16 @@ def accept(
     drafted: int | Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Compare drafts with the target's tokens and commit what stands.
+    """Compare drafts with the target's tokens and decide which tokens are committed.
 
     Args:
         draft: ``[R]`` int64.
         target: ``[R + 1]`` int64, the target's token after the newest one and after every draft.
         stop_tokens: ``[S]`` int64, in any order; may be empty (the kernel: up to ``MAX_STOPS``).
         length: tokens of the text before this step.
-        limit: the most it may have, not below ``length``.
-        drafted: how many of ``draft`` there are, or a flag for each, of which those that are 1 come first (their sum);
-            None means all of them.
+        limit: the most tokens that the text may have, not below ``length``.
+        drafted: how many entries of ``draft`` are real: a number, or flags whose sum it is (those that are 1 come
+            first); None means all of them.
         out: ``[3]`` int64, made if None.
 
     Returns:

@@ -15,7 +15,7 @@ from kangaroo_kernels.reference.qkv_rope import paged_rows
 from kangaroo_kernels.shared.checks import check_max_length
 
 MANY_ROWS = 64
-"""From here on (prefill) the library's fused attention repays its overhead."""
+"""From this many rows on (a prefill), PyTorch's fused attention repays its overhead."""
 
 
 @lru_cache(maxsize=8)
@@ -43,13 +43,13 @@ def attention(
     active: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attend from M rows at ``position, position + 1, ...`` to every row of the cache up to each one's own.
+    """Attend from M rows at ``position, position + 1, ...``, each to the cache up to its own position.
 
     Args:
         q: ``[M, H, D]``, any strides.
         k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D); ``H`` is a multiple of ``H_kv``. With a block
             table, ``[blocks, H_kv, block_size, D]``.
-        v_cache: likewise. Rows from ``position + M`` on have no effect.
+        v_cache: as ``k_cache``. Rows from ``position + M`` on have no effect.
         position: absolute position of the first query row; a tensor ``[1]`` int64 for a kernel that must not ask the
             host.
         scale: of the scores, ``D ** -0.5`` for Llama.
@@ -79,7 +79,7 @@ def attention(
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float) -> Tensor:
-    """``attention`` over the rows of the cache that there are: ``[H_kv, position + M, D]``."""
+    """``attention`` over the rows of the cache that the text has: ``[H_kv, position + M, D]``."""
     rows, heads, head_dim = q.shape
     kv_heads, length, _ = keys.shape
     if rows >= MANY_ROWS:

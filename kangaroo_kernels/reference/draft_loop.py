@@ -5,7 +5,7 @@
                      the adapter over that row (over two rows where j = 0, for it may lag by one), then the head:
                      token j, its confidence, whether that reaches the threshold; its embedding is the newest token's
 
-Bytes moved, a draft: the weights of the shallow layers, of the adapter and of the head, once, and their caches.
+Bytes moved for each draft: the weights of the shallow layers, of the adapter and of the head, once, and their caches.
 """
 
 from typing import Any
@@ -57,18 +57,18 @@ def draft_loop(
     """Draft up to R tokens, in place.
 
     Args:
-        model: the drafter and its caches, which grow by a position a row.
+        model: the drafter and its caches, which grow by one position per row.
         flags: ``[R + 1]`` int32; ``flags[0]`` 0 means that there is nothing to do, and nothing is written.
-            ``flags[j + 1]`` becomes 1 where draft j is sure, 0 where it is not; those behind it stay as they were.
+            ``flags[j + 1]`` becomes 1 where draft j is sure, 0 where it is not; those after it stay as they were.
         positions: ``[>= 1]`` int64, the position before the newest token first; only that one is read.
         newest: ``[1, K]``, the newest token's embedding; at the end that of the last draft.
         exit_hidden: ``[R + 2, K]``; row 0, of the position before the newest token, is read, row ``j + 1`` is written
-            for the newest token (j = 0) and every draft. Row 0 is of no position, and masked, where that is -1.
+            for the newest token (j = 0) and every draft. Where the first position is -1, row 0 is masked.
         threshold: a confidence below it, or NaN, is unsure and ends the drafting; a number or ``[1]`` float32.
         temperature: of a sample, a number or ``[1]`` float32; None takes the most likely token.
         seed, stream, top_k, top_p: as for ``sample_head``; without a temperature they have no effect.
         prepared: what the kernel's ``prepare_draft_loop`` made of ``model``; None prepares it on the spot.
-        out: ``Top1([R], [R])``, made if None; behind the last draft it stays as it was.
+        out: ``Top1([R], [R])``, made if None; entries after the last draft stay as they were.
     """
     most, device = len(flags) - 1, newest.device
     out = Top1.empty(most, device) if out is None else out

@@ -5,7 +5,7 @@
 
 Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11) is the generator of ``tl.philox``, so a
 kernel can make the same bits in registers. ``argmax(logits / T + gumbel)`` is a sample of ``softmax(logits / T)``
-(Gumbel-max), and the same noise for drafter and target makes them agree as often as their distributions allow it.
+(Gumbel-max). With the same noise, drafter and target agree the more often, the more alike their distributions are.
 """
 
 from functools import lru_cache
@@ -50,7 +50,7 @@ def uniform(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
         seed: 64-bit.
         stream: tells apart the uses of one position.
         positions: ``[P]`` int64.
-        count: numbers a position.
+        count: numbers per position.
 
     Returns:
         ``[P, count]`` float32.
@@ -77,9 +77,9 @@ def _gumbel_block(seed: int, stream: int, block: int, vocab_size: int, device: t
 def gumbel_rows(seed: int, stream: int, position: int, rows: int, vocab_size: int, device: torch.device) -> Tensor:
     """``gumbel`` for ``position, position + 1, ...``: ``[rows, vocab_size]``, not to be written to.
 
-    Made in blocks that are kept, since drafting, verification and rejected steps ask for the same positions again.
+    It is made in blocks that are kept: drafting, verification and rejected steps ask for the same positions again.
     """
-    if rows > BLOCK:  # a prefill's, not asked for again
+    if rows > BLOCK:  # a prefill, whose noise is not asked for again
         return gumbel(seed, stream, torch.arange(position, position + rows, device=device), vocab_size)
     first, last = position // BLOCK, (position + rows - 1) // BLOCK
     blocks = [_gumbel_block(seed, stream, block, vocab_size, device) for block in range(first, last + 1)]

@@ -58,7 +58,7 @@ def qkv_rope(
         table: ``[T, 1, D / 2]`` complex64 from ``rope_table``, or the same as ``[T, 1, D / 2, 2]`` float32.
         k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D); rows ``position .. position + M`` are written.
             With a block table, ``[blocks, H_kv, block_size, D]``.
-        v_cache: likewise.
+        v_cache: as ``k_cache``.
         position: absolute position of the first row; a tensor ``[1]`` int64 for a kernel that must not ask the host.
         eps: of the norm.
         block_table: ``[T / block_size]`` int32, the blocks of a paged cache in the order of positions.

@@ -1,7 +1,7 @@
 """``sample_head``: RMSNorm, LM head, and a sample by Gumbel-max, ``argmax(filter(logits / T) + noise)``.
 
-Top-k and top-p (Holtzman et al., arXiv 1904.09751) act on the tempered distribution, top-k first, as transformers has
-it. Bytes moved: the head, ``V * K`` elements, once.
+Top-k and top-p (Holtzman et al., arXiv 1904.09751) act on the tempered distribution, top-k first, as in transformers.
+Bytes moved: the head, ``V * K`` elements, once.
 """
 
 import torch
@@ -66,12 +66,13 @@ def sample_head(
         stream: of the noise; ``contract`` names the three in use.
         top_k: keep this many tokens, at least 1; None keeps all.
         top_p: keep this share of the probability, above 0; None keeps all.
-            These three may lie on the device as ``[1]`` float32, int64 and float32: captured work serves all values.
+            Temperature, top-k and top-p may also be ``[1]`` float32, int64 and float32 on the device; a captured graph
+            then serves all values.
         threshold, active, sure, embedding, embedded, out: as for ``top1_head``.
 
     Raises:
-        ValueError: a number out of these bounds; what lies on the device is not read.
-        TypeError: a tensor in a number's place that is of another dtype or device.
+        ValueError: a number out of these bounds; numbers that lie on the device are not checked.
+        TypeError: a tensor that takes a number's place and has another dtype or device.
     """
     check_count("sample_head", "position", position, x.device)
     check_sampling("sample_head", temperature, top_k, top_p, seed, x.device)

@@ -1,6 +1,6 @@
 """``top1_head``: RMSNorm, LM head, top-1 token and its softmax probability, without keeping the logits.
 
-Ties go to the lowest index, as ``torch.argmax`` has it. Bytes moved: the head, ``V * K`` elements, once.
+Ties go to the lowest index, as with ``torch.argmax``. Bytes moved: the head, ``V * K`` elements, once.
 """
 
 import torch
@@ -29,7 +29,7 @@ def finish_step(
     embedded: Tensor | None,
     out: Top1 | None,
 ) -> Top1:
-    """What a drafting step does with what a head found: flag, next token's embedding, delivery."""
+    """Finish a drafting step with what the head found: set the flag, fetch the embedding, fill ``out``."""
     if threshold is not None:
         assert sure is not None
         sure.copy_(found.confidence >= threshold)  # a NaN is unsure
@@ -62,8 +62,8 @@ def top1_head(
         threshold: for a drafting step, M = 1: ``sure`` says whether the confidence reaches it; a number, or ``[1]``
             float32 for captured work that serves every threshold.
         active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
-        sure: ``[1]`` int32, becomes 1 or 0; None means ``active`` itself, which is then lowered below the threshold.
-        embedding: ``[V, K]``, same dtype: the tokens' rows of it go to ``embedded``, where the next step begins.
+        sure: ``[1]`` int32, becomes 1 or 0; None means ``active`` itself, which becomes 0 below the threshold.
+        embedding: ``[V, K]``, same dtype: its rows for the tokens are copied to ``embedded``, for the next step.
         embedded: ``[M, K]``.
         out: made if None.
     """

@@ -1,8 +1,8 @@
 """Where a position lies in a KV cache, contiguous or paged: the same arithmetic for ``qkv_rope`` and ``attention``.
 
 Contiguous caches are ``[H_kv, T, D]``; paged ones ``[blocks, H_kv, block_size, D]`` with a block table
-``[T / block_size]`` int32: position p is slot ``p % block_size`` of block ``block_table[p // block_size]``. Any strides
-but 1 along D.
+``[T / block_size]`` int32: position p is slot ``p % block_size`` of block ``block_table[p // block_size]``. The stride
+along D is 1; all other strides are free.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ CONTIGUOUS = 0
 
 @triton.jit
 def row_offsets(positions, mask, cache, table_ptr, BLOCK_SIZE: tl.constexpr):
-    """Elements from a head's first row to the rows of ``positions``; 64-bit, for caches pass 2^31 elements."""
+    """Elements from a head's first row to the rows of ``positions``; 64-bit, as caches may exceed 2^31 elements."""
     if BLOCK_SIZE == 0:
         offsets = positions.to(tl.int64) * cache.row_stride
     else:
@@ -36,7 +36,7 @@ class CacheLayout(NamedTuple):
         block_stride: from block to block; 0 for a contiguous cache.
         head_stride: from head to head.
         row_stride: from position to position within a block.
-        block_size: positions a block; ``CONTIGUOUS`` if there are none.
+        block_size: positions per block; ``CONTIGUOUS`` if there are no blocks.
     """
 
     kv_heads: int
@@ -48,7 +48,7 @@ class CacheLayout(NamedTuple):
 
 
 def cache_layout(op: str, cache: Tensor, block_table: Tensor | None, x: Tensor) -> CacheLayout:
-    """Read the strides of ``cache`` and hold it against what the kernels assume.
+    """Read the strides of ``cache`` and check it against what the kernels assume.
 
     Raises:
         ValueError: another number of dimensions than the block table asks for, or a stride along D that is not 1.

@@ -1,10 +1,10 @@
 """Programmatic dependent launch, sm_90 and later: a kernel begins while the one before still runs, and waits inside.
 
-What is hidden is the launch, and the first pieces of the weight, which no earlier kernel writes: they are on their way
-to the L2 while the kernel before drains. Everything else stands behind ``follow``, a drafting step's flag too: were a
-program to leave without waiting, a kernel could end before the one that it follows, and the next one start too early.
+This hides the launch and the first loads of the weight, which no earlier kernel writes: they are on their way to the L2
+while the kernel before drains. Everything else comes after ``follow``, even the read of a drafting step's flag: if a
+program left without waiting, a kernel could end before the one that it follows, and the next one could start too early.
 
-Off unless a GPU's launch configurations say so (``launch_config.is_chained``).
+It is off unless a GPU's launch configurations say otherwise (``launch_config.is_chained``).
 """
 
 from functools import lru_cache
@@ -21,16 +21,16 @@ from kangaroo_kernels.shared.grid import prefetch
 from kangaroo_kernels.shared.tiles import elements
 
 OLDEST = (9, 0)
-"""Compute capability from which it exists."""
+"""The lowest compute capability that has programmatic dependent launch."""
 
 LINE_BYTES = tl.constexpr(128)
 LINES = tl.constexpr(8)
-"""Of a weight row that are fetched ahead: two steps along K."""
+"""Cache lines of each weight row that are fetched ahead: two steps along K."""
 
 
 @triton.jit
 def follow(CHAINED: tl.constexpr):
-    """Wait until the kernel before is done and what it wrote is visible; then the next one may begin to wait."""
+    """Wait until the kernel before is done and its writes are visible; then the next one may begin, and waits, too."""
     if CHAINED:
         gdc_wait()
         gdc_launch_dependents()
@@ -38,7 +38,7 @@ def follow(CHAINED: tl.constexpr):
 
 @triton.jit
 def fetch_ahead(w_ptr, w_row_stride, N, K, active_ptr, BLOCK_N: tl.constexpr, CHAINED: tl.constexpr):
-    """Have the beginnings of this program's weight rows brought to the L2, unless a flag may skip the step."""
+    """Prefetch the beginnings of this program's weight rows into the L2, unless a flag may skip the step."""
     if CHAINED and active_ptr is None:
         rows = tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
         offs = tl.arange(0, LINES) * elements(LINE_BYTES, w_ptr)
@@ -52,7 +52,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def chain(x: Tensor) -> dict[str, Any]:
-    """What a launch on the device of ``x`` is given besides its arguments."""
+    """The options of a launch on the device of ``x`` that say whether it is chained."""
     device = x.device
     able = device.type != "cpu" and (device.type != "cuda" or _capability(device) >= OLDEST)
     return {"CHAINED": True, "launch_pdl": True} if able and is_chained(device) else {"CHAINED": False}

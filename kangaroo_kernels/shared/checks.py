@@ -1,4 +1,4 @@
-"""What a kernel's launcher and its reference refuse alike: numbers by value, tensors by their outside, never read."""
+"""What a kernel's launcher and its reference check alike: values of numbers; shapes, dtypes and devices of tensors."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).
 
 
 def is_whole(value: object) -> bool:
-    """Whether ``value`` counts something: an int, also NumPy's."""
+    """Whether ``value`` is a whole number: an int of Python or NumPy."""
     return hasattr(value, "__index__")
 
 
@@ -46,8 +46,8 @@ def check_sampling(
 ) -> None:
     """Raise for numbers that no token can be drawn with.
 
-    The temperature is kept as a float32; where it is infinite there, so would be the score of what lies beside the
-    vocabulary.
+    The temperature is kept as a float32. If it were infinite there, -inf / inf would make a NaN of the scores beyond
+    the end of the vocabulary, and a NaN wins.
     """
     if isinstance(temperature, Tensor):
         check_one(op, "temperature", temperature, torch.float32, device)
@@ -137,7 +137,7 @@ def check_commit_counts(
     flags: Tensor,
     record: Tensor,
 ) -> None:
-    """Raise where what ``commit`` counts does not fit."""
+    """Raise where the integer tensors of ``commit`` do not fit each other."""
     device, rows = target.device, max(1, target.numel())
     numbers = {
         "target": (target, rows),

@@ -1,21 +1,22 @@
 """A barrier across the grid of a persistent kernel, whose programs are all resident at once (a cooperative launch).
 
-A counter on the device goes up by one a program and round. A program has arrived when everything that its threads wrote
-is visible (a release, behind a barrier of the program), and goes on when the counter says that all have (an acquire).
-Who waits in vain, since a program was lost, says so in the counter and in an error word, and leaves; so do all others.
+In every round each program adds one to a counter on the device. It does so when everything that its threads wrote is
+visible (a barrier within the program, then a release), and goes on when the counter shows that all programs have done
+the same (an acquire). If a program is lost, the others give up after a limited number of looks at the counter: one
+marks the counter as broken and sets an error word, and all of them leave.
 """
 
 import triton
 import triton.language as tl
 
 BROKEN = tl.constexpr(1 << 30)
-"""A counter from here on is that of a grid that has lost a program."""
+"""A counter of at least this value means that the grid has lost a program."""
 
 COUNTER, LEFT, ERROR = tl.constexpr(0), tl.constexpr(32), tl.constexpr(64)
 """Words of the grid's state, each in a cache line of its own."""
 
 STATE_WORDS = 96
-"""Of the grid's state, int32, all 0 before the first launch."""
+"""Size of the grid's state in words of int32, all of them 0 before the first launch."""
 
 
 @triton.jit
@@ -26,16 +27,17 @@ def is_whole(state_ptr):
 
 @triton.jit
 def arrive(state_ptr):
-    """What this program wrote is for all to see, and it is done with what it read."""
-    tl.debug_barrier()  # every thread's writes are behind it: the release below is one thread's
+    """Announce that all can see what this program wrote, and that it is done with what it read."""
+    tl.debug_barrier()  # every thread has written before the release below, which only one thread does
     tl.atomic_add(state_ptr + COUNTER, 1, sem="release")
 
 
 @triton.jit
 def wait(state_ptr, arrivals, polls, cause):
-    """Whether the counter reached ``arrivals`` and the grid is whole; after ``polls`` looks it is not, for ``cause``.
+    """Wait until the counter reaches ``arrivals``; return whether the grid is whole.
 
-    An atomic is one thread's, and its result is handed to the others: they all decide alike.
+    After ``polls`` looks it is broken, and ``cause`` becomes its error word. One thread does each atomic and hands the
+    result to the others, so all threads decide alike.
     """
     seen = tl.atomic_add(state_ptr + COUNTER, 0, sem="acquire")
     looks = 1
@@ -59,7 +61,7 @@ def leave(state_ptr, programs):
 
 @triton.jit
 def prefetch(ptrs):
-    """Have what ``ptrs`` point at brought to the L2; nothing waits for it. Inline assembly: not for the interpreter."""
+    """Prefetch what ``ptrs`` point at into the L2; nothing waits for it. The interpreter cannot run inline assembly."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",

@@ -19,7 +19,7 @@ from kangaroo_kernels.shared.tiles import CHUNK, skipped
 NO_TOKEN = tl.constexpr(2**31 - 1)
 
 MERGE_WARPS = 4
-"""Of the merge: as many as ``draft_loop`` has, for the order of its sum depends on it."""
+"""Warps of the merge: as many as ``draft_loop`` has, since the order of its sum depends on them."""
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def merge_tiles_kernel(
 
 
 class TileResults:
-    """The workspace between the two launches of a head: one value a row and tile each."""
+    """The workspace between the two launches of a head: each tensor has one value per row and tile."""
 
     def __init__(self, rows: int, tiles: int, device: torch.device, sampled: bool) -> None:
         self.rows, self.tiles = rows, tiles
@@ -145,11 +145,11 @@ def check_head(
     embedding: Tensor | None,
     embedded: Tensor | None,
 ) -> Top1:
-    """``out``, made if need be; raises where the settings of a drafting step do not fit each other."""
+    """``out``, or a new one if it is None; raises where the settings of a drafting step do not fit each other."""
     rows = x.shape[0]
     if threshold is not None and (sure is None or rows != 1):
         raise ValueError(
-            f"{op}: a threshold lowers the flag of one drafted row; give active or sure, and x of one row."
+            f"{op}: a threshold sets the flag of one drafted row; give active or sure, and an x of one row."
         )
     if (embedding is None) != (embedded is None):
         raise ValueError(f"{op}: give both embedding and embedded, or neither.")

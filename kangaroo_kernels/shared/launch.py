@@ -1,4 +1,4 @@
-"""What the launchers share: they hold arguments against what the kernels assume, and never wait for the device."""
+"""What the launchers share: they check arguments against what the kernels assume, and never wait for the device."""
 
 from functools import lru_cache
 from operator import index
@@ -12,14 +12,14 @@ from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
 from kangaroo_kernels.shared.checks import check_one, check_tensor, is_whole
 
 COUNTED = 1 << 20
-"""Counts from here on, a length that means "no limit" say, are kept on the device one by one."""
+"""Numbers of at least this size, such as a length that means "no limit", are kept on the device one by one."""
 
 VECTOR_BYTES = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_rows(op: str, x: Tensor) -> None:
-    """Raise unless ``x`` ``[M, ...]`` has a number of rows and a dtype that the kernels take, where they can run."""
+    """Raise unless the kernels take the rows and the dtype of ``x`` ``[M, ...]`` and can run where it lies."""
     if not 1 <= x.shape[0] <= MAX_ROWS:
         raise ValueError(f"{op} takes 1 to {MAX_ROWS} rows, got {x.shape[0]}; its reference takes any number.")
     if x.dtype not in DTYPES:
@@ -28,7 +28,7 @@ def check_rows(op: str, x: Tensor) -> None:
 
 
 def require_interpreter(op: str, x: Tensor) -> None:
-    """Raise for tensors on the CPU unless Triton interprets."""
+    """Raise for tensors on the CPU unless Triton's interpreter is on."""
     if x.device.type == "cpu" and not knobs.runtime.interpret:
         raise RuntimeError(
             f"{op} got tensors on the CPU, where Triton's interpreter runs it: set TRITON_INTERPRET=1 in the "
@@ -68,7 +68,8 @@ def check_operands(
 def aligned_rows(x: Tensor) -> Tensor:
     """``x`` ``[M, K]`` itself, or a copy where its address or row stride would make Triton compile another binary.
 
-    Rows out of the middle of a buffer begin anywhere when K is odd; the contract wants one binary for them all.
+    Rows from the middle of a buffer may begin at any address when K is odd; the contract (docs/kernels.md) asks for one
+    binary for them all.
     """
     stride, width = x.stride(0), x.shape[1]
     same_class = stride == width or stride % VECTOR_BYTES == width % VECTOR_BYTES == 0

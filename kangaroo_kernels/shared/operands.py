@@ -1,10 +1,10 @@
-"""The operands of kernels in bundles: what a function that a kernel calls is given together.
+"""Operands in bundles: kernels pass them to the functions that they call.
 
 A kernel's own parameters stay apart, since Triton specialises them one by one; the kernel bundles them where it calls.
-Fields in capitals are known at compile time, and a variable would make tensors of them: a bundle with such a field is
-made in the call itself, or declared ``tl.constexpr`` where it has no others. No field is called ``values`` or ``type``,
-for Triton's own tuples have these. Strides count elements, sizes are int32, a row is contiguous along its last
-dimension.
+Fields in capitals are known at compile time. Assigning a bundle to a variable would make tensors of them, so a bundle
+with such a field is made in the call itself, or declared ``tl.constexpr`` if it has no other fields. No field is called
+``values`` or ``type``, since Triton's own tuples have these names. Strides count elements, sizes are int32, a row is
+contiguous along its last dimension.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Matrix(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A weight that rows are multiplied by, ``[rows, cols]``, and what is added.
+    """A weight that rows are multiplied by, ``[rows, cols]``, and its bias.
 
     Attributes:
         ptr: the first element, of the model's dtype.
@@ -100,8 +100,8 @@ class Caches(NamedTuple):
         v: the values.
         table_ptr: the block table, ``[T / block_size]`` int32; None for contiguous caches.
         heads: H_kv.
-        positions: T, that they hold.
-        BLOCK_SIZE: positions a block; 0 for contiguous caches.
+        positions: T, how many positions they hold.
+        BLOCK_SIZE: positions per block; 0 for contiguous caches.
     """
 
     k: Cache
@@ -116,7 +116,7 @@ class Heads(NamedTuple):
     """The tiles of attention heads, all known at compile time.
 
     Attributes:
-        GROUP: query heads a key-value head.
+        GROUP: query heads per key-value head.
         DIM: D.
         BLOCK_D: a power of 2 that holds D.
         BLOCK_R: packed rows of a tile.
@@ -129,12 +129,12 @@ class Heads(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The share of a program in attention.
+    """A program's share of attention.
 
     Attributes:
-        split: of the positions.
-        kv_head: key-value head.
-        block: of packed rows, ``BLOCK_R`` a block.
+        split: the number of the split of the positions.
+        kv_head: the number of the key-value head.
+        block: the number of the block of ``BLOCK_R`` packed rows.
         start: the position where the split begins.
     """
 
@@ -148,9 +148,9 @@ class Parts(NamedTuple):
     """What the splits of attention leave, and where the result goes.
 
     Attributes:
-        sums_ptr: unnormalised sums, ``[splits, M, H, D]`` float32; None where one split is all, whose program then
-            writes the result itself.
-        stats_ptr: ``[splits, M, H, 2]`` float32: maximum of base-2 scores, denominator; None likewise.
+        sums_ptr: unnormalised sums, ``[splits, M, H, D]`` float32; None where there is only one split, whose program
+            then writes the result itself.
+        stats_ptr: ``[splits, M, H, 2]`` float32: maximum of base-2 scores, denominator; None where ``sums_ptr`` is.
         out_ptr: the result, ``[M, H * D]`` of the model's dtype; None where a later stage merges.
         out_row_stride: from row to row.
     """
@@ -169,7 +169,7 @@ class TileParts(NamedTuple):
         index_ptr: int32, the lowest token that has it.
         largest_ptr: float32, a tile's largest logit.
         sum_ptr: float32, the sum of exp(logit - largest).
-        count: tiles.
+        count: how many tiles there are.
     """
 
     score_ptr: tl.tensor | None
@@ -187,8 +187,8 @@ class Found(NamedTuple):
         confidence_ptr: ``[M]`` float32.
         sure_ptr: ``[1]`` int32, the flag; None without a threshold.
         threshold_ptr: ``[1]`` float32, or None.
-        embedding: ``[V, K]``; its pointer is None where no next step begins.
-        embedded: ``[M, K]``, the tokens' embeddings; likewise.
+        embedding: ``[V, K]``; its pointer is None where no further step needs an embedding.
+        embedded: ``[M, K]``, where the tokens' embeddings go; its pointer is None where that of ``embedding`` is.
     """
 
     token_ptr: tl.tensor

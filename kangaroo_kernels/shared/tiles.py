@@ -5,7 +5,7 @@
 
 The norm's factor is taken out of the sum, so one pass reads ``x`` once and starts on the weight at once: nothing waits
 for a reduction over the row. What the contract of ``docs/kernels.md`` asks of every projection is kept here: 16 rows
-whatever M is (rows from M on are zero), K in steps of 512 bytes from 0 upwards, one accumulator an output element.
+whatever M is (rows from M on are zero), K in steps of 512 bytes from 0 upwards, one accumulator per output element.
 """
 
 import triton
@@ -17,7 +17,7 @@ BLOCK_M = tl.constexpr(MAX_ROWS)
 """Rows of every tile: all tokens in flight, and the least that the tensor cores take."""
 
 K_STEP_BYTES = tl.constexpr(512)
-"""Of one weight row in a step along K: 256 elements of 16 bits. Fixed, for the norm's sum of squares depends on it."""
+"""Bytes of a weight row in a step along K: 256 elements of 16 bits. The norm's sum of squares depends on it."""
 
 CHUNK = tl.constexpr(1024)
 """Elements of a row that a program copies or merges at a time where it has the row alone."""
@@ -31,7 +31,7 @@ def elements(size, ptr):
 
 @triton.jit
 def skipped(active_ptr):
-    """Whether the flag of a drafting step, ``[1]`` int32 or None, is down."""
+    """Whether the flag of a drafting step, ``[1]`` int32 or None, is 0; without a flag nothing is skipped."""
     down = False
     if active_ptr is not None:
         down = tl.load(active_ptr) == 0
@@ -40,7 +40,7 @@ def skipped(active_ptr):
 
 @triton.jit
 def multiply_add(acc, x, w):
-    """``acc + x @ w^T`` for tiles ``x`` [BLOCK_M, BLOCK_K] and ``w`` [BLOCK_N, BLOCK_K]; float32 exactly so."""
+    """``acc + x @ w^T`` for tiles ``x`` [BLOCK_M, BLOCK_K] and ``w`` [BLOCK_N, BLOCK_K]; float32 without TF32."""
     return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
 
 
@@ -50,7 +50,7 @@ def load_rows(x, k, BLOCK_K: tl.constexpr):
     rows, offs = tl.arange(0, BLOCK_M), k + tl.arange(0, BLOCK_K)
     mask = (rows[:, None] < x.rows) & (offs[None, :] < x.cols)
     x_ptrs = x.ptr + rows[:, None] * x.row_stride + offs[None, :]
-    return tl.load(x_ptrs, mask=mask, other=0.0, cache_modifier=".cg")  # draft_loop: another program wrote it
+    return tl.load(x_ptrs, mask=mask, other=0.0, cache_modifier=".cg")  # in draft_loop, another program wrote it
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """The ``kangaroo`` command: each of its commands has a module beside this one.
 
-PyTorch takes seconds to import, so each command fetches what it needs when it runs.
+PyTorch takes seconds to import, so each command imports what it needs when it runs.
 """
 
 import os
@@ -36,7 +36,7 @@ def main() -> None:
         app()
     except (KangarooError, OSError) as error:
         refuse(str(error))
-    except RuntimeError as error:  # PyTorch's kind for a full memory, on a CPU and on a GPU
+    except RuntimeError as error:  # PyTorch raises it when memory is full, on a CPU and on a GPU
         if "memory" not in str(error):
             raise
         refuse(f"there is not enough memory for this; PyTorch says: {str(error).splitlines()[0]}")

@@ -1,4 +1,4 @@
-"""What runs here, and what a model costs a step: the facts behind ``kangaroo info``, read without loading weights."""
+"""What runs on this machine, and how many bytes a model's steps read: ``kangaroo info``, without loading weights."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ class Environment:
     Attributes:
         versions: of each package; None for one that is not installed.
         devices: PyTorch's name and a description of each.
-        operations: what carries them, in general and on this machine.
+        operations: what runs the operations, in general and on this machine.
         supported: the kinds of checkpoints that load, and the layouts that packed weights can take on this CPU.
     """
 
@@ -37,7 +37,7 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Look around."""
+    """Find out about this machine and its software."""
     return Environment(
         versions={
             "kangaroo-kernels": __version__,
@@ -88,8 +88,8 @@ class Footprint:
     """A model's shape, and the bytes of weights that each kind of step reads once.
 
     Attributes:
-        dtype: the weights are loaded in.
-        exit_layer: how many of ``layers`` run before the adapter; None without one, as for the following.
+        dtype: the one that the weights are loaded in.
+        exit_layer: how many of ``layers`` run before the adapter; None without one, as is every field about drafting.
         adapter_parameters: of the adapter alone; it shares the target's head.
         plain_step_bytes: all layers and the head.
         draft_step_bytes: the first ``exit_layer`` layers, adapter and head.

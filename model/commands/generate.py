@@ -42,7 +42,7 @@ def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="A UTF-8 file that holds it; without either, stdin does.")
+        Path | None, typer.Option(help="A UTF-8 file with the text to continue; by default stdin.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 128,
     stop: Annotated[
@@ -50,7 +50,7 @@ def generate(
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Decode without drafting.")] = False,
     with_comparison: Annotated[
-        bool, typer.Option("--compare", help="Decode plainly as well; say whether tokens agree, and both speeds.")
+        bool, typer.Option("--compare", help="Also decode plainly; show both speeds and whether the tokens agree.")
     ] = False,
     as_json: Json = False,
     adapter: Adapter = None,
@@ -120,7 +120,7 @@ def generate(
             show_comparisons(console, [comparison])
     if generation.finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
-    # by rejection sampling, drafts change the tokens and keep their distribution
+    # with rejection sampling, drafts change the tokens and keep their distribution
     if comparison is not None and not comparison.identical and (acceptance == "coupled" or temperature == 0):
         raise typer.Exit(NOT_IDENTICAL)
 
@@ -129,7 +129,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The text of exactly one source: the option, the file or, without either, stdin.
 
     Raises:
-        KangarooError: both, a file that cannot be read, a terminal as stdin, or anything but UTF-8.
+        KangarooError: both options, a file that cannot be read, a terminal as stdin, or anything but UTF-8.
     """
     if prompt is not None and prompt_file is not None:
         raise KangarooError("--prompt and --prompt-file exclude each other; give one of them.")

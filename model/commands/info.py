@@ -1,4 +1,4 @@
-"""``kangaroo info``: what runs here, and what a model costs a step."""
+"""``kangaroo info``: what runs on this machine, and how many bytes a model's steps read."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -15,7 +15,7 @@ EXAMPLES = examples("info", "info --model demo", "info --model my-llama --adapte
 def info(
     model: Annotated[
         str | None,
-        typer.Option(help="Also a model's shape, and the bytes a step of it reads.", rich_help_panel=LOADING),
+        typer.Option(help="Also show this model's shape and how many bytes its steps read.", rich_help_panel=LOADING),
     ] = None,
     adapter: Adapter = None,
     exit_layer: ExitLayer = None,
@@ -23,7 +23,7 @@ def info(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Show versions, devices, what is supported here, and what a model costs a step."""
+    """Show versions, devices, what is supported here, and how many bytes a model's steps read."""
     from .facts import environment, footprint
     from .show import show_environment, show_footprint
 

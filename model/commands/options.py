@@ -14,7 +14,8 @@ Model = Annotated[
 ]
 Adapter = Annotated[str | None, typer.Option(help="The adapter's folder or hub name.", rich_help_panel=LOADING)]
 ExitLayer = Annotated[
-    int | None, typer.Option(help="For an adapter that does not name its exit layer.", rich_help_panel=LOADING)
+    int | None,
+    typer.Option(help="Layers before the adapter; by default as its config.json says.", rich_help_panel=LOADING),
 ]
 Device = Annotated[
     str | None, typer.Option(help="'cpu' or 'cuda'; by default a GPU where there is one.", rich_help_panel=LOADING)
@@ -28,12 +29,12 @@ Dtype = Annotated[
 ]
 Kernels = Annotated[
     str | None,
-    typer.Option(help="'triton' or 'reference'; by default 'triton' on a GPU alone.", rich_help_panel=LOADING),
+    typer.Option(help="'triton' or 'reference'; by default 'triton' only on a GPU.", rich_help_panel=LOADING),
 ]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=SAMPLING)]
-TopK = Annotated[int | None, typer.Option(help="Sample among so many tokens.", rich_help_panel=SAMPLING)]
+Temperature = Annotated[float, typer.Option(help="0 decodes greedily.", rich_help_panel=SAMPLING)]
+TopK = Annotated[int | None, typer.Option(help="Sample among this many tokens.", rich_help_panel=SAMPLING)]
 TopP = Annotated[
-    float | None, typer.Option(help="Sample within this share of the probability.", rich_help_panel=SAMPLING)
+    float | None, typer.Option(help="Sample among the tokens that reach this probability.", rich_help_panel=SAMPLING)
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.", rich_help_panel=SAMPLING)]
 Acceptance = Annotated[
@@ -45,17 +46,20 @@ Acceptance = Annotated[
 ]
 NumSpeculativeTokens = Annotated[
     int | None,
-    typer.Option(help="The most drafts a step, 1 to 15; by default the adapter's own.", rich_help_panel=DRAFTING),
+    typer.Option(help="The most drafts per step, 1 to 15; by default the adapter's own.", rich_help_panel=DRAFTING),
 ]
 DraftConfidenceThreshold = Annotated[
     float | None,
-    typer.Option(help="Drafting stops below it, 0 to 1; by default the adapter's own.", rich_help_panel=DRAFTING),
+    typer.Option(
+        help="Drafting stops at a confidence below this, 0 to 1; by default the adapter's own.",
+        rich_help_panel=DRAFTING,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
 def examples(*commands: str) -> str:
-    """The end of a command's help."""
+    """The examples at the end of a command's help."""
     return "\n\n".join(("Examples:", *(f"  $ kangaroo {command}" for command in commands)))
 
 

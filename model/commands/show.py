@@ -82,7 +82,7 @@ def show_comparisons(console: Console, comparisons: Sequence[Comparison]) -> Non
 
 
 def comparison_table(comparisons: Sequence[Comparison], total: Comparison) -> Table:
-    """The rows, and ``total`` below where there are several."""
+    """A row for each comparison, and ``total`` below if there are several."""
     table = Table(box=SIMPLE_HEAD, padding=0, show_footer=len(comparisons) > 1, footer_style="bold")
     table.add_column("prompt")
     for header in (

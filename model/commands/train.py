@@ -58,18 +58,18 @@ def train(
     ] = 2048,
     steps: Annotated[int, typer.Option(help="Training steps.", rich_help_panel=TRAINING)] = 1000,
     minutes: Annotated[
-        float | None, typer.Option(help="Train for so long, whatever the steps.", rich_help_panel=TRAINING)
+        float | None, typer.Option(help="Train for this long, whatever --steps says.", rich_help_panel=TRAINING)
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows a step.", rich_help_panel=TRAINING)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Windows per step.", rich_help_panel=TRAINING)] = 16,
     reuse: Annotated[
-        int, typer.Option(help="Steps that use a window; 4 to 8 suit a slow machine.", rich_help_panel=TRAINING)
+        int, typer.Option(help="How many steps use a window; 4 to 8 suit a slow machine.", rich_help_panel=TRAINING)
     ] = 1,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=TRAINING)] = 256,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.", rich_help_panel=TRAINING)] = 256,
     num_attention_heads: Annotated[
-        int | None, typer.Option(help="The adapter's heads; by default the model's own.", rich_help_panel=TRAINING)
+        int | None, typer.Option(help="The adapter's heads; by default as the model's.", rich_help_panel=TRAINING)
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="At its height.", rich_help_panel=TRAINING)] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Of the windows and the sampling.", rich_help_panel=TRAINING)] = 0,
+    learning_rate: Annotated[float, typer.Option(help="The highest rate of the run.", rich_help_panel=TRAINING)] = 3e-3,
+    seed: Annotated[int, typer.Option(help="The seed of windows and samples.", rich_help_panel=TRAINING)] = 0,
     device: Device = None,
 ) -> None:
     """Train an adapter for a model, on text files or on the model's own continuations of them.

@@ -1,7 +1,7 @@
 """The adapter: the small trained network that turns the exit layer's hidden states into drafts.
 
 ``h + attention(rms_norm(h))``, a norm, then the target's own LM head (arXiv 2404.18911, section 3.1). The folder holds
-a ``config.json`` (a one-layer Llama configuration with ``exit_layer`` besides) and its weights.
+a ``config.json`` (a one-layer Llama configuration with an added ``exit_layer``) and the weights.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def _number(values: dict[str, Any], name: str, default: float, low: float, high:
 
 
 def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | None) -> AdapterConfig:
-    """Read ``folder/config.json`` and hold it against the target.
+    """Read ``folder/config.json`` and check it against the target.
 
     Raises:
         KangarooError: another hidden size or vocabulary, no exit layer, or one out of the target's range.
@@ -78,7 +78,7 @@ def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:
 
 
 class Adapter:
-    """An adapter, loaded, with the target's head behind it."""
+    """A loaded adapter, whose output goes to the target's head."""
 
     def __init__(self, config: AdapterConfig, weights: AdapterWeights, target: Llama) -> None:
         self.config, self.target = config, target
@@ -111,7 +111,7 @@ class Adapter:
         reach: int | None = None,
         active: Tensor | None = None,
     ) -> Tensor:
-        """The exit layer's rows at ``position, ...`` to the input of the adapter's norm and head: ``[M, hidden]``.
+        """Turn the exit layer's rows at ``position, ...`` into the input of the adapter's norm: ``[M, hidden]``.
 
         ``position``, ``reach`` and ``active`` are those of ``Llama.run``.
         """

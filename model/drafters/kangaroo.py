@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..sampling import Chooser
 
 MOST_ROWS = 1 + MAX_SPECULATIVE_TOKENS + 1
-"""Of the exit layer that a step looks at: the one before the newest token, the newest, and every draft."""
+"""The most rows of the exit layer that a step looks at: the one before the newest token, the newest, every draft."""
 
 
 @dataclass
@@ -36,8 +36,8 @@ class AdapterMemory:
 
     Attributes:
         cache: the adapter's keys and values; rows below ``length`` are valid.
-        length: ``n - 1``, or ``n - 2`` after every draft was accepted: nobody ran the adapter on the last one. (A last
-            step, with room for one token alone, drafts nothing and leaves it as it was.)
+        length: ``n - 1``, or ``n - 2`` after a step that accepted every draft: the adapter did not run on the last one.
+            (A last step, with room for only one token, drafts nothing and leaves this length as it was.)
         exit_hidden: ``[1 + 15 + 1, hidden]``, the exit layer's output. Row 0 belongs to position ``n - 2`` (for an
             adapter that lags), row ``1 + j`` to position ``n - 1 + j``.
     """
@@ -58,8 +58,8 @@ class KangarooDrafter(Drafter):
     Args:
         target: the model.
         adapter: trained for it.
-        persistent: on the kernels, draft in one launch (``draft_loop``) instead of kernel by kernel. The references do
-            so step by step, and so does a request with top-k or top-p, which need a row of logits.
+        persistent: on the kernels, draft in one launch (``draft_loop``) instead of kernel by kernel. The references
+            still draft step by step, and so does a request with top-k or top-p, which need a row of logits.
 
     Raises:
         KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU.
@@ -136,7 +136,7 @@ class KangarooDrafter(Drafter):
         return chooser.draft(hidden, adapter.norm, target.weights.head, eps, following), None
 
     def commit(self, text: "TextState", count: int) -> None:
-        """Roll back by length; the row that an adapter which lags will need becomes the first."""
+        """Roll back by length; row 0 becomes the one that a lagging adapter will need."""
         memory: AdapterMemory = text.memory
         memory.exit_hidden[0] = memory.exit_hidden[count]
         memory.length = min(memory.length, text.newest)
@@ -189,8 +189,8 @@ class KangarooDrafter(Drafter):
     def draft(self, iteration: "Iteration", row: int, reach: int) -> None:
         """Adapter and head on a row: a draft, its confidence, the next row's flag and embedding.
 
-        The first step's adapter pass takes the row before the newest token besides: nobody ran the adapter on it if
-        every draft before was accepted.
+        In the first step the adapter also takes the row before the newest token: it has not seen it if every draft of
+        the iteration before was accepted.
         """
         adapter, buffers, target = self.adapter, iteration.buffers, self.target
         first, active = row if row else -1, buffers.drafting(row)
@@ -211,7 +211,7 @@ class KangarooDrafter(Drafter):
         )
 
     def draft_all(self, iteration: "Iteration") -> None:
-        """All of that in one launch, which ends with the first unsure draft."""
+        """Draft in one launch, which ends with the first unsure draft."""
         buffers, chooser = iteration.buffers, iteration.chooser
         loop = self._loop(iteration)
         self.target.backend.draft_loop(

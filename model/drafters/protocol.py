@@ -2,8 +2,7 @@
 
 Two loops use it. The loop led by the host (``loop/host.py``) asks ``propose`` for the drafts of a step. The loop that
 is resident on the device (``loop/iteration.py``) asks for ``stages``: work that reads and writes the iteration's
-buffers and never asks the host. A drafter may have one of the two or both; a loop that cannot run it refuses it in a
-sentence.
+buffers and never asks the host. A drafter may have one of the two or both; a loop that cannot run it raises an error.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,7 +27,7 @@ PAPER_DRAFT_CONFIDENCE_THRESHOLD = 0.6
 
 @dataclass(frozen=True)
 class Draft:
-    """k drafted tokens, and what verification goes on from.
+    """k drafted tokens, and the hidden states that verification starts from.
 
     Attributes:
         tokens: ``[k]`` int64; k may be 0.
@@ -62,7 +61,8 @@ class Drafter(Protocol):
         first_layer: the first of the target's layers that verification runs. A drafter that ran the ones before it on
             every row hands on their output; 0 means that it ran none.
         num_speculative_tokens: the most drafts a step, 1 to 15, where the caller names no number.
-        draft_confidence_threshold: from 0 to 1, likewise; what it is compared with is the drafter's own affair.
+        draft_confidence_threshold: the confidence below which drafting stops, 0 to 1, where the caller names none. What
+            the confidence is, each drafter decides for itself.
     """
 
     first_layer: int = 0
@@ -81,7 +81,7 @@ class Drafter(Protocol):
             hidden: ``[n - 1, hidden]``, what layer ``first_layer`` reads for every token but the last; None for a
                 prompt of one token.
             reach: positions that may be written, drafts beyond the end included.
-            length: that the text may reach.
+            length: the most tokens that the text may have.
         """
 
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
@@ -122,7 +122,7 @@ def provides(drafter: object, method: str) -> bool:
 
 
 def check_drafter(drafter: Any, target: "Llama") -> None:
-    """Hold a drafter against the target and its loop.
+    """Check a drafter against the target and its loop.
 
     Raises:
         KangarooError: something is missing or out of its range.

@@ -14,12 +14,12 @@ from ..results import DecodeStats
 
 @dataclass(frozen=True)
 class Comparison:
-    """What Kangaroo made of one prompt, or of several together.
+    """Plain decoding and Kangaroo compared on one prompt, or on several together.
 
     Attributes:
         name: of the prompt.
         plain_tokens_per_second: of plain decoding; prefill left out.
-        kangaroo_tokens_per_second: likewise.
+        kangaroo_tokens_per_second: of Kangaroo decoding; prefill left out.
         speedup: Kangaroo's speed over the plain one.
         identical: whether every run, plain and Kangaroo, gave the same tokens.
         stats: counts of one Kangaroo run.
@@ -65,12 +65,12 @@ def compare(
         kangaroo: a target with its adapter.
         prompt: as for ``Kangaroo.generate``.
         name: of the prompt.
-        rounds: each speed is the median of so many.
+        rounds: each speed is the median of this many runs.
         settings: as for ``Kangaroo.generate``; ``plain`` does not matter.
-        keywords: likewise.
+        keywords: the settings by name, instead.
 
     Raises:
-        KangarooError: a setting or prompt that cannot serve.
+        KangarooError: a setting or prompt that cannot be used.
     """
     if rounds < 1:
         raise KangarooError(f"rounds is {rounds!r}; it must be a whole number of at least 1.")
@@ -96,13 +96,13 @@ def compare(
 def compare_all(
     kangaroo: Kangaroo, prompts: Mapping[str, str], settings: Settings | None = None, /, **keywords: Any
 ) -> Iterator[Comparison]:
-    """``compare`` for each of the named prompts, as soon as it is measured; settings and keywords are its own."""
+    """``compare`` for each of the named prompts, as soon as it is measured; settings and keywords as for it."""
     for name, prompt in prompts.items():
         yield compare(kangaroo, prompt, settings, name=name, **keywords)
 
 
 def summarise(comparisons: Sequence[Comparison], name: str = "all") -> Comparison:
-    """At least one comparison as one: median speeds and speedup, summed counts, identical if all are."""
+    """Sum up one or more comparisons: median speeds and speedup, summed counts, identical if all are."""
     return Comparison(
         name,
         median(entry.plain_tokens_per_second for entry in comparisons),

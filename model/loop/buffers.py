@@ -38,15 +38,15 @@ class Buffers:
     was made and was sure. ``wanted[r]`` is the target's token after row r. The slices by row are the methods below.
 
     Attributes:
-        text: ``[capacity]`` int64, the text; what lies beyond ``length`` is left over.
+        text: ``[capacity]`` int64, the text; beyond ``length`` lie old values.
         length: ``[1]`` int64, n.
         limit: ``[1]`` int64, the length that the text may reach.
         positions: ``[R + 3]`` int64.
         stops: ``[>= 16]`` int64, the stop tokens, filled up with -1.
         flags: ``[R + 1]`` int32.
         newest: ``[1, hidden]``, the embedding of the token that goes through the shallow layers next.
-        exit_hidden: ``[R + 2, hidden]``, what the drafter's ``first_layer`` reads; that of a draft that was not made is
-            left over, and finite.
+        exit_hidden: ``[R + 2, hidden]``, what the drafter's ``first_layer`` reads; rows of drafts that were not made
+            hold old values, which are finite.
         drafts: ``[R]`` tokens and confidences.
         wanted: ``[R + 1]`` tokens; their confidences are not used.
         decision: ``[3]`` int64, what ``accept`` found.
@@ -76,7 +76,7 @@ class Buffers:
         return self.positions[row + 1 : row + 2]
 
     def hidden(self, first: int, last: int) -> Tensor:
-        """``[last - first, hidden]``: the exit hidden states of rows ``first`` to ``last - 1``; -1 as above."""
+        """``[last - first, hidden]``: exit hidden states of rows ``first`` to ``last - 1``; -1 as in ``position``."""
         return self.exit_hidden[first + 1 : last + 1]
 
     def present(self, row: int) -> Tensor:
@@ -95,7 +95,7 @@ class Buffers:
 def buffers_for(
     target: Llama, text: TextState, request: Request, drafts: int, runner: GraphRunner, name: str
 ) -> Buffers:
-    """The runner's buffers of that name, for at most ``drafts`` drafts a step; they are made when they are new."""
+    """The runner's buffers of that name, for at most ``drafts`` drafts a step; they are made on first use."""
     rows, hidden, sampling = drafts + 1, target.config.hidden_size, request.sampling
 
     def numbers(field: str, *shape: int) -> Tensor:
@@ -135,7 +135,7 @@ def buffers_for(
 
 
 def begin(buffers: Buffers, target: Llama, tokens: Sequence[int], request: Request) -> None:
-    """Put a text and its request into device memory; the last time that the host tells it anything."""
+    """Put a text and its request into device memory; the host writes nothing there afterwards."""
     count, sampling, numbers = len(tokens), request.sampling, buffers.sampling
 
     def put(buffer: Tensor | None, values: Sequence[float | None]) -> None:

@@ -10,28 +10,28 @@ from .iteration import Iteration
 from .mailbox import Mailbox
 
 LEAST_REACH = 256
-"""Positions: the smallest bucket of contexts that share a captured iteration. The next ones are twice as long each."""
+"""The smallest bucket, in positions, of contexts that share a captured iteration. Each next one is twice as long."""
 
 
 def device_steps(iteration: Iteration, *, length: int, lag: int | None = None) -> Iterator[Commit]:
     """Steps of an iteration that stays on the device, until the text has ``length`` tokens or a stop token.
 
-    The host reads what an iteration committed ``lag`` iterations later (1 on a GPU, 0 on a CPU if None). What runs
-    beyond a stop token commits nothing.
+    The host reads what an iteration committed ``lag`` iterations later (1 on a GPU, 0 on a CPU if None). An
+    iteration that runs after a stop token commits nothing.
     """
     text, runner, rows = iteration.text, iteration.runner, iteration.max_drafts + 1
     if lag is None:
         lag = 1 if runner.device.type == "cuda" else 0
     mailbox = Mailbox(iteration.buffers.report, lag + 1)
     while len(text.tokens) < length:
-        while len(mailbox) <= lag and len(text.tokens) + len(mailbox) < length:  # each commits a token at least
+        while len(mailbox) <= lag and len(text.tokens) + len(mailbox) < length:  # each commits at least one token
             reach = bucket(len(text.tokens) + (len(mailbox) + 1) * rows, text.cache.capacity)
             runner.run((iteration.key, reach), partial(iteration.run, reach))
             mailbox.post()
         *record, lost = mailbox.read()
         if lost:
-            runner.clear()  # what the grid left is prepared anew
-            raise RuntimeError(f"draft_loop waited in vain for a program of its grid (error word {lost}).")
+            runner.clear()  # the next text prepares the loop again, with a new grid state
+            raise RuntimeError(f"draft_loop failed: a program never came to a barrier (error word {lost}).")
         step = read_record(record, length)
         if not step.tokens:  # never, unless memory was overwritten: the target always has a token
             raise RuntimeError("an iteration committed nothing; the device memory of this decode is damaged.")
@@ -47,7 +47,7 @@ def bucket(positions: int, capacity: int) -> int:
 
 
 def read_record(record: list[int], length: int) -> Commit:
-    """What an iteration's record says, counted as the host's loop counts: no draft is made for beyond the limit."""
+    """Turn an iteration's record into a ``Commit``, counted like the host's loop: it drafts nothing past the limit."""
     head = Record(*record[:RECORD_HEAD])
     tokens, most = record[RECORD_HEAD:][: head.reached - head.before], length - head.before - 1
     agreed, drafted = min(head.agreed, most), min(head.drafted, most)

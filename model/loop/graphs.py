@@ -17,12 +17,12 @@ from torch import Tensor
 Kept = TypeVar("Kept")
 
 MOST_GRAPHS = 32
-"""Kept at a time; the one that was not run for longest goes first."""
+"""The most graphs that are kept at a time; the one that has not run for longest goes first."""
 
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """A graph or a tensor that is found dead during a capture would break it."""
+    """Keep garbage collection off: a graph or a tensor that it frees during a capture would break the capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -39,11 +39,11 @@ class GraphRunner:
     like any other, so work may change what it reads.
 
     Args:
-        device: of all the work.
+        device: where all the work runs.
         capture: False runs everything as it is; on a CPU there is nothing to capture.
 
     Attributes:
-        captured_bytes: that captures took from the device, for intermediate results; all graphs share them.
+        captured_bytes: bytes that captures took on the device for intermediate results; all graphs share them.
     """
 
     def __init__(self, device: torch.device, capture: bool = True) -> None:
@@ -62,16 +62,16 @@ class GraphRunner:
 
     @property
     def graphs(self) -> int:
-        """How many are kept."""
+        """How many graphs are kept."""
         return len(self._graphs)
 
     @property
     def buffer_bytes(self) -> int:
-        """Of all buffers."""
+        """Bytes of all buffers."""
         return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The static buffer of that name, zeros when new; one of another shape or dtype replaces it and every graph."""
+        """The static buffer of that name, zeros when new; another shape or dtype replaces it and drops all graphs."""
         known = self._buffers.get(name)
         if known is not None and known.shape == shape and known.dtype == dtype:
             return known
@@ -88,7 +88,7 @@ class GraphRunner:
         self._relied_on[name] = memory
 
     def keep(self, name: str, make: Callable[[], Kept]) -> Kept:
-        """What ``make`` gave when it was first asked for that name; it goes with the graphs."""
+        """What ``make`` returned when that name was first asked for; it is dropped together with the graphs."""
         if name not in self._kept:
             self._kept[name] = make()
         kept: Kept = self._kept[name]
@@ -100,7 +100,7 @@ class GraphRunner:
         self._forget()
 
     def _wait(self) -> None:
-        """A graph that runs must not be dropped."""
+        """Wait for the device: a graph that runs must not be dropped."""
         if self._graphs:
             torch.cuda.synchronize(self.device)
 

@@ -1,7 +1,7 @@
 """The decode loop led by the host: draft, verify, accept, commit (arXiv 2404.18911, algorithm 1), and plain decoding.
 
-The host reads every draft. That is what a CPU wants, where a step not taken is time saved, and what rejection sampling
-needs. ``device.py`` has the loop that stays on the device.
+The host reads every draft. On a CPU this is faster, since every step that is left out saves time; rejection sampling
+needs it. ``device.py`` has the loop that stays on the device.
 """
 
 from collections.abc import Iterator

@@ -2,8 +2,8 @@
 
 Shapes are fixed: R draft steps and a verification of R + 1 rows. What varies lies in device memory (``buffers.py``):
 the text and its length, positions, and a flag for every draft. A step whose flag is down returns at once; rows of
-drafts that were not made are verified with the rest and not looked at, which at batch 1 costs next to nothing. Plain
-decoding is the same with R = 0, all layers being verification's.
+drafts that were not made are verified with the rest and then ignored, which at batch 1 costs next to nothing. Plain
+decoding is the same with R = 0; verification then runs all layers.
 """
 
 from collections.abc import Iterator
@@ -93,7 +93,7 @@ class Iteration:
         )
 
     def commit(self) -> None:
-        """Apply that to the text, and make ready what the next iteration begins with."""
+        """Apply the decision of ``accept`` to the text, and prepare what the next iteration begins with."""
         buffers = self.buffers
         self.target.backend.commit(
             buffers.decision,

@@ -24,7 +24,7 @@ class Mailbox:
         return len(self._posted)
 
     def post(self) -> None:
-        """Copy ``source`` as the work launched by now will leave it."""
+        """Copy ``source`` as the work that was launched so far will leave it."""
         slot = self._free.popleft()
         slot.copy_(self.source, non_blocking=True)
         event = None

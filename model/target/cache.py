@@ -12,7 +12,7 @@ SHARE = 8
 
 
 def roomy(length: int) -> int:
-    """``length`` rounded up by at most an eighth (or to 64), so that texts of like lengths find the same room."""
+    """``length`` rounded up by at most an eighth (or to 64), so that texts of similar lengths take the same room."""
     granule = max(GRANULE, (1 << length.bit_length()) // (2 * SHARE))
     return -(-length // granule) * granule
 
@@ -21,8 +21,8 @@ class KVCache:
     """Keys and values of ``layers`` attention layers, and the RoPE phases of their positions.
 
     Attributes:
-        keys: one ``[H_kv, capacity, D]`` a layer; rows beyond the text's length hold whatever was there.
-        values: likewise.
+        keys: one ``[H_kv, capacity, D]`` per layer; rows beyond the text's length hold old values.
+        values: as ``keys``.
         phases: ``[capacity, 1, D / 2]`` complex64, made again only when a text needs more of them or other ones.
     """
 

@@ -18,7 +18,7 @@ DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.model")
 
 
 def find_folder(name_or_path: str | Path, what: str) -> Path:
-    """The folder itself, or the local copy of a hub repository, fetched if need be."""
+    """The folder itself, or the local copy of a hub repository, downloaded if necessary."""
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
@@ -31,9 +31,9 @@ def find_folder(name_or_path: str | Path, what: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
-    except Exception as error:  # the hub, its HTTP client and the file system each have their own kinds
+    except Exception as error:  # the hub, its HTTP client and the file system raise their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise KangarooError(f"{what} {name!r} is neither a folder nor to be had from the hub ({reason}).") from error
+        raise KangarooError(f"{what} {name!r} is not a folder, and the hub does not provide it ({reason}).") from error
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -74,7 +74,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 raise KangarooError(f"{path} is truncated or not a safetensors file ({error}).") from error
         else:
             try:
-                mapped = zipfile.is_zipfile(path)  # the format before torch 1.6 cannot be
+                mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except Exception as error:  # a damaged pickle raises whatever its bytes lead to
                 runs_code = isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in str(error)

@@ -1,4 +1,4 @@
-"""Read a checkpoint's ``config.json`` into the few numbers the runtime needs, refusing what it would decode wrongly."""
+"""Read a checkpoint's ``config.json`` into the few numbers the runtime needs; refuse what it would decode wrongly."""
 
 import json
 import math
@@ -167,7 +167,7 @@ def load_config_values(folder: Path, what: str) -> dict[str, Any]:
         raise KangarooError(
             f"{path}: quantized checkpoints are not supported; use one in float32, float16 or bfloat16."
         )
-    for name in SIZES:  # transformers computes with them before it looks at them
+    for name in SIZES:  # transformers computes with them before it checks them
         if raw.get(name) is not None:
             _size(raw[name], name, path)
     raw["model_type"] = model_type
@@ -176,7 +176,7 @@ def load_config_values(folder: Path, what: str) -> dict[str, Any]:
     except Exception as error:  # transformers' validators raise many kinds, some over several lines
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise KangarooError(f"{path} is not a valid configuration ({reason}).") from error
-    # where transformers renames fields between versions, the file's own word is kept beside it
+    # where transformers renames fields between versions, the file's own name is kept beside the new one
     return {**raw, **values}
 
 

@@ -18,7 +18,7 @@ GPU_LOCKS: "dict[torch.device, threading.RLock]" = {}
 
 
 class AttentionBlock:
-    """Pre-norm self-attention with its residual: all of an adapter, the first half of a decoder layer."""
+    """Pre-norm self-attention with its residual: the whole of an adapter, or the first half of a layer."""
 
     def __init__(self, config: LlamaConfig, weights: AttentionWeights, backend: Backend) -> None:
         self.weights, self.backend = weights, backend

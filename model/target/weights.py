@@ -42,7 +42,7 @@ class _Places:
     def fill(self, tensors: NamedTensors, tied: Mapping[str, str], source: str) -> None:
         """Copy every tensor to its place; all must come, in the right shape, finite.
 
-        ``tied`` maps names that may come besides to the tensors they must equal; ``source`` is what errors call them.
+        ``tied`` maps names that may also come to the tensors they must equal; errors call the checkpoint ``source``.
         """
         waiting, twins = dict(self.slots), {}
         for name, tensor in tensors:
@@ -59,7 +59,7 @@ class _Places:
             if tensor.dtype not in STORED_DTYPES:
                 raise KangarooError(f"{source}: tensor {name!r} is {tensor.dtype}; it must be a float type.")
             slot.copy_(tensor if head_dim is None else interleave_rope(tensor, head_dim))
-            # looked at in its place, for float16 cannot hold all that bfloat16 can
+            # checked after the copy, since float16 cannot hold all that bfloat16 can
             if not bool(torch.isfinite(slot).all()):
                 raise KangarooError(f"{source}: tensor {name!r} holds values that are not finite in {self.dtype}.")
         if waiting:
@@ -169,14 +169,14 @@ def load_target(
     layout: Layout | None = None,
     source: str = "the checkpoint",
 ) -> TargetWeights:
-    """Take in a Llama model.
+    """Load the tensors of a Llama model.
 
     Args:
         tensors: all of them, from a folder (``read_tensors``) or from elsewhere.
         config: the shape that they must have.
         device: where they go.
         dtype: in which they are kept.
-        layout: of the matrices; each the fastest for its machine if None.
+        layout: of the matrices; None chooses a fast one for each (``choose_layout``).
         source: what errors call the place that they came from.
 
     Raises:
@@ -213,7 +213,7 @@ def load_adapter(
     layout: Layout | None = None,
     source: str = "the adapter",
 ) -> AdapterWeights:
-    """Take in an adapter, ours or the paper's authors' (same names); arguments as for ``load_target``.
+    """Load an adapter's tensors, ours or the paper's authors' (same names); arguments as for ``load_target``.
 
     Raises:
         KangarooError: as for ``load_target``.

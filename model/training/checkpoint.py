@@ -1,4 +1,4 @@
-"""What a run keeps in its folder, so that a stopped one goes on."""
+"""What a training run keeps in its folder, so that it can go on after it was stopped."""
 
 import os
 from pathlib import Path

@@ -20,7 +20,7 @@ def read_tokens(files: tuple[Path, ...], tokenizer: Any) -> Tensor:
         KangarooError: a file that is missing or not UTF-8.
     """
     tokens: list[int] = []
-    for start in range(0, len(files), FILES_AT_ONCE):  # a fast tokenizer spreads them over the cores
+    for start in range(0, len(files), FILES_AT_ONCE):  # fast tokenizers spread texts over the cores
         texts = []
         for file in files[start : start + FILES_AT_ONCE]:
             try:

@@ -1,4 +1,4 @@
-"""Two optimizers under one schedule: Muon turns the matrices, AdamW the rest.
+"""Two optimizers under one schedule: Muon updates the matrices, AdamW the rest.
 
 Muon (Jordan et al., 2024) has its update scaled as in arXiv 2502.16982.
 """
@@ -39,7 +39,7 @@ class Optimizers:
         )
 
     def step(self, factor: float, clip: float = 1.0) -> None:
-        """One step at ``factor`` times the rates; the gradients' norm is cut at ``clip``, and they are dropped."""
+        """One step at ``factor`` times the rates; gradients are first clipped to norm ``clip``, and then dropped."""
         nn.utils.clip_grad_norm_(self.module.parameters(), clip)
         for optimizer, rate in zip(self.both, self.rates, strict=True):
             for group in optimizer.param_groups:

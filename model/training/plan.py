@@ -29,7 +29,7 @@ class Plan:
         config: the same, parsed.
         tokens: ``[N]`` int64, to train on.
         held_out: ``[N]`` int64, to measure on.
-        saved: the state of the stopped run that goes on.
+        saved: the state of the stopped run that goes on; None for a new run.
     """
 
     folder: Path
@@ -42,10 +42,10 @@ class Plan:
 
 
 def read_plan(settings: TrainingSettings) -> Plan:
-    """Read everything that can be wrong.
+    """Read and check everything that a run needs.
 
     Raises:
-        KangarooError: for settings, files or folders that cannot serve.
+        KangarooError: for settings, files or folders that cannot be used.
     """
     folder = find_folder(find_pair(settings.model, None)[0], "model")
     target_values = load_config_values(folder, "model")

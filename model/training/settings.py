@@ -26,10 +26,10 @@ class TrainingSettings:
         held_out: text files to measure on; without them, the last 3 % of the data.
         minutes: time for the steps; None runs exactly ``steps`` of them.
         steps: the number of steps where ``minutes`` is None.
-        batch_size: windows a step.
+        batch_size: windows per step.
         reuse: how many steps use a window on average. The target's pass costs more than the adapter's, so a slow
             machine learns faster from 4 to 8; the latest ``64 * batch_size`` windows then stay in memory.
-        sequence_length: tokens a window.
+        sequence_length: tokens per window.
         generated_windows: how many windows the target writes.
         generated_at_once: how many of them side by side; a GPU writes a thousand as fast as one.
         num_attention_heads: of the adapter (as many key-value heads); None takes the target's numbers.
@@ -39,7 +39,7 @@ class TrainingSettings:
         device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
 
     Raises:
-        KangarooError: a value that cannot serve.
+        KangarooError: a value that cannot be used.
     """
 
     model: str
@@ -84,7 +84,7 @@ class TrainingSettings:
             raise KangarooError("no data files were given; give at least one text file.")
 
     def summary(self) -> dict[str, Any]:
-        """The settings as they go into a record: how many files, but not where they lay."""
+        """The settings as they go into a record, with the number of files in place of their paths."""
         paths = {"model": Path(self.model).name, "data": len(self.data), "held_out": len(self.held_out)}
         return {name: value for name, value in asdict(self).items() if name not in ("out", "device")} | paths
 

@@ -1,4 +1,4 @@
-"""The frozen target: what it says of a window, what it writes itself, and what is kept of both.
+"""The frozen target: its hidden states and logits for windows of text, and the windows that it writes itself.
 
 The target runs through transformers, a batch of windows at a time; a hook takes the exit layer's hidden states as they
 pass.
@@ -68,7 +68,7 @@ class Teacher:
 
 
 class Lessons:
-    """What the target said of the latest ``capacity`` windows, kept to be learned from more than once."""
+    """The target's outputs for the latest ``capacity`` windows, kept so that several steps can learn from them."""
 
     def __init__(self, capacity: int) -> None:
         self.kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=capacity)
@@ -76,7 +76,7 @@ class Lessons:
     def draw(
         self, exit_hidden: Tensor, logits: Tensor, count: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Take in the windows of a batch and draw ``count`` of all; a full batch comes back as it is."""
+        """Keep the windows of a batch and draw ``count`` of all; a batch of ``count`` windows comes back as it is."""
         if len(exit_hidden) == count:
             return exit_hidden, logits
         self.kept.extend(zip(exit_hidden.bfloat16(), logits.bfloat16(), strict=True))
@@ -94,7 +94,7 @@ def generate_windows(
     """The target's continuations of random places in the text: ``[generated_windows, sequence_length]``.
 
     A quarter of each window is the text's; the rest is greedy and sampled by turns. Groups are kept in ``out`` as they
-    come, so that a stopped run goes on. After ``deadline`` no more are begun: there are fewer then, but some.
+    come, so that a stopped run can go on. After ``deadline`` only a first group is begun, so there may be fewer.
     """
     path = settings.out / GENERATED_FILE
     done = list(torch.load(path, weights_only=True)) if path.exists() else []

@@ -25,7 +25,7 @@ from .teacher import Lessons, Teacher, generate_windows
 CHECKPOINT_SECONDS = 60.0
 HELD_OUT_WINDOWS = 64
 GENERATING_SHARE = 0.35
-"""Of the time until a deadline, the most that the target writes before the steps begin."""
+"""The largest share of the time until a deadline that the target may write for before the steps begin."""
 
 
 class AdapterTraining:
@@ -55,7 +55,7 @@ class AdapterTraining:
             self.step, self.elapsed, self.curve = (plan.saved[name] for name in ("step", "elapsed", "curve"))
 
     def update(self, share: float) -> float:
-        """One step where ``share`` of the run has passed; its loss."""
+        """Make one step, after ``share`` of the run has passed; return its loss."""
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed + 7919 * (self.step + 1))
         fresh = max(1, settings.batch_size // settings.reuse)
@@ -132,7 +132,7 @@ def train_adapter(
     """Train an adapter and write it to ``settings.out``.
 
     Args:
-        settings: all of it.
+        settings: every setting.
         progress: is told after every step.
         deadline: when the steps end at the latest, as ``time.perf_counter`` counts, loading and writing text before
             them included; one step is always made. The learning rate falls towards the limit that comes first.
@@ -141,7 +141,7 @@ def train_adapter(
         A report: settings, steps, tokens seen, the loss over time, and the top-1 agreement on held-out text.
 
     Raises:
-        KangarooError: before any work, for settings, files or folders that cannot serve.
+        KangarooError: before any work, for settings, files or folders that cannot be used.
     """
     device, length = resolve_device(settings.device), settings.sequence_length
     plan = read_plan(settings)

@@ -83,7 +83,7 @@ def test_again_and_again(name, model_of, device, record_property):
             launch()
             wrong.add_((step.exit_hidden != states).sum() + (step.out.token != tokens).sum())
         assert int(wrong) == 0
-        assert int(loop.error) == 0, "the stage at which a program waited in vain, plus 1"
+        assert int(loop.error) == 0, "1 + the stage after which a program never came to the barrier"
 
     repeat(once)
     if ON_GPU:

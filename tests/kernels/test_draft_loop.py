@@ -284,12 +284,12 @@ def refusals() -> dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exceptio
     odd = lambda layer: layer._replace(attention=layer.attention._replace(eps=0.5))  # noqa: E731
     return {
         "top-k": (change(temperature=1.0, top_k=5), ValueError, "top_k 5 and top_p None need a whole row of logits"),
-        "top-p": (change(temperature=1.0, top_p=0.9), ValueError, "draft with the stage kernels"),
+        "top-p": (change(temperature=1.0, top_p=0.9), ValueError, "draft step by step, or without a filter"),
         "temperature": (change(temperature=0.0), ValueError, "draft_loop: temperature is 0.0; it must be"),
         "no drafts": (
             reshape("flags", lambda x: x[:1]),
             ValueError,
-            "0 drafts a step; there must be a layer, and 1 to 15",
+            "0 drafts a step; there must be at least one layer, and 1 to 15",
         ),
         "16 drafts": (reshape("flags", lambda x: x.new_ones(17)), ValueError, "16 drafts a step"),
         "no layers": (in_model(layers=lambda layers: ()), ValueError, "got 0 layers"),
@@ -322,13 +322,13 @@ def refusals() -> dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exceptio
         "caches": (
             in_adapter(k_cache=lambda cache: cache[:, :64]),
             ValueError,
-            "the keys' cache and the values' differ",
+            "the key cache and the value cache differ",
         ),
         "heads": (in_adapter(qkv=lambda weight: torch.zeros(50, HIDDEN)), ValueError, "qkv has 50 rows"),
         "address": (
             in_adapter(norm=lambda norm: torch.cat((norm, norm))[1 : HIDDEN + 1]),
             ValueError,
-            "begins at an address that is no multiple of 16 bytes",
+            "begins at an address that is not a multiple of 16 bytes",
         ),
         "a double": (
             lambda given: given.update(model=given["model"]._replace(embedding=given["model"].embedding.double())),
@@ -362,7 +362,7 @@ def test_another_model_than_it_was_prepared_for(device):
 def test_on_a_gpu_it_takes_what_sums_as_the_stages_do(other):
     """Decided before anything is launched; a device that holds nothing will do."""
     given = {"dtype": torch.float16, **other}
-    with pytest.raises(ValueError, match="its bits are those of the stage kernels in float16 and bfloat16 with heads"):
+    with pytest.raises(ValueError, match="on a GPU this kernel takes float16 or bfloat16 with heads of at most"):
         prepare_draft_loop(make_model(torch.device("meta"), **given), 3)
 
 

@@ -475,7 +475,7 @@ def test_caches_of_no_heads_are_refused(caches, device):
 def test_gate_and_up_are_as_many(device):
     given = arguments("gate_up", device)
     given["weight"] = given["weight"][:-1]
-    with pytest.raises(ValueError, match="as many of gate as of up"):
+    with pytest.raises(ValueError, match="as many for gate as for up"):
         launcher("gate_up")(**given)
 
 

@@ -743,7 +743,7 @@ def test_arguments_that_do_not_fit(device):
     for message, arguments, settings in [
         ("sample_head takes 1 to 16 rows, got 17", (x.repeat(9, 1)[:17], norm, head), {}),
         ("sample_head: x is", (x[:, :40], norm, head), {}),
-        ("sample_head: a threshold lowers the flag", (x, norm, head), {"threshold": 0.5, "active": flag}),
+        ("sample_head: a threshold sets the flag", (x, norm, head), {"threshold": 0.5, "active": flag}),
         ("sample_head: give both embedding and embedded", (x, norm, head), {"embedding": head}),
         ("sample_head: out must be Top1", (x[:1], norm, head), {"out": poisoned_out(2, device)}),
     ]:

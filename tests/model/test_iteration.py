@@ -337,7 +337,7 @@ def test_a_lost_program_is_an_error(resident, monkeypatch):
     assert len(words) == 1
     with torch.inference_mode():
         words[0].fill_(4)
-    with pytest.raises(RuntimeError, match=r"in vain for a program of its grid \(error word 4\)"):
+    with pytest.raises(RuntimeError, match=r"a program never came to a barrier \(error word 4\)"):
         resident.generate(PROMPT, max_new_tokens=9)
     assert resident.generate(PROMPT, max_new_tokens=9).tokens == wanted
     assert len(words) == 2
