@@ -28,15 +28,13 @@ class Card(NamedTuple):
         name: in a column's head.
         architecture: 80 for sm_80.
         sms: streaming multiprocessors.
-        program_shared: bytes of shared memory that a program may have.
-        sm_shared: bytes that an SM has for its programs.
+        sm_shared: bytes that an SM has for its programs; one program may have all of them but the system's.
         bandwidth: bytes a second, as others measured it.
     """
 
     name: str
     architecture: int
     sms: int
-    program_shared: int
     sm_shared: int
     bandwidth: float
 
@@ -66,25 +64,11 @@ class Card(NamedTuple):
         """Programs that an SM holds at once, the average over the card."""
         return min(self.resident_programs(launch), launch.programs / self.sms)
 
-    def sustained(self, launch: CompiledLaunch, bytes_a_program: float) -> float:
-        """The share of the bandwidth that a launch can keep up if each program has so many bytes under way.
-
-        Programs that share a full memory go on at one speed, wherever they are; what costs is a last wave too small to
-        fill it.
-        """
-        places = self.sms * max(1, self.resident_programs(launch))
-        full, last = divmod(launch.programs, places)
-        needed = self.bytes_needed * self.sms
-        seconds = full * places * max(1.0, needed / (places * bytes_a_program))
-        if last:
-            seconds += last * max(1.0, needed / (last * bytes_a_program))
-        return launch.programs / seconds
-
 
 CARDS = (
-    Card("A100", 80, 108, 163 << 10, 164 << 10, 1.7e12),
-    Card("H100", 90, 132, 227 << 10, 228 << 10, 3.0e12),
-    Card("H200", 90, 132, 227 << 10, 228 << 10, 4.3e12),
+    Card("A100", 80, 108, 164 << 10, 1.7e12),
+    Card("H100", 90, 132, 228 << 10, 3.0e12),
+    Card("H200", 90, 132, 228 << 10, 4.3e12),
 )
 ARCHITECTURES = tuple(dict.fromkeys(card.architecture for card in CARDS))
 

@@ -9,49 +9,50 @@ kernels and files and line numbers do not count; instructions with their encodin
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple
 
 import triton
 import typer
-from cards import ARCHITECTURES
-from rich.console import Console
-from steps import STEPS
-from triton import knobs
-
-from kangaroo_kernels.workloads import MODELS
+from command import INCOMPLETE, refuse
+from compiled import listing_of
+from kernel_report import Archs, Dtypes, Models, StepNames, select
+from sass import read_machine_code
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("machine_code.py")
-DIFFERENT, USER_ERROR = 1, 2
-ROWS, LENGTH = 8, 4096
-"""Tokens in flight, of which no binary depends on the number, and of the text."""
+NAME = Path(__file__).stem
 
-Binaries = dict[str, list[dict[str, Any]]]
-"""The different binaries of each case, as ``machine_code.py`` prints them."""
+ENCODED = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/.*$|^\s*/\* 0x[0-9a-f]{16} \*/\s*$", re.MULTILINE)
+"""Lines of a listing that hold an instruction or the second half of its encoding; no name of a kernel or file."""
 
 
-class Verdict(NamedTuple):
-    """What came of a case.
+class Binary(NamedTuple):
+    """What counts of a binary; shared memory and stack in bytes."""
 
-    Attributes:
-        case: model, architecture, dtype, step, operation and kernel.
-        same: whether both commits have it and its binaries are the same.
-        detail: what differs, in words.
-    """
-
-    case: str
-    same: bool
-    detail: str
+    instructions: tuple[str, ...]
+    registers: int
+    spills: int
+    stack: int
+    static_shared: int
+    dynamic_shared: int
+    warps: int
 
 
-def refuse(sentence: str) -> NoReturn:
-    """Say what was wrong and end."""
-    typer.echo(f"compare_binaries: {sentence}", err=True)
-    raise typer.Exit(USER_ERROR)
+Binaries = dict[str, list[Binary]]
+"""The different binaries of each case: a model, architecture, dtype, step, operation and kernel."""
+
+
+def read(cubin: str, dynamic_shared: int, warps: int) -> Binary:
+    """What counts of a binary that ``machine_code.py`` printed."""
+    listing = listing_of(bytes.fromhex(cubin))
+    code, lines = read_machine_code(listing), [line.strip() for line in ENCODED.findall(listing)]
+    spills = code.spill_stores + code.spill_loads
+    return Binary(tuple(lines), code.registers, spills, code.stack_bytes, code.static_shared, dynamic_shared, warps)
 
 
 def binaries_of(tree: Path, wanted: dict[str, Any]) -> Binaries:
@@ -64,8 +65,7 @@ def binaries_of(tree: Path, wanted: dict[str, Any]) -> Binaries:
     command = [sys.executable, "-c", SCRIPT.read_text(encoding="utf-8"), json.dumps(wanted)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(path.resolve()) for path in paths)}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True)
-    found: Binaries = json.loads(done.stdout)
-    return found
+    return {case: list(dict.fromkeys(read(*each) for each in some)) for case, some in json.loads(done.stdout).items()}
 
 
 def export(commit: str, folder: Path) -> None:
@@ -79,74 +79,53 @@ def export(commit: str, folder: Path) -> None:
     subprocess.run(["tar", "-x", "-C", str(folder)], input=files, check=True)
 
 
-def judge(theirs: Binaries, ours: Binaries) -> list[Verdict]:
-    """Compare case by case, in the order of ``ours``; cases that only the other commit has come last."""
-    found = []
+def differences(theirs: Binaries, ours: Binaries) -> dict[str, str]:
+    """What differs in each case, empty where nothing does; cases that only the other commit has come last."""
+    found = {}
     for case in {**ours, **theirs}:
-        if case not in theirs or case not in ours:
-            found.append(Verdict(case, False, "only here" if case in ours else "only there"))
+        before, after = theirs.get(case, []), ours.get(case, [])
+        if not before or not after:
+            found[case] = "only here" if after else "only there"
             continue
-        before, after = theirs[case], ours[case]
-        facts = [key for key in after[0] if key not in ("instructions", "arithmetic")]
-        changed = [
-            f"{key} {' '.join(str(code[key]) for code in before)} -> {' '.join(str(code[key]) for code in after)}"
-            for key in facts
-            if [code[key] for code in before] != [code[key] for code in after]
+        facts = zip(Binary._fields, zip(*before, strict=True), zip(*after, strict=True), strict=True)
+        words = [
+            name if name == "instructions" else f"{name} {' '.join(map(str, old))} -> {' '.join(map(str, new))}"
+            for name, old, new in facts
+            if old != new
         ]
-        same_sums = [code["arithmetic"] for code in before] == [code["arithmetic"] for code in after]
-        order = f"floating-point instructions {'in the same' if same_sums else 'in another'} order"
-        found.append(Verdict(case, before == after, "" if before == after else ", ".join([order, *changed])))
+        found[case] = ", ".join(words)
     return found
 
 
 def main(
     commit: Annotated[str, typer.Argument(help="What to compare with: a commit, branch or tag.")],
-    model: Annotated[
-        list[str] | None, typer.Option(help="A model's name or a part of it; may be repeated. By default all.")
-    ] = None,
-    arch: Annotated[list[int] | None, typer.Option(help="80 or 90; may be repeated. By default both.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    step: Annotated[list[str] | None, typer.Option(help="A step's name, and only that one; may be repeated.")] = None,
+    model: Models = None,
+    arch: Archs = None,
+    dtype: Dtypes = None,
+    step: StepNames = None,
 ) -> None:
     """Compile every kernel here and at another commit and say which became the same machine code.
 
     Ends with 1 where one differs. No GPU is needed.
     """
-    shapes = [shape.name for shape in MODELS if not model or any(part.lower() in shape.name.lower() for part in model)]
-    names = [known.name for known in STEPS]
-    if not shapes:
-        refuse(f"no model is called {' or '.join(model or ())}; there are {', '.join(each.name for each in MODELS)}.")
-    if unknown := [str(each) for each in arch or () if each not in ARCHITECTURES]:
-        refuse(f"architecture {unknown[0]} is not supported; give {' or '.join(map(str, ARCHITECTURES))}.")
-    if dtype not in ("bfloat16", "float16", "float32"):
-        refuse(f"dtype {dtype} is not supported; give bfloat16, float16 or float32.")
-    if unknown := [each for each in step or () if each not in names]:
-        refuse(f"no step is called {unknown[0]}; there are {', '.join(names)}.")
-    if knobs.runtime.interpret:
-        refuse("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it.")
-    wanted = {"steps": step or names, "models": shapes, "dtype": dtype, "rows": ROWS, "length": LENGTH}
-    wanted["architectures"] = arch or list(ARCHITECTURES)
+    chosen = select(NAME, model, arch, dtype, step)
+    wanted = {"models": [each.name for each in chosen.shapes], "steps": [each.name for each in chosen.steps]}
+    wanted |= {"architectures": chosen.architectures, "dtypes": chosen.dtypes}
     with tempfile.TemporaryDirectory() as folder:
         try:
             export(commit, Path(folder))
         except subprocess.CalledProcessError:
-            refuse(f"{commit} is no commit that has kangaroo_kernels/ and tools/.")
+            refuse(NAME, f"{commit} is no commit that has kangaroo_kernels/ and tools/.")
         try:
-            verdicts = judge(binaries_of(Path(folder), wanted), binaries_of(ROOT, wanted))
+            found = differences(binaries_of(Path(folder), wanted), binaries_of(ROOT, wanted))
         except subprocess.CalledProcessError as error:
-            refuse(f"the kernels do not compile: {error.stderr.strip().splitlines()[-1]}")
-    show(verdicts)
-    if any(not each.same for each in verdicts):
-        raise typer.Exit(DIFFERENT)
-
-
-def show(verdicts: list[Verdict]) -> None:
-    """Print a line a case, and the count."""
-    console = Console(soft_wrap=True, highlight=False)
-    for each in verdicts:
-        console.print(f"{each.case}: " + ("identical" if each.same else f"[bold]different[/], {each.detail}"))
-    same = sum(each.same for each in verdicts)
-    console.print(f"Triton {triton.__version__}: {len(verdicts)} cases, {same} identical, {len(verdicts) - same} not")
+            refuse(NAME, f"the kernels do not compile: {error.stderr.strip().splitlines()[-1]}")
+    for case, words in found.items():
+        typer.echo(f"{case}: " + (f"different, {words}" if words else "identical"))
+    different = sum(map(bool, found.values()))
+    count = f"{len(found)} cases, {len(found) - different} identical, {different} not"
+    typer.echo(f"Triton {triton.__version__}: {count}")
+    raise typer.Exit(INCOMPLETE if different else 0)
 
 
 if __name__ == "__main__":

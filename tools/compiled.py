@@ -7,7 +7,7 @@ their kernels with the very arguments, specialisation and launch configuration t
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -90,20 +90,19 @@ class CompiledLaunch(NamedTuple):
         """Its machine code, read."""
         return disassemble(self.cubin)
 
-    @property
-    def sums(self) -> dict[tuple[str, ...], list[str]]:
-        """How its sums lie across the threads."""
-        return layouts_of_sums(self.ttgir)
+
+def listing_of(cubin: bytes) -> str:
+    """What the ``cuobjdump`` that Triton brings prints of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @lru_cache(maxsize=1024)
 def disassemble(cubin: bytes) -> MachineCode:
-    """Read machine code with the ``cuobjdump`` that Triton brings."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return read_machine_code(listing)
+    """Read machine code."""
+    return read_machine_code(listing_of(cubin))
 
 
 def layouts_of_sums(ttgir: str) -> dict[tuple[str, ...], list[str]]:
@@ -134,12 +133,6 @@ def layouts_of_sums(ttgir: str) -> dict[tuple[str, ...], list[str]]:
         words = [re.sub(r"#\w+\b(?!\.)", lambda name: alias.get(name[0], name[0]), tile) for tile in tiles]
         found.setdefault(tuple(lines(location)), set()).add(", ".join(words))
     return {place: sorted(layouts) for place, layouts in found.items()}
-
-
-def defaults_of(architecture: int) -> Callable[[str, int, int, torch.dtype], LaunchConfig]:
-    """The launch configurations that ship for an architecture."""
-    files = (f"sm_{architecture}.json",)
-    return lambda op, n, k, dtype: pick(files, op, n, k, str(dtype).removeprefix("torch."))
 
 
 @contextmanager
@@ -175,11 +168,14 @@ def compile_only(architecture: int) -> Iterator[list[CompiledLaunch]]:
         )
         return compiled
 
+    def shipped(op: str, n: int, k: int, dtype: torch.dtype) -> LaunchConfig:
+        return pick((f"sm_{architecture}.json",), op, n, k, str(dtype).removeprefix("torch."))
+
     stand_in = CompileOnly(architecture)
     JITFunction.run = compile_and_record
     driver.set_active(stand_in)
     try:
-        with configured_by(defaults_of(architecture)):
+        with configured_by(shipped):
             yield launches
     finally:
         JITFunction.run = run
