@@ -19,34 +19,28 @@ it is about a GPU.
 """
 
 import hashlib
-import json
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
 from command import INCOMPLETE, INTERRUPTED, refuse, require_time
-from report.job import ROOT, write_json
-from report.page import SMOKE_LABEL, complaints, page, state_of
-from report.parts import ENVIRONMENT, PAIR, PARTS, Part, budgets, choose
-from report.runner import GRACE, read_piece, run_part
-from rich.console import Console
+from report.job import ROOT, one_line, write_json
+from report.page import complaints, page, state_of
+from report.parts import ENVIRONMENT, PAIR, PARTS, Plan, choose
+from report.runner import GRACE, read_json, run_part
 
-from kangaroo_kernels import launch_config
+from kangaroo_kernels import KangarooError, launch_config
+from kangaroo_kernels.model.demo import DemoPair
 
 NAME = "gpu_report"
-FORMAT = 2
-"""Of ``report.json``; parts of another one are not kept."""
-
-SOURCES = ("kangaroo_kernels", "model", "tools")
-PAIR_FILES = ("target", "adapter", "prompts.json")
+SOURCES = ("kangaroo_kernels", "model", "tools", "tests")
 LEAST_SECONDS = 3.0
 """With less than this nothing is started: importing takes so long."""
 
@@ -54,134 +48,81 @@ RESERVE = 12.0
 """Seconds for the plots, and for a last part that has to be ended."""
 
 
-class Plan(NamedTuple):
-    """What to measure.
-
-    Attributes:
-        parts: in their order.
-        minutes: for all of them.
-        folder: where the report goes; parts that lie there already are kept.
-        smoke: tiny sizes, on the CPU.
-        brief: the first model alone, at its shortest context.
-        pair: folder of a trained pair.
-    """
-
-    parts: Sequence[Part]
-    minutes: float
-    folder: Path
-    smoke: bool = False
-    brief: bool = False
-    pair: Path | None = None
-
-
-# ---- what is measured
-
-
-def git(*arguments: str) -> str:
-    """What git says about the repository; nothing where there is none."""
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def commit() -> str:
     """The commit that is measured; where git does not know it (a copy of the files), a digest of the sources.
 
-    Results that lie in the repository are no change of it. Beside carried kernels (``gpu_kit``) the digest's commit is
-    known.
+    Beside carried kernels (``gpu_kit``) the digest's commit is known.
     """
-    name = git("rev-parse", "--short=12", "HEAD")
-    if name:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
-        return name + (" with changes" if changed else "")
-    digest, key = digest_of_sources(), ROOT / ".dev" / "key.json"
-    carried = json.loads(key.read_text(encoding="utf-8")) if key.is_file() else {}
+    git = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty= with changes"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False, cwd=ROOT)
+    if done.returncode == 0:
+        return done.stdout.strip()
+    digest, carried = digest_of_sources(), read_json(ROOT / ".dev" / "key.json")
     return str(carried["commit"]) if carried.get("sources") == digest else f"unknown, sources {digest}"
 
 
 def digest_of_sources(root: Path = ROOT) -> str:
-    """Of all Python files in the packages and the tools, by name and content: the same for the same commit."""
+    """Of all Python and JSON files of the library, its tools and tests, by name and content."""
     digest = hashlib.sha256()
-    for folder in SOURCES:
-        for file in sorted((root / folder).glob("**/*.py"), key=lambda path: path.as_posix()):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    files = [file for folder in SOURCES for file in (root / folder).glob("**/*") if file.suffix in (".py", ".json")]
+    for file in sorted(files):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
-# ---- measuring
-
-
-def measure(plan: Plan) -> int:
+def measure(command: str, plan: Plan) -> int:
     """Run the parts one after the other and write the report: an exit code. What there is stays written.
 
     A folder that cannot be written is refused.
     """
-    began, console, limit = time.monotonic(), Console(stderr=True, highlight=False), 60 * plan.minutes
-    file = plan.folder / "report.json"
+    began, file = time.monotonic(), plan.folder / "report.json"
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         file.touch()
     except OSError as error:
-        refuse(NAME, f"{plan.folder} cannot be written: {error.strerror}.")
-    reserve = min(RESERVE + GRACE, 0.1 * limit)
-    command = shlex.join(["python", *map(str, sys.argv)])
-    where = {"commit": commit(), "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "command": command}
-    about = {"format": FORMAT, "gpu": None if plan.smoke else torch.cuda.get_device_name(), "smoke": plan.smoke}
-    earlier, label = read_piece(file), {"label": SMOKE_LABEL} if plan.smoke else {}
+        refuse(command, f"{plan.folder} cannot be written: {error.strerror}.")
+    line, now = shlex.join(["python", *sys.argv]), datetime.now(timezone.utc)
+    where = {"commit": commit(), "date": now.strftime("%Y-%m-%d %H:%M UTC"), "command": line}
+    about = {"gpu": None if plan.smoke else torch.cuda.get_device_name(), "smoke": plan.smoke}
+    earlier = read_json(file)
     parts: dict[str, Any] = earlier.get("parts", {}) if about.items() <= earlier.items() else {}
-    report = {**label, **about, "minutes": plan.minutes, **where, "parts": parts}
-    for part, seconds in zip(plan.parts, budgets(plan.parts, limit - reserve), strict=True):
-        console.print(f"{part.name:12} {seconds:6.0f} s  {part.what}")
-    interrupted, ran = False, list[str]()
+    report, end = {**about, **where, "parts": parts}, began + plan.seconds - min(RESERVE + GRACE, 0.1 * plan.seconds)
+    interrupted, ran = False, dict[str, Any]()
     try:
         for index, part in enumerate(plan.parts):
-            left = limit - reserve - (time.monotonic() - began)
+            left = end - time.monotonic()
             if left < LEAST_SECONDS:
-                parts.setdefault(part.name, {"status": "skipped", "seconds": 0, "limit": 0} | where)
-                console.print(f"{part.name:12}    0.0 s  skipped, no time left")
+                parts.setdefault(part.name, {"status": "skipped", "seconds": 0} | where)
+                typer.echo(f"{part.name}: skipped, no time left", err=True)
                 continue
-            seconds = budgets(plan.parts[index:], left)[0]
-            with console.status(part.name) as status:  # nothing where there is no terminal
-
-                def show(doing: str, name: str = part.name, status: Any = status) -> None:
-                    status.update(f"{name}: {doing[:70]}")
-
-                piece = run_part(
-                    part, seconds, plan.folder, smoke=plan.smoke, brief=plan.brief, pair=plan.pair, update=show
-                )
-            parts[part.name] = piece | where
-            ran.append(part.name)
+            seconds = left * part.share / sum(each.share for each in plan.parts[index:])
+            typer.echo(f"{part.name}: {part.what}, {seconds:.0f} s at most", err=True)
+            piece = parts[part.name] = ran[part.name] = run_part(part, seconds, plan) | where
             write_json(file, report)
-            console.print(f"{part.name:12} {piece['seconds']:6.1f} s  {state_of(piece)}")
+            typer.echo(f"{part.name}: {state_of(piece)} after {piece['seconds']:.0f} s", err=True)
             if piece["status"] == "interrupted":
-                interrupted = True
-                break
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         interrupted = True
-    wrong = [*complaints({"parts": {name: parts[name] for name in ran}}), *write_report(report, plan.folder)]
+    wrong = [*complaints(ran), *write_report(report, plan.folder)]
     for sentence in wrong:
-        typer.echo(f"{NAME}: {sentence}", err=True)
-    console.print(f"{time.monotonic() - began:.0f} s; wrote {plan.folder / 'report.md'}", soft_wrap=True)
+        typer.echo(f"{command}: {sentence}", err=True)
+    typer.echo(f"{time.monotonic() - began:.0f} s; wrote {plan.folder / 'report.md'}", err=True)
     return INTERRUPTED if interrupted else INCOMPLETE if wrong else 0
 
 
 def write_report(report: dict[str, Any], folder: Path) -> list[str]:
-    """Write JSON, plots and Markdown; what could not be drawn, as sentences."""
+    """Write JSON, plots and Markdown; why there are no plots, as a sentence."""
     write_json(folder / "report.json", report)
-    pictures, trouble = dict[str, str](), list[str]()
+    pictures, trouble = list[str](), list[str]()
     try:
         from report.plots import draw  # noqa: PLC0415 (what is measured must not hang on a plotting library)
 
-        pictures, trouble = draw(report, folder)
-    except ImportError as error:
-        trouble = [f"no plots: {error}; pip install -e '.[dev]' brings matplotlib."]
+        pictures = draw(report, folder)
+    except Exception as error:  # a figure that no axis takes: the page is worth more
+        trouble = [f"no plots: {one_line(error)}."]
     (folder / "report.md").write_text(page(report, pictures), encoding="utf-8")
     return trouble
-
-
-# ---- the command
 
 
 def require_device(command: str, smoke: bool) -> None:
@@ -204,27 +145,22 @@ def main(
 ) -> None:
     """Measure this library on this GPU and write a report."""
     require_time(NAME, "--minutes", minutes)
-    try:
-        parts = choose((*PARTS, PAIR), only)
-    except ValueError as error:
-        refuse(NAME, str(error))
+    parts = choose(NAME, (*PARTS, PAIR), only)
     if only is None:
         parts = list(PARTS) if pair is None else [ENVIRONMENT, PAIR]
-    if PAIR in parts and pair is None:
-        refuse(NAME, "the part pair needs --pair DIR, a folder with target/, adapter/ and prompts.json.")
-    if pair is not None and PAIR not in parts:
-        refuse(NAME, "--pair is given, but --only leaves the part pair out; name it too.")
-    if pair is not None and (lacking := [name for name in PAIR_FILES if not (pair / name).exists()]):
-        refuse(
-            NAME, f"--pair is {pair}, which has no {' and no '.join(lacking)}; tools/train_demo.py writes such a pair."
-        )
+    if (PAIR in parts) != (pair is not None):
+        refuse(NAME, "the part pair needs --pair DIR, and --pair DIR the part pair; --only has one without the other.")
+    try:
+        pair = pair and DemoPair(pair.resolve()).folder
+    except KangarooError as error:
+        refuse(NAME, f"{error} tools/train_demo.py writes such a pair.")
     if smoke and out is None:
         refuse(NAME, "--smoke needs --out, a folder to write: its figures do not belong into bench/results.")
     require_device(NAME, smoke)
     if out is None:
         name = launch_config.file_name(torch.cuda.get_device_name()).removesuffix(".json")
         out = ROOT / "bench" / "results" / name
-    raise typer.Exit(measure(Plan(parts, minutes, out.resolve(), smoke, pair=pair and pair.resolve())))
+    raise typer.Exit(measure(NAME, Plan(parts, 60 * minutes, out.resolve(), smoke, pair=pair)))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ import gpu_measure as gm
 import pytest
 import random_model
 import torch
-from gpu_card import Card, EnergyMeter
+from gpu_card import Card
 from report import decode as decoding
 from report import environment
 from report.job import Job
+from report.page import cells_of
 from report.parts import CHOSEN
 from right import launcher
 from steps import META, STEPS
@@ -126,14 +127,9 @@ def loops() -> None:
 def tests(*chosen: str) -> None:
     """Lead them through their launches: asserts are compiled away, and nothing holds."""
     ways = ["-W", "ignore", "--assert=plain", "-p", "no:cacheprovider", "-q", "--tb=no", "--no-header", "-r", "N"]
-    ways.append("--continue-on-collection-errors")
-    pytest.main(["-m", "gpu", *ways, *chosen], plugins=[standin])
-
-
-def kernel_tests() -> None:
-    """Those that ``first.py`` chooses, on memory that nobody has touched."""
-    put(torch, randn=empty)
-    tests("tests/kernels", f"--ignore={CHAIN_TESTS}", "-k", f"({CHOSEN}) and not thousand")
+    if not standin.COMPUTING:  # on memory that nobody has touched
+        put(torch, randn=empty)
+    pytest.main(["-m", "gpu", *ways, "--continue-on-collection-errors", *chosen], plugins=[standin])
 
 
 def decodes() -> None:
@@ -146,35 +142,35 @@ def decodes() -> None:
 
 def parts(folder: Path) -> None:
     """``environment`` and ``decode`` as a GPU has them."""
-    ceiling, trace, meter = gm.Ceiling(4300.0, 4000.0, 1 << 30, gm.STREAMS[0]), paper_trace(4), EnergyMeter(None)
+    ceiling, trace = gm.Ceiling(4300.0, 4000.0, 1 << 30, gm.STREAMS[0]), paper_trace(4)
     put(Job, device=CPU, dtype=BFLOAT16, models=(TINY._replace(layers=3),))
-    put(environment, read_card=lambda device: CARD, snapshot=lambda device: {"sm_mhz": 1980})
+    put(environment, read_card=lambda device: CARD, snapshot=lambda device: {})
     put(environment, measure_ceiling=lambda device: ceiling)
-    put(decoding, NEW_TOKENS=4, WARM_UP_TOKENS=4, LEAST_TOKENS=4, STEP_TOKENS=4)
-    put(decoding, paper_trace=lambda: trace, EnergyMeter=lambda device: meter)
+    put(decoding, NEW_TOKENS=4, STEP_TOKENS=4, paper_trace=lambda: trace)
     for part in (environment, decoding):
         job = Job(folder / f"{part.__name__}.json", folder, 600, brief=True)
         part.run(job)
-        cells = [*job.values.get("cells", ()), *job.values.get("steps", ())]
-        if wrong := [cell for cell in cells if "error" in cell]:
+        if wrong := [cell for cell in cells_of(job.values) if "error" in cell]:
             sys.exit(f"{part.__name__}: {wrong}")
 
 
-def main() -> None:
+def main(what: str, folder: Path) -> None:
     """Do the work of that name."""
-    began, what, folder = time.monotonic(), sys.argv[1], Path(sys.argv[2])
+    began = time.monotonic()
     if not getattr(cache, "adopted", False):
         sys.exit(
             "sitecustomize.py was not run, or this is another Triton than the GPU's: nothing of it would be found."
         )
     works: dict[str, Callable[[], None]] = {shape.name: partial(model, shape) for shape in MODELS}
-    works |= {"loops": loops, "kernel-tests": kernel_tests, "decodes": decodes, "parts": partial(parts, folder)}
+    works |= {"loops": loops, "decodes": decodes, "parts": partial(parts, folder)}
+    chosen = f"({CHOSEN}) and not thousand"
+    works["kernel-tests"] = partial(tests, "tests/kernels", f"--ignore={CHAIN_TESTS}", "-k", chosen)
     works["model-tests"] = partial(tests, "tests/model", CHAIN_TESTS, "-k", CHOSEN)
     works[what]()
     counts = f"{len(standin.compiled)} compiled, {len(standin.found)} found"
     counts += "".join(f", CANNOT BE COLLECTED: {name}" for name in standin.broken)
-    print(f"{what}: {counts}, {time.monotonic() - began:.0f} s, {time.process_time():.0f} s of one core")
+    print(f"{what}: {counts}, {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -15,9 +15,9 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command import refuse, require_time
-from gpu_report import Plan, measure, require_device
-from report.parts import FIRST, choose
+from command import require_time
+from gpu_report import measure, require_device
+from report.parts import FIRST, Plan, choose
 
 NAME = "first"
 
@@ -32,12 +32,9 @@ def main(
 ) -> None:
     """Check and measure this GPU within minutes."""
     require_time(NAME, "--seconds", seconds)
-    try:
-        parts = choose(FIRST, only)
-    except ValueError as error:
-        refuse(NAME, str(error))
+    parts = choose(NAME, FIRST, only)
     require_device(NAME, smoke)
-    status = measure(Plan(parts, seconds / 60, out.resolve(), smoke, brief=True))
+    status = measure(NAME, Plan(parts, seconds, out.resolve(), smoke, brief=True))
     print((out / "report.md").read_text(encoding="utf-8"), flush=True)
     raise typer.Exit(status)
 

@@ -1,6 +1,6 @@
 """Make ``.dev/``, which is carried to a GPU beside the project: the compiled kernels, and what Triton finds them by.
 
-    python tools/gpu_kit/prepare.py [--python 312] [--triton 3.6.0] [--dry] [--again]
+    python tools/gpu_kit/prepare.py [--python 312] [--triton 3.6.0] [--dry]
 
 The GPU's machine has another Python than this one, and Triton's cache is keyed by the digest of Triton's own files, its
 library for that Python included: the digest is read off that wheel. The kernels are compiled here with the same version
@@ -10,18 +10,15 @@ then unpacks what is carried and goes through all launches again, which must fin
 """
 
 import hashlib
-import json
 import os
 import pkgutil
 import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,33 +31,27 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from command import refuse
 from gpu_report import commit, digest_of_sources
+from report.job import write_json
+from report.runner import read_json
 
 DEV, BUILD, CACHE = ROOT / ".dev", ROOT / "build" / "gpu", Path("/tmp/kcache")
-SOURCES = ("kangaroo_kernels", "model", "tools", "tests")
 WORK = ("Vicuna-7B", "kernel-tests", "Llama-3.1-8B", "Llama-3.2-1B", "loops", "model-tests", "decodes", "parts")
 COMPUTING = ("model-tests", "decodes", "parts")
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 
 def run(*command: Any, **environment: str) -> tuple[int, str]:
-    """A program in the root, politely: its exit status, and what it printed."""
-    done = subprocess.run(
-        ["nice", "-n", "5", *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    """A program of this Python in the root, politely: its exit status, and what it printed."""
+    line = ["nice", "-n", "5", sys.executable, *map(str, command)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(line, cwd=ROOT, env=os.environ | environment, check=False, **pipes)
     return done.returncode, done.stdout.strip()
 
 
-def require(what: str, *command: Any) -> None:
-    """The same, or the end."""
-    status, said = run(*command)
+def pip(*command: Any) -> None:
+    """pip, or the end."""
+    status, said = run("-m", "pip", "--disable-pip-version-check", "--quiet", *command)
     if status:
-        refuse("prepare", f"{what} failed: {said[-1500:]}")
+        refuse("prepare", f"fetching Triton failed: {said[-1500:]}")
 
 
 def digest(data: bytes) -> str:
@@ -88,10 +79,9 @@ def key_of(wheel: Path, triton: Path) -> str:
 def wheel_of(python: str, version: str) -> Path:
     """The wheel for the GPU's Python, fetched once."""
     folder, pattern = BUILD / "wheels", f"triton-{version}-cp{python}-*.whl"
-    folder.mkdir(parents=True, exist_ok=True)
     if not list(folder.glob(pattern)):
         which = ("--no-deps", "--only-binary=:all:", f"--python-version={python}", "-d", folder, f"triton=={version}")
-        require("fetching Triton's wheel", *PIP, "download", *which)
+        pip("download", *which)
     return next(folder.glob(pattern))
 
 
@@ -100,14 +90,8 @@ def triton_for(version: str) -> Path:
     for folder in (ROOT / ".venv/triton-3.6", BUILD / "triton"):
         if (folder / f"triton-{version}.dist-info").is_dir():
             return folder
-    require("installing Triton", *PIP, "install", "--no-deps", "--target", BUILD / "triton", f"triton=={version}")
+    pip("install", "--no-deps", "--target", BUILD / "triton", f"triton=={version}")
     return BUILD / "triton"
-
-
-def state_of(key: str) -> str:
-    """What decides which kernels there are."""
-    files = [file for folder in SOURCES for file in (ROOT / folder).glob("**/*") if file.suffix in (".py", ".json")]
-    return digest(b"".join(file.read_bytes() for file in sorted(files)) + key.encode())
 
 
 def compile_all(triton: Path) -> bool:
@@ -123,7 +107,7 @@ def compile_all(triton: Path) -> bool:
 
     def work(what: str) -> bool:
         mode = "compute" if what in COMPUTING else ""
-        status, said = run(sys.executable, "-O", KIT / "fill.py", what, BUILD, **environment, STANDIN=mode)
+        status, said = run("-O", KIT / "fill.py", what, BUILD, **environment, STANDIN=mode)
         print(f"{what} failed:\n{said[-1500:]}" if status else said.splitlines()[-1], flush=True)
         return status == 0
 
@@ -142,42 +126,31 @@ def pack() -> int:
     return len(names)
 
 
-def unpack() -> None:
-    """What is carried, in the place of the cache."""
-    shutil.rmtree(CACHE, ignore_errors=True)
-    with tarfile.open(DEV / "kcache.tgz") as archive:
-        archive.extractall(CACHE.parent, filter="data")
-
-
 def main(
     python: Annotated[str, typer.Option(help="Of the GPU's machine: 312 for 3.12.")] = "312",
     triton: Annotated[str, typer.Option(help="Of the GPU's machine.")] = "3.6.0",
     dry: Annotated[bool, typer.Option("--dry", help="Then go through all launches with what is carried.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Even if nothing changed.")] = False,
 ) -> None:
     """Compile the kernels that a GPU will be asked for."""
-    began, file = time.monotonic(), DEV / "key.json"
+    file, carried = DEV / "key.json", DEV / "kcache.tgz"
     DEV.mkdir(exist_ok=True)
     shutil.copy(KIT / "sitecustomize.py", DEV)
     installed = triton_for(triton)
     key = key_of(wheel_of(python, triton), installed / "triton")
-    known, state = json.loads(file.read_text()) if file.is_file() else {}, state_of(key)
-    told = {"triton": triton, "key": key, "commit": commit(), "sources": digest_of_sources()}
-    write = partial(file.write_text, encoding="utf-8")
-    if known.get("state") == state and (DEV / "kcache.tgz").is_file() and not again:
-        print("nothing changed")
-        write(json.dumps(told | {"state": state}))
-    else:
-        write(json.dumps(told))
+    told = {"triton": triton, "key": key, "sources": digest_of_sources()}
+    same = carried.is_file() and (told | {"complete": True}).items() <= read_json(file).items()
+    told["commit"] = commit()
+    write_json(file, told | {"complete": same})
+    if not same:
         complete = compile_all(installed)
         print(f"{pack()} kernels, of {sum(1 for _ in CACHE.iterdir())} in {CACHE}")
-        write(json.dumps(told | ({"state": state} if complete else {})))
-    for carried in sorted(DEV.iterdir()):
-        print(f"{carried.stat().st_size / 2**20:8.2f} MiB  {carried.name}")
+        write_json(file, told | {"complete": complete})
+    print(f"{carried}: {carried.stat().st_size / 2**20:.2f} MiB{', nothing changed' if same else ''}")
     if dry:
-        unpack()
+        shutil.rmtree(CACHE, ignore_errors=True)
+        with tarfile.open(carried) as archive:
+            archive.extractall(CACHE.parent, filter="data")
         compile_all(installed)
-    print(f"{time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from kangaroo_kernels.operation import OPERATIONS, Operation
 from kangaroo_kernels.shared.chain import chain
 from kangaroo_kernels.shared.launch import require_interpreter
 
+COMPUTING = os.environ.get("STANDIN") == "compute"
 SHARED_BYTES = 232448
 """Of an H100's program."""
 
@@ -106,7 +107,7 @@ def install() -> None:
     cuda.CUDAGraph, cuda.graph = Graph, lambda *args, **kwargs: nullcontext()
     cuda.set_sync_debug_mode = cuda.synchronize = cuda.empty_cache = lambda *args: None
     cuda.mem_get_info = lambda *args: (0, 0)
-    if os.environ.get("STANDIN") == "compute":
+    if COMPUTING:
         for operation in OPERATIONS.values():
             both = computing(operation)
             replace(operation.launcher, both)

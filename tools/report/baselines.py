@@ -9,12 +9,10 @@ device there, and the clock runs from there to the end. ``pair.py`` measures a t
 """
 
 import gc
-import statistics
 import time
 import warnings
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch._dynamo.utils
@@ -28,7 +26,7 @@ from kangaroo_kernels.workloads import ModelShape
 from .job import Job
 
 CONTEXTS = (128, 2048)
-NEW_TOKENS, ROUNDS = 64, 2
+NEW_TOKENS = 64
 SETTLED = 8
 """Tokens before the clock starts; of a text shorter than four times that, a quarter."""
 
@@ -59,43 +57,18 @@ def transformers_model(shape: ModelShape, job: Job) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=job.dtype).eval()
 
 
-def trained_model(folder: Path, job: Job, dtype: torch.dtype) -> Any:
-    """A checkpoint as transformers loads it."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to(job.device).eval()
-
-
 def settings_of(way: str, job: Job) -> dict[str, Any]:
     """What makes ``generate`` take that way; a smoke run has the static cache alone."""
     return {"cache_implementation": "static", "disable_compile": job.smoke} if way == COMPILED else {}
 
 
-def require_compiled(how: dict[str, Any]) -> None:
-    """``generate`` leaves compiling out without a word where something does not suit it.
+def timed(model: Any, prompt: list[int], tokens: int, way: str, job: Job) -> tuple[list[int], float | None]:
+    """Generate greedily: up to so many new tokens, and tokens a second; None for a text that ended before the clock.
 
     Raises:
-        RuntimeError: nothing was compiled, though ``how`` asks for it.
+        RuntimeError: ``generate`` compiled nothing where it should; it says nothing where something does not suit it.
     """
-    asked = how.get("cache_implementation") == "static" and not how["disable_compile"]
-    if asked and not torch._dynamo.utils.counters["frames"]["ok"]:
-        raise RuntimeError("generate compiled nothing, so this is not the compiled way.")
-
-
-class Timed(NamedTuple):
-    """One call of ``generate``.
-
-    Attributes:
-        tokens: the new ones.
-        tokens_per_second: None for a text that ended before there was anything to time.
-    """
-
-    tokens: list[int]
-    tokens_per_second: float | None
-
-
-def timed(model: Any, prompt: list[int], tokens: int, job: Job, **how: Any) -> Timed:
-    """Generate greedily, up to so many tokens."""
-    settled = len(prompt) + max(1, min(SETTLED, tokens // 4))
+    how, settled = settings_of(way, job), len(prompt) + max(1, min(SETTLED, tokens // 4))
     row = torch.tensor([prompt], device=job.device)
     marks: list[tuple[float, int]] = []
 
@@ -105,53 +78,37 @@ def timed(model: Any, prompt: list[int], tokens: int, job: Job, **how: Any) -> T
             marks.append((time.perf_counter(), tokens.shape[1]))
         return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
 
+    how |= {"attention_mask": torch.ones_like(row), "max_new_tokens": tokens, "do_sample": False}
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = model.generate(
-            row,
-            attention_mask=torch.ones_like(row),
-            max_new_tokens=tokens,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([note]),
-            **how,
-        )
+        out = model.generate(row, stopping_criteria=StoppingCriteriaList([note]), **how)
     job.synchronize()
     ended, text = time.perf_counter(), out[0].tolist()
-    require_compiled(how)
-    speed = None
-    if marks and len(text) > marks[0][1]:
-        speed = (len(text) - marks[0][1]) / (ended - marks[0][0])
-    return Timed(text[len(prompt) :], speed)
-
-
-def measure(models: dict[str, Any], shape: ModelShape, context: int, way: str, job: Job) -> dict[str, Any]:
-    """One way to generate: a warm-up of the same length, then the median of a few."""
-    if shape.name not in models:
-        models[shape.name] = transformers_model(shape, job)
-    tokens, rounds = (6, 1) if job.smoke else (NEW_TOKENS, ROUNDS)
-    call = partial(timed, models[shape.name], random_prompt(shape, context), tokens, job, **settings_of(way, job))
-    call()
-    speeds = [speed for _, speed in (call() for _ in range(rounds)) if speed is not None]
-    return {
-        "tokens_per_second": statistics.median(speeds),
-        "slowest": min(speeds),
-        "fastest": max(speeds),
-        "new_tokens": tokens,
-        "rounds": len(speeds),
-    }
+    if way == COMPILED and not job.smoke and not torch._dynamo.utils.counters["frames"]["ok"]:
+        raise RuntimeError("generate compiled nothing, so this is not the compiled way.")
+    new = len(text) - marks[0][1] if marks else 0
+    return text[len(prompt) :], new / (ended - marks[0][0]) if new else None
 
 
 def run(job: Job) -> None:
     """Eager for every model, then the compiled way, whose compilations take long, the shortest context first."""
-    job.note(settled=SETTLED, compiled=not job.smoke)
-    contexts = contexts_of(job)
+    job.note(settled=SETTLED)
+    contexts, tokens = contexts_of(job), 6 if job.smoke else NEW_TOKENS
     for way, some in ((EAGER, contexts), (COMPILED, contexts[:1]), (COMPILED, contexts[1:])):
         for shape in job.models:
-            models: dict[str, Any] = {}
+            models: list[Any] = []
+
+            def measure(shape: ModelShape, context: int, way: str, models: list[Any]) -> dict[str, Any]:
+                if not models:
+                    models.append(transformers_model(shape, job))
+                for _ in range(2):  # the first warms up
+                    _, speed = timed(models[0], random_prompt(shape, context), tokens, way, job)
+                return {"tokens_per_second": speed, "new_tokens": tokens}
+
             for context in some:
                 entry = {"model": shape.name, "context": context, "way": way}
-                job.cell("cells", entry, partial(measure, models, shape, context, way, job))
+                job.cell("cells", entry, partial(measure, shape, context, way, models))
             models.clear()
             torch.compiler.reset()
             gc.collect()

@@ -7,25 +7,25 @@ wrong may end the process. A smoke run takes the same loop over the references.
 """
 
 import gc
-import statistics
 from functools import partial
+from itertools import product
+from statistics import median
 from typing import Any
 
-from gpu_card import EnergyMeter
 from random_model import random_kangaroo, random_prompt, sharing_weights
 from synthetic import ASSUMPTION, MAX_DRAFTS, paper_trace
 
-from kangaroo_kernels import Generation, Kangaroo
+from kangaroo_kernels import DecodeStats, Kangaroo
 from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.workloads import ModelShape, workloads
 
 from .job import Job
 
 CONTEXTS = (128, 2048, 8192)
-NEW_TOKENS, LEAST_TOKENS, WARM_UP_TOKENS, SMOKE_TOKENS = 128, 32, 16, 5
-STEP_DRAFTS, STEP_TOKENS, STEP_ROUNDS = (1, 2, 6), 48, 2
-ROUNDS = 3
-"""Timed decodes of a cell, after one of the same length that warms up and captures."""
+NEW_TOKENS, SMOKE_TOKENS = 128, 5
+STEP_DRAFTS, STEP_TOKENS = (1, 2, 6), 48
+ROUNDS = 2
+"""Timed decodes of a cell, after one of the same length that compiles and captures."""
 
 PLAIN, PLAIN_CHAINED, UNFORCED, SYNTHETIC = WAYS = (
     "plain",
@@ -50,75 +50,46 @@ def bytes_a_token(shape: ModelShape, length: int, itemsize: int) -> int:
     return shape.layers * layer + moved["top1_head", "head"]
 
 
-def decode(kangaroo: Kangaroo, prompt: list[int], tokens: int, plain: bool, meter: EnergyMeter) -> Generation:
-    """One decode; the meter runs from its first committed step to its last."""
-    steps = kangaroo.progress(prompt, max_new_tokens=tokens, plain=plain)
-    last = next(steps)
-    meter.begin(len(last.generation.tokens))
-    for step in steps:
-        last = step
-    generation = last.generation
-    meter.end(len(generation.tokens))
-    return generation
+def timed(kangaroo: Kangaroo, prompt: list[int], tokens: int, job: Job, **settings: Any) -> list[DecodeStats]:
+    """The decodes of a cell that count."""
+    rounds, tokens = (1, SMOKE_TOKENS) if job.smoke else (1 + ROUNDS, tokens)
+    runs = [kangaroo.generate(prompt, max_new_tokens=tokens, **settings).stats for _ in range(rounds)]
+    return runs[1:] or runs
 
 
-def measure(kangaroo: Kangaroo, prompt: list[int], way: str, seconds: float, job: Job) -> dict[str, Any]:
-    """Speed of one way to decode, in about ``seconds`` besides the first compilations."""
-    plain, most = way in (PLAIN, PLAIN_CHAINED), paper_trace().tokens if way == SYNTHETIC else NEW_TOKENS
-    tokens, rounds, meter = SMOKE_TOKENS, 1, EnergyMeter(None)
-    if not job.smoke:
-        decode(kangaroo, prompt, WARM_UP_TOKENS, plain, meter)  # compiles, which takes longer than it decodes
-        short = decode(kangaroo, prompt, WARM_UP_TOKENS, plain, meter)
-        affordable = int(seconds * short.stats.tokens_per_second / (ROUNDS + 1))
-        tokens, rounds = min(most, max(LEAST_TOKENS, affordable)), ROUNDS
-        decode(kangaroo, prompt, tokens, plain, meter)  # captures every graph that the length needs
-        meter = EnergyMeter(job.device)
-    runs = [decode(kangaroo, prompt, tokens, plain, meter).stats for _ in range(rounds)]
-    speeds = [run.tokens_per_second for run in runs]
+def us_a_step(runs: list[DecodeStats]) -> float:
+    """Microseconds, the median."""
+    return median(1e6 * run.decode_seconds / run.verification_steps for run in runs)
+
+
+def measure(kangaroo: Kangaroo, shape: ModelShape, context: int, way: str, job: Job) -> dict[str, Any]:
+    """Speed of one way to decode; of a plain one also the bytes that a step must read."""
+    plain, tokens = way in (PLAIN, PLAIN_CHAINED), paper_trace().tokens if way == SYNTHETIC else NEW_TOKENS
+    with chained(way == PLAIN_CHAINED):
+        runs = timed(kangaroo, random_prompt(shape, context), tokens, job, plain=plain)
     stats = runs[0]
-    return {
-        "tokens_per_second": statistics.median(speeds),
-        "slowest": min(speeds),
-        "fastest": max(speeds),
-        "new_tokens": tokens,
-        "rounds": rounds,
-        "us_per_step": 1e6 * statistics.median(run.decode_seconds / run.verification_steps for run in runs),
+    found = {
+        "tokens_per_second": median(run.tokens_per_second for run in runs),
+        "us_per_step": us_a_step(runs),
+        "new_tokens": stats.new_tokens,
         "mean_acceptance_length": stats.mean_acceptance_length,
         "drafted_per_step": stats.drafted / stats.verification_steps,
-        "joules_per_token": meter.joules_per_token,
     }
+    middle = context + stats.new_tokens // 2
+    return found | ({"bytes_per_token": bytes_a_token(shape, middle, job.dtype.itemsize)} if plain else {})
 
 
-def measure_step(kangaroo: Kangaroo, prompt: list[int], drafts: int, job: Job) -> dict[str, Any]:
+def measure_step(
+    kangaroo: Kangaroo, shape: ModelShape, context: int, drafts: int, drafting: str, job: Job
+) -> dict[str, Any]:
     """Microseconds of a step that makes so many drafts, whatever their confidence."""
-    tokens, rounds = (SMOKE_TOKENS, 1) if job.smoke else (STEP_TOKENS, 1 + STEP_ROUNDS)
-    settings: dict[str, Any] = {"num_speculative_tokens": drafts, "draft_confidence_threshold": 0.0}
-    runs = [kangaroo.generate(prompt, max_new_tokens=tokens, **settings).stats for _ in range(rounds)]
-    times = [1e6 * run.decode_seconds / run.verification_steps for run in runs]
-    return {"us_per_step": statistics.median(times[1:] or times)}  # the first compiles and captures
-
-
-class Decoders:
-    """What decodes at one model's shape, a decoder a way, all on the same weights; made when they are needed."""
-
-    def __init__(self, shape: ModelShape, job: Job) -> None:
-        self.shape, self.job = shape, job
-        self._made: dict[str, Kangaroo] = {}
-
-    def __call__(self, way: str) -> Kangaroo:
-        """The one for a way to decode or to draft: a graph keeps what it was captured with, so each has its own."""
-        if not self._made:
-            self._made[UNFORCED] = random_kangaroo(
-                self.shape, self.job.device, self.job.dtype, references=self.job.smoke
-            )
-        if way not in self._made:
-            trace = paper_trace() if way == SYNTHETIC else None
-            self._made[way] = sharing_weights(self._made[UNFORCED], trace=trace, persistent=way == ONE_KERNEL)
-        return self._made[way]
+    settings = {"num_speculative_tokens": drafts, "draft_confidence_threshold": 0.0}
+    with chained(drafting == STAGEWISE_CHAINED):
+        return {"us_per_step": us_a_step(timed(kangaroo, random_prompt(shape, context), STEP_TOKENS, job, **settings))}
 
 
 def run(job: Job) -> None:
-    """Every model, context and way, until the time is over."""
+    """Every model, context and way, then every model's steps, until the time is over."""
     trace = paper_trace()
     job.note(
         synthetic={
@@ -128,45 +99,38 @@ def run(job: Job) -> None:
             "num_speculative_tokens": MAX_DRAFTS,
         },
     )
-    for index, shape in enumerate(job.models):
-        measure_decodes(job, shape, len(job.models) - index)
-        gc.collect()
-        job.free()
-    for some in (DRAFTING[:-1], DRAFTING[-1:]):
+    for ways in (WAYS, DRAFTING[:-1], DRAFTING[-1:]):
         for shape in job.models:
-            measure_steps(job, shape, some)
+            measure_model(job, shape, ways)
             gc.collect()
             job.free()
 
 
-def measure_decodes(job: Job, shape: ModelShape, models_left: int) -> None:
-    """The decodes of one model; a plain one has the bytes that a step must read besides."""
-    decoders = Decoders(shape, job)
+def measure_model(job: Job, shape: ModelShape, ways: tuple[str, ...]) -> None:
+    """The decodes of one model, or its steps by the number of drafts, in these ways."""
+    made: dict[str, Kangaroo] = {}
 
-    def cell(way: str, prompt: list[int], seconds: float) -> dict[str, Any]:
-        with chained(way == PLAIN_CHAINED):
-            found = measure(decoders(way), prompt, way, seconds, job)
-        if way in (PLAIN, PLAIN_CHAINED):
-            length = len(prompt) + found["new_tokens"] // 2
-            found["bytes_per_token"] = bytes_a_token(shape, length, job.dtype.itemsize)
-        return found
+    def decoder(way: str) -> Kangaroo:
+        """All on the same weights; a graph keeps what it was captured with, so each way has its own."""
+        if not made:
+            made[UNFORCED] = random_kangaroo(shape, job.device, job.dtype, references=job.smoke)
+        if way not in made:
+            trace = paper_trace() if way == SYNTHETIC else None
+            made[way] = sharing_weights(made[UNFORCED], trace=trace, persistent=way == ONE_KERNEL)
+        return made[way]
 
-    todo = [(context, way) for context in contexts_of(job) for way in WAYS]
-    for done, (context, way) in enumerate(todo):
-        seconds = job.left / (models_left * len(todo) - done) / (2 if job.brief else 1)  # the other half is for steps
-        entry = {"model": shape.name, "context": context, "way": way}
-        job.cell("cells", entry, partial(cell, way, random_prompt(shape, context), seconds))
+    def decode(context: int, way: str) -> dict[str, Any]:
+        return measure(decoder(way), shape, context, way, job)
 
+    def step(context: int, drafts: int, drafting: str) -> dict[str, Any]:
+        return measure_step(decoder(drafting), shape, context, drafts, drafting, job)
 
-def measure_steps(job: Job, shape: ModelShape, ways: tuple[str, ...]) -> None:
-    """The steps of one model by the number of drafts, drafting in these ways."""
-    decoders, context = Decoders(shape, job), contexts_of(job)[0]
-
-    def cell(drafting: str, drafts: int) -> dict[str, Any]:
-        with chained(drafting == STAGEWISE_CHAINED):
-            return measure_step(decoders(drafting), random_prompt(shape, context), drafts, job)
-
-    for drafts in STEP_DRAFTS:
-        for drafting in ways:
-            entry = {"model": shape.name, "context": context, "drafts": drafts, "drafting": drafting}
-            job.cell("steps", entry, partial(cell, drafting, drafts))
+    contexts = contexts_of(job)
+    if ways == WAYS:
+        for context, way in product(contexts, WAYS):
+            entry = {"model": shape.name, "context": context, "way": way}
+            job.cell("cells", entry, partial(decode, context, way))
+        return
+    for drafts, drafting in product(STEP_DRAFTS, ways):
+        entry = {"model": shape.name, "context": contexts[0], "drafts": drafts, "drafting": drafting}
+        job.cell("steps", entry, partial(step, contexts[0], drafts, drafting))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from random_model import SMOKE
+from triton import knobs
 
 from kangaroo_kernels.workloads import MODELS, ModelShape
 
@@ -19,8 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 def one_line(error: BaseException) -> str:
     """An exception's kind and the first line of its message."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def write_json(path: Path, values: object) -> None:
@@ -28,6 +28,18 @@ def write_json(path: Path, values: object) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def log_compilations() -> None:
+    """From here on this process adds the name of every kernel that Triton compiles to the file ``$COMPILED_LOG``."""
+
+    def note(*, src: Any, cache_hit: bool, **event: Any) -> None:
+        if not cache_hit:
+            with open(os.environ["COMPILED_LOG"], "a", encoding="utf-8") as log:
+                log.write(src.name + "\n")
+
+    if "COMPILED_LOG" in os.environ:
+        knobs.compilation.listener = note
 
 
 @dataclass
@@ -39,8 +51,8 @@ class Job:
         folder: where further files of the report go.
         seconds: that it may take.
         smoke: whether to run at tiny size on the CPU.
-        pair: folder of a trained pair, for the part that measures one.
         brief: whether the first model alone is measured, at its shortest context.
+        pair: folder of a trained pair, for the part that measures one.
         values: what it found.
     """
 
@@ -48,8 +60,8 @@ class Job:
     folder: Path
     seconds: float
     smoke: bool = False
-    pair: Path | None = None
     brief: bool = False
+    pair: Path | None = None
     values: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,10 +92,6 @@ class Job:
         self.values |= values
         write_json(self.piece, self.values)
 
-    def doing(self, what: str) -> None:
-        """Say what is being done, for the progress bar."""
-        self.note(doing=what)
-
     def cell(self, name: str, entry: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
         """Add ``entry``, with what ``work`` found, to the list ``name``; or why it found nothing.
 
@@ -93,7 +101,7 @@ class Job:
         if self.left <= 0:
             cells.append(entry | {"skipped": "no time left"})
         else:
-            self.doing(", ".join(str(value) for value in entry.values()))
+            self.note(doing=", ".join(str(value) for value in entry.values()))
             try:
                 cells.append(entry | work())
             except Exception as error:  # out of memory, a compiler's refusal: the other cells go on

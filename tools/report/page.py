@@ -19,15 +19,7 @@ def number(value: Any, digits: int = 0) -> str:
 
 def percent(value: Any) -> str:
     """A share, or a dash."""
-    return f"{100 * value:.1f} %" if isinstance(value, int | float) else "-"
-
-
-def plural(count: int, noun: str) -> str:
-    """``1 draft``, ``2 drafts``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-# ---- what went wrong
+    return f"{number(100 * value, 1)} %" if isinstance(value, int | float) else "-"
 
 
 def cells_of(piece: Values) -> list[Values]:
@@ -35,9 +27,9 @@ def cells_of(piece: Values) -> list[Values]:
     return [*piece.get("cells", ()), *piece.get("steps", ())]
 
 
-def complaints(report: Values) -> Iterator[str]:
+def complaints(parts: Mapping[str, Values]) -> Iterator[str]:
     """A sentence for everything that is not as it should be."""
-    for name, piece in report["parts"].items():
+    for name, piece in parts.items():
         at = f" (at: {piece['at']})" if "at" in piece else ""
         if piece["status"] == "failed":
             last = next((line.strip() for line in reversed(piece.get("output", [])) if line.strip()), "no output")
@@ -49,7 +41,7 @@ def complaints(report: Values) -> Iterator[str]:
                 label = ", ".join(str(cell[key]) for key in CELL_KEYS if key in cell)
                 yield f"{name}, {label}: {cell['error']}"
         for failure in piece.get("failures", ()):
-            yield f"{name}: {failure.get('test') or failure.get('benchmark')} failed: {failure['reason']}"
+            yield f"{name}: {failure['test']} failed: {failure['reason']}"
         if piece.get("total") and not piece["total"]["identical"]:
             yield f"{name}: Kangaroo's tokens differ from plain decoding's."
 
@@ -57,11 +49,7 @@ def complaints(report: Values) -> Iterator[str]:
 def state_of(piece: Values) -> str:
     """How a part ended, and what it left out."""
     left_out = sum("skipped" in cell for cell in cells_of(piece)) + (piece.get("not_run") or 0)
-    state = f"stopped at its limit of {piece['limit']:.0f} s" if piece["status"] == "stopped" else str(piece["status"])
-    return state + (f", {left_out} not reached" if left_out else "")
-
-
-# ---- rows of tables
+    return piece["status"] + (f", {left_out} not reached" if left_out else "")
 
 
 def kernel_rows(cells: Sequence[Values]) -> list[dict[str, Any]]:
@@ -73,13 +61,16 @@ def kernel_rows(cells: Sequence[Values]) -> list[dict[str, Any]]:
         groups.setdefault((cell["model"], cell["op"] + detail), {})[way, cell["rows"]] = cell
     rows = []
     for (model, op), found in groups.items():
-        ours = found.get(("kernel", 1), {})
-        ratios = {
-            way: found[way, 1]["us"]["p50"] / ours["us"]["p50"] if (way, 1) in found and ours else None
-            for way in ("chained", "eager", "compiled")
-        }
-        rows.append({"model": model, "op": op, "one": ours, "eight": found.get(("kernel", 8), {}), "ratios": ratios})
+        one, eight = found.get(("kernel", 1), {}), found.get(("kernel", 8), {})
+        others = [found.get((way, 1)) for way in ("chained", "eager", "compiled")]
+        ratios = [other["us"]["p50"] / one["us"]["p50"] if other and one else None for other in others]
+        rows.append({"model": model, "op": op, "one": one, "eight": eight, "ratios": ratios})
     return rows
+
+
+def decode_cells(parts: Mapping[str, Values]) -> list[Values]:
+    """Those of the library and of transformers."""
+    return [cell for name in ("decode", "baselines") for cell in parts.get(name, {}).get("cells", ())]
 
 
 def decode_rows(cells: Sequence[Values], ceiling: float | None) -> list[dict[str, Any]]:
@@ -94,28 +85,25 @@ def decode_rows(cells: Sequence[Values], ceiling: float | None) -> list[dict[str
     return rows
 
 
-def page(report: Values, pictures: Mapping[str, str]) -> str:
-    """The whole report; ``pictures`` are the plots' file names by part."""
+def page(report: Values, pictures: Sequence[str] = ()) -> str:
+    """The whole report; ``pictures`` are the parts that have one."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.ChainableUndefined,
         finalize=lambda value: value.replace("|", r"\|") if isinstance(value, str) else value,  # it would end a column
         trim_blocks=True,
         lstrip_blocks=True,
-        keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.filters |= {"number": number, "percent": percent, "plural": plural, "state": state_of}
+    environment.filters |= {"number": number, "percent": percent, "state": state_of}
     parts: Mapping[str, Values] = report["parts"]
-    cells = [cell for name in ("decode", "baselines") for cell in parts.get(name, {}).get("cells", ())]
-    ceiling = (parts.get("environment", {}).get("ceiling") or {}).get("read")
     text = environment.get_template("page.md.jinja").render(
         report=report,
         parts=parts,
         pictures=pictures,
         label=SMOKE_LABEL,
-        wrong=list(complaints(report)),
+        wrong=list(complaints(parts)),
         kernels=kernel_rows(parts.get("kernels", {}).get("cells", ())),
-        decodes=decode_rows(cells, ceiling),
+        decodes=decode_rows(decode_cells(parts), parts.get("environment", {}).get("ceiling", {}).get("read")),
     )
     return re.sub(r"\n{3,}", "\n\n", re.sub(r" +\n", "\n", text)).rstrip() + "\n"

@@ -4,16 +4,19 @@ Then the same prompts with the pair's target in transformers' ``generate``, as `
 a user would pick instead. In a low precision its text may differ from ours by rounding; how many tokens agree is noted.
 """
 
-from collections.abc import Sequence
 from functools import partial
+from itertools import product, takewhile
 from statistics import median
 from typing import Any, NamedTuple
+
+from transformers import AutoModelForCausalLM
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model.demo import DemoPair
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.evaluation.compare import Comparison, compare, summarise
 
+from . import baselines
 from .job import Job
 
 NEW_TOKENS, ROUNDS, PROMPTS = 256, 3, 12
@@ -61,7 +64,7 @@ def run(job: Job) -> None:
         if job.left <= (1 - OWN_SHARE) * job.seconds:
             job.note(not_run=len(prompts) - len(comparisons))
             break
-        job.doing(name)
+        job.note(doing=name)
         plain = kangaroo.generate(text, max_new_tokens=new_tokens, plain=True)
         comparison = compare(kangaroo, text, name=name, max_new_tokens=new_tokens, rounds=rounds)
         comparisons.append(comparison)
@@ -71,54 +74,38 @@ def run(job: Job) -> None:
     beside_transformers(job, pair, kangaroo, decoded)
 
 
-def agreeing(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """How many tokens agree before the first that differs."""
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(ours), len(theirs)))
-
-
 def beside_transformers(job: Job, pair: DemoPair, kangaroo: Kangaroo, decoded: list[Decoded]) -> None:
-    """Every prompt in every way, a cell each; a way that fails is left there.
+    """Every prompt in every way, a cell each, with how many tokens agree before the first that differs.
 
     The longest text comes first: ``generate`` keeps the length of its static cache from then on, and compiles once.
     """
-    # what is measured before must not hang on what this imports
-    from . import baselines  # noqa: PLC0415
-
     models: list[Any] = []
 
     def cell(text: Decoded, way: str) -> dict[str, Any]:
         if not models:
-            models.append(baselines.trained_model(pair.target, job, kangaroo.target.dtype))
-        how = baselines.settings_of(way, job)
+            model: Any = AutoModelForCausalLM.from_pretrained(pair.target, dtype=kangaroo.target.dtype)
+            models.append(model.to(job.device).eval())
         for _ in range(2):  # the first warms up
-            run = baselines.timed(models[0], text.prompt, len(text.new), job, **how)
+            tokens, speed = baselines.timed(models[0], text.prompt, len(text.new), way, job)
         return {
-            "tokens_per_second": run.tokens_per_second,
-            "kangaroo_speedup": text.speed / run.tokens_per_second if run.tokens_per_second else None,
+            "tokens_per_second": speed,
+            "kangaroo_speedup": text.speed / speed if speed else None,
             "new_tokens": len(text.new),
-            "agreeing_tokens": agreeing(text.new, run.tokens),
+            "agreeing_tokens": sum(takewhile(bool, map(int.__eq__, text.new, tokens))),
         }
 
-    ways = list(baselines.WAYS)
-    for text in sorted(decoded, key=lambda each: -len(each.prompt) - len(each.new)):
-        for way in list(ways):
-            job.cell("cells", {"prompt": text.name, "way": way}, partial(cell, text, way))
-            cells = job.values["cells"]
-            if "error" in cells[-1]:
-                ways.remove(way)
-            job.note(baselines=[total_of(cells, one) for one in baselines.WAYS])
+    longest_first = sorted(decoded, key=lambda each: -len(each.prompt) - len(each.new))
+    for text, way in product(longest_first, baselines.WAYS):
+        job.cell("cells", {"prompt": text.name, "way": way}, partial(cell, text, way))
+        totals = [total_of(job.values["cells"], one) for one in baselines.WAYS]
+        job.note(baselines=[total for total in totals if total])
 
 
-def total_of(cells: Sequence[dict[str, Any]], way: str) -> dict[str, Any]:
-    """One way over all prompts that it went through: medians of the speeds, sums of the tokens."""
-    some = [cell for cell in cells if cell["way"] == way and "agreeing_tokens" in cell]
-    timed = [cell for cell in some if cell["tokens_per_second"]]
-    return {
-        "way": way,
-        "prompts": len(some),
-        "tokens_per_second": median(cell["tokens_per_second"] for cell in timed) if timed else None,
-        "kangaroo_speedup": median(cell["kangaroo_speedup"] for cell in timed) if timed else None,
-        "new_tokens": sum(cell["new_tokens"] for cell in some),
-        "agreeing_tokens": sum(cell["agreeing_tokens"] for cell in some),
-    }
+def total_of(cells: list[dict[str, Any]], way: str) -> dict[str, Any]:
+    """One way over all prompts that it went through: medians of the speeds, sums of the tokens; empty without any."""
+    some = [cell for cell in cells if cell["way"] == way and cell.get("tokens_per_second")]
+    if not some:
+        return {}
+    medians = {key: median(cell[key] for cell in some) for key in ("tokens_per_second", "kangaroo_speedup")}
+    sums = {key: sum(cell[key] for cell in some) for key in ("new_tokens", "agreeing_tokens")}
+    return {"way": way, "prompts": len(some)} | medians | sums

@@ -1,7 +1,10 @@
 """What a report is made of: parts in their order, each with its share of the time."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from command import refuse
 
 
 class Part(NamedTuple):
@@ -22,12 +25,29 @@ class Part(NamedTuple):
     workers: int = 1
 
 
+class Plan(NamedTuple):
+    """What to measure.
+
+    Attributes:
+        parts: in their order.
+        seconds: for all of them.
+        folder: where the report goes; parts that lie there already are kept.
+        smoke: tiny sizes, on the CPU.
+        brief: the first model alone, at its shortest context.
+        pair: folder of a trained pair.
+    """
+
+    parts: Sequence[Part]
+    seconds: float
+    folder: Path
+    smoke: bool = False
+    brief: bool = False
+    pair: Path | None = None
+
+
 WORKERS = 12
 """Most of a small test's time is the host's."""
 
-REAL_SHAPES, LAUNCHES, ONE_KERNEL = (
-    f"tests/gpu/test_{name}.py" for name in ("real_shapes", "ways_to_launch", "zz_one_kernel")
-)
 DECODE = Part("decode", 140, "decode speeds with random weights, plain and Kangaroo")
 ENVIRONMENT = Part("environment", 25, "versions, and what the card's memory gives")
 KERNELS = Part("kernels", 80, "microbenchmarks beside PyTorch's own ways")
@@ -43,22 +63,21 @@ PARTS = (
 )
 PAIR = Part("pair", 90, "a trained pair on held-out prompts")
 
+REAL_SHAPES, LAUNCHES, ONE_KERNEL = (
+    f"tests/gpu/test_{name}.py" for name in ("real_shapes", "ways_to_launch", "zz_one_kernel")
+)
 LOOP_TESTS = "tests/kernels/test_draft_loop.py"
 CHOSEN = "bits or wherever or captured or thousand or lost or wait or graphs or the_same or (plain_tokens and bfloat16)"
 """Of the GPU's tests those that hold bits, graphs and waiting."""
+
+SMALL = ("tests/kernels", "tests/model", f"--ignore={LOOP_TESTS}", "-k", CHOSEN)
 
 FIRST = (
     ENVIRONMENT,
     Part("operations", 35, "every operation at real shapes, its error and its bits", (REAL_SHAPES, "-k", "operation")),
     Part("launches", 35, "plain decoding's tokens in every way to launch", (LAUNCHES,)),
     Part("loop", 45, "the persistent kernel at sizes that fill the card", (ONE_KERNEL, "-k", "stages or again")),
-    Part(
-        "tests",
-        70,
-        "the tests of bits, graphs and waiting",
-        ("tests/kernels", "tests/model", f"--ignore={LOOP_TESTS}", "-k", CHOSEN),
-        WORKERS,
-    ),
+    Part("tests", 70, "the tests of bits, graphs and waiting", SMALL, WORKERS),
     Part("loop_tests", 35, "the persistent kernel's own tests, alone on the card", (LOOP_TESTS,)),
     KERNELS._replace(share=45),
     DECODE._replace(share=60),
@@ -66,22 +85,10 @@ FIRST = (
 """The first minutes on a card (``gpu_kit/first.py``): is it right, and how fast at the first model's shape."""
 
 
-def choose(parts: Sequence[Part], only: str | None) -> list[Part]:
-    """Those of the parts whose names stand in ``only``, with commas between them; all of them without it.
-
-    Raises:
-        ValueError: a name that is none.
-    """
-    if only is None:
-        return list(parts)
-    names, known = [name.strip() for name in only.split(",")], [part.name for part in parts]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"there is no part called {', '.join(unknown) or 'so'}; there are {', '.join(known)}.")
+def choose(command: str, parts: Sequence[Part], only: str | None) -> list[Part]:
+    """Those of the parts whose names stand in ``only``, with commas between them; all of them without it."""
+    known = [part.name for part in parts]
+    names = known if only is None else [name.strip() for name in only.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        refuse(command, f"there is no part called {', '.join(unknown) or 'so'}; there are {', '.join(known)}.")
     return [part for part in parts if part.name in names]
-
-
-def budgets(parts: Sequence[Part], seconds: float) -> list[float]:
-    """What each part may take of the seconds that are left."""
-    total = sum(part.share for part in parts)
-    return [max(0.0, seconds) * part.share / total for part in parts]

@@ -7,21 +7,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from .job import ROOT
-from .parts import Part
+from .parts import Part, Plan
 
+WORKER = (sys.executable, "-m", "report.worker")
 GRACE = 8.0
-"""Seconds that a part has to write what it found after it was interrupted at its limit."""
+"""Seconds that a part has beyond its limit, and then again to write what it found after it was interrupted."""
 
 TAIL = 15
 """Last lines of a failed part's output that the report shows."""
-
-POLL = 0.2
 
 
 def environment_of(smoke: bool) -> dict[str, str]:
@@ -35,8 +33,8 @@ def environment_of(smoke: bool) -> dict[str, str]:
     return given | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} if smoke else given
 
 
-def read_piece(path: Path) -> dict[str, Any]:
-    """What a part has left so far."""
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file has so far; nothing where there is none."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -44,82 +42,57 @@ def read_piece(path: Path) -> dict[str, Any]:
     return values
 
 
-def run_part(
-    part: Part,
-    seconds: float,
-    folder: Path,
-    *,
-    smoke: bool = False,
-    brief: bool = False,
-    pair: Path | None = None,
-    update: Callable[[str], None] = lambda doing: None,
-    command: tuple[str, ...] = (sys.executable, "-m", "report.worker"),
-) -> dict[str, Any]:
-    """What a part found, with how it ended.
-
-    Args:
-        part: which.
-        seconds: it is told to end within these; after ``GRACE`` more it is ended.
-        folder: where its further files go.
-        smoke: tiny sizes, on the CPU.
-        brief: the first model alone.
-        pair: folder of a trained pair.
-        update: called now and then with what is being done.
-        command: what runs a part.
+def run_part(part: Part, seconds: float, plan: Plan) -> dict[str, Any]:
+    """Run a part; it is told to end within ``seconds``, and ended some time after them.
 
     Returns:
-        Its piece, and ``status`` (``done``, ``stopped`` at its limit, ``failed``, ``interrupted`` by Ctrl-C),
-        ``seconds``, ``limit``, for one that is not done what it was ``at``, and for one that failed its ``output``, the
-        last lines.
+        What it found, and ``status`` (``done``, ``stopped`` at its limit, ``failed``, ``interrupted`` by Ctrl-C),
+        ``seconds``, ``limit``, ``compiled`` (how many kernels, and ``compiled_names``), for one that is not done what
+        it was ``at``, and for one that failed its ``output``, the last lines.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        piece, log = Path(scratch) / "piece.json", Path(scratch) / "log"
-        arguments = [part.name, "--piece", str(piece), "--folder", str(folder), "--seconds", f"{seconds:.1f}"]
-        arguments += ["--smoke"] * smoke + ["--brief"] * brief
-        arguments += ["--pair", str(pair)] if pair is not None else []
+        piece, log, compiled = (Path(scratch) / name for name in ("piece.json", "log", "compiled"))
+        told = {"piece": str(piece), "folder": str(plan.folder), "seconds": seconds, "smoke": plan.smoke}
+        told |= {"brief": plan.brief, "pair": plan.pair and str(plan.pair)}
+        compiled.touch()
         began = time.monotonic()
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*command, *arguments],
+                [*WORKER, part.name, json.dumps(told)],
                 cwd=ROOT,
-                env=environment_of(smoke),
+                env=environment_of(plan.smoke) | {"COMPILED_LOG": str(compiled)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a group of its own, which ends together
             )
             try:
-                status = _wait(process, began + seconds, lambda: update(str(read_piece(piece).get("doing", ""))))
+                status = _wait(process, seconds + GRACE)
             except KeyboardInterrupt:
                 status = "interrupted"
             finally:
                 _signal(process, signal.SIGKILL)
                 process.wait()
-        found = read_piece(piece)
+        names, found = compiled.read_text(encoding="utf-8").split(), read_json(piece)
+        found |= {"compiled": len(names), "compiled_names": sorted(set(names))}
+        found |= {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": round(seconds, 1)}
         doing = found.pop("doing", None)
         if status != "done" and doing:
             found["at"] = doing
-        found |= {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": round(seconds, 1)}
         if status == "failed":
             lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
             found |= {"exit_status": process.returncode, "output": lines[-TAIL:]}
         return found
 
 
-def _wait(process: "subprocess.Popen[bytes]", deadline: float, update: Callable[[], None]) -> str:
-    interrupted = False
-    while process.poll() is None:
-        now = time.monotonic()
-        if now > deadline + 2 * GRACE:
-            return "stopped"
-        if now > deadline + GRACE and not interrupted:
-            interrupted = True
-            _signal(process, signal.SIGINT)  # pytest writes what it has
-        update()
-        time.sleep(POLL)
-    if interrupted:
-        return "stopped"
-    return "done" if process.returncode == 0 else "failed"
+def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> str:
+    try:
+        return "failed" if process.wait(seconds) else "done"
+    except subprocess.TimeoutExpired:
+        _signal(process, signal.SIGINT)  # pytest writes what it has
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    return "stopped"
 
 
 def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:

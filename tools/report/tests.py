@@ -1,29 +1,52 @@
-"""Parts that are tests, counted while they run: a test that hangs does not take the others' results along."""
+"""Parts that are tests, counted while they run: a test that hangs does not take the others' results along.
+
+This module is a pytest plugin as well. After an illegal access every later call of that process fails, so a failed test
+is followed by a synchronisation, and where that raises, the process ends; pytest-xdist starts another worker, which
+goes on with the tests that are left. What the test said goes to the file ``$GUARD_LOG``.
+"""
 
 import importlib.util
 import os
-import re
+from collections.abc import Generator
 from typing import Any
 
 import pytest
+import torch
 
-from . import guard
-from .job import ROOT, Job
+from .job import ROOT, Job, log_compilations
 from .parts import Part
 
 SMOKE_TESTS = ("tests/kernels/test_rms_norm.py",)
 SHOWN_FAILURES = 20
 
 
+def pytest_configure() -> None:
+    """Every worker tells what it compiles."""
+    log_compilations()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]:
+    """Look after the GPU behind a test that failed."""
+    report = yield
+    if report.failed and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:  # whatever it is, this context is lost
+            with open(os.environ.get("GUARD_LOG", os.devnull), "a", encoding="utf-8") as log:
+                log.write(f"{item.nodeid}: {report.longreprtext[-1500:]}\nafterwards: {error}\n\n")
+            os._exit(3)
+    return report
+
+
 class Counter:
     """A pytest plugin that counts outcomes as they come: a run that is stopped keeps its counts."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.collected = job, 0
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         self.failures: list[dict[str, str]] = []
         self.noted: list[dict[str, Any]] = []
-        self.collected = 0
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
@@ -32,44 +55,37 @@ class Counter:
             item.own_markers = [mark for mark in item.own_markers if mark.name != "skip"]
 
     def pytest_collection_finish(self, session: Any) -> None:
-        """How many there are."""
+        """Note how many there are."""
         self.collected = max(self.collected, len(session.items))
 
     @pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is none
     def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
-        """The same, told by a worker."""
+        """Note how many there are, as a worker tells it."""
         self.collected = max(self.collected, len(ids))
 
     def pytest_collectreport(self, report: Any) -> None:
-        """Tests that cannot be imported are failures, too."""
-        if report.outcome == "failed":
+        """Count tests that cannot be imported as failures."""
+        if report.failed:
             self.fail(report)
-            self.job.note(failures=self.failures)
 
     def fail(self, report: Any) -> None:
         """Keep a failure's name and what pytest says of its cause."""
-        lines = str(report.longrepr).strip().splitlines()
-        errors = [line for line in lines if line.startswith("E ")] or lines[-1:]
-        reason = re.sub(r"\s+", " ", " ".join(errors).replace("E  ", ""))[:300]
-        self.failures.append({"test": report.nodeid, "reason": reason.strip()})
+        lines = report.longreprtext.strip().splitlines()
+        errors = [line[1:].strip() for line in lines if line.startswith("E ")]
+        self.failures.append({"test": report.nodeid, "reason": " ".join(errors or lines[-1:])[:300]})
+        self.job.note(failures=self.failures[:SHOWN_FAILURES])
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Count a test when it was called, or when its setup failed or skipped it."""
-        if report.when != "call" and report.outcome == "passed":
+        if report.when != "call" and report.passed:
             return
         self.counts[report.outcome] += 1
-        if report.outcome == "failed":
+        if report.failed:
             self.fail(report)
         self.noted += [{"test": report.nodeid, name: value} for name, value in report.user_properties]
         done = sum(self.counts.values())
-        self.job.note(
-            **self.counts,
-            collected=self.collected,
-            not_run=max(0, self.collected - done),
-            failures=self.failures[:SHOWN_FAILURES],
-            noted=self.noted,
-            doing=f"{done} of {self.collected}",
-        )
+        left = {"not_run": max(0, self.collected - done), "doing": f"{done} of {self.collected}"}
+        self.job.note(**self.counts, **left, collected=self.collected, noted=self.noted)
 
 
 def run(job: Job, part: Part) -> None:
@@ -83,9 +99,8 @@ def run(job: Job, part: Part) -> None:
     if workers > 1 and importlib.util.find_spec("xdist"):
         chosen += ["-n", str(workers), "--max-worker-restart=24"]
     job.note(ran="pytest " + " ".join(chosen))
-    quietly = ("--continue-on-collection-errors", "--tb=short", "-p", "no:cacheprovider", "-p", "report.guard")
+    quietly = ("--continue-on-collection-errors", "--tb=short", "-p", "no:cacheprovider", "-p", "report.tests")
     status = pytest.main([*chosen, *quietly, "-W", "default"], plugins=[counter])  # others' warnings are no failures
-    compiled = {"compiled": len(guard.compiled), "compiled_names": sorted(set(guard.compiled))}
-    job.note(exit_status=int(status), found=len(guard.found), **compiled)
+    job.note(exit_status=int(status))
     if not counter.collected:
         raise RuntimeError(f"pytest found no tests and ended with {int(status)}.")
