@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from gpu_card import read_card, snapshot
 from gpu_measure import ROUNDS, Replays, quantiles, repetitions_for, sets_needed
-from right import ALLOWED, launcher, on_the_host, reference, relative_error, written
+from right import ALLOWED, launcher, reference, relative_error, written
 from torch.nn.attention.bias import causal_lower_right
 
 from kangaroo_kernels.contract import Top1
@@ -132,8 +132,15 @@ def pytorch_way(op, compiled):
     return torch.compile(function, dynamic=False, fullgraph=op != "attention")
 
 
+def on_the_host(value):
+    """A position or seed as a number: PyTorch would ask the device for it at every call."""
+    is_one = isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.numel() == 1
+    return int(value) if is_one else value
+
+
 def pytorch_arguments(op, arguments, compiled):
-    positional, named = on_the_host(arguments)
+    positional = tuple(map(on_the_host, arguments[0]))
+    named = {name: on_the_host(value) for name, value in arguments[1].items()}
     if op == "qkv_rope" and compiled:
         positional = tuple(torch.view_as_real(value) if torch.is_complex(value) else value for value in positional[:6])
         positional += (int(arguments[0][6]),)

@@ -32,7 +32,7 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("draw_demo", "main"): {"new_tokens": COUNT},
     ("gpu_report", "main"): {"minutes": DURATION},
     ("kernel_report", "main"): {"arch": COUNT, "rows": (*COUNT, "17"), "length": COUNT},
-    ("profile_decode", "main"): {"exit_layer": COUNT, "context": ("1", "-1"), "iterations": COUNT, **DECODING},
+    ("profile_decode", "main"): {"context": ("1", "-1")},
     ("train_demo", "main"): {"minutes": DURATION},
     ("tune", "main"): {"minutes": DURATION},
     ("cli", "demo"): {

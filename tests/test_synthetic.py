@@ -62,17 +62,6 @@ def test_a_decode_follows_the_trace(backend, lag, device, monkeypatch):
     assert steps(4) == [(1, 0, 1), (3, 2, 2)], "the trace begins again, and the limit cuts"
 
 
-def test_a_step_that_is_skipped_leads_to_no_other():
-    target = random_target(SMOKE, CPU, torch.float32, backend=RESIDENT_REFERENCES)
-    forced = with_synthetic_acceptance(target, Trace(torch.tensor([3]), torch.tensor([2])), 3)
-    weights, state = target.weights, torch.ones(1, SMOKE.hidden)
-    for active in (1, 0):
-        flags = torch.tensor([active, 7], dtype=torch.int32)
-        settings = {"eps": 1e-5, "threshold": 1.0, "active": flags[:1], "sure": flags[1:]}
-        forced.backend.top1_head(state, weights.norm, weights.head, **settings)
-        assert flags[1] == active
-
-
 def test_plain_decoding_is_left_alone():
     target = random_target(SMOKE, CPU, torch.float32, backend=RESIDENT_REFERENCES)
     forced = with_synthetic_acceptance(target, paper_trace())

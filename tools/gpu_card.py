@@ -1,5 +1,6 @@
 """What a GPU says about itself: its sizes, its clocks and its energy. Nothing of it is ever set."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -8,21 +9,13 @@ import torch
 
 
 class Card(NamedTuple):
-    """A GPU.
-
-    Attributes:
-        name: of the model.
-        multiprocessors: their number.
-        l2_bytes: of its L2 cache.
-        shared_bytes: the most shared memory of a program.
-        capability: compute capability times ten.
-    """
+    """A GPU of the model ``name``."""
 
     name: str
     multiprocessors: int
     l2_bytes: int
-    shared_bytes: int
-    capability: int
+    shared_bytes: int  # at most, of a program
+    capability: int  # compute capability times ten
 
 
 def read_card(device: torch.device) -> Card:
@@ -32,29 +25,19 @@ def read_card(device: torch.device) -> Card:
     return Card(gpu.name, gpu.multi_processor_count, gpu.L2_cache_size, shared_bytes, 10 * gpu.major + gpu.minor)
 
 
-QUERIES = {  # by name, NVML's query with its arguments, and the unit that it counts in
-    "sm_mhz": ("ClockInfo", (pynvml.NVML_CLOCK_SM,), 1),
-    "sm_mhz_max": ("MaxClockInfo", (pynvml.NVML_CLOCK_SM,), 1),
-    "memory_mhz": ("ClockInfo", (pynvml.NVML_CLOCK_MEM,), 1),
-    "memory_mhz_max": ("MaxClockInfo", (pynvml.NVML_CLOCK_MEM,), 1),
-    "power_w": ("PowerUsage", (), 1e-3),
-    "power_limit_w": ("EnforcedPowerLimit", (), 1e-3),
-    "temperature_c": ("Temperature", (pynvml.NVML_TEMPERATURE_GPU,), 1),
+Query = Callable[[Any], Any]
+QUERIES: dict[str, Query] = {  # of NVML's handle of a card
+    "driver": lambda card: pynvml.nvmlSystemGetDriverVersion(),
+    "sm_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_SM),
+    "sm_mhz_max": lambda card: pynvml.nvmlDeviceGetMaxClockInfo(card, pynvml.NVML_CLOCK_SM),
+    "memory_mhz": lambda card: pynvml.nvmlDeviceGetClockInfo(card, pynvml.NVML_CLOCK_MEM),
+    "memory_mhz_max": lambda card: pynvml.nvmlDeviceGetMaxClockInfo(card, pynvml.NVML_CLOCK_MEM),
+    "power_w": lambda card: pynvml.nvmlDeviceGetPowerUsage(card) / 1000,
+    "power_limit_w": lambda card: pynvml.nvmlDeviceGetEnforcedPowerLimit(card) / 1000,
+    "temperature_c": lambda card: pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU),
+    "throttle_reasons": lambda card: hex(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(card)),
 }
-
-REASON = "nvmlClocksEventReason"
-THROTTLE_REASONS = {
-    getattr(pynvml, name): name.removeprefix(REASON)
-    for name in vars(pynvml)
-    if name.startswith(REASON) and not name.endswith(("All", "None"))
-}
-"""NVML's bits, by its own names."""
-
-
-def throttle_reasons(bits: int) -> list[str]:
-    """The names of NVML's bits; one without a name as its number."""
-    set_bits = [1 << place for place in range(bits.bit_length()) if bits >> place & 1]
-    return [THROTTLE_REASONS.get(bit, hex(bit)) for bit in set_bits]
+"""Throttle reasons are NVML's bits: 0x4 is the power cap, 0x20 and 0x40 are heat."""
 
 
 @lru_cache(maxsize=8)
@@ -63,26 +46,18 @@ def _nvml_handle(device: torch.device) -> Any:
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
+def _ask(device: torch.device, query: Query) -> Any:
+    """NVML's answer; None for what it does not say, on an old card or in a container that hides it."""
+    try:
+        return query(_nvml_handle(device))
+    except pynvml.NVMLError:
+        return None
+
+
 def snapshot(device: torch.device) -> dict[str, Any]:
     """Name, driver, clocks, power, temperature and throttle reasons at this moment; None for what NVML does not say."""
-    taken: dict[str, Any] = {"name": torch.cuda.get_device_name(device)}
-    try:
-        handle = _nvml_handle(device)
-    except pynvml.NVMLError as error:
-        return taken | {"nvml": str(error)}
-
-    def read(query: str, *arguments: Any) -> Any:
-        try:
-            return getattr(pynvml, f"nvmlDeviceGet{query}")(handle, *arguments)
-        except pynvml.NVMLError:
-            return None
-
-    taken["driver"] = pynvml.nvmlSystemGetDriverVersion()
-    for name, (query, arguments, unit) in QUERIES.items():
-        value = read(query, *arguments)
-        taken[name] = None if value is None else value * unit
-    reasons = read("CurrentClocksThrottleReasons")
-    return taken | {"throttle_reasons": None if reasons is None else throttle_reasons(reasons)}
+    taken = {name: _ask(device, query) for name, query in QUERIES.items()}
+    return {"name": torch.cuda.get_device_name(device), **taken}
 
 
 class EnergyMeter:
@@ -93,18 +68,10 @@ class EnergyMeter:
     """
 
     def __init__(self, device: torch.device | None) -> None:
-        self._handle: Any = None
-        self._millijoules, self._tokens = 0, 0
-        if device is None:
-            return
-        try:
-            self._handle = _nvml_handle(device)
-            self._read()
-        except pynvml.NVMLError:  # an old card, or a container that hides it
-            self._handle = None
+        self.device, self._millijoules, self._tokens = device, 0, 0
 
     def _read(self) -> int:
-        return 0 if self._handle is None else int(pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
+        return 0 if self.device is None else _ask(self.device, pynvml.nvmlDeviceGetTotalEnergyConsumption) or 0
 
     def begin(self, tokens: int) -> None:
         """Count from here, where ``tokens`` are there already."""

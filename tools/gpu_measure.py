@@ -29,10 +29,11 @@ OVERFLOW = 4
 REPLAY_US, LEAST_US = 2000.0, 2.0
 """A replay lasts at least so long, for its launch and its events take a few microseconds; no launch is faster."""
 
+FASTEST_READ = 5e6
+"""Bytes a microsecond that no card exceeds: what a call takes at least, where its time is not known yet."""
+
 ROUNDS, WARM_UP_SECONDS = 30, 0.05
 """Timed replays, and how long before them others run, in which the clocks rise."""
-
-# ---- time
 
 
 class Quantiles(NamedTuple):
@@ -64,10 +65,7 @@ def repetitions_for(sets: int, least_us: float, replay_us: float = REPLAY_US) ->
 class Replays:
     """A CUDA graph of ``repetitions`` calls, in the order of ``calls`` and again from the first, warmed up.
 
-    Args:
-        calls: each launches the same work on arguments of its own, and works on any stream; they are kept, and with
-            them the memory that the graph reads.
-        repetitions: calls a replay.
+    Each call launches the same work on arguments of its own. They are kept, and with them the memory that is read.
     """
 
     def __init__(self, calls: Sequence[Callable[[], object]], repetitions: int) -> None:
@@ -82,8 +80,7 @@ class Replays:
         with no_garbage_collection(), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             for index in range(repetitions):
                 calls[index % len(calls)]()
-        self.start = torch.cuda.Event(enable_timing=True)
-        self.end = torch.cuda.Event(enable_timing=True)
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun = time.perf_counter()
         while time.perf_counter() - begun < WARM_UP_SECONDS:
             self.seconds()
@@ -95,8 +92,7 @@ class Replays:
         self.graph.replay()
         self.end.record()
         self.end.synchronize()
-        milliseconds: float = self.start.elapsed_time(self.end)
-        return milliseconds / 1e3 / self.repetitions
+        return float(self.start.elapsed_time(self.end)) / 1e3 / self.repetitions
 
 
 def time_graph(calls: Sequence[Callable[[], object]], repetitions: int, rounds: int = ROUNDS) -> Quantiles:
@@ -106,9 +102,6 @@ def time_graph(calls: Sequence[Callable[[], object]], repetitions: int, rounds: 
 
 
 # ---- the yardstick
-
-VECTOR = 4
-"""32-bit integers of the 16 bytes that a thread loads at a time."""
 
 
 @triton.jit
@@ -129,22 +122,16 @@ def read_stream_kernel(
 
 
 class Stream(NamedTuple):
-    """A way to read a buffer.
+    """A way to read a buffer."""
 
-    Attributes:
-        num_warps: of a program.
-        loads: of 16 bytes that a thread has under way.
-        programs: a multiprocessor; 0 for a program a chunk.
-    """
-
-    num_warps: int
-    loads: int
-    programs: int
+    num_warps: int  # of a program
+    loads: int  # of 16 bytes, that a thread has under way
+    programs: int  # of a multiprocessor; 0 for a program a chunk
 
     @property
     def chunk(self) -> int:
-        """Integers that a program reads at a time."""
-        return 32 * self.num_warps * VECTOR * self.loads
+        """32-bit integers that a program reads at a time; 4 of them are 16 bytes."""
+        return 32 * self.num_warps * 4 * self.loads
 
 
 STREAMS = tuple(
@@ -158,10 +145,8 @@ def read_stream(source: Tensor, stream: Stream, multiprocessors: int) -> Tensor:
     assert chunks * stream.chunk == source.numel() < 2**31
     programs = min(chunks, stream.programs * multiprocessors) if stream.programs else chunks
     sums = torch.empty(programs, dtype=torch.int32, device=source.device)
-    block = stream.chunk // stream.loads
-    read_stream_kernel[(programs,)](
-        source, sums, source.numel(), BLOCK=block, LOADS=stream.loads, num_warps=stream.num_warps
-    )
+    sizes = {"BLOCK": stream.chunk // stream.loads, "LOADS": stream.loads, "num_warps": stream.num_warps}
+    read_stream_kernel[(programs,)](source, sums, source.numel(), **sizes)
     return sums
 
 
@@ -171,19 +156,12 @@ def wrapped_sum(values: Tensor) -> int:
 
 
 class Ceiling(NamedTuple):
-    """What a card's memory gives, in 10^9 bytes a second, and how it was measured.
+    """What a card's memory gives, in 10^9 bytes a second."""
 
-    Attributes:
-        read: the fastest read-only stream.
-        copy: from device to device, bytes read and bytes written.
-        buffer_bytes: that were read.
-        stream: the fastest one's settings.
-    """
-
-    read: float
-    copy: float
+    read: float  # by the fastest read-only stream
+    copy: float  # from device to device, bytes read and bytes written
     buffer_bytes: int
-    stream: Stream
+    stream: Stream  # the fastest one
 
 
 def measure_ceiling(device: torch.device) -> Ceiling:
@@ -197,16 +175,14 @@ def measure_ceiling(device: torch.device) -> Ceiling:
     unit = 4 * max(stream.chunk for stream in STREAMS) * 8  # every chunk divides it, and its halves
     buffer_bytes = min(4 << 30, max(16 * card.l2_bytes, 1 << 30), free_bytes // 2) // unit * unit
     source = torch.empty(buffer_bytes // 4, dtype=torch.int32, device=device).random_()
-    wanted = wrapped_sum(source)
+    wanted, repetitions = wrapped_sum(source), repetitions_for(1, buffer_bytes / FASTEST_READ)
 
     def measure(stream: Stream, rounds: int) -> float:
         if wrapped_sum(read_stream(source, stream, card.multiprocessors)) != wanted:
             raise RuntimeError(f"the stream {stream} did not read every integer once.")
-        repetitions = repetitions_for(1, buffer_bytes / 5e6)  # at 5 TB/s: few enough on any card
         return time_graph([lambda: read_stream(source, stream, card.multiprocessors)], repetitions, rounds).p50
 
     fastest = min(STREAMS, key=lambda stream: measure(stream, 5))
-    read = buffer_bytes / measure(fastest, ROUNDS) / 1e3
-    halves = source.chunk(2)
-    copied = time_graph([lambda: halves[0].copy_(halves[1])], repetitions_for(1, buffer_bytes / 5e6)).p50
-    return Ceiling(read, buffer_bytes / copied / 1e3, buffer_bytes, fastest)
+    read_us, (first, second) = measure(fastest, ROUNDS), source.chunk(2)
+    copy_us = time_graph([lambda: first.copy_(second)], repetitions).p50
+    return Ceiling(buffer_bytes / read_us / 1e3, buffer_bytes / copy_us / 1e3, buffer_bytes, fastest)

@@ -6,8 +6,10 @@ come in the order in which a launched iteration had them, and take their stages 
 """
 
 import json
+import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +24,7 @@ from kangaroo_kernels.model.results import Commit
 from kangaroo_kernels.model.target.config import LlamaConfig
 
 PREFIX = "kangaroo/"
-DRAFT_STAGES = (PREFIX + "draft/shallow", PREFIX + "draft/step")
-GPU_EVENTS = ("kernel",)
-LAUNCHES = ("cuda_runtime", "cuda_driver")
+SHALLOW, STEP = PREFIX + "draft/shallow", PREFIX + "draft/step"
 
 
 class ProfileError(RuntimeError):
@@ -32,12 +32,7 @@ class ProfileError(RuntimeError):
 
 
 class Event(NamedTuple):
-    """A kernel, or an operation on a CPU.
-
-    Attributes:
-        start: microseconds from the trace's zero.
-        us: how long it ran.
-    """
+    """A kernel, or an operation on a CPU; times are microseconds, from the trace's zero."""
 
     name: str
     start: float
@@ -45,67 +40,48 @@ class Event(NamedTuple):
 
     @property
     def end(self) -> float:
-        """Microseconds from the trace's zero."""
+        """When it ended."""
         return self.start + self.us
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """A stage of one iteration.
-
-    Attributes:
-        name: of the range.
-        start: microseconds from the trace's zero: the end of the stage before.
-        us: from there to the end of its last event.
-        skipped: a draft that was not made: its kernels returned at once.
-        events: in order.
-    """
+    """A stage of one iteration, from the end of the stage before to the end of its own last event."""
 
     name: str
     start: float
     us: float
-    skipped: bool = False
+    skipped: bool = False  # a draft that was not made: its kernels returned at once
     events: list[Event] = field(default_factory=list)
-
-    @property
-    def busy_us(self) -> float:
-        """Of its events."""
-        return sum(event.us for event in self.events)
 
 
 Iteration = list[StageRun]
 
-
 # ---- reading a trace
 
 
-def events_of(trace: dict[str, Any], categories: Sequence[str]) -> list[dict[str, Any]]:
+def events_of(trace: dict[str, Any], *categories: str) -> list[dict[str, Any]]:
     """A trace's complete events of some categories, by their start."""
     found = [each for each in trace["traceEvents"] if each.get("ph") == "X" and each.get("cat") in categories]
     return sorted(found, key=lambda each: (each["ts"], -each["dur"]))
 
 
-def outermost(operations: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Operations that no other one of their thread called."""
-    ends: dict[Any, float] = {}
-    for each in operations:
-        if each["ts"] >= ends.get(each["tid"], float("-inf")):
-            ends[each["tid"]] = each["ts"] + each["dur"]
-            yield each
-
-
 def launched_events(trace: dict[str, Any], on_gpu: bool) -> list[tuple[Event, float]]:
-    """Every event with the time at which the host launched it, in the order of running."""
-    if not on_gpu:
-        return [
-            (Event(each["name"], each["ts"], each["dur"]), each["ts"])
-            for each in outermost(events_of(trace, ("cpu_op",)))
-        ]
-    launches = {each["args"].get("correlation"): each["ts"] for each in events_of(trace, LAUNCHES)}
-    return [
-        (Event(each["name"], each["ts"], each["dur"]), launches.get(each["args"]["correlation"], float("-inf")))
-        for each in events_of(trace, GPU_EVENTS)
-    ]
+    """Every event with the time at which the host launched it, in the order of running.
+
+    An operation that another one called is a part of that, and no event of its own.
+    """
+    found, end = list[tuple[Event, float]](), -math.inf
+    launches = events_of(trace, "cuda_runtime", "cuda_driver")
+    launched = {each["args"].get("correlation"): each["ts"] for each in launches}
+    for each in events_of(trace, "kernel" if on_gpu else "cpu_op"):
+        event = Event(each["name"], each["ts"], each["dur"])
+        if on_gpu:
+            found.append((event, launched.get(each["args"]["correlation"], -math.inf)))
+        elif event.start >= end:
+            found.append((event, event.start))
+            end = event.end
+    return found
 
 
 def by_ranges(trace: dict[str, Any], on_gpu: bool, last_stage: str) -> list[Iteration]:
@@ -115,30 +91,24 @@ def by_ranges(trace: dict[str, Any], on_gpu: bool, last_stage: str) -> list[Iter
         ProfileError: there is none.
     """
     launched, found, current = launched_events(trace, on_gpu), list[Iteration](), Iteration()
-    for each in events_of(trace, ("user_annotation",)):
+    for each in events_of(trace, "user_annotation"):
         if each["name"].startswith(PREFIX):
             first, last = each["ts"], each["ts"] + each["dur"]
             events = [event for event, launch in launched if first <= launch <= last]
             current.append(StageRun(each["name"], first, each["dur"], events=events))
             if each["name"] == last_stage:
-                found.append(joined(current, on_gpu))
+                found.append(joined(current))
                 current = []
     if not found:
         raise ProfileError(f"the trace shows no whole iteration: no range {last_stage}.")
     return found
 
 
-def joined(iteration: Iteration, on_gpu: bool) -> Iteration:
-    """The same without seams: a stage begins where the one before it ended, so a gap counts to the stage behind it.
-
-    On a GPU the times are those of the kernels, on a CPU those of the ranges.
-    """
-    first_event = next((event.start for stage in iteration for event in stage.events), iteration[0].start)
-    stages, end = [], first_event if on_gpu else iteration[0].start
+def joined(iteration: Iteration) -> Iteration:
+    """The same without seams: a stage begins where the one before it ended, so a gap counts to the stage behind it."""
+    stages, end = [], next((event.start for stage in iteration for event in stage.events), iteration[0].start)
     for stage in iteration:
-        last = stage.start + stage.us
-        if on_gpu:
-            last = stage.events[-1].end if stage.events else end
+        last = stage.events[-1].end if stage.events else end
         stages.append(replace(stage, start=end, us=last - end))
         end = last
     return stages
@@ -152,38 +122,35 @@ def by_order(trace: dict[str, Any], like: Iteration) -> list[Iteration]:
     """
     kernels = [event for event, _ in launched_events(trace, on_gpu=True)]
     names = [event.name for stage in like for event in stage.events]
-    if not names or len(kernels) % len(names):
-        raise ProfileError(f"{len(kernels)} kernels ran; they must be a multiple of an iteration's {len(names)}.")
-    found = []
-    for first in range(0, len(kernels), len(names)):
-        chunk = iter(kernels[first : first + len(names)])
-        iteration = [replace(stage, events=[next(chunk) for _ in stage.events]) for stage in like]
-        if [event.name for stage in iteration for event in stage.events] != names:
-            raise ProfileError("the replayed graph ran other kernels than a launched iteration.")
-        found.append(joined(iteration, on_gpu=True))
+    if not names or [event.name for event in kernels] != names * (len(kernels) // len(names)):
+        raise ProfileError(f"the replayed graph's {len(kernels)} kernels are not a launched iteration's {len(names)}.")
+    following, found = iter(kernels), []
+    for _ in range(len(kernels) // len(names)):
+        found.append(joined([replace(stage, events=[next(following) for _ in stage.events]) for stage in like]))
     return found
+
+
+def mark_skipped(iteration: Iteration, drafted: int) -> Iteration:
+    """The same with the stages of drafts that were not made marked as skipped."""
+    marked, seen = [], Counter[str]()
+    made = {SHALLOW: drafted + 1, STEP: drafted}  # the shallow layers run on the newest token and on every draft
+    for stage in iteration:
+        marked.append(replace(stage, skipped=seen[stage.name] >= made.get(stage.name, math.inf)))
+        seen[stage.name] += 1
+    return marked
 
 
 # ---- making one
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Some iterations of a decode.
-
-    Attributes:
-        iterations: their stages.
-        commits: what each of them committed.
-        length: of the text in the middle of them.
-        trace: Chrome's format, as the profiler wrote it.
-        graphs: how they were launched.
-    """
+class Profile(NamedTuple):
+    """Some iterations of a decode."""
 
     iterations: list[Iteration]
-    commits: list[Commit]
-    length: int
-    trace: dict[str, Any]
-    graphs: bool
+    commits: list[Commit]  # one an iteration
+    length: int  # of the text in the middle of them
+    trace: dict[str, Any]  # Chrome's format, as the profiler wrote it
+    graphs: bool  # whether graphs were replayed
 
 
 def median_of(iterations: Sequence[Iteration]) -> Iteration:
@@ -199,15 +166,14 @@ def room_for(iterations: int) -> int:
 def traced(kangaroo: Kangaroo, prompt: Sequence[int], count: int, settings: dict[str, Any]) -> Any:
     """Iterations behind the first two: ``(trace, commits, length)``; what the device still does before is not in it."""
     on_gpu = kangaroo.target.device.type == "cuda"
+    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     steps = kangaroo.progress(prompt, max_new_tokens=room_for(count), **settings)
     commits = [next(steps).commit, next(steps).commit]  # compiled, captured, and the prefill done
-    if on_gpu:
-        torch.cuda.synchronize()
+    synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:  # torch 2.11 warns of what is not kept without
         commits += [next(steps).commit for _ in range(count)]
-        if on_gpu:
-            torch.cuda.synchronize()
+        synchronize()
     if on_gpu:  # the host reads a step late: the last one profiled is still unread
         commits = [*commits[1:], next(steps).commit]
     length = len(prompt) + sum(len(commit.tokens) for commit in commits[: 2 + count // 2])
@@ -225,15 +191,14 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
     Raises:
         ProfileError: a profiler that may not see this device, or a text that ended too soon.
     """
-    on_gpu = kangaroo.target.device.type == "cuda"
-    resident = kangaroo.target.backend.resident
+    on_gpu, resident = kangaroo.target.device.type == "cuda", kangaroo.target.backend.resident
     last_stage = PREFIX + ("commit" if resident or not settings.get("plain") else "verify")
+    graphs = on_gpu and kangaroo.graphs
     try:
         kangaroo.generate(prompt, max_new_tokens=64, **settings)  # compiles; captures
         trace, commits, length = traced(kangaroo, prompt, count, settings)
     except StopIteration:
         raise ProfileError("the text ended before enough iterations ran; give another prompt.") from None
-    graphs = on_gpu and kangaroo.graphs
     if graphs:
         launcher = Kangaroo(kangaroo.target, kangaroo.drafter, kangaroo.tokenizer, graphs=False)
         like = by_ranges(traced(launcher, prompt, 2, settings)[0], on_gpu, last_stage)[-1]
@@ -242,24 +207,10 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
         iterations = by_ranges(trace, on_gpu, last_stage)
     if len(iterations) != len(commits):
         raise ProfileError(f"{len(iterations)} iterations were seen, {len(commits)} committed.")
-    pairs = zip(iterations, commits, strict=True)
-    marked = [mark_skipped(iteration, commit.drafted) for iteration, commit in pairs] if resident else iterations
-    return Profile(marked, commits, length, trace, graphs)
-
-
-def mark_skipped(iteration: Iteration, drafted: int) -> Iteration:
-    """The same with the stages of drafts that were not made marked as skipped."""
-    seen = dict.fromkeys(DRAFT_STAGES, 0)
-    marked = []
-    for stage in iteration:
-        skipped = False
-        if stage.name in seen:
-            place = seen[stage.name]
-            seen[stage.name] += 1
-            # the shallow layers run on the newest token and on every draft
-            skipped = place > drafted if stage.name == DRAFT_STAGES[0] else place >= drafted
-        marked.append(replace(stage, skipped=skipped))
-    return marked
+    if resident:
+        pairs = zip(iterations, commits, strict=True)
+        iterations = [mark_skipped(iteration, commit.drafted) for iteration, commit in pairs]
+    return Profile(iterations, commits, length, trace, graphs)
 
 
 # ---- what it comes to
@@ -278,60 +229,45 @@ def stage_bytes(kangaroo: Kangaroo, length: int) -> dict[str, int]:
         attention(layer.attention, target.config) + layer.gate_up.nbytes + layer.down.nbytes
         for layer in target.weights.layers
     ]
-    head, exit_layer = target.weights.head.nbytes, 0
-    found = {}
+    head, exit_layer, found = target.weights.head.nbytes, 0, {}
     if isinstance(kangaroo.drafter, KangarooDrafter):
         adapter, exit_layer = kangaroo.drafter.adapter, kangaroo.drafter.first_layer
-        found[DRAFT_STAGES[0]] = sum(layers[:exit_layer])
-        found[DRAFT_STAGES[1]] = attention(adapter.block.weights, adapter.config.llama) + head
-    found[PREFIX + "verify"] = sum(layers[exit_layer:]) + head
-    return found
+        found[SHALLOW] = sum(layers[:exit_layer])
+        found[STEP] = attention(adapter.block.weights, adapter.config.llama) + head
+    return found | {PREFIX + "verify": sum(layers[exit_layer:]) + head}
 
 
 class Row(NamedTuple):
-    """A stage, over all iterations that were looked at; times and counts are an iteration's mean.
-
-    Attributes:
-        stage: its name.
-        runs: an iteration.
-        us: with the gaps.
-        gap_us: between its events and before them.
-        launches: kernels, or operations on a CPU.
-        bytes_moved: that it must read; None for the small ones and what was skipped.
-        gigabytes_per_second: those bytes over its time.
-    """
+    """A stage, over all iterations that were looked at; times and counts are an iteration's mean."""
 
     stage: str
     runs: float
-    us: float
-    gap_us: float
-    launches: float
-    bytes_moved: float | None
-    gigabytes_per_second: float | None
+    us: float  # with the gaps
+    gap_us: float  # between its events and before them
+    launches: float  # kernels, or operations on a CPU
+    bytes_moved: float | None  # that it must read; None for the small ones and what was skipped
+    gigabytes_per_second: float | None  # those bytes over its time
 
 
 def stage_rows(profiled: Profile, bytes_of: dict[str, int]) -> list[Row]:
     """The table: a row a stage in the order of the decode, then one for the whole iteration."""
     count = len(profiled.iterations)
-    if DRAFT_STAGES[0] in bytes_of:  # all of a step's drafts may be one stage
+    if SHALLOW in bytes_of:  # all of a step's drafts may be one stage
         drafted = sum(commit.drafted for commit in profiled.commits) / count
-        shallow, step = (bytes_of[name] for name in DRAFT_STAGES)
-        bytes_of = {**bytes_of, PREFIX + "draft": round(shallow + drafted * (shallow + step))}
+        together = bytes_of[SHALLOW] + drafted * (bytes_of[SHALLOW] + bytes_of[STEP])
+        bytes_of = {**bytes_of, PREFIX + "draft": round(together)}
     runs: dict[tuple[str, bool], list[StageRun]] = {}
-    for iteration in profiled.iterations:
-        for stage in iteration:
-            runs.setdefault((stage.name, stage.skipped), []).append(stage)
+    for stage in (stage for iteration in profiled.iterations for stage in iteration):
+        runs.setdefault((stage.name, stage.skipped), []).append(stage)
+
+    def row(name: str, stages: Sequence[StageRun], moved: float | None, runs: float) -> Row:
+        events = [event for stage in stages for event in stage.events]
+        us, busy = (sum(each.us for each in some) / count for some in (stages, events))
+        return Row(name, runs, us, us - busy, len(events) / count, moved, moved / us / 1e3 if moved and us else None)
+
     rows = []
     for (name, skipped), stages in runs.items():
         moved = None if skipped or name not in bytes_of else bytes_of[name] * len(stages) / count
-        rows.append(_row(name.removeprefix(PREFIX) + ", skipped" * skipped, stages, count, moved))
-    known = [row.bytes_moved for row in rows if row.bytes_moved is not None]
-    return [*rows, _row("iteration", [stage for each in profiled.iterations for stage in each], count, sum(known))]
-
-
-def _row(name: str, stages: Sequence[StageRun], count: int, moved: float | None) -> Row:
-    us = sum(stage.us for stage in stages) / count
-    gaps = us - sum(stage.busy_us for stage in stages) / count
-    launches = sum(len(stage.events) for stage in stages) / count
-    speed = moved / us / 1e3 if moved and us else None
-    return Row(name, 1.0 if name == "iteration" else len(stages) / count, us, gaps, launches, moved, speed)
+        rows.append(row(name.removeprefix(PREFIX) + ", skipped" * skipped, stages, moved, len(stages) / count))
+    everything = [stage for iteration in profiled.iterations for stage in iteration]
+    return [*rows, row("iteration", everything, sum(each.bytes_moved or 0 for each in rows), 1.0)]

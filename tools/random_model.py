@@ -4,7 +4,6 @@ How fast a decode is does not depend on what the weights say. They are scaled so
 every layer: nothing overflows, and nothing is zeros, which can run faster than data does.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,23 +33,10 @@ RESIDENT_REFERENCES = replace(REFERENCES, resident=True)
 
 def config_of(shape: ModelShape, dtype: torch.dtype) -> LlamaConfig:
     """A model's sizes as the runtime reads them; no token ends its text."""
-    return LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-        attention_bias=False,
-        mlp_bias=False,
-        rope=RopeConfig(),
-        eos_token_ids=(),
-        dtype=dtype,
-    )
+    heads = shape.heads, shape.kv_heads, shape.head_dim
+    sizes = shape.vocab_size, shape.hidden, shape.inner, shape.layers, *heads
+    off = dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), False)
+    return LlamaConfig(*sizes, 1e-5, CONTEXT, **off, rope=RopeConfig(), eos_token_ids=(), dtype=dtype)
 
 
 def exit_layer_of(shape: ModelShape) -> int:
@@ -66,7 +52,7 @@ def random_prompt(shape: ModelShape, length: int) -> list[int]:
 
 
 class _Maker:
-    """Random tensors on a device."""
+    """Random tensors on a device; on ``meta`` they hold no numbers."""
 
     def __init__(self, config: LlamaConfig, device: torch.device, seed: int) -> None:
         self.config, self.device = config, device
@@ -83,12 +69,10 @@ class _Maker:
         return 1 + self.normal(1, self.config.hidden_size, 0.1)[0]
 
     def attention(self, scale: float) -> AttentionWeights:
-        config = self.config
-        q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        hidden, head_dim = self.config.hidden_size, self.config.head_dim
+        q_rows, kv_rows = self.config.num_attention_heads * head_dim, self.config.num_key_value_heads * head_dim
         return AttentionWeights(
-            self.norm(),
-            self.matrix(q_rows + 2 * kv_rows, config.hidden_size),
-            self.matrix(config.hidden_size, q_rows, scale),
+            self.norm(), self.matrix(q_rows + 2 * kv_rows, hidden), self.matrix(hidden, q_rows, scale)
         )
 
     def layer(self, scale: float) -> LayerWeights:
@@ -99,27 +83,16 @@ class _Maker:
 
 
 def random_target(
-    shape: ModelShape,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    backend: Backend | None = None,
-    quiet: float = 1.0,
-    seed: int = 0,
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, *, backend: Backend | None = None, quiet: float = 1.0
 ) -> Llama:
-    """A target with random weights.
+    """A target with random weights, made on ``device``; on ``meta`` it holds no numbers.
 
     Args:
-        shape: its sizes.
-        device: where it is made, never passing through the host; on ``meta`` it holds no numbers.
-        dtype: of its weights.
         backend: what it computes with; the Triton kernels if None (on a CPU in Triton's interpreter).
         quiet: how much the layers behind the exit add, of what they would; below 1, drafts can be right.
-        seed: of the weights.
     """
     config = config_of(shape, dtype)
-    maker, added = _Maker(config, device, seed), (2 * shape.layers) ** -0.5
-    first_quiet = exit_layer_of(shape)
+    maker, added, first_quiet = _Maker(config, device, 0), (2 * shape.layers) ** -0.5, exit_layer_of(shape)
     with torch.inference_mode():
         weights = TargetWeights(
             maker.normal(shape.vocab_size, shape.hidden, 1.0),
@@ -130,16 +103,14 @@ def random_target(
     return Llama(config, weights, backend or load_backend("triton", device, dtype))
 
 
-def random_drafter(
-    target: Llama, exit_layer: int, *, scale: float = 0.1, seed: int = 1, persistent: bool = False
-) -> KangarooDrafter:
-    """An adapter of the target's own attention shape, with the paper's settings; it adds ``scale`` times its states.
+def random_drafter(target: Llama, exit_layer: int, *, persistent: bool = False) -> KangarooDrafter:
+    """An adapter of the target's own attention shape, with the paper's settings; it adds a tenth of its states.
 
     Its norm is the target's last one, so that an exit state which says the target's token already drafts it.
     """
     config = replace(target.config, num_hidden_layers=1)
     with torch.inference_mode():
-        weights = AdapterWeights(_Maker(config, target.device, seed).attention(scale), target.weights.norm)
+        weights = AdapterWeights(_Maker(config, target.device, 1).attention(0.1), target.weights.norm)
     settings = AdapterConfig(config, exit_layer, PAPER_NUM_SPECULATIVE_TOKENS, PAPER_DRAFT_CONFIDENCE_THRESHOLD)
     return KangarooDrafter(target, Adapter(settings, weights, target), persistent)
 
@@ -157,35 +128,8 @@ def sharing_weights(
 ) -> Kangaroo:
     """Another decoder on the same target's weights, with caches and graphs of its own.
 
-    Args:
-        kangaroo: whose weights.
-        trace: what becomes of its drafts (``synthetic.py``), instead of what the weights say.
-        graphs: whether its iterations are captured.
-        persistent: whether it drafts in one kernel.
+    A ``trace`` (``synthetic.py``) says what becomes of its drafts, instead of the weights.
     """
     assert kangaroo.drafter is not None
     target = kangaroo.target if trace is None else with_synthetic_acceptance(kangaroo.target, trace)
     return Kangaroo(target, random_drafter(target, kangaroo.drafter.first_layer, persistent=persistent), graphs=graphs)
-
-
-Verified = tuple[Tensor, Tensor, Tensor, Tensor]
-"""The last hidden states ``[M, hidden]``, tokens ``[M]``, confidences ``[M]`` and logits ``[M, V]`` of some rows."""
-
-
-def verification(kangaroo: Kangaroo, prompt: Sequence[int], states: Tensor) -> Callable[[int, int], Verified]:
-    """``verify(first, last)``: the deep layers and the head on those of the exit layer's ``states`` behind a prompt."""
-    target, drafter = kangaroo.target, kangaroo.drafter
-    assert drafter is not None
-    config, weights, position = target.config, target.weights, len(prompt)
-    cache = target.new_cache()
-    cache.reserve(position + len(states))
-    target.run(target.embed(prompt), cache, 0, 0, config.num_hidden_layers)
-
-    def verify(first: int, last: int) -> Verified:
-        hidden = target.run(states[first:last], cache, position + first, drafter.first_layer, config.num_hidden_layers)
-        best = target.backend.top1_head(hidden, weights.norm, weights.head, eps=config.rms_norm_eps)
-        # the library multiplies one row at a time, which is one shape for it: equal states have equal logits
-        logits = torch.cat([target.logits(hidden[row : row + 1]) for row in range(len(hidden))])
-        return hidden, best.token, best.confidence, logits
-
-    return verify

@@ -1,9 +1,6 @@
-"""Right before fast: nothing is timed before ``relative_error`` held what it wrote against float64.
+"""Right before fast: nothing is timed before ``relative_error`` held what it wrote against float64."""
 
-What a call writes is copied out of memory that was poisoned before (``written``), compared to the last bit
-(``same_bits``) or with the reference in float64 (``relative_error``).
-"""
-
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,8 +11,6 @@ from kangaroo_kernels.operation import OPERATIONS, Arguments
 from kangaroo_kernels.reference.noise import gumbel_rows
 from kangaroo_kernels.reference.sample_head import filter_logits
 from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
-
-HEADS = ("top1_head", "sample_head")
 
 ALLOWED = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Relative errors beyond which nothing is timed: several roundings of the dtype."""
@@ -39,24 +34,12 @@ def row_operands(op: str) -> tuple[int, ...]:
 def first_rows(op: str, arguments: Arguments, rows: int) -> Arguments:
     """Arguments of the first ``rows`` tokens in flight."""
     positional, named = arguments
-    cut = row_operands(op)
-    return tuple(value[:rows] if index in cut else value for index, value in enumerate(positional)), named
+    return tuple(each[:rows] if index in row_operands(op) else each for index, each in enumerate(positional)), named
 
 
 def first_results(op: str, results: Sequence[Tensor], rows: int) -> list[Tensor]:
     """The same of what ``written`` gave for all; an appended cache has its rows in the second dimension."""
     return [each[:, :rows] if op == "qkv_rope" and index else each[:rows] for index, each in enumerate(results)]
-
-
-def on_the_host(arguments: Arguments) -> Arguments:
-    """Arguments with positions and seeds as numbers: PyTorch would ask the device for them at every call."""
-
-    def number(value: Any) -> Any:
-        is_one = isinstance(value, Tensor) and value.dtype == torch.int64 and value.numel() == 1
-        return int(value) if is_one else value
-
-    positional, named = arguments
-    return tuple(map(number, positional)), {name: number(value) for name, value in named.items()}
 
 
 def _tensors(op: str, result: Any, arguments: Arguments) -> Iterator[Tensor]:
@@ -81,10 +64,9 @@ def written(op: str, function: Callable[..., Any], arguments: Arguments, takes_o
 
 def same_bits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     """Whether two results of ``written`` are equal to the last bit: a zero's sign counts."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    pairs = zip(ours, theirs, strict=True)
     return all(
-        torch.equal(one.view(integers[one.element_size()]), other.view(integers[other.element_size()]))
-        for one, other in zip(ours, theirs, strict=True)
+        torch.equal(one[..., None].view(torch.uint8), other[..., None].view(torch.uint8)) for one, other in pairs
     )
 
 
@@ -96,15 +78,13 @@ def relative_error(op: str, got: tuple[Tensor, ...], arguments: Arguments, same_
     way. Without ``same_noise`` a sampled token says nothing but that it is one.
     """
     positional, named = arguments
-    wide = tuple(
-        value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in positional
-    )
-    if op in HEADS:
+    wide = tuple(each.double() if getattr(each, "dtype", None) in ALLOWED else each for each in positional)
+    if "head" in op:
         errors = _head_errors(op, got, (wide, named), same_noise)
     else:
         truth = written(op, reference(op), (wide, named), takes_out=False)
         errors = [_distance(ours, exact) for ours, exact in zip(got, truth, strict=True)]
-    return max((error if error == error else float("inf") for error in errors), default=float("inf"))  # noqa: PLR0124
+    return max(float("inf") if math.isnan(error) else error for error in errors)
 
 
 def _distance(ours: Tensor, truth: Tensor) -> float:
@@ -113,18 +93,15 @@ def _distance(ours: Tensor, truth: Tensor) -> float:
 
 def _head_errors(op: str, got: tuple[Tensor, ...], arguments: Arguments, same_noise: bool) -> list[float]:
     (x, norm_weight, weight, *rest), named = arguments
-    logits = lm_head(x, norm_weight, weight, eps=named["eps"])
+    scores = lm_head(x, norm_weight, weight, eps=named["eps"])
     token, confidence = got
-    if not bool(((token >= 0) & (token < logits.shape[1])).all()):
+    if not bool(((token >= 0) & (token < scores.shape[1])).all()):
         return [float("inf")]
-    distance = _distance(confidence, confidence_of(logits))
-    if op == "top1_head":
-        scores = logits
-    elif same_noise:
-        rows, vocab_size = logits.shape
-        noise = gumbel_rows(int(named["seed"]) % (1 << 64), 0, int(rest[0]), rows, vocab_size, logits.device)
-        scores = filter_logits(logits, named["temperature"], None, None) + noise
-    else:
+    distance = _distance(confidence, confidence_of(scores))
+    if op == "sample_head" and not same_noise:
         return [distance]
+    if op == "sample_head":
+        noise = gumbel_rows(int(named["seed"]) % (1 << 64), 0, int(rest[0]), *scores.shape, scores.device)
+        scores = filter_logits(scores, named["temperature"], None, None) + noise
     lost = scores.amax(dim=-1) - scores.gather(-1, token[:, None])[:, 0]
     return [distance, float(lost.max() / scores.abs().max())]

@@ -1,10 +1,10 @@
 """Synthetic acceptance: a decode whose drafts are accepted as a trace says, whatever the weights are.
 
-Random weights draft nothing that verification would accept, and no trained pair fits on a machine without a network. So
-what a step costs is measured on the real work, and how much it yields comes from a trace of (drafted, agreed) pairs in
-device memory: the wrapped head overwrites the flag that says whether drafting goes on, the wrapped ``accept`` its own
-decision. Nothing asks the host, so a captured iteration goes through the trace as it is replayed. That costs a dozen
-tiny launches an iteration, which a real decode does not have and which count against Kangaroo. The text is nonsense.
+Random weights draft nothing that verification would accept. So what a step costs is measured on the real work, and how
+much it yields comes from a trace of (drafted, agreed) pairs in device memory: the wrapped head overwrites the flag that
+says whether drafting goes on, the wrapped ``accept`` its own decision. Nothing asks the host, so a captured iteration
+goes through the trace as it is replayed. That costs a dozen tiny launches an iteration, which a real decode does not
+have and which count against Kangaroo. The text is nonsense.
 
 Assumptions, which every figure made this way must name:
 
@@ -48,33 +48,24 @@ def conditional_rate(mean_acceptance_length: float, max_drafts: int) -> float:
 
 
 class Trace(NamedTuple):
-    """What becomes of every step.
+    """What becomes of every step."""
 
-    Attributes:
-        drafted: ``[steps]`` int64, from 1.
-        agreed: ``[steps]`` int64, at most ``drafted``.
-    """
-
-    drafted: Tensor
-    agreed: Tensor
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens a step, bonus token included."""
-        return self.tokens / len(self.agreed)
+    drafted: Tensor  # [steps] int64, from 1
+    agreed: Tensor  # [steps] int64, at most drafted
 
     @property
     def tokens(self) -> int:
         """Of all steps together: a decode of so many has the mean of the trace, wherever in it it begins."""
         return len(self.agreed) + int(self.agreed.sum())
 
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens a step, bonus token included."""
+        return self.tokens / len(self.agreed)
+
 
 def paper_trace(steps: int = STEPS) -> Trace:
-    """A trace at the paper's mean; the module's docstring has the assumptions.
-
-    Drafts are drawn position by position, an exact share of the steps that reached it, so that the trace has the mean
-    of its rates, and then the steps are shuffled.
-    """
+    """A trace at the paper's mean: an exact share of the steps accepts each position, and then they are shuffled."""
     rate, agreed = conditional_rate(PAPER_MEAN_ACCEPTANCE_LENGTH, MAX_DRAFTS), torch.zeros(steps, dtype=torch.int64)
     for position in range(1, MAX_DRAFTS + 1):
         agreed[: round(steps * rate**position)] += 1

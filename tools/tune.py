@@ -1,75 +1,271 @@
 """Find the fastest launch configurations on this GPU and write them to ``kangaroo_kernels/configs/<GPU>.json``.
 
     python tools/tune.py --minutes 8
-    python tools/tune.py --model Llama-3.1-8B --dtype float16 --json
-    python tools/tune.py --dry-run
 
-Every operation is tried at every shape of ``workloads.MODELS``. A candidate is timed only if it gives the bits of the
-architecture's default on fresh random inputs of 1, 5 and 16 rows (of a head the tokens: a confidence is summed tile by
-tile), and if these are within the error budget of the reference in float64: nothing that ``docs/kernels.md`` fixes can
-change. What does not compile or launch is skipped and counted. Candidates like the default come first, and every shape
-takes its turn; a candidate that seems faster than the best so far is timed again, longer, side by side with it. A rule
-is written where one beat the default; the file keeps its rules for other shapes.
+Every operation is tried at every shape of ``workloads.MODELS``, in bfloat16. A candidate is timed only if it gives the
+bits of the architecture's default on fresh random inputs of 1, 5 and 16 rows (of a head the tokens: a confidence is
+summed tile by tile), and if these are within the error budget of the reference in float64: nothing that
+``docs/kernels.md`` fixes can change. What does not compile or launch is skipped and counted. Candidates like the
+default come first, and every shape takes its turn; a candidate that seems faster than the best so far is timed again,
+longer, side by side with it. A rule is written where one beat the default; the file keeps its rules for other shapes.
 """
 
 import json
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import gpu_measure as gm
 import torch
 import typer
 from command import INCOMPLETE, INTERRUPTED, refuse, require_time
-from gpu_card import Card, read_card, snapshot
-from tuning import DTYPES, Case, Found, Workbench, find_candidates, find_cases, result_of, search
+from gpu_card import Card, read_card
+from right import ALLOWED, first_rows, launcher, relative_error, row_operands, same_bits, written
 
 from kangaroo_kernels import launch_config
-from kangaroo_kernels.launch_config import LaunchConfig
-from kangaroo_kernels.workloads import MODELS
+from kangaroo_kernels.attention import TILE_BYTES
+from kangaroo_kernels.contract import MAX_ROWS
+from kangaroo_kernels.launch_config import LaunchConfig, configured_by
+from kangaroo_kernels.operation import Arguments
+from kangaroo_kernels.shared.tiles import K_STEP_BYTES
+from kangaroo_kernels.workloads import MODELS, ModelShape, Settings, Workload, workloads
 
 NAME = "tune"
-SUPPOSED = Card("a GPU of the sm_90 generation", 132, 50 << 20, 227 << 10, 90)
-"""What ``--dry-run`` lists candidates for where there is no GPU."""
+CHECKED_ROWS, TIMED_ROWS = (1, 5, 16), (1, 8)
+CACHE_LENGTH = 4096
+"""Positions that attention is tuned for."""
 
-# ---- files
+BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), range(2, 9)
+TIE = 0.01
+"""Times within this share are equal: who ties at one row is told apart at eight."""
+
+SWEEP_ROUNDS, REPLAY_US = 11, 1000.0
+"""Timed replays of every candidate; the side by side of two has the benchmarks' number."""
+
+# ---- what is tuned
+
+
+class Case(NamedTuple):
+    """An operation at one shape, as ``launch_config`` knows it, and a workload that has it."""
+
+    op: str
+    n: int
+    k: int
+    workload: Workload
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def key(self) -> dict[str, int | str]:
+        """A rule's conditions."""
+        return {"n": self.n, "k": self.k, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def __str__(self) -> str:
+        return f"{self.op} n={self.n} k={self.k}"
+
+
+class _AskedError(Exception):
+    """Ends a launch where it asks for its configuration."""
+
+
+def find_cases(models: Sequence[ModelShape], dtype: torch.dtype = torch.bfloat16) -> list[Case]:
+    """The operations of some models, each shape once: ``n`` and ``k`` as their launchers ask; no kernel is launched."""
+    cases: dict[tuple[str, int, int], Case] = {}
+
+    def note(workload: Workload, op: str, n: int, k: int, dtype: torch.dtype) -> LaunchConfig:
+        cases.setdefault((op, n, k), Case(op, n, k, workload, dtype))
+        raise _AskedError
+
+    for workload in (workload for model in models for workload in workloads(model)):
+        positional, named = workload.make(Settings(1, CACHE_LENGTH, dtype, torch.device("meta")))
+        try:
+            with configured_by(partial(note, workload)):
+                launcher(workload.op)(*positional, **named)
+        except _AskedError:
+            pass
+    return list(cases.values())
+
+
+def stage_bytes(case: Case, block_n: int) -> int:
+    """Of shared memory that a tile of the software pipeline takes."""
+    if case.op == "attention":
+        return 2 * int(TILE_BYTES.value) * case.n
+    weight_rows = 2 * block_n if case.op == "gate_up" else block_n
+    return (weight_rows + MAX_ROWS) * int(K_STEP_BYTES.value)
+
+
+def find_candidates(case: Case, card: Card) -> list[LaunchConfig]:
+    """The architecture's default, then all whose tiles could fit into shared memory, those like the default first."""
+    default = launch_config.pick((launch_config.architecture_file(card.capability),), case.op, **case.key)
+    candidates = [
+        LaunchConfig(num_warps, num_stages, block_n)
+        for num_warps in WARPS
+        for num_stages in STAGES
+        for block_n in (BLOCKS if default.block_n else (0,))
+        # one tile is in use and the others under way; the copies of all but one lie there at any time
+        if (num_stages - 1) * stage_bytes(case, block_n) <= card.shared_bytes
+    ]
+
+    def unlike(candidate: LaunchConfig) -> tuple[bool, float]:
+        steps = abs(math.log2(candidate.block_n / default.block_n)) if default.block_n else 0.0
+        return candidate.num_warps != default.num_warps, steps + abs(candidate.num_stages - default.num_stages)
+
+    return [default, *sorted((candidate for candidate in candidates if candidate != default), key=unlike)]
+
+
+# ---- on the card
+
+
+def fixed_bits(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What no configuration may change: of a head (which gives tokens) the tokens, else everything."""
+    tokens = [result for result in results if not result.is_floating_point()]
+    return tokens or list(results)
+
+
+class Workbench:
+    """The arguments of every case on a card, made when they are first asked for, and what is done with them."""
+
+    def __init__(self, device: torch.device, card: Card) -> None:
+        self.device, self.card = device, card
+        self._sets: dict[Case, list[Arguments]] = {}
+
+    def sets(self, case: Case) -> list[Arguments]:
+        """Arguments of 16 rows, whose weights together exceed the L2."""
+        if case not in self._sets:
+            length = CACHE_LENGTH if case.op == "attention" else 2 * MAX_ROWS
+            set_bytes = case.workload.bytes_moved(MAX_ROWS, length, case.dtype.itemsize)
+            count = gm.sets_needed(set_bytes, self.card.l2_bytes, torch.cuda.mem_get_info(self.device)[0])
+            settings = Settings(MAX_ROWS, length, case.dtype, self.device)
+            self._sets[case] = [case.workload.make(settings) for _ in range(count)]
+        return self._sets[case]
+
+    def is_right(self, case: Case, config: LaunchConfig, default: LaunchConfig) -> bool:
+        """Whether a candidate gives the default's bits, and numbers near the reference's, on fresh inputs."""
+        arguments = self.sets(case)[0]
+        for index in row_operands(case.op):
+            arguments[0][index].normal_()
+        for rows in CHECKED_ROWS:
+            some = first_rows(case.op, arguments, rows)
+            with configured_by(lambda *_: default):
+                wanted = written(case.op, launcher(case.op), some)
+            with configured_by(lambda *_: config):
+                got = written(case.op, launcher(case.op), some)
+            if not same_bits(fixed_bits(got), fixed_bits(wanted)):
+                return False
+            if not relative_error(case.op, got, some) <= ALLOWED[case.dtype]:
+                return False
+        return True
+
+    def time(self, case: Case, config: LaunchConfig, rounds: int) -> tuple[float, ...]:
+        """Microseconds of a call at each of ``TIMED_ROWS``, over all sets in turns."""
+        sets, times = self.sets(case), []
+        least_us = case.workload.bytes_moved(MAX_ROWS, CACHE_LENGTH, case.dtype.itemsize) / gm.FASTEST_READ
+        repetitions = gm.repetitions_for(len(sets), least_us, REPLAY_US)
+        for rows in TIMED_ROWS:
+            some = [first_rows(case.op, arguments, rows) for arguments in sets]
+            calls = [partial(launcher(case.op), *positional, **named) for positional, named in some]
+            with configured_by(lambda *_: config):
+                times.append(gm.time_graph(calls, repetitions, rounds).p50)
+        return tuple(times)
+
+
+# ---- the search
+
+
+class Trial(NamedTuple):
+    """A candidate and the microseconds of its call at each of ``TIMED_ROWS``."""
+
+    config: LaunchConfig
+    us: tuple[float, ...]
+
+
+class Found:
+    """What is known of a case: its default, the fastest that is right, and how many others were tried to what end.
+
+    ``best`` is None where the default itself does not serve: there is nothing to hold the others against.
+    """
+
+    def __init__(self) -> None:
+        self.default: Trial | None = None
+        self.best: Trial | None = None
+        self.counts = Counter[str]()
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
+        if self.default is None or self.best is None:
+            return f"nothing ({counts})"
+        default, best = (f"{tuple(each.config)} {each.us[0]:.1f} us" for each in (self.default, self.best))
+        return f"{default} -> {best}, {self.default.us[0] / self.best.us[0] - 1:+.1%} ({counts})"
+
+
+def faster(one: Trial, other: Trial) -> bool:
+    """Whether it is at one row by more than ``TIE``, or within it at one row and by more at eight."""
+    ratios = [mine / theirs for mine, theirs in zip(one.us, other.us, strict=True)]
+    return ratios[0] < 1 - TIE or (ratios[0] <= 1 + TIE and ratios[1] < 1 - TIE)
+
+
+def attempt(bench: Workbench, case: Case, config: LaunchConfig, default: LaunchConfig, found: Found) -> None:
+    """Check a candidate, time it, and where it seems faster than the best, time both again side by side."""
+    found.counts["tried"] += 1
+    try:
+        if not bench.is_right(case, config, default):
+            found.counts["rejected"] += 1
+            return
+        trial = Trial(config, bench.time(case, config, SWEEP_ROUNDS))
+        if found.best is None:
+            found.default = found.best = trial
+        elif faster(trial, found.best):
+            best, trial = (Trial(each.config, bench.time(case, each.config, gm.ROUNDS)) for each in (found.best, trial))
+            found.default = best if found.best is found.default else found.default
+            found.best = trial if faster(trial, best) else best
+    except Exception as error:  # compilers, drivers and launches have many ways to refuse
+        found.counts[f"failed by {type(error).__name__}"] += 1
+
+
+def search(
+    candidates: Mapping[Case, Sequence[LaunchConfig]],
+    bench: Workbench,
+    seconds: float,
+    found: dict[Case, Found],
+    clock: Callable[[], float],
+) -> None:
+    """Try the default of every case, then the second candidate of every case, until the time is over.
+
+    ``found`` holds what there is, also when the search is interrupted.
+    """
+    began = clock()
+    for turn in range(max(map(len, candidates.values()))):
+        for case, configs in candidates.items():
+            if clock() - began >= seconds:
+                return
+            if turn < len(configs) and (not turn or found[case].best):
+                attempt(bench, case, configs[turn], configs[0], found.setdefault(case, Found()))
+
+
+# ---- the file
 
 Rules = dict[str, list[dict[str, Any]]]
 
 
 def merge_rules(existing: Rules, found: Mapping[Case, LaunchConfig | None]) -> Rules:
-    """The existing rules, those of the same conditions replaced (None: left out), all exact ones before the others."""
-
-    def conditions(rule: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in rule.items() if name not in LaunchConfig._fields}
-
-    merged = {op: [dict(rule) for rule in rules] for op, rules in existing.items()}
+    """The existing rules without those of the cases that were found; in front of the others, what beat the default."""
+    merged = dict(existing)
     for case, config in found.items():
-        kept = [rule for rule in merged.get(case.op, []) if conditions(rule) != case.key]
-        if config is not None:
-            block = {"block_n": config.block_n} if config.block_n else {}
-            kept.append({**case.key, "num_warps": config.num_warps, "num_stages": config.num_stages, **block})
-        merged[case.op] = kept
-    for op, rules in merged.items():
-        exact = [rule for rule in rules if conditions(rule).keys() == {"n", "k", "dtype"}]
-        others = [rule for rule in rules if rule not in exact]
-        merged[op] = sorted(exact, key=lambda rule: (rule["dtype"], rule["n"], rule["k"])) + others
+        others = [rule for rule in merged.get(case.op, []) if {**rule, **case.key} != rule or "max_n" in rule]
+        won = [{**case.key, **{name: value for name, value in config._asdict().items() if value}}] if config else []
+        merged[case.op] = won + others
     return {op: rules for op, rules in merged.items() if rules}
 
 
 def read_rules(path: Path) -> Rules:
-    """A file's rules; none where there is no file.
-
-    Raises:
-        ValueError: not the JSON of such a file.
-    """
-    try:
-        rules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); mend it or give another --out.") from error
+    """A file's rules, none where there is no file; a ValueError where it is no such file."""
+    rules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if not isinstance(rules, dict) or not all(isinstance(value, list) for value in rules.values()):
-        raise ValueError(f"{path} does not map operations to lists of rules; give another --out.")
+        raise ValueError("it does not map operations to lists of rules")
     return rules
 
 
@@ -84,80 +280,37 @@ def write_rules(path: Path, rules: Rules) -> None:
     os.replace(partial_file, path)
 
 
-# ---- the command
-
-
-def show(result: Mapping[str, Any]) -> None:
-    """Print a line of a case: configurations as warps, stages and ``block_n``, times at 1 and 8 rows."""
-
-    def told(figures: Mapping[str, Any] | None) -> str:
-        if figures is None:
-            return "nothing"
-        config = tuple(figures[field] for field in LaunchConfig._fields)
-        return f"{config} {', '.join(f'{us:.1f}' for us in figures['us'].values())} us"
-
-    default, best = result["default"], result["best"]
-    gain = f", {default['us']['1'] / best['us']['1'] - 1:+.1%}" if best else ""
-    counts = f"{result['tried']} tried, {result['rejected']} rejected, {result['failed']} failed"
-    typer.echo(f"{result['op']} n={result['n']} k={result['k']}: {told(default)} -> {told(best)}{gain} ({counts})")
-
-
 def main(
     minutes: Annotated[float, typer.Option(help="The time limit.")] = 8.0,
-    model: Annotated[str | None, typer.Option(help="Only models whose names contain this.")] = None,
-    dtype: Annotated[str, typer.Option(help="'bfloat16', 'float16' or 'float32'.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="The file to write; by default the GPU's own of configs/.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the candidates; no GPU is needed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Sweep launch configurations within a time limit and write those faster than the defaults, bit for bit equal."""
-    if dtype not in DTYPES:
-        refuse(NAME, f"--dtype is {dtype}; it must be one of {', '.join(DTYPES)}.")
     require_time(NAME, "--minutes", minutes)
-    on_gpu = torch.cuda.is_available()
-    if not dry_run and not on_gpu:
-        refuse(NAME, "tuning needs a CUDA GPU and there is none here; --dry-run lists the candidates without one.")
-    models = [each for each in MODELS if model is None or model.lower() in each.name.lower()]
-    if not models:
-        refuse(NAME, f"no model is called {model}; there are {', '.join(each.name for each in MODELS)}.")
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    card = read_card(device) if on_gpu else SUPPOSED
-    path = out if out is not None else launch_config.configs_folder() / launch_config.file_name(card.name)
+    if not torch.cuda.is_available():
+        refuse(NAME, "tuning needs a CUDA GPU and there is none here.")
+    device = torch.device("cuda", torch.cuda.current_device())
+    card = read_card(device)
+    path = out or launch_config.configs_folder() / launch_config.file_name(card.name)
     try:
         existing = read_rules(path)
     except (OSError, ValueError) as error:
-        refuse(NAME, str(error))
-    candidates = {case: find_candidates(case, card) for case in find_cases(models, DTYPES[dtype])}
-    if dry_run:
-        listed = [{"op": case.op, **case.key, "candidates": configs} for case, configs in candidates.items()]
-        lines = (f"{case}: {len(some)} candidates, default {tuple(some[0])}" for case, some in candidates.items())
-        typer.echo(json.dumps({"gpu": card.name, "cases": listed}) if as_json else "\n".join((card.name, *lines)))
-        return
-
-    found, interrupted, before = dict[Case, Found](), False, snapshot(device)
+        refuse(NAME, f"{path} is no file of rules ({error}); mend it or give another --out.")
+    candidates = {case: find_candidates(case, card) for case in find_cases(MODELS)}
+    found, interrupted = dict[Case, Found](), False
     try:
         with torch.inference_mode():
-            search(candidates, Workbench(device, card, card.capability), 60 * minutes, found, time.monotonic)
+            search(candidates, Workbench(device, card), 60 * minutes, found, time.monotonic)
     except KeyboardInterrupt:
         interrupted = True
     won = {case: None if each.best == each.default else each.best.config for case, each in found.items() if each.best}
     rules = merge_rules(existing, won)
+    for case in candidates:
+        typer.echo(f"{case}: {found.get(case, 'not reached; more --minutes may')}")
     try:
         if rules != existing:
             write_rules(path, rules)
     except OSError as error:
         refuse(NAME, f"{path} cannot be written: {error.strerror}.")
-    results = [result_of(case, each) for case, each in found.items()]
-    unreached = [str(case) for case in candidates if case not in won]
-    if as_json:
-        machine = {"before": before, "after": snapshot(device), "torch": torch.__version__}
-        summary = {"file": str(path), "minutes": minutes, "interrupted": interrupted, "unreached": unreached}
-        typer.echo(json.dumps({**summary, "gpu": machine, "cases": results}, indent=2))
-    else:
-        for result in results:
-            show(result)
-    for sentence in unreached:
-        typer.echo(f"{NAME}: nothing was timed for {sentence}; more --minutes may reach it.", err=True)
     count = sum(config is not None for config in won.values())
     typer.echo(f"{NAME}: {count} of {len(won)} shapes are faster than by default; {path} says how.", err=True)
     if interrupted or not won:
