@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kangaroo_kernels import KangarooError
 from kangaroo_kernels.model import demo, load
-from kangaroo_kernels.model.commands import cli, generate, info, train
+from kangaroo_kernels.model.commands import calibrate, cli, generate, info, train
 from kangaroo_kernels.model.commands import demo as demo_command
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -28,8 +28,7 @@ TEMPERATURE = ("-1", "nan", "inf")
 
 DECODING = {"num_speculative_tokens": COUNT, "draft_confidence_threshold": SHARE}
 NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
-    ("calibrate", "main"): {"new_tokens": COUNT},
-    ("draw_demo", "main"): {"new_tokens": COUNT},
+    ("compare_binaries", "main"): {"arch": COUNT},
     ("gpu_report", "main"): {"minutes": DURATION},
     ("kernel_report", "main"): {"arch": COUNT, "rows": (*COUNT, "17"), "length": COUNT},
     ("profile_decode", "main"): {"context": ("1", "-1")},
@@ -63,17 +62,19 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
         "learning_rate": DURATION,
         "seed": SEED,
     },
+    ("cli", "calibrate"): {"max_new_tokens": COUNT},
     ("cli", "info"): {"exit_layer": COUNT},
 }
 """By command and option, values that mean nothing there."""
 
 BEFORE = {
-    ("calibrate", "main"): "--model M --adapter A --prompts P",
     ("gpu_report", "main"): "--smoke --out OUT",
+    ("compare_binaries", "main"): "HEAD",
     ("train_demo", "main"): "--preset smoke --out OUT",
     ("cli", "demo"): "demo --json",
     ("cli", "generate"): "generate --model demo --prompt A",
     ("cli", "train"): "train --model demo --data README.md --exit-layer 4 --out OUT",
+    ("cli", "calibrate"): "calibrate --model demo --adapter ADAPTER --prompts PROMPTS",
     ("cli", "info"): "info --model demo --adapter ADAPTER",
 }
 """What must stand on the command line besides."""
@@ -83,7 +84,7 @@ def commands() -> dict[tuple[str, str], Callable[..., Any]]:
     """Every function of a tool or of the package's command that takes options."""
     names = [path.stem for path in TOOLS.glob("*.py") if "import typer" in path.read_text()]
     modules = {name: import_module(name) for name in names}
-    modules |= {each.__name__: each for each in (demo_command, generate, train, info)}
+    modules |= {each.__name__: each for each in (demo_command, generate, train, calibrate, info)}
     return {
         ("cli" if holder.__name__.startswith("kangaroo") else module, name): function
         for module, holder in modules.items()
@@ -154,23 +155,3 @@ def test_nonsense_is_refused_before_any_work(
         assert option in plainly.replace("-", "_"), plainly
         assert done.stdout == ""
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", "[1]", "no JSON", None])
-def test_calibration_prompts_that_are_none(
-    content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(load, "load_target", lambda *_: pytest.fail("work has begun"))
-    prompts = tmp_path / "prompts.json"
-    if content is not None:
-        prompts.write_text(content)
-    command = ["--model", str(demo.PAIR / "target"), "--adapter", str(demo.PAIR / "adapter"), "--prompts", str(prompts)]
-    done = CliRunner().invoke(app_of(import_module("calibrate")), command)
-    assert done.exit_code == 2
-    assert "prompts.json" in done.stderr.replace("\n", "").replace("│", "").replace(" ", "")
-
-
-def test_a_prompt_that_is_not_there_is_told() -> None:
-    done = CliRunner().invoke(app_of(import_module("draw_demo")), ["--name", "nobody.py"])
-    assert done.exit_code == 2
-    assert "no prompt is called nobody.py; there are" in done.stderr

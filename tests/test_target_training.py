@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
+import demo_corpus
 import target_training
 from demo_corpus import Document, cut_prompts, installed_documents, stdlib_documents
 from presets import SMOKE
@@ -39,21 +39,18 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A standard library in the place of this machine's, with an empty folder of packages in it."""
     folder = tmp_path / "lib"
     (folder / "site-packages").mkdir(parents=True)
-    places = {"stdlib": folder, "purelib": folder / "site-packages", "platlib": folder / "site-packages"}
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(places[name]))
-    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(folder))
+    monkeypatch.setattr(sys, "path", [str(folder / "site-packages")])
     return folder
 
 
-def test_what_is_read(library: Path) -> None:
-    latin = "# coding: latin-1\n# \xe9\n" + code("latin")
+def test_what_is_read(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = {
         "a.py": code("same").encode(),
         "b.py": code("same").encode(),
         "json/c.py": code("other").encode(),
         "encodings/table.py": code("table").encode(),
         "site-packages/torch/d.py": code("package").encode(),
-        "latin.py": latin.encode("latin-1"),
         "broken.py": b"\xff" * 400,
         "numbers.py": b"table = [" + b"0x12, " * 200 + b"]",
     }
@@ -62,8 +59,7 @@ def test_what_is_read(library: Path) -> None:
         (library / name).write_bytes(content)
     (library / "link.py").symlink_to(library / "nowhere")
     found = {document.path: document for document in stdlib_documents()}
-    assert {name for name in found if name.endswith(".py")} == {"a.py", "b.py", "json/c.py", "latin.py"}
-    assert found["latin.py"].text == latin and found["latin.py"].file is None
+    assert {name for name in found if name.endswith(".py")} == {"a.py", "b.py", "json/c.py"}
     assert found["a.py"].file == library / "a.py" and found["pydoc_data/topics/while"].file is None
     assert [document.path for document in installed_documents(("json",))] == ["json/c.py"]
     installed = installed_documents()
@@ -71,7 +67,9 @@ def test_what_is_read(library: Path) -> None:
     assert {"json/c.py", "site-packages/torch/d.py"} < {document.path for document in installed}
     assert all(document.text == document.file.read_text() for document in installed)
     by_hash = sorted(installed, key=lambda document: sha256(document.path.encode()).digest())
-    assert installed == by_hash and installed_documents(max_characters=len(installed[0].text) + 1) == installed[:2]
+    assert installed == by_hash
+    monkeypatch.setattr(demo_corpus, "MAX_CHARS", len(installed[0].text) + 1)
+    assert installed_documents() == installed[:2]
 
 
 def test_near_copies_are_not_held_out(library: Path) -> None:
@@ -165,12 +163,12 @@ def test_encoding_ends_in_time(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_evaluation(tokenizer: Any) -> None:
     trained = training(tokenizer)
     trained.update(0.3)
-    tokens = trained.windows.tokens[:150]  # four windows of 32 and a rest
+    tokens = trained.windows.tokens[:150]  # four windows of 32 and a rest that is left out
     with torch.no_grad():
-        rows = [trained.model(tokens[None, start : min(start + 32, 149)]).logits[0] for start in range(0, 149, 32)]
-    logits, wanted = torch.cat(rows), tokens[1:].long()
+        rows = [trained.model(tokens[None, start : start + 32]).logits[0] for start in range(0, 128, 32)]
+    logits, wanted = torch.cat(rows), tokens[1:129].long()
     bits = F.cross_entropy(logits, wanted, reduction="sum").item() / math.log(2)
-    characters = len(tokenizer.decode(tokens.tolist()))
+    characters = len(tokenizer.decode(wanted.tolist()))
     for pass_tokens in (0, 64):
         assert evaluate(trained.model, tokenizer, tokens, 32, pass_tokens) == {
             "bits_per_character": pytest.approx(bits / characters, rel=1e-5),
@@ -194,12 +192,12 @@ def test_layers_compile_once_or_run_as_they_are(works: bool, tokenizer: Any, mon
     monkeypatch.setattr(torch, "compile", lambda function, **given: compile_with(function, backend=backend, **given))
     torch._dynamo.reset()
     trained = training(tokenizer)
-    with nullcontext() if works else pytest.warns(UserWarning, match="do not compile here and run uncompiled"):
-        trained.compile_layers()
-    assert len(graphs) == 1 and all(parameter.grad is None for parameter in trained.model.parameters())
+    trained.compile_layers()
+    tried = len(graphs)
+    assert (tried == 1 or not works) and all(parameter.grad is None for parameter in trained.model.parameters())
     calls.clear()
-    evaluate(trained.model, tokenizer, trained.windows.tokens[:100], 32)
+    evaluate(trained.model, tokenizer, trained.windows.tokens[:100], 32, 32)
     assert not calls
     assert float(trained.update(0.3)) > 0
-    assert len(calls) == 3 * TINY.num_hidden_layers * works and len(graphs) == 1
+    assert len(calls) == 3 * TINY.num_hidden_layers * works and len(graphs) == tried
     torch._dynamo.reset()

@@ -6,10 +6,8 @@ has passed, by time or by steps.
 
 import math
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +22,15 @@ from kangaroo_kernels.model.training.optimizers import Optimizers
 from kangaroo_kernels.model.training.settings import ProgressReport
 
 END_OF_TEXT = "<|endoftext|>"
+
+SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 ENCODED_AT_ONCE = 256
 """Documents: an encoding in progress takes a hundred bytes a token."""
@@ -141,12 +148,7 @@ class Windows:
 def target_config(recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """The target's configuration: a Llama with tied embeddings."""
     return LlamaConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_hidden_layers,
-        num_attention_heads=recipe.num_attention_heads,
-        num_key_value_heads=recipe.num_key_value_heads,
+        **{name: getattr(recipe, name) for name in SHAPE},
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
         max_position_embeddings=recipe.context,
@@ -199,30 +201,13 @@ class TargetTraining:
         return torch.stack(losses).sum()
 
     def compile_layers(self) -> None:
-        """Compile the layers, once for all of them; where that does not work they run as they are, with a warning."""
-        layers, length = self.model.model.layers, self.recipe.short_context
-        for layer in layers:
+        """Compile the layers, once for all of them, before the time of the training begins."""
+        torch._dynamo.config.suppress_errors = True  # what does not compile here runs as it is
+        for layer in self.model.model.layers:
             layer.compile(dynamic=False)
-        try:
-            self.add_gradients(self.windows.batch(max(1, self.recipe.pass_tokens // length), length), 1.0)
-        except torch.OutOfMemoryError:  # uncompiled they would take more
-            raise
-        except Exception as error:  # each part of the compiler has its own kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warnings.warn(f"the layers do not compile here and run uncompiled ({reason})", stacklevel=2)
-            for layer in layers:
-                layer.compile(disable=True)
+        length = self.recipe.short_context
+        self.add_gradients(self.windows.batch(max(1, self.recipe.pass_tokens // length), length), 1.0)
         self.model.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a stopped run needs to go on."""
-        return {"model": self.model.state_dict(), "optimizers": self.optimizers.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
-        """Go on from what ``state_dict`` gave after ``step`` updates."""
-        self.model.load_state_dict(state["model"])
-        self.optimizers.load_state_dict(state["optimizers"])
-        self.windows.generator.manual_seed(self.recipe.seed + step)
 
     def save(self, folder: Path) -> None:
         """Round the weights to what is stored, and write ``model.safetensors`` and ``config.json``."""
@@ -235,26 +220,24 @@ class TargetTraining:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, context: int, pass_tokens: int = 0
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, context: int, pass_tokens: int
 ) -> dict[str, float]:
-    """Held-out bits per character and top-1 accuracy of ``model`` over ``[N]`` tokens, in windows of ``context``.
+    """Held-out bits per character and top-1 accuracy of ``model`` over the whole windows of ``[N]`` tokens.
 
-    Whole windows go through together, ``pass_tokens`` at a time (one by one where it is less than a window), in bf16 on
-    a GPU and in float32 on a CPU.
+    Windows of ``context`` go through together, ``pass_tokens`` at a time, in bf16 on a GPU and in float32 on a CPU.
     """
     bits, right, device = 0.0, 0, tokens.device.type
-    whole = (len(tokens) - 1) // context
-    rows = tokens[: whole * context + 1].unfold(0, context + 1, context) if whole else tokens.new_empty(0, context + 1)
-    for batch in (*rows.split(max(1, pass_tokens // context)), tokens[None, whole * context :]):
-        if batch.numel() > 1:
-            wanted = batch[:, 1:].flatten().long()
-            # compiled layers would be compiled once more for each of these shapes
-            with torch.compiler.set_stance("force_eager"), torch.autocast(device, torch.bfloat16, device == "cuda"):
-                logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float().flatten(0, 1)
-            bits += float(F.cross_entropy(logits, wanted, reduction="sum")) / math.log(2)
-            right += int((logits.argmax(-1) == wanted).sum())
-    characters = len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
-    return {"bits_per_character": bits / characters, "top1_accuracy": right / (len(tokens) - 1)}
+    rows = tokens.unfold(0, context + 1, context)
+    for batch in rows.split(max(1, pass_tokens // context)):
+        wanted = batch[:, 1:].flatten().long()
+        # compiled layers would be compiled once more for each of these shapes
+        with torch.compiler.set_stance("force_eager"), torch.autocast(device, torch.bfloat16, device == "cuda"):
+            logits = model(input_ids=batch[:, :-1], use_cache=False).logits.float().flatten(0, 1)
+        bits += float(F.cross_entropy(logits, wanted, reduction="sum")) / math.log(2)
+        right += int((logits.argmax(-1) == wanted).sum())
+    count = len(rows) * context
+    characters = len(tokenizer.decode(tokens[1 : count + 1].tolist(), skip_special_tokens=True))
+    return {"bits_per_character": bits / characters, "top1_accuracy": right / count}
 
 
 def exact_in_both_halves(weight: Tensor) -> Tensor:

@@ -5,76 +5,267 @@
     python tools/train_demo.py --preset demo
 
 ``large`` takes one GPU and the Python sources installed on the machine; ``smoke`` runs the same code in seconds on a
-CPU; ``demo`` takes an hour and a half on two CPU cores and Python 3.11's standard library, and a stopped run of it goes
-on with the same command. tools/presets.py holds them. The folder that comes out is laid out as ``model/demo_pair``;
-every setting and the learning curve land in ``training.json`` beside the weights.
+CPU; ``demo`` takes an hour and a half on two CPU cores and Python 3.11's standard library. A stopped run goes on with
+the same command. The folder that comes out is laid out as ``model/demo_pair``, with the records of the training.
 """
 
+import json
 import math
 import shlex
+import time
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
-from presets import PRESETS
-from train_pair import Run, train_pair
+from command import refuse, require_time
+from demo_corpus import Document, beginning, cut_prompts
+from presets import PRESETS, Preset
+from safetensors.torch import load_file, save_file
+from target_training import TargetTraining, Windows, encode, evaluate, exact_in_both_halves, train_tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from kangaroo_kernels import KangarooError
+from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels.model.commands.facts import environment
 from kangaroo_kernels.model.commands.show import training_bars
+from kangaroo_kernels.model.demo import bundled_pair
+from kangaroo_kernels.model.evaluation.calibrate import calibrate, write_defaults
 from kangaroo_kernels.model.load import resolve_device
+from kangaroo_kernels.model.training.checkpoint import write_atomically
+from kangaroo_kernels.model.training.settings import ProgressReport, TrainingSettings
+from kangaroo_kernels.model.training.trainer import train_adapter
 
-USER_ERROR = 2
+NAME = "train_demo"
+RUN_FILE = "run.json"
+TARGET_STATE = "target_state.pt"
+HELD_OUT_FILES = 64
+"""Of which the adapter's agreement is measured, at most."""
+PROBES = 24
+"""How often the target is measured on the way, on a sixteenth of the held-out tokens."""
+CALIBRATED_BY = 0.98
+"""The share of the minutes at which the calibration ends."""
+PRACTICE = 6
+"""Prompts of training files that the defaults are found on."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def refuse(sentence: str) -> typer.Exit:
-    """Say what was wrong; raise what comes back."""
-    typer.echo(f"train_demo: {' '.join(sentence.split())}", err=True)
-    return typer.Exit(USER_ERROR)
+@dataclass
+class Run:
+    """One run of a preset.
+
+    Attributes:
+        about: what stands at the beginning of the record; a stopped run goes on where it is the same.
+        report: is told ``(stage, done, total, note)``.
+        began: on ``time.perf_counter``'s scale.
+    """
+
+    preset: Preset
+    out: Path
+    minutes: float
+    device: torch.device
+    about: dict[str, Any]
+    report: ProgressReport
+    began: float = field(default_factory=time.perf_counter)
+
+    def open(self) -> None:
+        """Go on where a stopped run like this one lies, or begin in a folder that is new or empty.
+
+        Raises:
+            KangarooError: the folder holds something else.
+        """
+        if (self.out / RUN_FILE).is_file():
+            if json.loads((self.out / RUN_FILE).read_text()) != self.about:
+                raise KangarooError(f"{self.out} holds a stopped run of other settings; finish it or give a new --out.")
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise KangarooError(f"{self.out} is a file or not empty; give a new folder with --out.")
+
+    def deadline(self, share: float) -> float:
+        """When this share of the minutes has passed; never, where the run need not end within them."""
+        return self.began + share * self.minutes * 60 if self.preset.within_minutes else math.inf
+
+
+def write_json(path: Path, content: Any) -> None:
+    """One file, a line at its end."""
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def held_out_prompts(preset: Preset, held_out: list[Document]) -> dict[str, str]:
+    """The prompts that go with the pair, by the paths of their documents.
+
+    Raises:
+        KangarooError: a prompt of the bundled pair is not in a held-out document of this Python.
+    """
+    if preset.prompts is not None:
+        return cut_prompts(held_out, preset.prompts, preset.prompt_characters)
+    prompts, texts = bundled_pair().prompts(), {document.path: document.text for document in held_out}
+    missing = [name for name, prompt in prompts.items() if prompt not in texts.get(name, "")]
+    if missing:
+        raise KangarooError(f"the standard library here has other held-out sources: no prompt from {missing[0]}.")
+    return prompts
+
+
+def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, held_out: Tensor) -> None:
+    """Train until the target's time or its steps are over, measure, and write its folder with its record.
+
+    Args:
+        tokens: ``[N]`` int32 to train on, and ``held_out`` to measure on; both lie on the run's device.
+    """
+    preset, recipe, state = run.preset, run.preset.target, run.out / TARGET_STATE
+    training = TargetTraining(recipe, tokenizer, Windows(tokens, recipe.seed), run.device)
+    parts = {"model": training.model, "optimizers": training.optimizers}
+
+    def scores(count: int) -> dict[str, float]:
+        return evaluate(training.model, tokenizer, held_out[:count], recipe.context, recipe.pass_tokens)
+
+    step, share, passed, losses, curve = 0, 0.0, 0.0, list[Tensor](), list[dict[str, float]]()
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        step, share, passed, curve = (saved[name] for name in ("step", "share", "passed", "curve"))
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        training.windows.generator.manual_seed(recipe.seed + step)
+    began = time.perf_counter() - passed
+    own = (preset.target_by - preset.encoded_by) * run.minutes * 60
+    seconds = max(run.deadline(preset.target_by) - began if preset.within_minutes else own, 1e-3)
+    while step == 0 or share < 1:
+        losses.append(training.update(share))
+        step += 1
+        # the loss of the step before: waiting for this one would leave the GPU idle meanwhile
+        note = f"step {step}, loss {float(losses[-2]):.3f}" if len(losses) > 1 else f"step {step}"
+        passed = time.perf_counter() - began
+        share = max(passed / seconds, step / preset.target_steps)
+        run.report("target", int(1000 * min(share, 1)), 1000, note)
+        if share * PROBES >= len(curve) + 1 or share >= 1:
+            point = {"step": step, "minutes": passed / 60, "train_loss": float(torch.stack(losses).mean())}
+            point |= scores(preset.held_out_tokens // 16)
+            curve.append({name: round(value, 4) for name, value in point.items()})
+            losses.clear()
+            if not preset.within_minutes:
+                at = {"step": step, "share": share, "passed": time.perf_counter() - began, "curve": curve}
+                write_atomically(state, at | {name: part.state_dict() for name, part in parts.items()})
+    training.save(run.out / "target")
+    record = {
+        "recipe": asdict(recipe),
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+        "steps": step,
+        "tokens_trained": step * recipe.batch_tokens,
+        "curve": curve,
+        "held_out": scores(preset.held_out_tokens),
+    }
+    write_json(run.out / "target" / "training.json", record)
+    state.unlink(missing_ok=True)
+
+
+def train_its_adapter(run: Run, seen: list[Document], held_out: list[Document]) -> None:
+    """Train the adapter, half of it on what the target writes itself."""
+    preset = run.preset
+    files, measured = (
+        tuple(document.file for document in documents if document.file is not None)
+        for documents in (beginning(seen, preset.sample), held_out)
+    )
+    minutes = (preset.adapter_by - preset.target_by) * run.minutes
+    settings = TrainingSettings(
+        model=str(run.out / "target"),
+        data=files,
+        held_out=measured[:HELD_OUT_FILES],
+        out=run.out / "adapter",
+        self_generated=True,
+        minutes=None if "steps" in preset.adapter else minutes,
+        device=str(run.device),
+        **preset.adapter,
+    )
+    train_adapter(settings, run.report, run.deadline(preset.adapter_by))
+
+
+def round_weights(file: Path) -> None:
+    """Round the weights of a checkpoint to numbers that bf16 and fp16 both hold, as the target's are."""
+    rounded = {name: exact_in_both_halves(weight).contiguous() for name, weight in load_file(file).items()}
+    save_file(rounded, file, metadata={"format": "pt"})
+
+
+def train_pair(run: Run) -> dict[str, Any]:
+    """Train a pair into ``run.out``; the record, which is also its ``training.json``.
+
+    Raises:
+        KangarooError: the folder cannot serve, or the sources of this machine do not suffice.
+    """
+    preset, out = run.preset, run.out
+    run.open()
+    transformers.logging.disable_progress_bar()  # of loading a checkpoint, in the midst of ours
+    torch.manual_seed(preset.target.seed)
+    documents = preset.sources()
+    seen = [document for document in documents if not document.held_out]
+    held_out = [document for document in documents if document.held_out]
+    prompts = held_out_prompts(preset, held_out)
+    practice = cut_prompts(seen, PRACTICE, preset.prompt_characters)
+    if not prompts or not practice:
+        raise KangarooError(f"only {len(seen)} sources are installed here, {len(held_out)} of them held out.")
+    run.report("sources", 1, 1, f"{len(documents)} files")
+    (out / "target").mkdir(parents=True, exist_ok=True)
+    write_json(out / RUN_FILE, run.about)
+    write_json(out / "prompts.json", [{"name": name, "prompt": prompt} for name, prompt in prompts.items()])
+    tokenizer = train_tokenizer(beginning(seen, preset.sample), preset.target.vocab_size)
+    tokenizer.save_pretrained(out / "target")
+    run.report("tokenizer", 1, 1, "")
+    valid = encode(tokenizer, beginning(held_out, 8 * preset.held_out_tokens)).to(run.device)
+    tokens = encode(tokenizer, seen, run.deadline(preset.encoded_by), run.report).to(run.device)
+    if not (out / "target" / "training.json").exists():
+        train_target(run, tokenizer, tokens, valid)
+    if not (out / "adapter" / "training.json").exists():
+        train_its_adapter(run, seen, held_out)
+    round_weights(out / "adapter" / "model.safetensors")
+    kangaroo = Kangaroo.from_pretrained(out / "target", out / "adapter", device=run.device)
+    end = run.deadline(CALIBRATED_BY)
+    if rows := calibrate(kangaroo, list(practice.values()), preset.calibration, end, run.report):
+        write_defaults(out / "adapter", rows)
+    target, adapter = (json.loads((out / part / "training.json").read_text()) for part in ("target", "adapter"))
+    here = environment()
+    record = {
+        **run.about,
+        "machine": {"cpu_threads": torch.get_num_threads(), "devices": here.devices, "versions": here.versions},
+        "corpus": {
+            "files": len(seen),
+            "tokens": len(tokens),
+            "held_out_files": len(held_out),
+            "held_out_tokens": len(valid),
+        },
+        "held_out": target["held_out"] | {key: value for key, value in adapter.items() if key.startswith("top1")},
+    }
+    write_json(out / "training.json", record)
+    (out / RUN_FILE).unlink()
+    return record
 
 
 @app.command(no_args_is_help=True)
 def main(
     preset: Annotated[str, typer.Option(help=f"The pair: {', '.join(PRESETS)}.")],
-    minutes: Annotated[
-        float | None,
-        typer.Option(help=f"By default {', '.join(f'{plan.minutes:g} for {name}' for name, plan in PRESETS.items())}."),
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="By default the preset's own.")] = None,
     out: Annotated[Path | None, typer.Option(help="A new folder for the pair; by default runs/PRESET.")] = None,
     device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'; by default a GPU where there is one.")] = None,
 ) -> None:
     """Train the pair of a preset: tokenizer, target, adapter and its defaults."""
     if preset not in PRESETS:
-        raise refuse(f"--preset is {preset}; there are {', '.join(PRESETS)}.")
+        refuse(NAME, f"--preset is {preset}; there are {', '.join(PRESETS)}.")
     chosen = PRESETS[preset]
     minutes = chosen.minutes if minutes is None else minutes
-    if not (0 < minutes < math.inf and minutes >= chosen.least_minutes):
-        least = f"of at least {chosen.least_minutes:g}" if chosen.least_minutes else "above 0"
-        raise refuse(f"--minutes is {minutes:g}; {preset} needs a finite number {least}.")
+    require_time(NAME, "--minutes", minutes)
     out = Path("runs") / preset if out is None else out
     try:
         where = resolve_device(device)
-        if chosen.needs_gpu and where.type == "cpu" and device is None:
-            raise KangarooError(
-                f"the preset {preset} needs a CUDA GPU and PyTorch sees none here; --preset smoke needs none, and "
-                "--device cpu insists (one update takes a CPU many minutes)."
-            )
+        if chosen.needs_gpu and where.type == "cpu":
+            raise KangarooError(f"{preset} needs a CUDA GPU and there is none here; --preset smoke needs none.")
         command = f"python tools/train_demo.py --preset {preset} --minutes {minutes:g}"
         with training_bars() as report:
             record = train_pair(Run(chosen, out, minutes, where, {"preset": preset, "command": command}, report))
     except (KangarooError, OSError, torch.OutOfMemoryError) as error:
-        raise refuse(str(error)) from error
-    held_out = record["held_out"]
-    typer.echo(
-        f"{out}: a target of {record['parameters']['target'] / 1e6:.1f}M parameters and an adapter of "
-        f"{record['parameters']['adapter'] / 1e6:.1f}M in {sum(record['seconds'].values()) / 60:.1f} minutes; on "
-        f"held-out files {held_out['bits_per_character']:.3f} bits a character, {held_out['top1_accuracy']:.3f} top-1, "
-        f"and the drafter agrees with the target on {held_out['top1_agreement_text']:.3f} of the text and "
-        f"{held_out['top1_agreement_self_generated']:.3f} of what the target writes.\n"
-        f"Real acceptance and speed: python tools/gpu_report.py --pair {shlex.quote(str(out))}"
-    )
+        refuse(NAME, str(error))
+    figures = ", ".join(f"{name} {value:.3f}" for name, value in record["held_out"].items())
+    typer.echo(f"{out}, on held-out files: {figures}.")
+    typer.echo(f"Real acceptance and speed: python tools/gpu_report.py --pair {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

@@ -169,6 +169,14 @@ def track(items: Iterable[Item], name: str, total: int) -> Iterator[Item]:
             yield item
 
 
+def show_rows(console: Console, rows: Sequence[Mapping[str, float]]) -> None:
+    """A table of at least one row, whose columns have the names of its figures."""
+    table = Table(*rows[0], box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(f"{value:g}" for value in row.values()))
+    console.print(table)
+
+
 @contextmanager
 def training_bars() -> Iterator[Callable[[str, int, int, str], None]]:
     """A bar on stderr for each stage of a training: call it with ``(stage, done, total, note)``."""

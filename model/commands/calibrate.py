@@ -1,0 +1,45 @@
+"""``kangaroo calibrate``: find the draft length and the threshold that suit a pair and this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from .options import LOADING, Device, Json, Model, examples, print_json
+
+EXAMPLES = examples(
+    "calibrate --model my-llama --adapter my-adapter --prompts prompts.json",
+    "calibrate --model my-llama --adapter my-adapter --prompts prompts.json --write",
+)
+
+
+def calibrate(
+    model: Model,
+    adapter: Annotated[Path, typer.Option(help="The adapter's folder.", rich_help_panel=LOADING)],
+    prompts: Annotated[Path, typer.Option(help="A JSON list of texts, none that the pair will be judged by.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write for a prompt.")] = 128,
+    write: Annotated[bool, typer.Option("--write", help="Make the best setting the adapter's default.")] = False,
+    as_json: Json = False,
+    device: Device = None,
+) -> None:
+    """Find the draft length and the confidence threshold that make a pair fastest on this machine.
+
+    Each setting decodes the prompts in turns with plain decoding. The table has the best first.
+
+    --write puts the best into the adapter's config.json, and the table into calibration.json beside it.
+    """
+    from ..evaluation.calibrate import Calibration, calibrate, read_prompts, write_defaults
+    from ..kangaroo import Kangaroo
+    from .show import show_rows, training_bars
+
+    plan, texts = Calibration(max_new_tokens=max_new_tokens), read_prompts(prompts)
+    kangaroo = Kangaroo.from_pretrained(model, adapter, device=device)
+    with training_bars() as report:
+        rows = calibrate(kangaroo, texts, plan, report=report)
+    if as_json:
+        print_json(rows)
+    else:
+        show_rows(Console(), rows)
+    if write:
+        write_defaults(adapter, rows)
