@@ -166,14 +166,15 @@ def room_for(iterations: int) -> int:
 def traced(kangaroo: Kangaroo, prompt: Sequence[int], count: int, settings: dict[str, Any]) -> Any:
     """Iterations behind the first two: ``(trace, commits, length)``; what the device still does before is not in it."""
     on_gpu = kangaroo.target.device.type == "cuda"
-    synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     steps = kangaroo.progress(prompt, max_new_tokens=room_for(count), **settings)
     commits = [next(steps).commit, next(steps).commit]  # compiled, captured, and the prefill done
-    synchronize()
+    if on_gpu:
+        torch.cuda.synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:  # torch 2.11 warns of what is not kept without
         commits += [next(steps).commit for _ in range(count)]
-        synchronize()
+        if on_gpu:
+            torch.cuda.synchronize()
     if on_gpu:  # the host reads a step late: the last one profiled is still unread
         commits = [*commits[1:], next(steps).commit]
     length = len(prompt) + sum(len(commit.tokens) for commit in commits[: 2 + count // 2])

@@ -101,7 +101,9 @@ def _head_errors(op: str, got: tuple[Tensor, ...], arguments: Arguments, same_no
     if op == "sample_head" and not same_noise:
         return [distance]
     if op == "sample_head":
-        noise = gumbel_rows(int(named["seed"]) % (1 << 64), 0, int(rest[0]), *scores.shape, scores.device)
+        noise = gumbel_rows(
+            int(named["seed"]) % (1 << 64), 0, int(rest[0]), scores.shape[0], scores.shape[1], scores.device
+        )
         scores = filter_logits(scores, named["temperature"], None, None) + noise
     lost = scores.amax(dim=-1) - scores.gather(-1, token[:, None])[:, 0]
     return [distance, float(lost.max() / scores.abs().max())]

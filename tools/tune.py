@@ -100,7 +100,13 @@ def stage_bytes(case: Case, block_n: int) -> int:
 
 def find_candidates(case: Case, card: Card) -> list[LaunchConfig]:
     """The architecture's default, then all whose tiles could fit into shared memory, those like the default first."""
-    default = launch_config.pick((launch_config.architecture_file(card.capability),), case.op, **case.key)
+    default = launch_config.pick(
+        (launch_config.architecture_file(card.capability),),
+        case.op,
+        case.n,
+        case.k,
+        str(case.dtype).removeprefix("torch."),
+    )
     candidates = [
         LaunchConfig(num_warps, num_stages, block_n)
         for num_warps in WARPS

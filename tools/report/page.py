@@ -49,7 +49,7 @@ def complaints(parts: Mapping[str, Values]) -> Iterator[str]:
 def state_of(piece: Values) -> str:
     """How a part ended, and what it left out."""
     left_out = sum("skipped" in cell for cell in cells_of(piece)) + (piece.get("not_run") or 0)
-    return piece["status"] + (f", {left_out} not reached" if left_out else "")
+    return f"{piece['status']}" + (f", {left_out} not reached" if left_out else "")
 
 
 def kernel_rows(cells: Sequence[Values]) -> list[dict[str, Any]]:
