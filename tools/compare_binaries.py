@@ -78,7 +78,10 @@ def main(
     Ends with 1 where one differs. No GPU is needed.
     """
     chosen = select(NAME, model, arch, dtype, step)
-    wanted = {"models": [each.name for each in chosen.shapes], "steps": [each.name for each in chosen.steps]}
+    wanted: dict[str, Any] = {
+        "models": [each.name for each in chosen.shapes],
+        "steps": [each.name for each in chosen.steps],
+    }
     wanted |= {"architectures": chosen.architectures, "dtypes": chosen.dtypes}
     with tempfile.TemporaryDirectory() as folder:
         try:
