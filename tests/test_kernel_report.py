@@ -4,7 +4,6 @@ No GPU is needed. The report runs in processes of its own, for here Triton inter
 """
 
 import functools
-import importlib
 import json
 import os
 import re
@@ -12,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +24,10 @@ from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
+sys.path.insert(0, str(TOOLS))
+cards, sass = import_module("cards"), import_module("sass")
+report, compare = import_module("kernel_report"), import_module("compare_binaries")
+
 OLDER_TRITON = ROOT / ".venv" / "triton-3.6"
 MODELS = ("Vicuna-7B", "Llama-3.1-8B", "Llama-3.2-1B")
 ARCHITECTURES = ("sm_80", "sm_90")
@@ -59,17 +63,10 @@ def start(*command: str, triton: Path | None = None) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str]) -> Any:
-    """The JSON that a process printed."""
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return json.loads(out)
-
-
 @pytest.fixture(scope="module")
 def results() -> Iterator[Callable[[str], Any]]:
-    """What each of the runs, ``SUMS``, ``ONES`` and ``BAD`` printed; they all go on side by side."""
-    started = {"bad": start("-c", BAD), "sums": start("-c", SUMS, "--warps"), "ones": start("-c", ONES)}
+    """What each of the runs, ``SUMS`` and ``BAD`` printed; they all go on side by side."""
+    started = {"bad": start("-c", BAD), "sums": start("-c", SUMS, "--warps")}
     if OLDER_TRITON.is_dir():
         started["sums under Triton 3.6"] = start("-c", SUMS, triton=OLDER_TRITON)
     for name, options in RUNS.items():
@@ -81,7 +78,9 @@ def results() -> Iterator[Callable[[str], Any]]:
     def result(name: str) -> Any:
         if name not in started:
             pytest.skip("Triton 3.6 is not there; `make .venv/triton-3.6` fetches it")
-        return finish(started[name])
+        out, err = started[name].communicate()
+        assert started[name].returncode == 0, err
+        return json.loads(out)
 
     yield result
     for process in started.values():
@@ -94,16 +93,6 @@ def results() -> Iterator[Callable[[str], Any]]:
 def rows(request: pytest.FixtureRequest, results: Callable[[str], Any]) -> list[Row]:
     """The rows of one run."""
     return results(request.param)
-
-
-@pytest.fixture(scope="module")
-def tool() -> Any:
-    """The report's module, imported here."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        yield importlib.import_module("kernel_report")
-    finally:
-        sys.path.remove(str(TOOLS))
 
 
 # ---- what is wrong with a kernel
@@ -405,30 +394,6 @@ def test_another_number_of_warps_is_found(results: Callable[[str], Any], archite
     assert sums_that_differ(found["eight warps"], found["draft loop"]) >= streaming
 
 
-ONES = """
-import json
-
-import torch
-from compiled import compile_only
-from steps import META, STEPS
-
-from kangaroo_kernels.workloads import ModelShape, Settings
-
-shape, settings = ModelShape("ones", 1, 1, 1, 1, 2, 1, 1), Settings(1, 1, torch.float32, META)
-with compile_only(90) as launches:
-    for step in STEPS:
-        if step.name in ("layer", "top-1 head", "sampling head", "filtered head", "accept", "commit"):
-            for each in step.calls(shape, settings):
-                each.launch()
-print(json.dumps(sorted({launch.kernel for launch in launches})))
-"""
-
-
-def test_sizes_of_one_compile(results: Callable[[str], Any]) -> None:
-    """Triton gives a kernel a size of 1 as a number, which has no methods; the interpreter does not."""
-    assert {*results("ones")} > STREAMING
-
-
 # ---- the checks bite
 
 
@@ -438,13 +403,13 @@ import json
 import torch
 from compiled import compile_only
 from kernel_report import rows_of
-from steps import META, Call, Step
+from steps import META, STEPS, Call, Step
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kangaroo_kernels import launch_config, linear_residual
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
-from kangaroo_kernels.workloads import MODELS, Settings
+from kangaroo_kernels.workloads import MODELS, ModelShape, Settings
 
 shape, settings = MODELS[0], Settings(8, 4096, torch.bfloat16, META)
 
@@ -471,6 +436,10 @@ for name, (step, config) in cases.items():
         shipped = launch_config._pickers[-1]
         with configured_by(shipped if config is None else lambda *_: config):
             found[name] = rows_of(step, shape, settings, launches)
+ones, one = ModelShape("ones", 1, 1, 1, 1, 2, 1, 1), Settings(1, 1, torch.float32, META)
+with compile_only(90) as launches:
+    rows = [row for step in STEPS if not step.variant for row in rows_of(step, ones, one, launches)]
+found["ones"] = sorted({row["kernel"] for row in rows})
 cached = [device for device in linear_residual.linear_residual_kernel.device_caches if "compile" in str(device)]
 left = [(JITFunction.run, driver._active) != before, launch_config._pickers, cached]
 print(json.dumps({"found": found, "left": [str(each) for each in left if each]}))
@@ -501,6 +470,11 @@ def test_a_bad_kernel_is_found(bad: Any, case: str, faults: set[str]) -> None:
     assert bool(found) == bool(faults)
 
 
+def test_sizes_of_one_compile(bad: Any) -> None:
+    """Triton gives a kernel a size of 1 as a number, which has no methods; the interpreter does not."""
+    assert {*bad["found"]["ones"]} > STREAMING
+
+
 def test_compiling_leaves_triton_as_it_was(bad: Any) -> None:
     assert bad["left"] == []
 
@@ -508,11 +482,8 @@ def test_compiling_leaves_triton_as_it_was(bad: Any) -> None:
 # ---- the machine code of two commits
 
 
-def test_two_commits_are_compared_by_their_machine_code(
-    tool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_commits_are_compared_by_their_machine_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines and names are moved in ``accept``, which does not count; ``commit`` writes another position, which does."""
-    compare = importlib.import_module("compare_binaries")
     for folder in ("kangaroo_kernels", "tools"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     accept, commit = (tmp_path / f"kangaroo_kernels/{name}.py" for name in ("accept", "commit"))
@@ -530,148 +501,53 @@ def test_two_commits_are_compared_by_their_machine_code(
     case = "Llama-3.2-1B, sm_90, bfloat16, "
     assert done.stdout.splitlines() == [
         f"{case}accept: accept, accept_kernel: identical",
-        f"{case}commit: commit, commit_kernel: different, instructions",
+        f"{case}commit: commit, commit_kernel: different",
         f"Triton {triton.__version__}: 2 cases, 1 identical, 1 not",
     ]
-
-
-def test_what_differs_is_said(tool: Any) -> None:
-    compare = importlib.import_module("compare_binaries")
-    code = compare.Binary(("a",), 96, 0, 0, 0, 0, 4)
-    here = {"as it was": [code], "spills": [code._replace(instructions=("b",), spills=2)], "new": [code]}
-    assert compare.differences({"as it was": [code], "spills": [code], "old": [code]}, here) == {
-        "as it was": "",
-        "spills": "instructions, spills 0 -> 2",
-        "new": "only here",
-        "old": "only there",
-    }
 
 
 # ---- reading machine code
 
 
-LISTING = """
-Resource usage:
- Common:
-  GLOBAL:0
- Function some_kernel:
-  REG:40 STACK:{stack} SHARED:1024 LOCAL:0 CONSTANT[0]:376 TEXTURE:0 SURFACE:0 SAMPLER:0
-
-	code for sm_90a
-		Function : some_kernel
-	.headerflags	@"EF_CUDA_SM90"
-{code}
+CODE = """
+  REG:40 STACK:16 SHARED:1024 LOCAL:0 CONSTANT[0]:376 TEXTURE:0 SURFACE:0 SAMPLER:0
+    /*0000*/ @P0 LDG.E R2, desc[UR4][R2.64] ;
+    /*0010*/ LDG.E.U8 R1, [R2.64] ;
+    /*0020*/ LDG.E.128 R4, [R2.64] ;
+    /*0030*/ @P0 BRA 0x20 ;
+    /*0040*/ @P1 BRA 0x10 ;
+    /*0050*/ DEPBAR.LE SB0, LEFT ;                             /* 0x00000a00ff017b82 */
+                                                              /* 0x000e300000000800 */
+    /*0060*/ HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+    /*0070*/ @P1 LDGSTS.E.BYPASS.LTC128B.128 [R39], desc[UR8][R12.64], P5 ;
+    /*0080*/ LDGDEPBAR ;
+    /*0090*/ @P1 LDGSTS.E [R39], desc[UR8][R12.64], P5 ;
+    /*00a0*/ LDGDEPBAR ;
+    /*00b0*/ LDG.E.U16.CONSTANT R2, desc[UR4][R2.64] ;
+    /*00c0*/ @!P4 BRA 0x50 ;
+    /*00d0*/ DEPBAR.LE SB0, 0x0 ;
+    /*00e0*/ STL.64 [R1+0x8], R2 ;
+    /*00f0*/ @P0 LDL R2, [R1] ;
+    /*0100*/ EXIT ;
+    /*0110*/ BRA 0x110 ;
 """
-"""As ``cuobjdump`` prints it."""
-
-
-def listing(code: str, stack: int = 0) -> str:
-    """``code``, an instruction a line, with addresses and encodings; ``label:`` names the next address."""
-    labels: dict[str, int] = {}
-    instructions = []
-    for line in (line.strip() for line in code.strip().splitlines()):
-        if line.endswith(":"):
-            labels[line[:-1]] = 16 * len(instructions)
-        else:
-            instructions.append(line)
-    text = ""
-    for index, instruction in enumerate(instructions):
-        resolved = re.sub(r"\b[a-z]+$", lambda label: f"0x{labels[label.group()]:x}", instruction)
-        text += f"        /*{16 * index:04x}*/                   {resolved} ;    /* 0x00000a00ff017b82 */\n"
-        text += f"{' ' * 80}/* 0x000e300000000800 */\n"
-    return LISTING.format(stack=stack, code=text)
-
-
-PIPELINED = """
-    LDC R1, c[0x0][0x28]
-    @P0 LDG.E R2, desc[UR4][R2.64]
-    LDGSTS.E.BYPASS.128 [R7], desc[UR8][R16.64], !P6
-    LDGDEPBAR
-    LDGSTS.E.BYPASS.128 [R7+0x800], desc[UR8][R16.64]
-    LDGDEPBAR
-    @!P6 BRA out
-loop:
-    DEPBAR.LE SB0, 0x1
-    HMMA.16816.F32.BF16 R4, R8, R12, R4
-    @P1 LDGSTS.E.BYPASS.LTC128B.128 [R39], desc[UR8][R12.64], P5
-    @P1 LDGSTS.E [R39], desc[UR8][R12.64], P5
-    LDGDEPBAR
-    @!P4 BRA loop
-out:
-    DEPBAR.LE SB0, 0x0
-    LDG.E.64 R2, desc[UR4][R2.64]
-    EXIT
-end:
-    BRA end
-"""
-
-
-@pytest.fixture(scope="module")
-def read(tool: Any) -> Callable[..., Any]:
-    """``read_machine_code`` of handwritten code."""
-    sass = importlib.import_module("sass")
-    return lambda code, stack=0: sass.read_machine_code(listing(code, stack))
-
-
-def test_reads_a_pipelined_loop(read: Callable[..., Any]) -> None:
-    """And spills, and narrow loads beside the copies."""
-    code = read(PIPELINED)
-    assert code[:6] == (40, 0, 1024, 0, 0, "HMMA")
-    assert code.loops == (({16: 1, 4: 1}, {}, 2.0),)
-    spilling = PIPELINED.replace(
-        "    EXIT", "    STL.64 [R1+0x8], R2\n    @P0 LDL R2, [R1]\n    STL [R1], R3\n    EXIT"
-    )
-    code = read(spilling.replace("HMMA.16816.F32.BF16 R4, R8, R12, R4", "LDG.E.U16.CONSTANT R2, [R2.64]"), 16)
-    assert code[:6] == (40, 16, 1024, 2, 1, None)
-    assert code.loops == (({16: 1, 4: 1}, {2: 1}, 2.0),)
+"""As ``cuobjdump`` prints it: a loop in a loop, one that copies in two groups, spills."""
 
 
 @pytest.mark.parametrize(("left", "depth"), [("0x0", 1), ("0x2", 2), ("0x6", 4)])
-def test_depth_counts_the_groups_of_a_tile(read: Callable[..., Any], left: str, depth: int) -> None:
+def test_machine_code_is_read(left: str, depth: int) -> None:
     """Two groups an iteration: six left under way are three tiles, and the one waited for is the fourth."""
-    doubled = PIPELINED.replace("@!P4 BRA loop", "LDGSTS.E.128 [R39], [R12.64]\n    LDGDEPBAR\n    @!P4 BRA loop")
-    assert read(doubled.replace("SB0, 0x1", f"SB0, {left}")).loops[0].depth == depth
+    listing = CODE.replace("LEFT", left)
+    code = sass.read_machine_code(listing)
+    assert code[:6] == (40, 16, 1024, 1, 1, "HMMA")
+    assert code.loops == (({16: 1, 4: 1}, {2: 1}, depth),)
+    assert sass.read_machine_code(listing.replace("LDGSTS", "LDS")).loops == (({}, {16: 1}, 0),)
 
 
-NESTED = """
-outer:
-    LDG.E.U8 R1, [R2.64]
-inner:
-    LDG.E.128 R4, [R2.64]
-    LDG.E.128 R4, [R2.64]
-    @P0 BRA inner
-    LDG.E.U8 R1, [R2.64]
-    @P1 BRA outer
-other:
-    LDG.E R4, [R2.64]
-    BRA.U UP0, other
-"""
-COPYING = """
-copying:
-    DEPBAR.LE SB0, 0x2
-    LDGSTS.E.BYPASS.128 [R39], desc[UR8][R12.64], P5
-    LDGDEPBAR
-    @!P4 BRA copying
-"""
-
-
-@pytest.mark.parametrize(
-    ("code", "loops"),
-    [
-        ("LDG.E.128 R4, [R2.64]\nEXIT\nend:\nBRA end", ()),
-        (NESTED, (({}, {16: 2}, 0.0),)),
-        (NESTED + COPYING + PIPELINED, (({16: 1}, {}, 3.0), ({16: 1, 4: 1}, {}, 2.0))),
-    ],
-)
-def test_takes_the_innermost_loops_that_stream(read: Callable[..., Any], code: str, loops: Any) -> None:
-    assert read(code).loops == loops
-
-
-def test_refuses_what_is_no_listing_of_a_kernel(tool: Any) -> None:
-    read_machine_code = importlib.import_module("sass").read_machine_code
-    for text in ("", listing("EXIT").replace("REG", ""), LISTING.format(stack=0, code="")):
-        with pytest.raises(ValueError, match="give it one kernel's"):
-            read_machine_code(text)
+@pytest.mark.parametrize("text", ["", CODE.replace("REG", ""), CODE.replace(";", "")])
+def test_refuses_what_is_no_listing_of_a_kernel(text: str) -> None:
+    with pytest.raises(ValueError, match="give it one kernel's"):
+        sass.read_machine_code(text)
 
 
 # ---- filling a card
@@ -682,9 +558,7 @@ def launch_of(programs: int, registers: int = 32, shared: int = 0, threads: int 
     return SimpleNamespace(programs=programs, threads=threads, dynamic_shared=shared, code=code)
 
 
-@pytest.fixture(scope="module")
-def cards(tool: Any) -> dict[str, Any]:
-    return {card.name: card for card in importlib.import_module("cards").CARDS}
+CARDS = {card.name: card for card in cards.CARDS}
 
 
 @pytest.mark.parametrize(
@@ -701,18 +575,18 @@ def cards(tool: Any) -> dict[str, Any]:
         ("H200", launch_of(96), 1),
     ],
 )
-def test_resident_programs(cards: dict[str, Any], card: str, launch: SimpleNamespace, resident: int) -> None:
-    assert cards[card].resident_programs(launch) == resident
+def test_resident_programs(card: str, launch: SimpleNamespace, resident: int) -> None:
+    assert CARDS[card].resident_programs(launch) == resident
 
 
-def test_waves(cards: dict[str, Any]) -> None:
-    assert cards["A100"].waves(launch_of(324, registers=255)) == 1.5  # two at once
-    assert cards["H200"].waves(launch_of(66)) == 0.5
-    assert cards["H200"].programs_under_way(launch_of(66)) == 0.5
+def test_waves() -> None:
+    assert CARDS["A100"].waves(launch_of(324, registers=255)) == 1.5  # two at once
+    assert CARDS["H200"].waves(launch_of(66)) == 0.5
+    assert CARDS["H200"].programs_under_way(launch_of(66)) == 0.5
 
 
-def test_an_h200_needs_about_32_kilobytes_an_sm(cards: dict[str, Any]) -> None:
-    assert cards["H200"].bytes_needed == pytest.approx(32 << 10, rel=0.01)
+def test_an_h200_needs_about_32_kilobytes_an_sm() -> None:
+    assert CARDS["H200"].bytes_needed == pytest.approx(32 << 10, rel=0.01)
 
 
 # ---- the command
@@ -725,7 +599,7 @@ def invoke(module: Any, *options: str) -> Any:
     return CliRunner().invoke(app, options)
 
 
-@pytest.mark.parametrize("command", ["kernel_report", "compare_binaries"])
+@pytest.mark.parametrize("module", [report, compare])
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -740,32 +614,30 @@ def invoke(module: Any, *options: str) -> Any:
     ],
 )
 def test_a_wrong_option_is_one_sentence(
-    tool: Any, command: str, options: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+    module: Any, options: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(knobs.runtime, "interpret", True)
     given = options.split()
-    if command == "compare_binaries":
+    if module is compare:
         if given[:1] in (["--rows"], ["--length"]):
             pytest.skip("it has no such option")
         given.insert(0, "HEAD")
-    sentence = sentence.replace("{steps}", ", ".join(step.name for step in tool.STEPS))
-    result = invoke(importlib.import_module(command), *given)
-    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"{command}: {sentence}\n")
+    sentence = sentence.replace("{steps}", ", ".join(step.name for step in report.STEPS))
+    result = invoke(module, *given)
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"{module.NAME}: {sentence}\n")
 
 
-def test_a_commit_that_is_none_is_refused(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knobs.runtime, "interpret", False)
-    result = invoke(importlib.import_module("compare_binaries"), "no-such-commit")
+    result = invoke(compare, "no-such-commit")
     assert result.exit_code == 2
     assert result.stderr == "compare_binaries: no-such-commit is no commit that has kangaroo_kernels/ and tools/.\n"
 
 
-def test_the_table_loses_nothing(
-    tool: Any, bad: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_loses_nothing(bad: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     rows = [*bad["found"]["as shipped"], *bad["found"]["few registers"]]
-    tool.show(rows)
+    report.show(rows)
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "Vicuna-7B, sm_80, bfloat16, Triton" in shown

@@ -14,14 +14,14 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import triton
 import typer
 from command import INCOMPLETE, refuse
 from compiled import listing_of
 from kernel_report import Archs, Dtypes, Models, StepNames, select
-from sass import read_machine_code
+from sass import RESOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = Path(__file__).with_name("machine_code.py")
@@ -31,28 +31,15 @@ ENCODED = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/.*$|^\s*/\* 0x[0-9a-f]{16} \*/\s*$"
 """Lines of a listing that hold an instruction or the second half of its encoding; no name of a kernel or file."""
 
 
-class Binary(NamedTuple):
-    """What counts of a binary; shared memory and stack in bytes."""
-
-    instructions: tuple[str, ...]
-    registers: int
-    spills: int
-    stack: int
-    static_shared: int
-    dynamic_shared: int
-    warps: int
-
-
-Binaries = dict[str, list[Binary]]
+Binaries = dict[str, set[tuple[str, ...]]]
 """The different binaries of each case: a model, architecture, dtype, step, operation and kernel."""
 
 
-def read(cubin: str, dynamic_shared: int, warps: int) -> Binary:
-    """What counts of a binary that ``machine_code.py`` printed."""
+def read(cubin: str, dynamic_shared: int, warps: int) -> tuple[str, ...]:
+    """What counts of what ``machine_code.py`` printed: instructions, registers, stack, shared memory, warps."""
     listing = listing_of(bytes.fromhex(cubin))
-    code, lines = read_machine_code(listing), [line.strip() for line in ENCODED.findall(listing)]
-    spills = code.spill_stores + code.spill_loads
-    return Binary(tuple(lines), code.registers, spills, code.stack_bytes, code.static_shared, dynamic_shared, warps)
+    lines = [line.strip() for line in ENCODED.findall(listing)]
+    return (*lines, *RESOURCES.findall(listing)[0], str(dynamic_shared), str(warps))
 
 
 def binaries_of(tree: Path, wanted: dict[str, Any]) -> Binaries:
@@ -65,7 +52,7 @@ def binaries_of(tree: Path, wanted: dict[str, Any]) -> Binaries:
     command = [sys.executable, "-c", SCRIPT.read_text(encoding="utf-8"), json.dumps(wanted)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(path.resolve()) for path in paths)}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=True)
-    return {case: list(dict.fromkeys(read(*each) for each in some)) for case, some in json.loads(done.stdout).items()}
+    return {case: {read(*each) for each in some} for case, some in json.loads(done.stdout).items()}
 
 
 def export(commit: str, folder: Path) -> None:
@@ -77,24 +64,6 @@ def export(commit: str, folder: Path) -> None:
     archive = ["git", "archive", "--format=tar", commit, "kangaroo_kernels", "tools"]
     files = subprocess.run(archive, cwd=ROOT, capture_output=True, check=True).stdout
     subprocess.run(["tar", "-x", "-C", str(folder)], input=files, check=True)
-
-
-def differences(theirs: Binaries, ours: Binaries) -> dict[str, str]:
-    """What differs in each case, empty where nothing does; cases that only the other commit has come last."""
-    found = {}
-    for case in {**ours, **theirs}:
-        before, after = theirs.get(case, []), ours.get(case, [])
-        if not before or not after:
-            found[case] = "only here" if after else "only there"
-            continue
-        facts = zip(Binary._fields, zip(*before, strict=True), zip(*after, strict=True), strict=True)
-        words = [
-            name if name == "instructions" else f"{name} {' '.join(map(str, old))} -> {' '.join(map(str, new))}"
-            for name, old, new in facts
-            if old != new
-        ]
-        found[case] = ", ".join(words)
-    return found
 
 
 def main(
@@ -120,15 +89,17 @@ def main(
         except subprocess.CalledProcessError:
             refuse(NAME, f"{commit} is no commit that has kangaroo_kernels/ and tools/.")
         try:
-            found = differences(binaries_of(Path(folder), wanted), binaries_of(ROOT, wanted))
+            theirs, ours = binaries_of(Path(folder), wanted), binaries_of(ROOT, wanted)
         except subprocess.CalledProcessError as error:
             refuse(NAME, f"the kernels do not compile: {error.stderr.strip().splitlines()[-1]}")
-    for case, words in found.items():
-        typer.echo(f"{case}: " + (f"different, {words}" if words else "identical"))
-    different = sum(map(bool, found.values()))
-    count = f"{len(found)} cases, {len(found) - different} identical, {different} not"
-    typer.echo(f"Triton {triton.__version__}: {count}")
-    raise typer.Exit(INCOMPLETE if different else 0)
+    words = {case: "identical" if theirs.get(case) == some else "different" for case, some in ours.items()}
+    words |= {case: "only here" for case in ours if case not in theirs}
+    words |= {case: "only there" for case in theirs if case not in ours}
+    for case, said in words.items():
+        typer.echo(f"{case}: {said}")
+    same = sum(said == "identical" for said in words.values())
+    typer.echo(f"Triton {triton.__version__}: {len(words)} cases, {same} identical, {len(words) - same} not")
+    raise typer.Exit(INCOMPLETE if same < len(words) else 0)
 
 
 if __name__ == "__main__":

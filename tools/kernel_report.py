@@ -49,12 +49,12 @@ Row = dict[str, Any]
 
 def tile_of(launch: CompiledLaunch) -> int:
     """Bytes of the weight (of the cache in attention) that a program loads an iteration; 0 if it streams none."""
-    size, step = launch.constants, int(K_STEP_BYTES.value)
+    size = launch.constants
     if launch.kernel == "attention_kernel":
-        return 2 * int(TILE_BYTES.value) * int(size["HEAD_DIM"])
-    if launch.kernel == PERSISTENT:  # its tiles are of several sizes; this one is read most
-        return step * int(size["HEAD_N"])
-    return step * int(size.get("BLOCK_N", 0)) * (2 if launch.kernel == "gate_up_kernel" else 1)
+        return int(2 * TILE_BYTES.value * size["HEAD_DIM"])
+    matrices = 2 if launch.kernel == "gate_up_kernel" else 1
+    rows = size["HEAD_N"] if launch.kernel == PERSISTENT else size.get("BLOCK_N", 0)  # the head's tile is read most
+    return int(matrices * rows * K_STEP_BYTES.value)
 
 
 def width_of(loop: Loop) -> int:

@@ -150,9 +150,8 @@ def draft_loop(
     """The drafting loop of one launch, its bytes those of one draft."""
     whole, adapter = list(layer(shape, settings)), list(attention_block(shape, settings))
     top = call(shape, settings, "top1_head", "head")
-    _, norm, table = top.args
-    mlp_norm, gate_up = whole[3].args[1:]
-    each = Layer(block_of(*whole[:3]), mlp_norm, gate_up, whole[4].args[1])
+    (_, norm, table), (_, mlp_norm, gate_up), (_, down, _) = top.args, whole[3].args, whole[4].args
+    each = Layer(block_of(*whole[:3]), mlp_norm, gate_up, down)
     model = DraftModel((each,) * layers, block_of(*adapter), norm, table, EPS, table)
     architecture = driver.active.get_current_target().arch
     loop = DraftLoop(model, most, programs=PROGRAMS_PER_SM * cards_of(architecture)[0].sms)
