@@ -90,6 +90,7 @@ def commands() -> dict[tuple[str, str], Callable[..., Any]]:
         for module, holder in modules.items()
         for name, function in inspect.getmembers(holder, inspect.isfunction)
         if function.__module__ == holder.__name__ and options(function)
+        if name == "main" or holder.__name__.startswith("kangaroo")  # others only pass options on
     }
 
 
