@@ -12,6 +12,7 @@ from torch import Tensor
 from kangaroo_kernels.reference.top1_head import lm_head
 
 from .drafters.kangaroo import KangarooDrafter
+from .drafters.prompt_lookup import PromptLookup
 from .drafters.protocol import Drafter, check_drafter, check_loop
 from .errors import KangarooError
 from .load import load_pair
@@ -68,7 +69,7 @@ class Kangaroo:
 
         Args:
             model: a folder, a hub name, or ``demo``: the bundled pair.
-            adapter: a folder or a hub name; None allows only plain decoding, or takes the bundled pair's own adapter.
+            adapter: a folder or a hub name; None drafts by prompt lookup, or takes the bundled pair's own adapter.
             exit_layer: overrides the adapter's own; needed for adapters that do not name it.
             device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
             dtype: of the weights; None means float32 on a CPU and the checkpoint's own on a GPU.
@@ -82,8 +83,9 @@ class Kangaroo:
             KangarooError: in one sentence, what is wrong with the files or the settings.
         """
         loaded = load_pair(model, adapter, exit_layer, device, dtype, kernels)
-        drafter = None
-        if loaded.adapter is not None:
+        if loaded.adapter is None:
+            drafter: Drafter = PromptLookup(loaded.target)
+        else:
             drafter = KangarooDrafter(loaded.target, loaded.adapter, persistent)
         return cls(loaded.target, drafter, loaded.tokenizer, graphs)
 

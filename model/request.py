@@ -132,7 +132,7 @@ def resolve(
             drafter where drafting was asked for.
     """
     if drafter is None and not settings.plain:
-        raise KangarooError("no adapter is loaded; give from_pretrained an adapter, or decode with plain=True.")
+        raise KangarooError("this Kangaroo has no drafter; make it with one, or decode with plain=True.")
     if settings.stop_strings and tokenizer is None:
         raise KangarooError("stop strings need a tokenizer, and this checkpoint has none; give token ids.")
     stop_ids = check_tokens([entry for entry in settings.stop if not isinstance(entry, str)], config.vocab_size)

@@ -12,7 +12,10 @@ LOADING, SAMPLING, DRAFTING, TRAINING = "Loading", "Sampling", "Drafting", "Trai
 Model = Annotated[
     str, typer.Option(help="A checkpoint's folder or hub name, or 'demo': the bundled pair.", rich_help_panel=LOADING)
 ]
-Adapter = Annotated[str | None, typer.Option(help="The adapter's folder or hub name.", rich_help_panel=LOADING)]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="The adapter's folder or hub name; without one, prompt lookup drafts.", rich_help_panel=LOADING),
+]
 ExitLayer = Annotated[
     int | None,
     typer.Option(help="Layers before the adapter; by default as its config.json says.", rich_help_panel=LOADING),

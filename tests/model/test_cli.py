@@ -179,9 +179,15 @@ def test_a_mistake_is_one_sentence(run: Run, pair: Pair, options: list[str], sen
     assert err.count("\n") == 1
 
 
-def test_mistakes_with_stdin_and_without_an_adapter(run: Run, pair: Pair, tmp_path: Path) -> None:
+def test_without_an_adapter_prompt_lookup_drafts(run: Run, pair: Pair) -> None:
+    arguments = ("generate", "--model", pair.target, "--prompt", "ABCDABCDABC", "--json")
+    alone, plain = json.loads(run(*arguments).out), json.loads(run(*arguments, "--plain").out)
+    assert alone["tokens"] == plain["tokens"]
+    assert alone["stats"]["drafted"] > 0 == plain["stats"]["drafted"]
+
+
+def test_mistakes_with_files_and_stdin(run: Run, pair: Pair, tmp_path: Path) -> None:
     assert "stdin is not UTF-8 text" in run(*generate_arguments(pair), stdin=b"\xff").err
-    assert "no adapter was given" in run("generate", "--model", pair.target, "--prompt", "A").err
     file = tmp_path / "latin"
     file.write_bytes(b"\xe9")
     assert f"prompt file {file} is not UTF-8 text" in run(*generate_arguments(pair, "--prompt-file", file)).err
