@@ -91,6 +91,7 @@ def comparison_table(comparisons: Sequence[Comparison], total: Comparison) -> Ta
         "speedup",
         "mean\nacceptance\nlength",
         "draft\nacceptance\nrate",
+        "in\nloops",
         "identical",
     ):
         table.add_column(header, justify="right")
@@ -109,6 +110,7 @@ def _cells(comparison: Comparison) -> tuple[str, ...]:
         f"{comparison.speedup:.2f}x",
         f"{comparison.stats.mean_acceptance_length:.2f}",
         f"{comparison.stats.draft_acceptance_rate:.0%}",
+        f"{comparison.looping_share:.0%}",
         "yes" if comparison.identical else "no",
     )
 

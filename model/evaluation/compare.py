@@ -10,6 +10,7 @@ from ..errors import KangarooError
 from ..kangaroo import Kangaroo
 from ..request import Settings
 from ..results import DecodeStats
+from .loops import looping_tokens
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Comparison:
         speedup: Kangaroo's speed over the plain one.
         identical: whether every run, plain and Kangaroo, gave the same tokens.
         stats: counts of one Kangaroo run.
+        looping: how many of its tokens are in loops (``loops.looping_tokens``).
     """
 
     name: str
@@ -31,6 +33,12 @@ class Comparison:
     speedup: float
     identical: bool
     stats: DecodeStats
+    looping: int
+
+    @property
+    def looping_share(self) -> float:
+        """The share of the new tokens that are in loops."""
+        return self.looping / self.stats.new_tokens if self.stats.new_tokens else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Every figure by name, for JSON."""
@@ -42,6 +50,7 @@ class Comparison:
             "speedup": self.speedup,
             "identical": self.identical,
             "new_tokens": stats.new_tokens,
+            "looping_share": self.looping_share,
             "verification_steps": stats.verification_steps,
             "mean_acceptance_length": stats.mean_acceptance_length,
             "draft_acceptance_rate": stats.draft_acceptance_rate,
@@ -90,6 +99,7 @@ def compare(
         speedup=kangaroo_speed / plain_speed if plain_speed else 0.0,
         identical=all(run.tokens == warm_up.tokens for run in (drafted, *plain_runs, *kangaroo_runs)),
         stats=drafted.stats,
+        looping=looping_tokens(drafted.tokens),
     )
 
 
@@ -110,6 +120,7 @@ def summarise(comparisons: Sequence[Comparison], name: str = "all") -> Compariso
         speedup=median(entry.speedup for entry in comparisons),
         identical=all(entry.identical for entry in comparisons),
         stats=_add([entry.stats for entry in comparisons]),
+        looping=sum(entry.looping for entry in comparisons),
     )
 
 

@@ -142,7 +142,7 @@ def test_compare_says_identical(run: Run, pair: Pair) -> None:
 
 def test_a_difference_is_an_exit_code(run: Run, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     different = compare.Comparison(
-        "the prompt", 1.0, 1.0, 1.0, False, pair.load().generate("A", max_new_tokens=2).stats
+        "the prompt", 1.0, 1.0, 1.0, False, pair.load().generate("A", max_new_tokens=2).stats, 0
     )
     monkeypatch.setattr(compare, "compare", lambda *_, **__: different)
     arguments = generate_arguments(pair, "--prompt", PROMPT, "--compare")

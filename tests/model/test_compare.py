@@ -1,14 +1,17 @@
 """Comparisons of plain decoding and Kangaroo, of one prompt and of several."""
 
+import random
+
 import pytest
 from conftest import Pair
 
 from kangaroo_kernels import DecodeStats, KangarooError, Settings
 from kangaroo_kernels.model.evaluation.compare import Comparison, compare, compare_all, report, summarise
+from kangaroo_kernels.model.evaluation.loops import looping_tokens
 
 
-def comparison(plain: float, kangaroo: float, identical: bool = True, **counts: object) -> Comparison:
-    return Comparison("p", plain, kangaroo, kangaroo / plain, identical, DecodeStats(**counts))
+def comparison(plain: float, kangaroo: float, identical: bool = True, looping: int = 0, **counts: object) -> Comparison:
+    return Comparison("p", plain, kangaroo, kangaroo / plain, identical, DecodeStats(**counts), looping)
 
 
 def test_one_prompt(pair: Pair) -> None:
@@ -44,8 +47,10 @@ def test_rounds_must_be_at_least_one(pair: Pair) -> None:
 
 def test_all_together() -> None:
     parts = [
-        comparison(100, 110, new_tokens=10, verification_steps=5, drafted=8, accepted=4, accepted_at=[3, 1]),
-        comparison(200, 300, new_tokens=20, verification_steps=5, drafted=12, accepted=9, accepted_at=[4, 3, 2]),
+        comparison(100, 110, looping=9, new_tokens=10, verification_steps=5, drafted=8, accepted=4, accepted_at=[3, 1]),
+        comparison(
+            200, 300, looping=18, new_tokens=20, verification_steps=5, drafted=12, accepted=9, accepted_at=[4, 3, 2]
+        ),
         comparison(100, 140, identical=False, new_tokens=6, verification_steps=6),
     ]
     total = summarise(parts)
@@ -55,6 +60,7 @@ def test_all_together() -> None:
     assert total.stats.accepted_at == [7, 4, 2]
     assert total.stats.mean_acceptance_length == 36 / 16
     assert total.stats.draft_acceptance_rate == 13 / 20
+    assert total.looping_share == 27 / 36
     assert report([]) == {"prompts": [], "total": None}
     assert report(parts)["total"] == total.as_dict()
 
@@ -62,3 +68,47 @@ def test_all_together() -> None:
 def test_each_prompt_keeps_its_name(pair: Pair) -> None:
     results = compare_all(pair.load(), {"first": "ABC", "second": "xyz"}, rounds=1, max_new_tokens=4)
     assert [result.name for result in results] == ["first", "second"]
+
+
+FRESH = list(range(1000, 1100))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "looping"),
+    [
+        ([], 0),
+        (FRESH, 0),
+        ([5] * 16, 0),
+        ([5] * 17, 16),
+        ([1, 2, 3, 4] * 4 + [1], 0),
+        ([1, 2, 3, 4] * 5, 16),
+        (FRESH[:20] * 2, 0),
+        (FRESH[:20] * 3, 40),
+        (FRESH[:20] * 3 + [7] + FRESH[:20], 40),
+        (FRESH[:20] + [5] * 30 + FRESH[20:40], 29),
+        (list(range(129)) * 4, 0),  # longer than any loop that is looked for
+        (list(range(128)) * 3, 256),
+    ],
+)
+def test_tokens_in_loops(tokens: list[int], looping: int) -> None:
+    assert looping_tokens(tokens) == looping
+
+
+def test_a_loop_is_counted_once() -> None:
+    """A stretch of one token has every period; loops side by side add up."""
+    assert looping_tokens([5] * 200) == 199
+    assert looping_tokens([5] * 100 + FRESH + [6, 7] * 50) == 99 + 98
+
+
+def test_random_text_has_no_loops() -> None:
+    dice = random.Random(1)
+    assert looping_tokens([dice.randrange(9) for _ in range(2000)]) == 0
+
+
+def test_a_comparison_counts_the_loops(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+    monkeypatch.setattr(
+        "kangaroo_kernels.model.evaluation.compare.looping_tokens", lambda tokens: looked_at.append(tokens) or 7
+    )
+    assert compare(pair.load(), "ABC", rounds=1, max_new_tokens=9).looping == 7
+    assert looked_at == [pair.load().generate("ABC", max_new_tokens=9).tokens]

@@ -59,7 +59,7 @@ def test_the_text_is_that_of_generate() -> None:
 @pytest.mark.usefixtures("bundled")
 def test_a_difference_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     kangaroo = Kangaroo.from_pretrained("demo")
-    different = compare.Comparison("x", 1.0, 1.0, 1.0, False, kangaroo.generate("A", max_new_tokens=2).stats)
+    different = compare.Comparison("x", 1.0, 1.0, 1.0, False, kangaroo.generate("A", max_new_tokens=2).stats, 0)
     monkeypatch.setattr(compare, "compare_all", lambda *_, **__: [different])
     result = CliRunner().invoke(cli.app, ["demo", "--json", *QUICK])
     assert result.exit_code == options.NOT_IDENTICAL

@@ -55,11 +55,13 @@ def test_summary(generation: Generation, line: str) -> None:
 def test_a_table_fits_a_terminal_of_eighty_columns() -> None:
     stats = DecodeStats(100, 40, 120, 66, [38, 20, 2])
     console = terminal()
-    show_comparisons(console, [Comparison(name, 1000, 1250, 1.25, True, stats) for name in ("functools.py", "abc.py")])
+    show_comparisons(
+        console, [Comparison(name, 1000, 1250, 1.25, True, stats, 20) for name in ("functools.py", "abc.py")]
+    )
     text = console.export_text()
     rows = [line.split() for line in text.splitlines()]
-    assert ["functools.py", "1000", "1250", "1.25x", "2.50", "55%", "yes"] in rows
-    assert ["all", "1000", "1250", "1.25x", "2.50", "55%", "yes"] in rows
+    assert ["functools.py", "1000", "1250", "1.25x", "2.50", "55%", "20%", "yes"] in rows
+    assert ["all", "1000", "1250", "1.25x", "2.50", "55%", "20%", "yes"] in rows
     assert ["3", "██", "5%"] in rows
     assert "…" not in text
     show_comparisons(console, [])
