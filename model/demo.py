@@ -10,6 +10,15 @@ PAIR = Path(__file__).parent / "demo_pair"
 DEMO_MODEL = "demo"
 """The bundled pair's name wherever a model is asked for; a folder of this name must be given as ``./demo``."""
 
+QUESTIONS = {
+    "explain": "Why is the sky blue? Answer in three sentences.",
+    "code": "Write a Python function that tells whether a word is a palindrome, and explain it.",
+    "correct": "Correct the mistakes in this text, and give me the whole text: 'The kangaroo are a marsupial from the "
+    "family Macropodidae. It use its strong hind legs to leaping, and it tail for balance. Kangaroos is found in "
+    "Australia and New Guinea.'",
+}
+"""What the demo asks SmolLM2: two answers are new text, and the third repeats most of its question."""
+
 
 @dataclass(frozen=True)
 class DemoPair:

@@ -1,11 +1,13 @@
-"""``kangaroo demo``: the bundled pair, decoding plainly and with Kangaroo, side by side."""
+"""``kangaroo demo``: a real model answers questions, decoding plainly and with Kangaroo, side by side."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ..demo import DEMO_MODEL, bundled_pair
+from ..demo import DEMO_MODEL, QUESTIONS, bundled_pair
+from ..errors import KangarooError
+from ..named import SMOLLM2, find_smollm2
 from .options import (
     INTERRUPTED,
     NOT_IDENTICAL,
@@ -18,26 +20,49 @@ from .options import (
     print_json,
 )
 
-EXAMPLES = examples("demo", "demo --temperature 0.8 --seed 1", "demo --json > demo.json")
+if TYPE_CHECKING:
+    from ..evaluation.race import Race
+    from ..kangaroo import Kangaroo
+    from ..request import Settings
+
+EXAMPLES = examples("demo", "demo --temperature 0.8 --seed 1", "demo --model demo --json > demo.json")
+WARM_UP_STEPS = 8
+BUSY_NOTE = "Other work kept the processor busy meanwhile, so the speeds say little; run it again on an idle machine."
 
 
 def demo(
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write for a prompt.")] = 192,
-    rounds: Annotated[int, typer.Option(help="Timed runs of each kind; the median counts.", min=1)] = 3,
+    model: Annotated[
+        str | None,
+        typer.Option(help="'smollm2', or 'demo': the small bundled pair. By default SmolLM2 where it is installed."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write for a prompt.")] = 160,
     as_json: Json = False,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     num_speculative_tokens: NumSpeculativeTokens = None,
     draft_confidence_threshold: DraftConfidenceThreshold = None,
 ) -> None:
-    """Decode held-out prompts with the bundled pair, plainly and with Kangaroo, side by side.
+    """Answer three questions with SmolLM2, plainly and with Kangaroo at once, and compare the two.
 
-    The exit code is 1 if the two ever differ in a token.
+    Without SmolLM2 the bundled pair continues held-out code instead. The exit code is 1 if the two ever differ in a
+    token.
     """
-    from ..evaluation.compare import compare_all, report
+    if model not in (None, SMOLLM2, DEMO_MODEL):
+        raise KangarooError(f"the demo's model is {model!r}; it must be {SMOLLM2!r} or {DEMO_MODEL!r}.")
+    console = Console(stderr=as_json)
+    if model is None:
+        try:
+            find_smollm2()
+            model = SMOLLM2
+        except KangarooError as missing:
+            console.print(f"The bundled pair is shown, since {missing}", soft_wrap=True)
+            model = DEMO_MODEL
+
+    from ..evaluation.compare import report
     from ..kangaroo import Kangaroo
     from ..request import Settings
-    from .show import show_comparisons, show_legend, show_steps, track
+    from .show import show_comparisons, show_legend
+    from .side_by_side import show_race
 
     settings = Settings(
         max_new_tokens=max_new_tokens,
@@ -46,26 +71,44 @@ def demo(
         num_speculative_tokens=num_speculative_tokens,
         draft_confidence_threshold=draft_confidence_threshold,
     )
-    prompts, kangaroo = bundled_pair().prompts(), Kangaroo.from_pretrained(DEMO_MODEL)
-    console, comparisons, finish_reason = Console(), [], "complete"
+    with console.status("loading the model"):
+        kangaroo = Kangaroo.from_pretrained(model)
+        races = prepare(kangaroo, model, settings)
+    comparisons, finish_reason, disturbed = [], "complete", False
     try:
         if not as_json:
-            # every request is checked here, and decoded where it is shown
-            texts = [(name, prompt, kangaroo.progress(prompt, settings)) for name, prompt in prompts.items()]
             show_legend(console)
-            for text in texts:
-                show_steps(console, *text)
-        measuring = compare_all(kangaroo, prompts, settings, rounds=rounds)
-        for comparison in track(measuring, "measuring", len(prompts)):
-            comparisons.append(comparison)
+        for name, prompt, race in races:
+            if as_json:
+                race.finish()
+            else:
+                show_race(console, name, prompt, race)
+            comparisons.append(race.comparison(name))
+            disturbed |= race.disturbed
     except KeyboardInterrupt:
         finish_reason = "interrupted"
     if as_json:
-        print_json({"finish_reason": finish_reason, **report(comparisons)})
+        print_json({"model": model, "finish_reason": finish_reason, "disturbed": disturbed, **report(comparisons)})
     else:
-        console.print()
         show_comparisons(console, comparisons)
+        if disturbed:
+            console.print(BUSY_NOTE)
     if finish_reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
     if not all(comparison.identical for comparison in comparisons):
         raise typer.Exit(NOT_IDENTICAL)
+
+
+def prepare(kangaroo: "Kangaroo", model: str, settings: "Settings") -> "list[tuple[str, str, Race]]":
+    """The name, the prompt and the race of each text, every request checked; the model is warm afterwards."""
+    from ..evaluation.race import Race
+
+    texts = QUESTIONS if model == SMOLLM2 else bundled_pair().prompts()
+    races = []
+    for name, text in texts.items():
+        given: dict[str, Any] = {"prompt": text}
+        if model == SMOLLM2:
+            given = {"messages": [{"role": "user", "content": text}]}
+        races.append((name, text, Race(kangaroo, settings, **given)))
+    Race(kangaroo, settings, [0]).finish(steps=WARM_UP_STEPS)
+    return races
