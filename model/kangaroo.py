@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kangaroo_kernels.reference.top1_head import lm_head
 
+from .chat import chat_tokens
 from .drafters.kangaroo import KangarooDrafter
 from .drafters.prompt_lookup import PromptLookup
 from .drafters.protocol import Drafter, check_drafter, check_loop
@@ -19,15 +20,15 @@ from .load import load_pair
 from .loop.host import reach_of
 from .loop.threads import fastest_thread_count, threads
 from .request import Request, Settings, check_prompt, resolve
-from .results import Generation
 from .session import Memory, Session, Writing
 from .target.llama import Llama
+from .writer import Messages, Prompt, Writer
 
 MOST_IDLE = 8
 """The most memories that are kept for the next texts, with their caches and graphs; the oldest goes first."""
 
 
-class Kangaroo:
+class Kangaroo(Writer):
     """A Llama model that decodes plainly or, with a drafter, several tokens a pass; the tokens are the same.
 
     Make one with ``from_pretrained``, or from a target and any drafter. It holds weights and defaults, which texts only
@@ -104,47 +105,23 @@ class Kangaroo:
                 memory.cache.reserve(reach_of(length), length)
         return Session(self, memory)
 
-    def generate(self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any) -> Generation:
-        """Write a text to its end.
-
-        Args:
-            prompt: a text (needs the checkpoint's tokenizer) or its tokens.
-            settings: all settings as one object; or give them by name, as in ``max_new_tokens=100, temperature=0.7``.
-            keywords: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``seed``, ``num_speculative_tokens``,
-                ``draft_confidence_threshold``, ``acceptance``, ``stop``, ``plain``; ``Settings`` explains each.
-
-        Raises:
-            KangarooError: a setting or prompt that cannot be used.
-            TypeError: an unknown keyword.
-        """
-        return self.progress(prompt, settings, **keywords).finish()
-
-    def stream(
-        self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any
-    ) -> Iterator[str]:
-        """As ``generate``, yielding pieces of text as they are committed; joined, they are its ``text``.
-
-        ``progress`` also gives the statistics and the reason of the end.
-        """
-        return (step.text for step in self.progress(prompt, settings, **keywords) if step.text)
-
-    def progress(self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any) -> Writing:
-        """As ``stream``, with the tokens and their origin beside each piece, and the ``Generation`` so far.
-
-        The ``Generation`` of the last step is what ``generate`` returns; a prompt that fills the context has no step.
-        """
-        request = self.resolve(prompt, Settings.of(settings, keywords))
-        return Writing(self, request, self._borrow, self._idle.append)
+    def _write(self, prompt: Prompt | None, messages: Messages | None, settings: Settings) -> Writing:
+        return Writing(self, self.resolve(prompt, settings, messages), self._borrow, self._idle.append)
 
     def _new_memory(self) -> Memory:
         return Memory(self.target, self.drafter, self.graphs)
 
     def _borrow(self) -> Memory:
-        """Memory for a text outside of any session: that of the text that ended last, or new memory."""
+        """Memory for a text outside of any session: that of the text that ended last, or new memory.
+
+        Either is begun anew, so that such a text depends on its request alone, to the last bit.
+        """
         try:
-            return self._idle.pop()
+            memory = self._idle.pop()
         except IndexError:
             return self._new_memory()
+        memory.forget()
+        return memory
 
     def forget_idle(self) -> int:
         """Free the memories that are kept for the next texts; return how many there were."""
@@ -152,12 +129,19 @@ class Kangaroo:
         self._idle.clear()
         return count
 
-    def resolve(self, prompt: str | Sequence[int], settings: Settings) -> Request:
-        """Resolve a prompt and its settings for this model.
+    def resolve(self, prompt: Prompt | None, settings: Settings, messages: Messages | None = None) -> Request:
+        """Resolve a prompt, or messages in its place, and their settings for this model.
 
         Raises:
-            KangarooError: a setting or prompt that cannot be used.
+            KangarooError: a setting, prompt or message that cannot be used.
+            TypeError: a prompt and messages at once, or neither.
         """
+        if (prompt is None) == (messages is None):
+            raise TypeError(
+                f"got {'neither a prompt nor' if prompt is None else 'both a prompt and'} messages; give one."
+            )
+        if messages is not None:
+            prompt = chat_tokens(messages, self.tokenizer)
         request = resolve(prompt, settings, self.target.config, self.tokenizer, self.drafter)
         if request.max_drafts:
             check_loop(self.drafter, self.target.backend.resident and not request.sampling.rejects)

@@ -192,7 +192,9 @@ def check_prompt(tokens: Sequence[int], config: LlamaConfig) -> list[int]:
     if len(shape) != 1:
         raise KangarooError(f"the prompt has the shape {list(shape)}; it must be one row of tokens, [T].")
     tokens = list(tokens)
-    for kind, name in ((str, "texts"), (Mapping, "messages"), (list | tuple, "rows of tokens")):
+    if tokens and all(isinstance(entry, Mapping) for entry in tokens):
+        raise KangarooError("the prompt is a list of messages; give them as messages=, or to chat().")
+    for kind, name in ((str, "texts"), (list | tuple, "rows of tokens")):
         if tokens and all(isinstance(entry, kind) for entry in tokens):
             raise KangarooError(f"the prompt is a list of {name}; give one text or one list of tokens.")
     checked = check_tokens(tokens, config.vocab_size)

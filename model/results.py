@@ -39,6 +39,9 @@ class DecodeStats:
         accepted_at: ``accepted_at[i]`` counts the steps that accepted a draft at position i.
         prefill_seconds: time before the first step.
         decode_seconds: time of all steps.
+        cached_tokens: tokens of the prompt that the session held already, from the text before.
+        prefilled_tokens: tokens of the prompt that were run before the first step. The prompt's last token belongs to
+            neither: the first step runs it.
     """
 
     new_tokens: int = 0
@@ -48,6 +51,8 @@ class DecodeStats:
     accepted_at: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    cached_tokens: int = 0
+    prefilled_tokens: int = 0
 
     def count(self, commit: Commit) -> None:
         """Add one step."""
@@ -92,6 +97,8 @@ class DecodeStats:
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
             "tokens_per_second": self.tokens_per_second,
+            "cached_tokens": self.cached_tokens,
+            "prefilled_tokens": self.prefilled_tokens,
         }
 
 

@@ -6,8 +6,8 @@ exclusive: the texts of one model take turns, whichever threads they are read fr
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,11 +17,12 @@ from .loop.device import device_steps
 from .loop.graphs import GraphRunner
 from .loop.host import kangaroo_steps, plain_steps, prefill, reach_of
 from .loop.iteration import Iteration
-from .loop.state import TextState
+from .loop.state import TextState, Written
 from .request import Request, Settings
 from .results import Commit, Generation, Outcome, Progress
 from .target.llama import Llama
 from .text import TextStream
+from .writer import BothWays, Messages, Prompt, Writer
 
 if TYPE_CHECKING:
     from .kangaroo import Kangaroo
@@ -47,6 +48,8 @@ class Memory:
         self.drafter = None if drafter is None else drafter.new_memory()
         self.runner = GraphRunner(target.device, graphs)
         self.text: TextState | None = None
+        self._target_holds: Written | None = None
+        self._drafter_holds: Written | None = None  # an earlier text, where the last one was decoded plainly
         self._stream: torch.cuda.Stream | None = None
 
     @property
@@ -55,29 +58,57 @@ class Memory:
         own = self.cache.nbytes + getattr(self.drafter, "nbytes", 0)
         return own + self.runner.buffer_bytes + self.runner.captured_bytes
 
-    def begin(self, kangaroo: "Kangaroo", request: Request) -> Iterator[Commit]:
+    def forget(self) -> None:
+        """Let the next text begin anew, whatever the caches hold."""
+        self._target_holds = self._drafter_holds = None
+
+    def begin(self, kangaroo: "Kangaroo", request: Request, outcome: Outcome) -> Iterator[Commit]:
         """Fill the caches for a request and return the loop that writes it; the text before it ends.
 
-        Where there is no memory left, that of the texts before is let go.
+        What both texts begin with stays in the caches. Where there is no memory left, that of the texts before is let
+        go.
         """
+        kept = self._kept(kangaroo.drafter if request.max_drafts else None, request)
         try:
-            return self._begin(kangaroo, request)
+            return self._begin(kangaroo, request, outcome, kept)
         except RuntimeError as error:  # PyTorch's kind for a full memory, on a CPU and on a GPU
             if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            if not kangaroo.forget_idle():
+            if not kangaroo.forget_idle() and not kept:
                 raise
-        return self._begin(kangaroo, request)
+        return self._begin(kangaroo, request, outcome, 0)
 
-    def _begin(self, kangaroo: "Kangaroo", request: Request) -> Iterator[Commit]:
+    def _kept(self, drafter: Drafter | None, request: Request) -> int:
+        """How many tokens of a request all caches hold from the texts before.
+
+        Of the text before, the last three tokens are left out: the loops have run at least the others through target
+        and adapter, drafting or not, so a text decoded plainly and one with drafts begin at the same place. Of the new
+        one, the last two: the first step reads the exit layer's output before the newest token.
+        """
+        tokens, holders = request.tokens[:-2], [self._target_holds]
+        if drafter is not None:
+            holders.append(self._drafter_holds)
+        kept = min(0 if held is None else held.shared(tokens) for held in holders)
+        if not kept or not self.cache.serves(request.length):
+            return 0
+        return kept if drafter is None else min(kept, drafter.keep(self.drafter, kept, request.length))
+
+    def _begin(self, kangaroo: "Kangaroo", request: Request, outcome: Outcome, kept: int) -> Iterator[Commit]:
         """The loop is on the device where the backend is resident, and led by the host otherwise."""
         target, drafter = kangaroo.target, kangaroo.drafter if request.max_drafts else None
+        self._target_holds = None  # a prefill that does not come to its end leaves nothing to rely on
+        if drafter is not None:
+            self._drafter_holds = None
         self.text = text = TextState(list(request.tokens), self.cache, self.drafter)
         if target.device.type == "cuda":
             torch.cuda.synchronize(target.device)  # what another thread's stream still writes here comes first
         if reach_of(request.length) > self.cache.capacity:
             self.runner.clear()  # it may hold the old cache, which goes before the new one comes
-        prefill(target, drafter, text, request.length)
+        prefill(target, drafter, text, request.length, kept)
+        outcome.stats.cached_tokens, outcome.stats.prefilled_tokens = kept, text.newest - kept
+        self._target_holds = Written(request.tokens, outcome.tokens)
+        if drafter is not None:
+            self._drafter_holds = self._target_holds
         if target.backend.resident and not request.sampling.rejects:
             return device_steps(Iteration(target, drafter, text, request, self.runner), length=request.length)
         if drafter is None:
@@ -93,10 +124,12 @@ class Memory:
             self._stream = current
 
 
-class Session:
+class Session(Writer):
     """One text after another, each in the same memory. ``Kangaroo.session`` makes one.
 
     Beginning a text ends the one before: its next step raises. Texts that are to grow side by side need a session each.
+    What a text begins with as the one before it did stays in the caches, so each turn of a conversation runs only what
+    is new (``DecodeStats.cached_tokens`` counts the rest).
 
     Attributes:
         memory: caches, buffers and graphs; its ``runner`` counts the graphs.
@@ -110,23 +143,12 @@ class Session:
         """Bytes of device memory that the session takes; the weights are not among them."""
         return self.memory.nbytes
 
-    def generate(self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any) -> Generation:
-        """As ``Kangaroo.generate``, in this session's memory."""
-        return self.progress(prompt, settings, **keywords).finish()
-
-    def stream(
-        self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any
-    ) -> Iterator[str]:
-        """As ``Kangaroo.stream``, in this session's memory."""
-        return (step.text for step in self.progress(prompt, settings, **keywords) if step.text)
-
-    def progress(self, prompt: str | Sequence[int], settings: Settings | None = None, /, **keywords: Any) -> "Writing":
-        """As ``Kangaroo.progress``, in this session's memory."""
-        request = self._kangaroo.resolve(prompt, Settings.of(settings, keywords))
+    def _write(self, prompt: Prompt | None, messages: Messages | None, settings: Settings) -> "Writing":
+        request = self._kangaroo.resolve(prompt, settings, messages)
         return Writing(self._kangaroo, request, lambda: self.memory)
 
 
-class Writing(Iterator[Progress]):
+class Writing(BothWays[Progress]):
     """A text that is being written: an iterator over its steps that any thread may read, one step at a time.
 
     Args:
@@ -192,7 +214,7 @@ def _commits(kangaroo: "Kangaroo", request: Request, outcome: Outcome, memory: M
     stats, device = outcome.stats, kangaroo.target.device
     with kangaroo.step():
         began = time.perf_counter()
-        steps = memory.begin(kangaroo, request)
+        steps = memory.begin(kangaroo, request, outcome)
         text = memory.text
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the first step's time must not include the prefill's
@@ -206,7 +228,11 @@ def _commits(kangaroo: "Kangaroo", request: Request, outcome: Outcome, memory: M
                 )
             memory.follow_stream()
             began = time.perf_counter()
-            commit = next(steps, None)
+            try:
+                commit = next(steps, None)
+            except Exception:
+                memory.forget()  # what failed may have left anything in the caches
+                raise
             stats.decode_seconds += time.perf_counter() - began
         if commit is None:
             return

@@ -105,7 +105,13 @@ def make_adapter(
     return folder
 
 
-def make_tokenizer(folder: Path, vocab_size: int = 67) -> Path:
+CHAT_TEMPLATE = """@{% for message in messages -%}
+{{ message['role'][0].upper() + ':' + message['content'] + ';' }}
+{%- endfor %}{% if add_generation_prompt %}A:{% endif %}"""
+"""Writes ``@S:be kind;U:hi;A:`` for a conversation whose answer comes next; ``@`` stands for the first token."""
+
+
+def make_tokenizer(folder: Path, vocab_size: int = 67, chat_template: str | None = None) -> Path:
     """A character tokenizer beside a checkpoint: token 0 is unknown, then come the printable characters from '0' on."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -114,5 +120,6 @@ def make_tokenizer(folder: Path, vocab_size: int = 67) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    settings = {"unk_token": "<unk>", "chat_template": chat_template}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
     return folder

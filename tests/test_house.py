@@ -19,14 +19,14 @@ KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 
 ROOMS = (
     ("errors", "spans"),
-    ("results", "demo", "text"),
+    ("results", "demo", "text", "chat"),
     ("backend",),
     ("sampling",),
     ("target",),
     ("drafters",),
     ("request",),
     ("loop",),
-    ("load",),
+    ("load", "writer"),
     ("session",),
     ("kangaroo",),
     ("evaluation", "training"),

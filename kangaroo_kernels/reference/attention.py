@@ -83,12 +83,12 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float
     rows, heads, head_dim = q.shape
     kv_heads, length, _ = keys.shape
     if rows >= MANY_ROWS:
-        whole = position == 0
+        whole = position == 0  # else the mask is made anew: it is as large as the text, and rarely wanted again
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             keys[None],
             values[None],
-            attn_mask=None if whole else _causal_mask(rows, length, q.dtype, q.device),
+            attn_mask=None if whole else _causal_mask.__wrapped__(rows, length, q.dtype, q.device),
             is_causal=whole,
             scale=scale,
             enable_gqa=heads != kv_heads,

@@ -82,14 +82,19 @@ class KangarooDrafter(Drafter):
         rows = self.target.weights.embedding.new_zeros(MOST_ROWS, self.target.config.hidden_size)
         return AdapterMemory(self.adapter.new_cache(), 0, rows)
 
+    def keep(self, memory: AdapterMemory, count: int, length: int) -> int:
+        """All, unless a text of that length has other RoPE angles."""
+        return count if memory.cache.serves(length) else 0
+
     def prefill(self, text: "TextState", hidden: Tensor | None, reach: int, length: int) -> None:
-        """Run the adapter on every token but the last."""
+        """Run the adapter on every token but the last and those that are kept."""
         memory: AdapterMemory = text.memory
-        memory.cache.reserve(reach, length)
-        memory.length = len(text.tokens) - 1
+        kept = text.newest - (0 if hidden is None else len(hidden))
+        memory.cache.reserve(reach, length, kept)
+        memory.length = text.newest
         memory.exit_hidden.zero_()
         if hidden is not None:
-            self.adapter.run(hidden, memory.cache, 0)
+            self.adapter.run(hidden, memory.cache, kept)
             memory.exit_hidden[0] = hidden[-1]
 
     # ---- led by the host

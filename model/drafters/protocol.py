@@ -73,13 +73,26 @@ class Drafter(Protocol):
         """What the drafter keeps of one text, caches for instance; every session has its own as ``text.memory``."""
         return None
 
+    def keep(self, memory: Any, count: int, length: int) -> int:
+        """How many of the text's first tokens need no prefill, since ``memory`` holds them from the text before.
+
+        Unless a drafter says otherwise: all where it has no ``prefill``, none where it has one.
+
+        Args:
+            memory: what ``new_memory`` made, as the text before left it.
+            count: how many tokens both texts begin with, less those that memory need not hold: the last three of the
+                text before and the last two of the new one.
+            length: the most tokens that the new text may have.
+        """
+        return 0 if provides(self, "prefill") else count
+
     def prefill(self, text: "TextState", hidden: Tensor | None, reach: int, length: int) -> None:
         """Begin a text.
 
         Args:
             text: its tokens, caches and memory.
-            hidden: ``[n - 1, hidden]``, what layer ``first_layer`` reads for every token but the last; None for a
-                prompt of one token.
+            hidden: ``[m, hidden]``, what layer ``first_layer`` reads for the m tokens before the last: all of them, or
+                those that ``keep`` left; None for a prompt of one token.
             reach: positions that may be written, drafts beyond the end included.
             length: the most tokens that the text may have.
         """
@@ -132,7 +145,7 @@ def check_drafter(drafter: Any, target: "Llama") -> None:
             f"this {type(drafter).__name__} was made for another target; make one for the target that it drafts for."
         )
     name, layers, most = type(drafter).__name__, target.config.num_hidden_layers, MAX_SPECULATIVE_TOKENS
-    for method in ("new_memory", "prefill", "commit", "attach"):
+    for method in ("new_memory", "keep", "prefill", "commit", "attach"):
         if not callable(getattr(drafter, method, None)):
             raise KangarooError(f"{name} has no {method}(); derive it from Drafter, which has one that does nothing.")
     first, drafts = getattr(drafter, "first_layer", None), getattr(drafter, "num_speculative_tokens", None)

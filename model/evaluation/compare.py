@@ -141,4 +141,6 @@ def _add(parts: Sequence[DecodeStats]) -> DecodeStats:
         accepted_at=[sum(counts) for counts in zip_longest(*(part.accepted_at for part in parts), fillvalue=0)],
         prefill_seconds=sum(part.prefill_seconds for part in parts),
         decode_seconds=sum(part.decode_seconds for part in parts),
+        cached_tokens=sum(part.cached_tokens for part in parts),
+        prefilled_tokens=sum(part.prefilled_tokens for part in parts),
     )

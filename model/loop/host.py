@@ -27,19 +27,22 @@ def reach_of(length: int) -> int:
     return length + MAX_SPECULATIVE_TOKENS + 1
 
 
-def prefill(target: Llama, drafter: Drafter | None, text: TextState, length: int) -> None:
-    """Fill all caches for every token but the last, and make room for a text of ``length`` tokens."""
+def prefill(target: Llama, drafter: Drafter | None, text: TextState, length: int, kept: int = 0) -> None:
+    """Fill all caches for every token but the last, and make room for a text of ``length`` tokens.
+
+    The first ``kept`` tokens, at most all but two, are in the caches from the text before.
+    """
     reach = reach_of(length)  # the same for any number of drafts, so that they all find the same memory
-    text.cache.reserve(reach, length)
-    hidden = target.embed(text.tokens[:-1]) if len(text.tokens) > 1 else None
+    text.cache.reserve(reach, length, kept)
+    hidden = target.embed(text.tokens[kept:-1]) if len(text.tokens) > 1 else None
     first = 0
     if drafter is not None:
         first = drafter.first_layer
         if hidden is not None:
-            hidden = target.run(hidden, text.cache, 0, 0, first)
+            hidden = target.run(hidden, text.cache, kept, 0, first)
         drafter.prefill(text, hidden, reach, length)
     if hidden is not None:
-        target.run(hidden, text.cache, 0, first, target.config.num_hidden_layers)
+        target.run(hidden, text.cache, kept, first, target.config.num_hidden_layers)
 
 
 def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Request) -> Iterator[Commit]:

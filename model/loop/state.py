@@ -1,7 +1,8 @@
 """What one decode carries from step to step: the text, the target's cache, and what the drafter keeps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..target.cache import KVCache
 
@@ -24,3 +25,26 @@ class TextState:
     def newest(self) -> int:
         """The position of the last committed token, where the next step begins."""
         return len(self.tokens) - 1
+
+
+LEAST_UNSEEN = 3
+"""Tokens at a text's end that a cache need not hold: no layer has run the last one, an adapter that lags has not run
+the one before, and a last step that had room for one token leaves it a token further behind."""
+
+
+class Written(NamedTuple):
+    """A text that caches hold, but for its last three tokens.
+
+    Attributes:
+        prompt: its tokens.
+        new: the tokens behind it; the list grows with the text.
+    """
+
+    prompt: Sequence[int]
+    new: list[int]
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """How many of ``tokens``, from the first one on, the caches hold."""
+        held = [*self.prompt, *self.new][:-LEAST_UNSEEN]
+        pairs = enumerate(zip(tokens, held, strict=False))
+        return next((place for place, (token, other) in pairs if token != other), min(len(tokens), len(held)))

@@ -34,26 +34,38 @@ class KVCache:
         self.values: list[Tensor] = []
         self.phases = torch.empty(0)
 
-    def reserve(self, length: int, text_length: int | None = None) -> None:
-        """Make room for ``length`` positions; what the cache held is lost if it has to grow.
+    def reserve(self, length: int, text_length: int | None = None, keep: int = 0) -> None:
+        """Make room for ``length`` positions; if the cache has to grow, only the first ``keep`` stay what they were.
 
         ``text_length`` is how long the text may become, which dynamic RoPE depends on; None means ``length``.
         """
         if length > self.capacity:
-            self._grow(roomy(length))
+            self._grow(roomy(length), keep)
         longest = length if text_length is None else text_length
-        scaled_for = longest if self.config.rope.rope_type == "dynamic" else 0
+        scaled_for = self._scale(longest)
         if self.capacity > len(self.phases) or scaled_for != self._scaled_for:
             self.phases = rope_table(self.config.inv_freq(longest).to(self.device), self.capacity)
             self._scaled_for = scaled_for
+
+    def serves(self, text_length: int) -> bool:
+        """Whether the keys are those of a text of up to ``text_length`` tokens, too: its RoPE angles are the same."""
+        return self._scale(text_length) == self._scaled_for
+
+    def _scale(self, text_length: int) -> int:
+        """What RoPE's angles depend on: with dynamic scaling, the length of a text that outgrows the trained one."""
+        dynamic = self.config.rope.rope_type == "dynamic"
+        return max(text_length, self.config.max_position_embeddings) if dynamic else 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.phases))
 
-    def _grow(self, capacity: int) -> None:
-        self.keys, self.values, self.capacity = [], [], 0  # the old memory goes before the new comes
+    def _grow(self, capacity: int, keep: int) -> None:
+        old = [*self.keys, *self.values] if keep else []
+        self.keys, self.values, self.capacity = [], [], 0  # where nothing is kept, the old memory goes first
         heads, head_dim = self.shape
         store = torch.empty(2, self.layers, heads, capacity, head_dim, device=self.device, dtype=self.dtype)
+        for new, kept in zip(store.flatten(0, 1), old, strict=False):
+            new[:, :keep] = kept[:, :keep]
         self.keys, self.values, self.capacity = list(store[0].unbind()), list(store[1].unbind()), capacity

@@ -286,6 +286,9 @@ def test_any_object_will_do(checkpoint):
         def new_memory(self) -> dict[str, int]:
             return {"texts": 0, "tokens": 0}
 
+        def keep(self, memory, count, length):
+            return 0
+
         def prefill(self, text, hidden, reach, length):
             text.memory["texts"] += 1
 
