@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..demo import find_pair
 from ..errors import KangarooError
 from .options import (
     INTERRUPTED,
@@ -27,6 +26,7 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    check_drafting,
     examples,
     print_json,
 )
@@ -73,8 +73,7 @@ def generate(
     if plain and with_comparison:
         raise KangarooError("--plain and --compare exclude each other; give one of them.")
     text = read_prompt(prompt, prompt_file)
-    if find_pair(model, adapter)[1] is None and not plain:
-        raise KangarooError("no adapter was given; add --adapter, or --plain to decode without one.")
+    check_drafting(model, adapter, plain)
 
     from ..evaluation.compare import compare
     from ..kangaroo import Kangaroo

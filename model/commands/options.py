@@ -5,6 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..demo import find_pair
+from ..errors import KangarooError
+
 NOT_IDENTICAL, USER_ERROR, INTERRUPTED = 1, 2, 130
 """Exit codes."""
 
@@ -61,6 +64,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 def examples(*commands: str) -> str:
     """The examples at the end of a command's help."""
     return "\n\n".join(("Examples:", *(f"  $ kangaroo {command}" for command in commands)))
+
+
+def check_drafting(model: str, adapter: str | None, plain: bool) -> None:
+    """Raise unless there is something to draft with, or drafting is not wanted."""
+    if find_pair(model, adapter)[1] is None and not plain:
+        raise KangarooError("no adapter was given; add --adapter, or --plain to decode without one.")
 
 
 def print_json(values: Any) -> None:
