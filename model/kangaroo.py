@@ -136,12 +136,12 @@ class Kangaroo(Writer):
             KangarooError: a setting, prompt or message that cannot be used.
             TypeError: a prompt and messages at once, or neither.
         """
-        if (prompt is None) == (messages is None):
-            raise TypeError(
-                f"got {'neither a prompt nor' if prompt is None else 'both a prompt and'} messages; give one."
-            )
         if messages is not None:
+            if prompt is not None:
+                raise TypeError("got both a prompt and messages; give one of them.")
             prompt = chat_tokens(messages, self.tokenizer)
+        elif prompt is None:
+            raise TypeError("got neither a prompt nor messages; give one of them.")
         request = resolve(prompt, settings, self.target.config, self.tokenizer, self.drafter)
         if request.max_drafts:
             check_loop(self.drafter, self.target.backend.resident and not request.sampling.rejects)

@@ -61,8 +61,8 @@ class Writer:
     def generate(
         self,
         prompt: Prompt | None = None,
-        settings: Settings | None = None,
         /,
+        settings: Settings | None = None,
         *,
         messages: Messages | None = None,
         **keywords: Any,
@@ -82,7 +82,7 @@ class Writer:
         """
         return self.progress(prompt, settings, messages=messages, **keywords).finish()
 
-    def chat(self, messages: Messages, settings: Settings | None = None, /, **keywords: Any) -> Generation:
+    def chat(self, messages: Messages, /, settings: Settings | None = None, **keywords: Any) -> Generation:
         """Write the assistant's answer to a conversation, whose prompt the checkpoint's chat template makes.
 
         Args:
@@ -96,13 +96,13 @@ class Writer:
                 without a template.
             TypeError: an unknown keyword.
         """
-        return self.generate(None, settings, messages=messages, **keywords)
+        return self.generate(settings=settings, messages=messages, **keywords)
 
     def stream(
         self,
         prompt: Prompt | None = None,
-        settings: Settings | None = None,
         /,
+        settings: Settings | None = None,
         *,
         messages: Messages | None = None,
         **keywords: Any,
@@ -117,8 +117,8 @@ class Writer:
     def progress(
         self,
         prompt: Prompt | None = None,
-        settings: Settings | None = None,
         /,
+        settings: Settings | None = None,
         *,
         messages: Messages | None = None,
         **keywords: Any,

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kangaroo_kernels import KangarooError
 from kangaroo_kernels.model import demo, load
-from kangaroo_kernels.model.commands import calibrate, cli, generate, info, train
+from kangaroo_kernels.model.commands import calibrate, chat, cli, generate, info, train
 from kangaroo_kernels.model.commands import demo as demo_command
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -50,6 +50,15 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
         "seed": SEED,
         **DECODING,
     },
+    ("cli", "chat"): {
+        "max_new_tokens": COUNT,
+        "exit_layer": COUNT,
+        "temperature": TEMPERATURE,
+        "top_k": COUNT,
+        "top_p": ("0", *SHARE),
+        "seed": SEED,
+        **DECODING,
+    },
     ("cli", "train"): {
         "exit_layer": COUNT,
         "generated_windows": COUNT,
@@ -73,6 +82,7 @@ BEFORE = {
     ("train_demo", "main"): "--preset smoke --out OUT",
     ("cli", "demo"): "demo --json",
     ("cli", "generate"): "generate --model demo --prompt A",
+    ("cli", "chat"): "chat --model demo",
     ("cli", "train"): "train --model demo --data README.md --exit-layer 4 --out OUT",
     ("cli", "calibrate"): "calibrate --model demo --adapter ADAPTER --prompts PROMPTS",
     ("cli", "info"): "info --model demo --adapter ADAPTER",
@@ -84,7 +94,7 @@ def commands() -> dict[tuple[str, str], Callable[..., Any]]:
     """Every function of a tool or of the package's command that takes options."""
     names = [path.stem for path in TOOLS.glob("*.py") if "import typer" in path.read_text()]
     modules = {name: import_module(name) for name in names}
-    modules |= {each.__name__: each for each in (demo_command, generate, train, calibrate, info)}
+    modules |= {each.__name__: each for each in (demo_command, generate, chat, train, calibrate, info)}
     return {
         ("cli" if holder.__name__.startswith("kangaroo") else module, name): function
         for module, holder in modules.items()

@@ -48,16 +48,19 @@ def show_legend(console: Console) -> None:
 
 def show_steps(console: Console, name: str, prompt: str, steps: Iterable[Progress]) -> None:
     """Print the last lines of a prompt and the text as it comes, each token in the colour of its origin."""
-
-    def write(text: str, style: str) -> None:
-        console.print(Text(text, style), end="", soft_wrap=True)
-
     console.rule(Text(name))
-    write("".join(prompt.splitlines(keepends=True)[-PROMPT_LINES:]), PROMPT_STYLE)
+    end_of_prompt = "".join(prompt.splitlines(keepends=True)[-PROMPT_LINES:])
+    console.print(Text(end_of_prompt, PROMPT_STYLE), end="", soft_wrap=True)
     for step in steps:
-        for index, piece in enumerate(step.pieces):
-            write(piece, DRAFTED_STYLE if index < step.commit.accepted else TARGET_STYLE)
+        show_step(console, step)
     console.print()
+
+
+def show_step(console: Console, step: Progress) -> None:
+    """Print what a step added, each token in the colour of its origin."""
+    for index, piece in enumerate(step.pieces):
+        style = DRAFTED_STYLE if index < step.commit.accepted else TARGET_STYLE
+        console.print(Text(piece, style), end="", soft_wrap=True)
 
 
 def summary(generation: Generation) -> str:

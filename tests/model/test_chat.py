@@ -54,7 +54,7 @@ def test_every_way_takes_messages(kangaroo, of_a_session):
     wanted = kangaroo.generate(prompt, settings)
     assert writer.chat(HELLO, settings).tokens == wanted.tokens
     assert writer.chat(HELLO, max_new_tokens=12).tokens == wanted.tokens
-    assert writer.generate(None, settings, messages=HELLO).tokens == wanted.tokens
+    assert writer.generate(settings=settings, messages=HELLO).tokens == wanted.tokens
     assert writer.generate(messages=HELLO, max_new_tokens=12).text == wanted.text
     assert "".join(writer.stream(messages=HELLO, max_new_tokens=12)) == wanted.text
     *_, last = writer.progress(messages=HELLO, max_new_tokens=12)

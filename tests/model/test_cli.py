@@ -77,7 +77,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(Kangaroo, "progress", interrupted)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "generate", "train", "calibrate", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "generate", "chat", "train", "calibrate", "info"])
 def test_help_shows_an_example(run: Run, command: str) -> None:
     code, out, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")

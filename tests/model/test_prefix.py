@@ -249,7 +249,7 @@ def test_a_cache_that_cannot_grow_beside_the_old_one(pair, monkeypatch):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("passes", [0, 1, 2])
 def test_a_prefill_that_does_not_end(kangaroo, monkeypatch, error, passes):
-    """Nothing of it is relied on, wherever it was interrupted."""
+    """Nothing of it is relied on, wherever it was interrupted, and neither on what it may have overwritten."""
     session = kangaroo.session()
     text = [1 + place % 60 for place in range(30)]
     text += turn(session, kangaroo, text, max_new_tokens=10).tokens
@@ -264,10 +264,11 @@ def test_a_prefill_that_does_not_end(kangaroo, monkeypatch, error, passes):
     with monkeypatch.context() as patch:
         patch.setattr(kangaroo.target, "run", interrupted)
         with pytest.raises(error):
-            session.generate([*text, *[5] * 40], max_new_tokens=10)
-    written = turn(session, kangaroo, [*text, *[5] * 40], max_new_tokens=10)
-    kept = 0 if passes < 2 or error is RuntimeError else len(text) + 37  # the third pass is a step's
-    assert written.stats.cached_tokens == kept
+            session.generate([*text[:10], *[66] * 40], max_new_tokens=10)
+    kept = 0 if passes < 2 or error is RuntimeError else 10  # the third pass is a step's
+    for plain in (True, False):
+        written = turn(session, kangaroo, [*text, 7], max_new_tokens=10, plain=plain)
+        assert written.stats.cached_tokens == kept
 
 
 def converse(session: Session, seed: int) -> list[list[int]]:
