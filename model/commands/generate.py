@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..demo import find_pair
 from ..errors import KangarooError
+from ..named import NAMED_MODELS
 from .options import (
     INTERRUPTED,
     NOT_IDENTICAL,
@@ -73,7 +73,7 @@ def generate(
     if plain and with_comparison:
         raise KangarooError("--plain and --compare exclude each other; give one of them.")
     text = read_prompt(prompt, prompt_file)
-    if find_pair(model, adapter)[1] is None and not plain:
+    if adapter is None and model not in NAMED_MODELS and not plain:
         raise KangarooError("no adapter was given; add --adapter, or --plain to decode without one.")
 
     from ..evaluation.compare import compare
