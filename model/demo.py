@@ -59,14 +59,3 @@ class DemoPair:
 def bundled_pair() -> DemoPair:
     """The pair that comes with the package."""
     return DemoPair(PAIR)
-
-
-def find_pair(model: str | Path, adapter: str | Path | None) -> tuple[str | Path, str | Path | None]:
-    """The bundled pair's folders for the model called ``demo``; an adapter that is given replaces the pair's own.
-
-    Any other model and adapter are returned as they are.
-    """
-    if model != DEMO_MODEL:
-        return model, adapter
-    pair = bundled_pair()
-    return pair.target, pair.adapter if adapter is None else adapter

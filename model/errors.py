@@ -1,4 +1,4 @@
-"""The error for what goes wrong through no fault of the code."""
+"""The error for what goes wrong through no fault of the code, and how it quotes a library's."""
 
 
 class KangarooError(ValueError):
@@ -6,3 +6,8 @@ class KangarooError(ValueError):
 
     Its message is one clear sentence that names the mistake and says what would be right.
     """
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, in words that fit into a sentence: its first line, else its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

@@ -40,17 +40,24 @@ class Kangaroo(Writer):
         drafter: proposes tokens (``drafters/protocol.py``); None means that all decoding is plain.
         tokenizer: the checkpoint's tokenizer; None where it has none, so that prompts must be lists of tokens.
         graphs: whether a GPU's iterations are captured in CUDA graphs; each session has its own.
+        name: what ``repr`` calls the model.
 
     Raises:
         KangarooError: a drafter that this target's loop cannot run.
     """
 
     def __init__(
-        self, target: Llama, drafter: Drafter | None = None, tokenizer: Any = None, graphs: bool = True
+        self,
+        target: Llama,
+        drafter: Drafter | None = None,
+        tokenizer: Any = None,
+        graphs: bool = True,
+        name: str = "model",
     ) -> None:
         if drafter is not None:
             check_drafter(drafter, target)
         self.target, self.drafter, self.tokenizer, self.graphs = target, drafter, tokenizer, graphs
+        self.name = name
         self._idle: deque[Memory] = deque(maxlen=MOST_IDLE)
         self._threads: int | None = None
 
@@ -66,14 +73,16 @@ class Kangaroo(Writer):
         graphs: bool = True,
         persistent: bool = False,
     ) -> "Kangaroo":
-        """Load a Hugging Face Llama checkpoint and an adapter for it.
+        """Load a checkpoint and an adapter for it.
 
         Args:
-            model: a folder, a hub name, or ``demo``: the bundled pair.
+            model: a Hugging Face folder; a GGUF file, or a folder with one; a hub name, ``owner/name`` or
+                ``owner/name/file.gguf``; ``demo``, the bundled pair; or ``smollm2``, SmolLM2-135M-Instruct.
             adapter: a folder or a hub name; None drafts by prompt lookup, or takes the bundled pair's own adapter.
             exit_layer: overrides the adapter's own; needed for adapters that do not name it.
             device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
-            dtype: of the weights; None means float32 on a CPU and the checkpoint's own on a GPU.
+            dtype: of the weights; None means float32 on a CPU and the checkpoint's own on a GPU (bfloat16 where they
+                are quantized).
             kernels: ``triton`` or ``reference``; None means the Triton kernels on a GPU and the PyTorch references on a
                 CPU. (``triton`` on a CPU needs TRITON_INTERPRET=1 in the environment, and is for tests.)
             graphs: capture iterations in CUDA graphs on a GPU; False launches kernel by kernel, for debuggers.
@@ -88,7 +97,14 @@ class Kangaroo(Writer):
             drafter: Drafter = PromptLookup(loaded.target)
         else:
             drafter = KangarooDrafter(loaded.target, loaded.adapter, persistent)
-        return cls(loaded.target, drafter, loaded.tokenizer, graphs)
+        return cls(loaded.target, drafter, loaded.tokenizer, graphs, name=str(model))
+
+    def __repr__(self) -> str:
+        config = self.target.config
+        shape = f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.vocab_size} tokens"
+        drafter = "no drafter" if self.drafter is None else type(self.drafter).__name__
+        where = f"{str(self.target.dtype).removeprefix('torch.')} on {self.target.device}"
+        return f"<Kangaroo {self.name}: {shape}; {drafter}; {where}>"
 
     # ---- writing
 

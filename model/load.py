@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 import torch
 
 from .backend import load_backend
-from .demo import find_pair
 from .drafters.adapter import Adapter, load_adapter_config
 from .errors import KangarooError
-from .target.checkpoint import find_folder, read_tensors
-from .target.config import DTYPES, load_config
+from .named import find_pair
+from .target.checkpoint import Checkpoint, open_folder
+from .target.config import DTYPES
+from .target.gguf import open_gguf
+from .target.hub import GGUF, find_folder, find_model
 from .target.llama import Llama
 from .target.weights import load_target
-from .text import load_tokenizer
 
 
 class Loaded(NamedTuple):
@@ -30,6 +31,16 @@ class Loaded(NamedTuple):
     tokenizer: Any
 
 
+def open_model(name_or_path: str | Path) -> Checkpoint:
+    """Find a model's files, download them if necessary, and read their configuration.
+
+    Raises:
+        KangarooError: as ``find_model``, ``open_folder`` and ``open_gguf``.
+    """
+    path = find_model(name_or_path)
+    return open_gguf(path) if path.suffix == GGUF else open_folder(path)
+
+
 def load_pair(
     model: str | Path,
     adapter: str | Path | None = None,
@@ -43,17 +54,27 @@ def load_pair(
     model, adapter = find_pair(model, adapter)
     if exit_layer is not None and adapter is None:
         raise KangarooError("exit_layer was given without an adapter; give both or neither.")
-    folder = find_folder(model, "model")
-    config = load_config(folder)
+    checkpoint = open_model(model)
+    config = checkpoint.config
     adapter_folder = None if adapter is None else find_folder(adapter, "adapter")
-    if adapter_folder is not None:  # before the long work of loading the target
-        load_adapter_config(adapter_folder, config, exit_layer)
     precision = resolve_dtype(dtype, where, config.dtype)
     backend = load_backend(kernels, where, precision)
-    weights = load_target(read_tensors(folder), config, where, precision, backend.layout, source=str(folder))
+    # what can fail quickly comes before the weights
+    if adapter_folder is not None:
+        load_adapter_config(adapter_folder, config, exit_layer)
+    tokenizer = checkpoint.tokenizer()
+    weights = load_target(
+        checkpoint.tensors(),
+        config,
+        where,
+        precision,
+        backend.layout,
+        source=str(checkpoint.path),
+        adjacent_pairs=checkpoint.adjacent_pairs,
+    )
     target = Llama(config, weights, backend)
     loaded = None if adapter_folder is None else Adapter.load(adapter_folder, target, exit_layer)
-    return Loaded(target, loaded, load_tokenizer(folder))
+    return Loaded(target, loaded, tokenizer)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -71,7 +92,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if resolved.type not in ("cpu", "cuda"):
         raise KangarooError(f"device {device!r} is not supported; use 'cpu' or 'cuda'.")
     if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise KangarooError("device 'cuda' was asked for, but PyTorch sees no CUDA GPU here.")
+        raise KangarooError(f"device {str(device)!r} was asked for, but PyTorch sees no CUDA GPU here.")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise KangarooError(
             f"device {device!r} does not exist; PyTorch sees {torch.cuda.device_count()} CUDA GPUs here."

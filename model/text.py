@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import KangarooError
+from .errors import KangarooError, reason
 
 PROMPT_TOKENS = 16
 """Of the prompt's end, that the new text is decoded with: whether it begins with a space depends on them."""
@@ -21,9 +21,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each tokenizer library raises its own kinds
-        raise KangarooError(
-            f"{folder}: the tokenizer cannot be loaded ({(str(error) or type(error).__name__).splitlines()[0]})."
-        ) from error
+        raise KangarooError(f"{folder}: the tokenizer cannot be loaded ({reason(error)}).") from error
 
 
 class TextStream:

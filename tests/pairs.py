@@ -22,17 +22,19 @@ def make_target(
     quiet_from: int | None = None,
     quiet: float = 0.1,
     dtype: torch.dtype = torch.float32,
+    family: str = "llama",
     **config: Any,
 ) -> Path:
-    """A random Llama checkpoint in ``folder``, written by transformers; ``config`` goes to its ``LlamaConfig``.
+    """A random checkpoint in ``folder``, written by transformers; ``config`` goes to its configuration.
 
     Args:
         std: of every matrix but the embedding (1); from 0.15 on, greedy text does not fall into a loop at once.
         quiet_from: layers from here on add only ``quiet`` times what they would, so that the next token is nearly
             decided before them and a drafter can be right.
         dtype: the weights are drawn in float32 and stored in this one.
+        family: transformers' ``model_type``.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {
         "vocab_size": vocab_size,
@@ -47,7 +49,7 @@ def make_target(
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config})).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(settings | config))).float()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from kangaroo_kernels.operation import OPERATIONS
 
@@ -20,7 +22,7 @@ KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 ROOMS = (
     ("errors", "spans"),
     ("results", "demo", "text", "chat"),
-    ("backend",),
+    ("backend", "named"),
     ("sampling",),
     ("target",),
     ("drafters",),
@@ -35,7 +37,7 @@ ROOMS = (
 """Modules and folders of model/. Each may import those of a line above its own, never of the same line."""
 
 RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
-LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"}
+LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "gguf"}
 TERMINAL = {"typer", "rich", "pynvml"}
 FOR_THE_TERMINAL = {"commands", "evaluation", "training"}
 
@@ -330,13 +332,35 @@ def end_of_docstring(function: ast.FunctionDef) -> int:
     return first.end_lineno if is_text else first.lineno - 1
 
 
+def declared(text: str) -> dict[str, set[SpecifierSet]]:
+    """The versions that a list of requirements allows, by package."""
+    found: dict[str, set[SpecifierSet]] = {}
+    for each in map(Requirement, filter(None, (line.partition("#")[0].strip() for line in text.splitlines()))):
+        found.setdefault(each.name, set()).add(each.specifier)
+    return found
+
+
+def requirements(table: str) -> dict[str, set[SpecifierSet]]:
+    """A list of requirements in ``pyproject.toml``."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition(f"\n{table} = [\n")[2].partition("\n]")[0]
+    return declared("\n".join(re.findall(r'^    "(.+?)"', text, re.MULTILINE)))
+
+
 def test_libraries_are_declared() -> None:
     """What model/ imports stands in ``pyproject.toml``."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    declared = text.partition("dependencies = [")[2].partition("]")[0].replace("-", "_")
     names = {top(name) for path in modules(MODEL) + modules(KERNELS) for name in names_in(path) if is_library(name)}
-    for name in names - {"kangaroo_kernels", "pynvml"}:  # nvidia-ml-py's own name for itself
-        assert f'"{name}' in declared, name
+    known = {name.replace("-", "_") for name in requirements("dependencies")}
+    assert names - {"kangaroo_kernels", "pynvml"} <= known  # nvidia-ml-py's own name for itself
+
+
+def test_what_is_tested_is_within_the_bounds() -> None:
+    """Each package has an upper bound, and the version that ``constraints.txt`` pins lies inside."""
+    pinned = declared((ROOT / "constraints.txt").read_text(encoding="utf-8"))
+    for name, bounds in (requirements("dependencies") | requirements("dev")).items():
+        for bound in bounds:
+            assert "<" in {each.operator for each in bound}, name
+            versions = {each.version for pins in pinned[name] for each in pins}
+            assert versions and all(version in bound for version in versions), name
 
 
 # ---- what an import costs

@@ -11,12 +11,13 @@ import torch
 from kangaroo_kernels import __version__
 from kangaroo_kernels.packed_weight import Layout
 
-from ..demo import find_pair
 from ..drafters.adapter import load_adapter_config
 from ..errors import KangarooError
-from ..load import resolve_device, resolve_dtype
-from ..target.checkpoint import find_folder
-from ..target.config import DTYPES, SUPPORTED_MODEL_TYPES, SUPPORTED_ROPE_TYPES, LlamaConfig, load_config
+from ..load import open_model, resolve_device, resolve_dtype
+from ..named import find_pair
+from ..target.architectures import ARCHITECTURES
+from ..target.config import DTYPES, SUPPORTED_ROPE_TYPES, LlamaConfig
+from ..target.hub import find_folder
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def environment() -> Environment:
         devices=_devices(),
         operations="Triton kernels on a GPU, PyTorch references on a CPU; by default here: " + _default_operations(),
         supported={
-            "model_types": list(SUPPORTED_MODEL_TYPES),
+            "model_types": list(ARCHITECTURES),
             "rope_types": list(SUPPORTED_ROPE_TYPES),
             "dtypes": list(DTYPES),
             "cpu_layouts": [layout.name.lower() for layout in Layout if _available(layout)],
@@ -132,7 +133,7 @@ def footprint(
     model, adapter = find_pair(model, adapter)
     if exit_layer is not None and adapter is None:
         raise KangarooError("exit_layer was given without an adapter; give both or neither.")
-    config = load_config(find_folder(model, "model"))
+    config = open_model(model).config
     loaded = resolve_dtype(dtype, where, config.dtype)
     size = loaded.itemsize
     layer = config.attention_parameters + config.mlp_parameters

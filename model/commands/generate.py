@@ -32,6 +32,7 @@ from .options import (
 
 EXAMPLES = examples(
     "generate --model demo --prompt 'class Stack:' --compare",
+    "generate --model smollm2 --prompt 'Gravity is'",
     "generate --model my-llama --adapter my-adapter --prompt-file prompt.txt --temperature 0.7 --seed 1",
     "generate --model my-llama --plain --json < prompt.txt",
 )

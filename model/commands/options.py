@@ -10,7 +10,10 @@ NOT_IDENTICAL, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 LOADING, SAMPLING, DRAFTING, TRAINING = "Loading", "Sampling", "Drafting", "Training"
 Model = Annotated[
-    str, typer.Option(help="A checkpoint's folder or hub name, or 'demo': the bundled pair.", rich_help_panel=LOADING)
+    str,
+    typer.Option(
+        help="A folder, GGUF file or hub name; or 'demo', the bundled pair; or 'smollm2'.", rich_help_panel=LOADING
+    ),
 ]
 Adapter = Annotated[
     str | None,

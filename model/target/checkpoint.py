@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where its folder is, and its tensors, one at a time.
+"""A model's files as the runtime sees them, and how a Hugging Face folder is read: its tensors one at a time.
 
 ``pytorch_model.bin`` is read with ``weights_only``: no code of a checkpoint ever runs.
 """
@@ -6,41 +6,60 @@
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import KangarooError
+from ..text import load_tokenizer
+from .config import LlamaConfig, add_generation_config, load_config_values, parse_config
 
-DOWNLOADED = ("*.json", "*.safetensors", "*.bin", "tokenizer*", "*.model")
+FORMATS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""Weights in one file, and the index of weights in several, in the order in which they are looked for."""
 
 
-def find_folder(name_or_path: str | Path, what: str) -> Path:
-    """The folder itself, or the local copy of a hub repository, downloaded if necessary."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
-    name = str(name_or_path)
-    if folder.exists():
-        raise KangarooError(f"{what} {name!r} is a file; give the folder that holds it.")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
-        raise KangarooError(f"{what} folder {name!r} does not exist.")
-    from huggingface_hub import snapshot_download
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files, whatever their format. The configuration was read; the rest is read when it is asked for.
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
-    except Exception as error:  # the hub, its HTTP client and the file system raise their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise KangarooError(f"{what} {name!r} is not a folder, and the hub does not provide it ({reason}).") from error
+    Attributes:
+        path: the folder or file.
+        values: the configuration in transformers' terms.
+        config: the same, validated.
+        tensors: gives every tensor under transformers' name, one at a time.
+        tokenizer: loads the tokenizer; gives None where there is none.
+        adjacent_pairs: whether query and key rows already lie in the runtime's order (``load_target``).
+    """
+
+    path: Path
+    values: dict[str, Any]
+    config: LlamaConfig
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    tokenizer: Callable[[], Any]
+    adjacent_pairs: bool = False
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """Read a Hugging Face folder as far as its configuration.
+
+    Raises:
+        KangarooError: as ``load_config_values``, ``parse_config`` and ``add_generation_config``.
+    """
+    values = load_config_values(folder, "model")
+    config = add_generation_config(parse_config(values, folder / "config.json"), folder)
+    return Checkpoint(folder, values, config, partial(read_tensors, folder), partial(load_tokenizer, folder))
 
 
 def _shards(folder: Path) -> list[Path]:
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
+    for single, index in FORMATS:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import KangarooError
+from .architectures import find_architecture
 
 GENERATION_CONFIG = "generation_config.json"
-SUPPORTED_MODEL_TYPES = ("llama", "mistral")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 SIZES = (
@@ -37,17 +37,20 @@ class RopeConfig:
         theta: the base of the frequencies.
         factor: by which the context was stretched; 1 for ``default``.
         parameters: the further settings of ``llama3``.
+        divisors: ``head_dim / 2`` numbers that divide the frequencies, where a file holds them ready made (llama.cpp's
+            ``rope_freqs``); empty for none.
     """
 
     rope_type: str = "default"
     theta: float = 10000.0
     factor: float = 1.0
     parameters: Mapping[str, float] = field(default_factory=dict)
+    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama model; the names are transformers' own."""
+    """The shape of a Llama model; the names are transformers' own, whose ``attention_bias`` is two things here."""
 
     vocab_size: int
     hidden_size: int
@@ -59,7 +62,8 @@ class LlamaConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-    attention_bias: bool
+    qkv_bias: bool
+    output_bias: bool
     mlp_bias: bool
     rope: RopeConfig
     eos_token_ids: tuple[int, ...]
@@ -83,7 +87,10 @@ class LlamaConfig:
         if rope.rope_type == "dynamic" and length > self.max_position_embeddings:
             stretch = rope.factor * length / self.max_position_embeddings - (rope.factor - 1)
             theta *= stretch ** (size / (size - 2))
-        frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size))
+        exponents = torch.arange(0, size, 2, dtype=torch.int64, device="cpu").float() / size
+        frequencies = 1.0 / (theta**exponents)
+        if rope.divisors:
+            frequencies /= torch.tensor(rope.divisors, dtype=torch.float32, device="cpu")
         if rope.rope_type == "linear":
             frequencies /= rope.factor
         elif rope.rope_type == "llama3":
@@ -98,7 +105,7 @@ class LlamaConfig:
     def attention_parameters(self) -> int:
         """Parameters of one attention block with its norm: all of an adapter but its final norm."""
         q_rows, kv_rows = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        biases = (q_rows + 2 * kv_rows + self.hidden_size) * self.attention_bias
+        biases = (q_rows + 2 * kv_rows) * self.qkv_bias + self.hidden_size * self.output_bias
         return 2 * self.hidden_size * (q_rows + kv_rows) + biases + self.hidden_size
 
     @property
@@ -150,19 +157,11 @@ def load_config_values(folder: Path, what: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise KangarooError(f"{what} folder {folder} has no config.json; it should hold a Hugging Face checkpoint.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KangarooError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(raw, dict):
-        raise KangarooError(f"{path} holds no JSON object; it should describe a model.")
+    raw = _read_object(path, "a model's configuration")
     if raw.get("auto_map"):
         raise KangarooError(f"{path} asks to run the checkpoint's own code (auto_map), which is never done.")
     model_type = raw.get("model_type", "llama")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise KangarooError(
-            f"{path}: model type {model_type!r} is not supported; supported are {', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
+    find_architecture(model_type, str(path))
     if raw.get("quantization_config"):
         raise KangarooError(
             f"{path}: quantized checkpoints are not supported; use one in float32, float16 or bfloat16."
@@ -184,7 +183,7 @@ def parse_config(values: Mapping[str, Any], path: Path | str = "config.json") ->
     """The runtime's view of a transformers configuration, validated.
 
     Raises:
-        KangarooError: sliding window, another activation, impossible sizes, unknown RoPE types.
+        KangarooError: another architecture or activation, sliding window, impossible sizes, unknown RoPE types.
     """
 
     def size(name: str, default: int | None = None) -> int:
@@ -206,6 +205,8 @@ def parse_config(values: Mapping[str, Any], path: Path | str = "config.json") ->
         raise KangarooError(f"{path}: {heads} attention heads are not a multiple of {kv_heads} key-value heads.")
     if head_dim % 2:
         raise KangarooError(f"{path}: head_dim is {head_dim}; rotary embeddings need an even one.")
+    attention_bias = bool(values.get("attention_bias", False))
+    qkv_bias = find_architecture(values.get("model_type", "llama"), str(path)).qkv_bias
     dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32").removeprefix("torch.")
     return LlamaConfig(
         vocab_size=size("vocab_size"),
@@ -218,7 +219,8 @@ def parse_config(values: Mapping[str, Any], path: Path | str = "config.json") ->
         rms_norm_eps=_positive(values.get("rms_norm_eps", 1e-6), "rms_norm_eps", path),
         max_position_embeddings=size("max_position_embeddings", 2048),
         tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
-        attention_bias=bool(values.get("attention_bias", False)),
+        qkv_bias=qkv_bias or attention_bias,
+        output_bias=attention_bias and not qkv_bias,
         mlp_bias=bool(values.get("mlp_bias", False)),
         rope=_rope_config(values, path),
         eos_token_ids=_end_tokens(values),
@@ -231,22 +233,26 @@ def _end_tokens(values: Mapping[str, Any]) -> tuple[int, ...]:
     return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
 
-def load_config(folder: Path, what: str = "model") -> LlamaConfig:
-    """Read and validate ``folder/config.json``.
+def add_generation_config(config: LlamaConfig, folder: Path) -> LlamaConfig:
+    """Add the end tokens of ``folder/generation_config.json``, where there is one.
 
-    Some checkpoints name the end of a turn in ``generation_config.json`` alone, so what either of the two files names
-    ends a text.
+    Some checkpoints name the end of a turn there alone, so what either of the two files names ends a text.
 
     Raises:
-        KangarooError: as ``parse_config``; a ``generation_config.json`` that is no JSON object.
+        KangarooError: a file that is no JSON object.
     """
-    config, path = parse_config(load_config_values(folder, what), folder / "config.json"), folder / GENERATION_CONFIG
+    path = folder / GENERATION_CONFIG
     if not path.is_file():
         return config
+    values = _read_object(path, "generation settings")
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *_end_tokens(values)))))
+
+
+def _read_object(path: Path, what: str) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise KangarooError(f"{path} is not readable JSON ({error}).") from error
     if not isinstance(values, dict):
-        raise KangarooError(f"{path} holds no JSON object; it should hold generation settings.")
-    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *_end_tokens(values)))))
+        raise KangarooError(f"{path} holds no JSON object; it should hold {what}.")
+    return values

@@ -25,17 +25,18 @@ STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class _Places:
     """Where each tensor of a checkpoint goes: a slice of a packed matrix, perhaps reordered for RoPE."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, adjacent_pairs: bool = False) -> None:
+        self.device, self.dtype, self.adjacent_pairs = device, dtype, adjacent_pairs
         self.slots: dict[str, tuple[Tensor, int | None]] = {}
 
     def pack(self, rows: Mapping[str, tuple[int, ...]], rope_head_dim: Mapping[str, int] | None = None) -> Tensor:
         """A matrix (or vector) with the named tensors' rows stacked; they are filled in as they arrive."""
         shapes = list(rows.values())
         packed = torch.empty((sum(shape[0] for shape in shapes), *shapes[0][1:]), device=self.device, dtype=self.dtype)
+        turned = rope_head_dim if rope_head_dim and not self.adjacent_pairs else {}
         start = 0
         for name, shape in rows.items():
-            self.slots[name] = (packed[start : start + shape[0]], (rope_head_dim or {}).get(name))
+            self.slots[name] = (packed[start : start + shape[0]], turned.get(name))
             start += shape[0]
         return packed
 
@@ -51,11 +52,13 @@ class _Places:
                     twins[name] = tensor
                 if name in tied or name in self.slots or name.endswith("rotary_emb.inv_freq"):
                     continue
-                raise KangarooError(f"{source}: unexpected tensor {name!r}; config.json names another model.")
+                raise KangarooError(f"{source}: unexpected tensor {name!r}; the configuration describes another model.")
             slot, head_dim = waiting.pop(name)
             if tensor.shape != slot.shape:
                 found, wanted = list(tensor.shape), list(slot.shape)
-                raise KangarooError(f"{source}: tensor {name!r} has shape {found}; config.json asks for {wanted}.")
+                raise KangarooError(
+                    f"{source}: tensor {name!r} has shape {found}; the configuration asks for {wanted}."
+                )
             if tensor.dtype not in STORED_DTYPES:
                 raise KangarooError(f"{source}: tensor {name!r} is {tensor.dtype}; it must be a float type.")
             slot.copy_(tensor if head_dim is None else interleave_rope(tensor, head_dim))
@@ -128,15 +131,13 @@ def _attention_places(places: _Places, config: LlamaConfig, prefix: str, layout:
     name = f"{prefix}self_attn.{{}}_proj.{{}}"
     turned = {name.format(part, kind): head_dim for part in "qk" for kind in ("weight", "bias")}
 
-    def biased(parts: Mapping[str, int]) -> Tensor | None:
-        if not config.attention_bias:
-            return None
+    def biases(parts: Mapping[str, int]) -> Tensor:
         return places.pack({name.format(part, "bias"): (size,) for part, size in parts.items()}, turned)
 
     weight = places.pack({name.format(part, "weight"): (size, hidden) for part, size in rows.items()}, turned)
-    block.matrices["qkv"] = (weight, biased(rows))
+    block.matrices["qkv"] = (weight, biases(rows) if config.qkv_bias else None)
     output = places.pack({name.format("o", "weight"): (hidden, q_rows)})
-    block.matrices["output"] = (output, biased({"o": hidden}))
+    block.matrices["output"] = (output, biases({"o": hidden}) if config.output_bias else None)
     norm = f"{prefix}input_layernorm.weight"
     block.vectors["norm"] = places.pack({norm: (hidden,)})
     return block
@@ -168,6 +169,7 @@ def load_target(
     dtype: torch.dtype,
     layout: Layout | None = None,
     source: str = "the checkpoint",
+    adjacent_pairs: bool = False,
 ) -> TargetWeights:
     """Load the tensors of a Llama model.
 
@@ -178,11 +180,13 @@ def load_target(
         dtype: in which they are kept.
         layout: of the matrices; None chooses a fast one for each (``choose_layout``).
         source: what errors call the place that they came from.
+        adjacent_pairs: whether the rows of queries and keys already lie as the runtime wants them, a RoPE pair side by
+            side, instead of as transformers keeps them.
 
     Raises:
         KangarooError: files or tensors missing, of another shape, or not finite.
     """
-    places = _Places(device, dtype)
+    places = _Places(device, dtype, adjacent_pairs)
     shape = (config.vocab_size, config.hidden_size)
     head = embedding = places.pack({"model.embed_tokens.weight": shape})
     tied = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -67,7 +67,7 @@ class TrainableAdapter(nn.Module):
 
 
 def adapter_config_values(target_values: dict[str, Any], settings: TrainingSettings) -> dict[str, Any]:
-    """The adapter's ``config.json``: the target's, with one layer and without biases."""
+    """The adapter's ``config.json``: the target's, with one layer of Llama's architecture and without biases."""
     own_heads = {}
     if settings.num_attention_heads is not None:
         heads, head_dim = settings.num_attention_heads, parse_config(target_values).head_dim
@@ -77,6 +77,7 @@ def adapter_config_values(target_values: dict[str, Any], settings: TrainingSetti
     return {
         **kept,
         "architectures": ["KangarooAdapter"],
+        "model_type": "llama",
         "num_hidden_layers": 1,
         "attention_bias": False,
         "mlp_bias": False,

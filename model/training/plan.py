@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..demo import find_pair
 from ..drafters.adapter import check_exit_layer
 from ..errors import KangarooError
-from ..target.checkpoint import find_folder
-from ..target.config import LlamaConfig, load_config_values, parse_config
-from ..text import load_tokenizer
+from ..load import open_model
+from ..named import find_pair
+from ..target.config import LlamaConfig, parse_config
 from .adapter_module import adapter_config_values
 from .checkpoint import read_state
 from .data import read_corpus
@@ -47,17 +46,18 @@ def read_plan(settings: TrainingSettings) -> Plan:
     Raises:
         KangarooError: for settings, files or folders that cannot be used.
     """
-    folder = find_folder(find_pair(settings.model, None)[0], "model")
-    target_values = load_config_values(folder, "model")
-    target = parse_config(target_values, folder / "config.json")
+    checkpoint = open_model(find_pair(settings.model, None)[0])
+    folder, target = checkpoint.path, checkpoint.config
+    if folder.is_file():
+        raise KangarooError(f"{folder} is a GGUF file; training reads folders, with safetensors or pytorch_model.bin.")
     check_exit_layer(settings.exit_layer, target)
-    values = adapter_config_values(target_values, settings)
+    values = adapter_config_values(checkpoint.values, settings)
     config = parse_config(values)
     if settings.sequence_length > config.context_length:
         raise KangarooError(
             f"sequence_length is {settings.sequence_length}, the model's context holds {config.context_length}."
         )
-    tokenizer = load_tokenizer(folder)
+    tokenizer = checkpoint.tokenizer()
     if tokenizer is None:
         raise KangarooError(f"{folder} holds no tokenizer; training on text needs one.")
     tokens, held_out = read_corpus(settings, tokenizer)

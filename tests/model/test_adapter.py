@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.drafters.adapter import load_adapter_config
-from kangaroo_kernels.model.target.config import load_config
+from kangaroo_kernels.model.target.checkpoint import open_folder
 
 TOLERANCE = 1e-4
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
@@ -171,7 +171,7 @@ def test_the_authors_format(dtype: torch.dtype, legacy: bool, tmp_path: Path) ->
 
 def test_calibrated_defaults(tmp_path: Path) -> None:
     target = make_target(tmp_path / "target")
-    config = load_config(target)
+    config = open_folder(target).config
     plain = load_adapter_config(make_adapter(tmp_path / "plain", target, exit_layer=2), config, None)
     assert (plain.num_speculative_tokens, plain.draft_confidence_threshold) == (6, 0.6)
     calibrated = load_adapter_config(

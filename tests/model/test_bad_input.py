@@ -98,7 +98,7 @@ def test_unknown_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **__: Any) -> str:
         raise ConnectionError("404 Client Error.\n\nRepository Not Found for url: https://...")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     refuse(lambda: Kangaroo.from_pretrained("someone/nothing"), "someone/nothing", "hub", "404 Client Error")
 
 
@@ -139,7 +139,8 @@ def test_json_that_describes_no_model(text: str, folder: Path) -> None:
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "own code": ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, ("auto_map", "own code")),
     "gpt2": ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, ("'gpt2'", "llama", "mistral")),
-    "mixture": ({"model_type": "mixtral"}, ("'mixtral'", "not supported")),
+    "mixture": ({"model_type": "mixtral"}, ("'mixtral'", "not supported", "mixture of experts")),
+    "norms of heads": ({"model_type": "qwen3"}, ("'qwen3'", "norms of each head's queries and keys", "qwen2")),
     "no such type": ({"model_type": 7}, ("model type 7",)),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantized", "float16")),
     "sliding window": ({"model_type": "mistral", "sliding_window": 4096}, ("sliding", "4096", "not supported")),

@@ -9,7 +9,8 @@ import torch
 from pairs import make_target
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.target.config import LlamaConfig, RopeConfig, load_config, parse_config
+from kangaroo_kernels.model.target.checkpoint import open_folder
+from kangaroo_kernels.model.target.config import LlamaConfig, RopeConfig, parse_config
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
@@ -95,8 +96,8 @@ def test_both_dialects_give_equal_logits(dialect: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_both_dialects_give_equal_settings(dialect: str, tmp_path: Path) -> None:
     old, new = DIALECTS[dialect]
-    before = load_config(write(tmp_path / "old", SHAPE, old, {"torch_dtype": "bfloat16"}))
-    after = load_config(write(tmp_path / "new", SHAPE, new, {"dtype": "bfloat16"}))
+    before = open_folder(write(tmp_path / "old", SHAPE, old, {"torch_dtype": "bfloat16"})).config
+    after = open_folder(write(tmp_path / "new", SHAPE, new, {"dtype": "bfloat16"})).config
     assert before == after
     assert before.dtype == torch.bfloat16
     assert before.rope.theta == new["rope_parameters"]["rope_theta"]
@@ -106,11 +107,11 @@ def test_both_dialects_give_equal_settings(dialect: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_stored_dtype(name: str, key: str, tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, SHAPE, {key: name})).dtype == getattr(torch, name)
+    assert open_folder(write(tmp_path, SHAPE, {key: name})).config.dtype == getattr(torch, name)
 
 
 def test_every_number_is_read(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, SHAPE, {"head_dim": 20, "mlp_bias": True})) == LlamaConfig(
+    assert open_folder(write(tmp_path, SHAPE, {"head_dim": 20, "mlp_bias": True})).config == LlamaConfig(
         vocab_size=67,
         hidden_size=48,
         intermediate_size=80,
@@ -121,7 +122,8 @@ def test_every_number_is_read(tmp_path: Path) -> None:
         rms_norm_eps=1e-5,
         max_position_embeddings=512,
         tie_word_embeddings=False,
-        attention_bias=False,
+        qkv_bias=False,
+        output_bias=False,
         mlp_bias=True,
         rope=RopeConfig(),
         eos_token_ids=(2, 5),
@@ -133,7 +135,7 @@ def test_what_a_file_leaves_out(tmp_path: Path) -> None:
     """The first Llama checkpoints name neither key-value heads nor head_dim nor RoPE."""
     left_out = ("num_key_value_heads", "model_type", "tie_word_embeddings")
     values = {name: value for name, value in SHAPE.items() if name not in left_out}
-    config = load_config(write(tmp_path, values))
+    config = open_folder(write(tmp_path, values)).config
     assert config.num_key_value_heads == 4
     assert config.head_dim == 12
     assert not config.tie_word_embeddings
@@ -143,7 +145,7 @@ def test_what_a_file_leaves_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("eos", "ids"), [(None, ()), (2, (2,)), ([2, 5], (2, 5))])
 def test_end_of_text_tokens(eos: Any, ids: tuple[int, ...], tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, SHAPE, {"eos_token_id": eos})).eos_token_ids == ids
+    assert open_folder(write(tmp_path, SHAPE, {"eos_token_id": eos})).config.eos_token_ids == ids
 
 
 def test_end_of_text_tokens_stop_the_text(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_context_length(rope_type: str, length: int, tmp_path: Path) -> None:
     rope = {"rope_type": rope_type, "rope_theta": 1e4}
     if rope_type != "default":
         rope["factor"] = 2.0
-    assert load_config(write(tmp_path, SHAPE, {"rope_parameters": rope})).context_length == length
+    assert open_folder(write(tmp_path, SHAPE, {"rope_parameters": rope})).config.context_length == length
 
 
 def test_parse_config_needs_no_file() -> None:

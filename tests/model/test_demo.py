@@ -10,7 +10,7 @@ from pairs import make_adapter
 from typer.testing import CliRunner
 
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model import demo
+from kangaroo_kernels.model import demo, named
 from kangaroo_kernels.model.commands import cli, options
 from kangaroo_kernels.model.evaluation import compare
 
@@ -83,10 +83,10 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_name_demo_stands_for_the_pair(bundled: Path) -> None:
-    assert demo.find_pair("demo", None) == (bundled / "target", bundled / "adapter")
-    assert demo.find_pair("demo", "mine") == (bundled / "target", "mine")
-    assert demo.find_pair("./demo", None) == ("./demo", None)
-    assert demo.find_pair(Path("demo"), None) == (Path("demo"), None)
+    assert named.find_pair("demo", None) == (bundled / "target", bundled / "adapter")
+    assert named.find_pair("demo", "mine") == (bundled / "target", "mine")
+    assert named.find_pair("./demo", None) == ("./demo", None)
+    assert named.find_pair(Path("demo"), None) == (Path("demo"), None)
 
 
 def test_the_pair_loads_by_its_name(bundled: Path, pair: Pair, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """``Kangaroo.logits`` against transformers, over the shapes that Llama checkpoints come in."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +118,13 @@ def test_dynamic_rope_comes_back_from_a_long_text(tmp_path: Path) -> None:
     assert torch.equal(kangaroo.logits(tokens[:20]), short)
 
 
-@pytest.mark.parametrize("shape", [{}, {"kv_heads": 1, "head_dim": 24}, {"rms_norm_eps": 1e-5, "layers": 2}])
-def test_mistral_without_sliding_window(shape: dict[str, Any], tmp_path: Path) -> None:
-    folder = shaped(tmp_path, shape)  # the two architectures name their tensors alike
-    values = json.loads((folder / "config.json").read_text())
-    values |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-    for name in ("attention_bias", "mlp_bias", "pretraining_tp"):
-        values.pop(name)
-    (folder / "config.json").write_text(json.dumps(values))
-    assert type(reference(folder)).__name__ == "MistralForCausalLM"
+@pytest.mark.parametrize(
+    "shape", [{}, {"kv_heads": 1, "hidden_size": 96}, {"rms_norm_eps": 1e-5, "layers": 2}], ids=str
+)
+@pytest.mark.parametrize(("family", "settings"), [("mistral", {"sliding_window": None}), ("qwen2", {})])
+def test_other_families(family: str, settings: dict[str, Any], shape: dict[str, Any], tmp_path: Path) -> None:
+    folder = shaped(tmp_path, {"family": family} | settings | shape)
+    assert type(reference(folder)).__name__.lower() == f"{family}forcausallm"
     assert_parity(folder)
 
 

@@ -13,7 +13,7 @@ from pairs import make_target, make_tokenizer
 from safetensors.torch import load_file
 
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model.target.config import load_config
+from kangaroo_kernels.model.target.checkpoint import open_folder
 from kangaroo_kernels.model.text import load_tokenizer
 from kangaroo_kernels.model.training import data, trainer
 from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
@@ -55,7 +55,7 @@ def test_the_runtime_runs_what_was_trained(heads: int | None, target: Path, text
     out = tmp_path / "adapter"
     train_adapter(settings(target, text, out, num_attention_heads=heads))
     kangaroo = Kangaroo.from_pretrained(target, out)
-    config = load_config(out)
+    config = open_folder(out).config
     assert config.num_attention_heads == (heads or 4) and config.head_dim == 12
     adapter = TrainableAdapter(config, 32)
     adapter.load_state_dict(load_file(out / "model.safetensors"))
