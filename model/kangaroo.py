@@ -108,8 +108,10 @@ class Kangaroo:
         Args:
             prompt: a text (needs the checkpoint's tokenizer) or its tokens.
             settings: all settings as one object; or give them by name, as in ``max_new_tokens=100, temperature=0.7``.
-            keywords: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``seed``, ``num_speculative_tokens``,
-                ``draft_confidence_threshold``, ``acceptance``, ``stop``, ``plain``; ``Settings`` explains each.
+            keywords: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed``,
+                ``repetition_penalty``, ``logit_bias``, ``stop``, ``ignore_eos``, ``min_new_tokens``, ``timeout``,
+                ``logprobs``, ``num_speculative_tokens``, ``draft_confidence_threshold``, ``acceptance``, ``plain``;
+                ``Settings`` explains each.
 
         Raises:
             KangarooError: a setting or prompt that cannot be used.
@@ -158,7 +160,7 @@ class Kangaroo:
         """
         request = resolve(prompt, settings, self.target.config, self.tokenizer, self.drafter)
         if request.max_drafts:
-            check_loop(self.drafter, self.target.backend.resident and not request.sampling.rejects)
+            check_loop(self.drafter, self.target.backend.resident and not request.led_by_host)
         return request
 
     @contextmanager

@@ -9,6 +9,15 @@ from .errors import KangarooError
 PROMPT_TOKENS = 16
 """Of the prompt's end, that the new text is decoded with: whether it begins with a space depends on them."""
 
+REPLACEMENT = "\ufffd"
+"""What decoders write in the place of bytes that make no character."""
+
+MOST_MISSING = 3
+"""The most bytes, and so tokens, after which a character of UTF-8 can still be incomplete."""
+
+LONGEST_RUN = 64
+"""Tokens that are decoded together at most, where they never make whole characters."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -29,18 +38,30 @@ def load_tokenizer(folder: Path) -> Any:
 class TextStream:
     """Tokens in, text out: the prompt's text and what comes out are the text of all tokens together.
 
-    It holds back bytes that do not make a character yet, and whatever may begin a stop string.
+    It holds back a character of which bytes are missing, for at most three tokens, and whatever may begin a stop
+    string.
+
+    Args:
+        tokenizer: decodes; None gives no text.
+        stop_strings: end the text before them.
+        prompt: the tokens before.
+        least: new tokens in whose text no stop string is looked for.
 
     Attributes:
         stopped: whether a stop string was completed.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...] = (), prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop_strings: tuple[str, ...] = (), prompt: Sequence[int] = (), least: int = 0
+    ) -> None:
         self.tokenizer, self.stop_strings = tokenizer, stop_strings
         self.tokens = list(prompt[-PROMPT_TOKENS:])
         self.stopped = False
-        self._settled = len(self.tokens)  # tokens whose text is known
-        self._context = 0  # tokens before them that decoding needs for its spaces
+        self._free = least  # tokens that no stop string is looked for in
+        self._context = 0  # the first of the tokens that are decoded together
+        self._settled = len(self.tokens)  # the tokens behind the last whole character
+        self._forming = 0  # tokens since then that may belong to one character
+        self._known = "" if tokenizer is None else self._text()  # of their text, what is out already
         self._held = ""
 
     def push(self, token: int) -> str:
@@ -48,38 +69,45 @@ class TextStream:
         if self.tokenizer is None:
             return ""
         self.tokens.append(token)
-        after = self._text(self._context, len(self.tokens))
-        before = self._known(after)
-        if len(after) <= len(before) or after.endswith("\ufffd"):
-            return ""
-        self._context, self._settled = self._settled, len(self.tokens)
-        return self._release(after[len(before) :])
+        text = self._text()
+        incomplete = len(text) - len(text.rstrip(REPLACEMENT))
+        self._forming = self._forming + 1 if incomplete else 0
+        if self._forming > MOST_MISSING:  # so the run is no single character, but its end may be the next one
+            incomplete = min(incomplete, MOST_MISSING)
+        piece = self._take(text, len(text) - incomplete)
+        if (piece and not incomplete) or len(self.tokens) - self._context > LONGEST_RUN:
+            self._context, self._settled = self._settled, len(self.tokens)
+            text = self._text()
+            self._known = text[: len(text) - incomplete]
+        return self._release(piece)
 
     def finish(self) -> str:
         """The rest of the text, once no more tokens come."""
         if self.tokenizer is None or self.stopped:
             return ""
-        after = self._text(self._context, len(self.tokens))
-        rest = after[len(self._known(after)) :]
-        self._context = self._settled = len(self.tokens)
-        piece = self._release(rest)
+        text = self._text()
+        piece = self._release(self._take(text, len(text)))
         if self.stopped:
             return piece
         piece, self._held = piece + self._held, ""
         return piece
 
-    def _known(self, after: str) -> str:
-        """What is known of ``after``; a character that the prompt left incomplete is not, once it is whole."""
-        known = self._text(self._context, self._settled)
-        return known if after.startswith(known) else known.rstrip("\ufffd")
+    def _take(self, text: str, end: int) -> str:
+        """What of ``text[:end]`` is not out yet; a character that the prompt left incomplete comes out once whole."""
+        known = self._known if text.startswith(self._known) else self._known.rstrip(REPLACEMENT)
+        if end <= len(known):
+            return ""
+        self._known = text[:end]
+        return text[len(known) : end]
 
-    def _text(self, first: int, last: int) -> str:
-        decoded = self.tokenizer.decode(
-            self.tokens[first:last], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(decoded)
+    def _text(self) -> str:
+        tokens = self.tokens[self._context :]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _release(self, text: str) -> str:
+        if self._free:
+            self._free -= 1
+            return text
         text = self._held + text
         found = [place for stop in self.stop_strings if (place := text.find(stop)) >= 0]
         if found:

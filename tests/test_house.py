@@ -20,7 +20,7 @@ KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 ROOMS = (
     ("errors", "spans"),
     ("results", "demo", "text"),
-    ("backend",),
+    ("backend", "shaping"),
     ("sampling",),
     ("target",),
     ("drafters",),

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from ..errors import KangarooError
 from ..target.cache import KVCache
 
 
@@ -24,3 +27,11 @@ class TextState:
     def newest(self) -> int:
         """The position of the last committed token, where the next step begins."""
         return len(self.tokens) - 1
+
+
+def not_finite(text: TextState, dtype: torch.dtype) -> KangarooError:
+    """The error for a text whose next token the target cannot name: a logit is NaN or infinite, or all are -inf."""
+    advice = "try dtype='float32'" if dtype != torch.float32 else "the checkpoint may be damaged"
+    return KangarooError(
+        f"the target's logits after {len(text.tokens)} tokens are not finite: values overflowed in {dtype}; {advice}."
+    )
