@@ -59,9 +59,10 @@ class TextStream:
         self.stopped = False
         self._free = least  # tokens that no stop string is looked for in
         self._context = 0  # the first of the tokens that are decoded together
-        self._settled = len(self.tokens)  # the tokens behind the last whole character
-        self._forming = 0  # tokens since then that may belong to one character
-        self._known = "" if tokenizer is None else self._text()  # of their text, what is out already
+        self._prompt = "" if tokenizer is None else self._text()  # may end in a character that is incomplete
+        self._settled = 0 if self._prompt.endswith(REPLACEMENT) else len(self.tokens)  # these end in a whole character
+        self._given = self._length = len(self._prompt)  # of the text of these tokens: what is out, and all of it
+        self._forming = 0  # tokens that may belong to one character
         self._held = ""
 
     def push(self, token: int) -> str:
@@ -71,14 +72,17 @@ class TextStream:
         self.tokens.append(token)
         text = self._text()
         incomplete = len(text) - len(text.rstrip(REPLACEMENT))
+        if len(text) < self._length:  # bytes have just become a character, which may itself be this one
+            incomplete = 0
         self._forming = self._forming + 1 if incomplete else 0
-        if self._forming > MOST_MISSING:  # so the run is no single character, but its end may be the next one
+        if self._forming > MOST_MISSING:  # so they are no single character, but the last of them may begin one
             incomplete = min(incomplete, MOST_MISSING)
+        self._length = len(text)
         piece = self._take(text, len(text) - incomplete)
-        if (piece and not incomplete) or len(self.tokens) - self._context > LONGEST_RUN:
-            self._context, self._settled = self._settled, len(self.tokens)
-            text = self._text()
-            self._known = text[: len(text) - incomplete]
+        if piece and not incomplete:
+            self._decode_from(self._settled, incomplete)
+        elif len(self.tokens) - self._context > LONGEST_RUN:
+            self._decode_from(len(self.tokens) - LONGEST_RUN // 2, incomplete)
         return self._release(piece)
 
     def finish(self) -> str:
@@ -93,12 +97,18 @@ class TextStream:
         return piece
 
     def _take(self, text: str, end: int) -> str:
-        """What of ``text[:end]`` is not out yet; a character that the prompt left incomplete comes out once whole."""
-        known = self._known if text.startswith(self._known) else self._known.rstrip(REPLACEMENT)
-        if end <= len(known):
-            return ""
-        self._known = text[:end]
-        return text[len(known) : end]
+        """What of ``text[:end]`` is not out yet: also a character that the prompt left incomplete, once it is whole."""
+        if not text.startswith(self._prompt):
+            self._given, self._prompt = len(self._prompt.rstrip(REPLACEMENT)), ""
+        piece = text[self._given : end]
+        self._given += len(piece)
+        return piece
+
+    def _decode_from(self, first: int, incomplete: int) -> None:
+        """Leave out the tokens before ``first`` from now on; the last ``incomplete`` characters are not out yet."""
+        self._context, self._settled, self._prompt = first, len(self.tokens), ""
+        self._length = len(self._text())
+        self._given = self._length - incomplete
 
     def _text(self) -> str:
         tokens = self.tokens[self._context :]

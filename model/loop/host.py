@@ -68,7 +68,8 @@ def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Re
             wanted = verify(target, drafter.first_layer, text, chooser, draft)
         with span("kangaroo/accept"):
             before = len(text.tokens)
-            decision = accept(draft.tokens, wanted.token, stops, before, request.length, confidence=wanted.confidence)
+            drafts = draft.tokens[: len(wanted.token) - 1]
+            decision = accept(drafts, wanted.token, stops, before, request.length, confidence=wanted.confidence)
             agreed, reached, stopped = decision.tolist()
         if reached == before:
             raise not_finite(text, target.dtype)
@@ -79,7 +80,7 @@ def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Re
         yield Commit(
             committed,
             min(agreed, len(committed)),
-            len(draft.tokens),
+            len(drafts),
             agreed,
             bool(stopped),
             chooser.logprobs(wanted, committed),
@@ -101,6 +102,9 @@ def check_draft(drafter: Drafter, draft: Draft, most: int) -> None:
 def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, draft: Draft) -> Choice:
     """The target's tokens after the newest token and after every draft, k + 1 of them.
 
+    Where a draft's values overflow the dtype, the rows beside it may not be finite either. The newest token then goes
+    through alone, as in plain decoding, and there is one token.
+
     The layers below ``first_layer`` are not run again; the others and the LM head run over all positions at once.
     """
     config, weights = target.config, target.weights
@@ -109,8 +113,12 @@ def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, d
     if chooser.sampling.rejects:
         certain = one_hot(draft.tokens, config.vocab_size).float()
         distributions = certain if draft.distributions is None else draft.distributions
-        return chooser.target_or_draft(*head, draft.tokens, distributions)
-    return chooser.target(*head, drafted=draft.tokens.tolist())
+        choice = chooser.target_or_draft(*head, draft.tokens, distributions)
+    else:
+        choice = chooser.target(*head, drafted=draft.tokens.tolist())
+    if len(draft.tokens) and choice.confidence[0].isnan():
+        return verify(target, first_layer, text, chooser, Draft(draft.tokens[:0], draft.hidden[:1]))
+    return choice
 
 
 def plain_steps(target: Llama, text: TextState, request: Request) -> Iterator[Commit]:
