@@ -35,6 +35,20 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of tokens, without special ones."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def end_of(prompt: Sequence[int], tokenizer: Any) -> list[int]:
+    """Its last tokens: ``PROMPT_TOKENS``, or more where these begin in the middle of a character."""
+    for count in range(PROMPT_TOKENS, LONGEST_RUN):
+        tokens = list(prompt[-count:])
+        if len(tokens) < count or not decode(tokenizer, tokens).startswith(REPLACEMENT):
+            break
+    return tokens
+
+
 class TextStream:
     """Tokens in, text out: the prompt's text and what comes out are the text of all tokens together.
 
@@ -55,7 +69,7 @@ class TextStream:
         self, tokenizer: Any, stop_strings: tuple[str, ...] = (), prompt: Sequence[int] = (), least: int = 0
     ) -> None:
         self.tokenizer, self.stop_strings = tokenizer, stop_strings
-        self.tokens = list(prompt[-PROMPT_TOKENS:])
+        self.tokens = [] if tokenizer is None else end_of(prompt, tokenizer)
         self.stopped = False
         self._free = least  # tokens that no stop string is looked for in
         self._context = 0  # the first of the tokens that are decoded together
@@ -78,7 +92,7 @@ class TextStream:
         if self._forming > MOST_MISSING:  # so they are no single character, but the last of them may begin one
             incomplete = min(incomplete, MOST_MISSING)
         self._length = len(text)
-        piece = self._take(text, len(text) - incomplete)
+        piece = self._take(text, incomplete)
         if piece and not incomplete:
             self._decode_from(self._settled, incomplete)
         elif len(self.tokens) - self._context > LONGEST_RUN:
@@ -90,17 +104,20 @@ class TextStream:
         if self.tokenizer is None or self.stopped:
             return ""
         text = self._text()
-        piece = self._release(self._take(text, len(text)))
+        piece = self._release(self._take(text, incomplete=0))
         if self.stopped:
             return piece
         piece, self._held = piece + self._held, ""
         return piece
 
-    def _take(self, text: str, end: int) -> str:
-        """What of ``text[:end]`` is not out yet: also a character that the prompt left incomplete, once it is whole."""
-        if not text.startswith(self._prompt):
+    def _take(self, text: str, incomplete: int) -> str:
+        """What of ``text`` but its last ``incomplete`` characters is not out yet.
+
+        This includes a character that the prompt left incomplete, once it is whole.
+        """
+        if not incomplete and not text.startswith(self._prompt):
             self._given, self._prompt = len(self._prompt.rstrip(REPLACEMENT)), ""
-        piece = text[self._given : end]
+        piece = text[self._given : len(text) - incomplete]
         self._given += len(piece)
         return piece
 
@@ -111,8 +128,7 @@ class TextStream:
         self._given = self._length - incomplete
 
     def _text(self) -> str:
-        tokens = self.tokens[self._context :]
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return decode(self.tokenizer, self.tokens[self._context :])
 
     def _release(self, text: str) -> str:
         if self._free:
