@@ -1,6 +1,6 @@
-"""``accept`` in Triton: prefix match, bonus token, stop tokens, the limit and the new length, all on the device.
+"""``accept`` in Triton: prefix match, bonus token, finite logits, stop tokens, the limit and the new length.
 
-One program does the whole step; it moves only a few bytes.
+One program does the whole step on the device; it moves only a few bytes.
 """
 
 import torch
@@ -17,12 +17,21 @@ from kangaroo_kernels.shared.tiles import BLOCK_M
 
 @triton.jit(
     do_not_specialize=["STOPS", "COUNTS"],
-    do_not_specialize_on_alignment=["draft_ptr", "target_ptr", "stop_ptr", "drafted_ptr", "length_ptr", "limit_ptr"],
+    do_not_specialize_on_alignment=[
+        "draft_ptr",
+        "target_ptr",
+        "stop_ptr",
+        "confidence_ptr",
+        "drafted_ptr",
+        "length_ptr",
+        "limit_ptr",
+    ],
 )
 def accept_kernel(
     draft_ptr,  # [R] int64
     target_ptr,  # [R + 1] int64
     stop_ptr,  # [STOPS] int64
+    confidence_ptr,  # [R + 1] float32 or None
     drafted_ptr,  # [COUNTS] integers: their sum is the number of drafts
     length_ptr,  # [1] int64
     limit_ptr,  # [1] int64
@@ -44,6 +53,11 @@ def accept_kernel(
     agrees = there & (draft == target)
     accepted = tl.min(tl.where(agrees, BLOCK_M, offs), axis=0).to(tl.int64)
     committed = tl.minimum(accepted + 1, room)
+    if confidence_ptr is not None:
+        confidence = tl.load(confidence_ptr + offs, mask=offs <= drafted, other=0.0)
+        is_nan = confidence != confidence  # noqa: PLR0124 (a NaN differs from itself)
+        finite = tl.min(tl.where(is_nan, offs, BLOCK_M), axis=0).to(tl.int64)
+        accepted, committed = tl.minimum(accepted, finite), tl.minimum(committed, finite)
     stop_offs = tl.arange(0, BLOCK_S)
     stops = tl.load(stop_ptr + stop_offs, mask=stop_offs < STOPS, other=-2)
     stops_here = tl.max((target[:, None] == stops[None, :]).to(tl.int32), axis=1) > 0
@@ -61,12 +75,13 @@ def accept(
     length: int | Tensor,
     limit: int | Tensor,
     *,
+    confidence: Tensor | None = None,
     drafted: int | Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Compare drafts with the target's tokens; arguments and result as for ``reference.accept``."""
     require_interpreter("accept", draft)
-    check_accept(draft, target, stop_tokens, length, limit, drafted, out)
+    check_accept(draft, target, stop_tokens, length, limit, confidence, drafted, out)
     most, device = len(draft), draft.device
     if most >= MAX_ROWS or len(stop_tokens) > MAX_STOPS:
         raise ValueError(
@@ -80,6 +95,7 @@ def accept(
         draft,
         target,
         stop_tokens,
+        confidence,
         counts,
         device_scalar(length, device),
         device_scalar(limit, device),

@@ -213,13 +213,15 @@ SAMPLE_HEAD = Operation(
 def _example_of_accept(given: Inputs, n: int, k: int) -> Arguments:
     target = torch.arange(given.rows, device=given.device)
     limit = given.integers(given.length + given.rows)
-    return (target[1:], target, given.integers(-1, -2), given.integers(given.length), limit), {}
+    confidence = torch.ones(given.rows, dtype=torch.float32, device=given.device)
+    tokens = target[1:], target, given.integers(-1, -2)
+    return (*tokens, given.integers(given.length), limit), {"confidence": confidence}
 
 
 ACCEPT = Operation(
     accept,
-    "(Tensor draft, Tensor target, Tensor stop_tokens, Tensor length, Tensor limit) -> Tensor",
-    lambda draft, *_: draft.new_empty(3),
+    "(Tensor draft, Tensor target, Tensor stop_tokens, Tensor length, Tensor limit, Tensor? confidence=None) -> Tensor",
+    lambda draft, *_, **__: draft.new_empty(3),
     _example_of_accept,
 )
 

@@ -341,3 +341,39 @@ def sample_head(
         **chain(x),
     )
     return out
+
+
+def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Tensor:
+    """The logits that ``sample_head`` samples from, ``[M, V]`` float32; arguments as for ``reference.lm_head``."""
+    matrix, bias = weight_and_bias(weight)
+    check_operands("lm_head", x, norm_weight, matrix, None)
+    x, unused = aligned_rows(x), device_scalar(0, x.device)
+    config = launch_config("sample_head", matrix.shape[0], matrix.shape[1], x)
+    logits = torch.empty((x.shape[0], matrix.shape[0]), dtype=torch.float32, device=x.device)
+    sample_head_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
+        x,
+        norm_weight,
+        matrix,
+        bias,
+        logits,
+        None,
+        None,
+        None,
+        None,
+        unused,
+        unused,
+        None,
+        TARGET_STREAM,
+        device_number(1.0, x.device),
+        x.shape[0],
+        matrix.shape[0],
+        matrix.shape[1],
+        x.stride(0),
+        matrix.stride(0),
+        eps,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **chain(x),
+    )
+    return logits

@@ -10,6 +10,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_ROWS, Top1
 from kangaroo_kernels.operation import OPERATIONS
 from kangaroo_kernels.packed_weight import Layout
+from kangaroo_kernels.reference.top1_head import lm_head
 
 from .errors import KangarooError
 
@@ -40,6 +41,7 @@ class Backend:
     accept: Callable[..., Tensor]
     commit: Callable[..., None]
     draft_loop: Callable[..., Top1]
+    lm_head: Callable[..., Tensor]
     prepare_draft_loop: Callable[..., Any]
 
     def for_rows(self, rows: int) -> "Backend":
@@ -53,6 +55,7 @@ REFERENCES = Backend(
     max_rows=None,
     layout=None,
     **{name: operation.reference for name, operation in OPERATIONS.items()},
+    lm_head=lm_head,
     prepare_draft_loop=lambda model, most: None,  # the reference needs nothing prepared
 )
 
@@ -85,6 +88,7 @@ def load_backend(kernels: str | None, device: torch.device, dtype: torch.dtype) 
 
 def _triton_backend() -> Backend:
     from kangaroo_kernels.draft_loop import prepare_draft_loop
+    from kangaroo_kernels.sample_head import lm_head as kernel_lm_head
 
     return Backend(
         name="triton",
@@ -92,5 +96,6 @@ def _triton_backend() -> Backend:
         max_rows=MAX_ROWS,
         layout=Layout.ROWS,
         **{name: operation.launcher for name, operation in OPERATIONS.items()},
+        lm_head=kernel_lm_head,
         prepare_draft_loop=prepare_draft_loop,
     )

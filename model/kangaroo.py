@@ -18,7 +18,7 @@ from .drafters.protocol import Drafter, check_drafter, check_loop
 from .errors import KangarooError
 from .load import load_pair
 from .loop.host import reach_of
-from .loop.threads import fastest_thread_count, threads
+from .loop.threads import fastest_thread_count, own_state, threads
 from .request import Request, Settings, check_prompt, resolve
 from .session import Memory, Session, Writing
 from .target.llama import Llama
@@ -160,13 +160,13 @@ class Kangaroo(Writer):
             raise TypeError("got neither a prompt nor messages; give one of them.")
         request = resolve(prompt, settings, self.target.config, self.tokenizer, self.drafter)
         if request.max_drafts:
-            check_loop(self.drafter, self.target.backend.resident and not request.sampling.rejects)
+            check_loop(self.drafter, self.target.backend.resident and not request.led_by_host)
         return request
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Hold the model for one step, in inference mode and on the fastest number of threads."""
-        with self.target.lock, torch.inference_mode():
+        """Hold the model for one step, on the fastest number of threads, whatever PyTorch's state for the caller is."""
+        with self.target.lock, own_state(self.target.device):
             if self._threads is None and self.target.device.type == "cpu" and not self.target.backend.resident:
                 self._threads = self._measure_threads()
             with threads(self._threads):
@@ -182,13 +182,12 @@ class Kangaroo(Writer):
 
     # ---- looking inside
 
-    @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """The target's teacher-forced logits: ``[T, V]`` float32."""
-        hidden = self._run_all(tokens, self.target.config.num_hidden_layers)
-        return self.target.logits(hidden)
+        with own_state(self.target.device):
+            hidden = self._run_all(tokens, self.target.config.num_hidden_layers)
+            return self.target.logits(hidden)
 
-    @torch.inference_mode()
     def draft_logits(self, tokens: Sequence[int]) -> Tensor:
         """The adapter's teacher-forced logits: ``[T, V]`` float32.
 
@@ -198,11 +197,12 @@ class Kangaroo(Writer):
         if not isinstance(self.drafter, KangarooDrafter):
             raise KangarooError("no adapter is loaded; give from_pretrained an adapter.")
         adapter = self.drafter.adapter
-        exit_hidden = self._run_all(tokens, self.drafter.first_layer)
-        cache = adapter.new_cache()
-        cache.reserve(len(tokens))
-        hidden = adapter.run(exit_hidden, cache, 0)
-        return lm_head(hidden, adapter.norm, self.target.weights.head, eps=adapter.config.llama.rms_norm_eps)
+        with own_state(self.target.device):
+            exit_hidden = self._run_all(tokens, self.drafter.first_layer)
+            cache = adapter.new_cache()
+            cache.reserve(len(tokens))
+            hidden = adapter.run(exit_hidden, cache, 0)
+            return lm_head(hidden, adapter.norm, self.target.weights.head, eps=adapter.config.llama.rms_norm_eps)
 
     def _run_all(self, tokens: Sequence[int], layers: int) -> Tensor:
         checked = check_prompt(tokens, self.target.config)

@@ -4,9 +4,11 @@ Keywords in Python, the options of the command line and a network server all bec
 one range and one error message.
 """
 
+import math
 import operator
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, MAX_STOPS
@@ -14,7 +16,14 @@ from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, MAX_STOPS
 from .drafters.protocol import Drafter
 from .errors import KangarooError
 from .sampling import Sampling, is_number, is_whole, plain_number
+from .shaping import NO_SHAPING, Shaping
 from .target.config import LlamaConfig
+
+MOST_LOGPROBS = 20
+"""The most likely tokens whose log-probabilities a request may ask for; OpenAI's limit."""
+
+LED_BY_HOST = ("acceptance='rejection'", "min_p", "repetition_penalty", "logit_bias", "min_new_tokens", "logprobs")
+"""What needs whole rows of logits: such a text is written by the loop that the host leads, also on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +35,25 @@ class Settings:
         temperature: 0 is greedy; else 0.001 to 100.
         top_k: sample among this many tokens; None means all of them.
         top_p: sample within this share of the probability; None means all of it.
-        seed: of the sampling noise; the same seed gives the same text, with Kangaroo and without.
+        min_p: sample among tokens at least this many times as likely as the likeliest, 0 to 1; None means all of them.
+        seed: of the sampling noise; the same seed gives the same text, with Kangaroo and without. None draws one for
+            every text, and ``Generation.seed`` says which.
+        repetition_penalty: above 1 it makes tokens that the prompt or the new text holds less likely, below 1 more.
+        logit_bias: what is added to the logits of tokens, by token id.
         num_speculative_tokens: the most drafts a step, 1 to 15; None takes the drafter's default.
         draft_confidence_threshold: drafting stops below it, 0 to 1; None takes the drafter's default.
         acceptance: ``coupled`` (same tokens as plain sampling) or ``rejection`` (same distribution).
         stop: strings or token ids that end the text, besides the model's own end-of-text tokens.
+        ignore_eos: write on behind the model's own end-of-text tokens; ``stop`` still ends the text.
+        min_new_tokens: before this many tokens nothing ends the text: no stop token is chosen, and no stop string is
+            looked for.
+        timeout: seconds; the step that goes beyond it is the last one. Waiting for other texts counts.
+        logprobs: give the log-probability of every new token and of this many likely ones, 0 to 20, by the model's own
+            distribution (temperature 1, before every filter, bias and penalty).
         plain: decode without drafting.
+
+    On a GPU ``min_p``, ``repetition_penalty``, ``logit_bias``, ``min_new_tokens``, ``logprobs`` and rejection sampling
+    need whole rows of logits: the host then leads the loop, on the same kernels, which is slower.
 
     Raises:
         KangarooError: a setting out of its range.
@@ -41,31 +63,69 @@ class Settings:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
-    seed: int = 0
+    seed: int | None = 0
     num_speculative_tokens: int | None = None
     draft_confidence_threshold: float | None = None
     acceptance: str = "coupled"
     stop: str | Sequence[str | int] = ()
     plain: bool = False
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    ignore_eos: bool = False
+    min_new_tokens: int = 0
+    timeout: float | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _ = self.sampling
-        if not is_whole(self.max_new_tokens) or self.max_new_tokens < 1:
-            raise KangarooError(f"max_new_tokens is {self.max_new_tokens!r}; it must be a whole number of at least 1.")
-        drafts, threshold, most = self.num_speculative_tokens, self.draft_confidence_threshold, MAX_SPECULATIVE_TOKENS
-        if drafts is not None and (not is_whole(drafts) or not 1 <= drafts <= most):
-            raise KangarooError(f"num_speculative_tokens is {drafts!r}; it must be a whole number from 1 to {most}.")
-        if threshold is not None and (not is_number(threshold) or not 0 <= threshold <= 1):
-            raise KangarooError(f"draft_confidence_threshold is {threshold!r}; it must be a number from 0 to 1.")
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "num_speculative_tokens"):
-            object.__setattr__(self, name, plain_number(getattr(self, name)))
-        object.__setattr__(self, "draft_confidence_threshold", plain_number(threshold))
+        self._check_drafting()
+        self._check_length()
+        self._check_shaping()
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, plain_number(getattr(self, entry.name)))
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if isinstance(stop, bytes | Mapping) or not isinstance(stop, Iterable):
             raise KangarooError(f"stop is {self.stop!r}; it must be a list of strings and token ids.")
         object.__setattr__(self, "stop", tuple(stop))
         if "" in self.stop_strings:
             raise KangarooError("a stop string is empty; give at least one character.")
+
+    def _check_drafting(self) -> None:
+        drafts, threshold, most = self.num_speculative_tokens, self.draft_confidence_threshold, MAX_SPECULATIVE_TOKENS
+        if drafts is not None and (not is_whole(drafts) or not 1 <= drafts <= most):
+            raise KangarooError(f"num_speculative_tokens is {drafts!r}; it must be a whole number from 1 to {most}.")
+        if threshold is not None and (not is_number(threshold) or not 0 <= threshold <= 1):
+            raise KangarooError(f"draft_confidence_threshold is {threshold!r}; it must be a number from 0 to 1.")
+
+    def _check_length(self) -> None:
+        most, least, timeout = self.max_new_tokens, self.min_new_tokens, self.timeout
+        if not is_whole(most) or most < 1:
+            raise KangarooError(f"max_new_tokens is {most!r}; it must be a whole number of at least 1.")
+        if not is_whole(least) or not 0 <= least <= most:
+            raise KangarooError(
+                f"min_new_tokens is {least!r}; it must be a whole number from 0 to max_new_tokens, {most}."
+            )
+        if timeout is not None and (not is_number(timeout) or not timeout > 0):
+            raise KangarooError(f"timeout is {timeout!r}; it must be a number of seconds above 0.")
+        if not isinstance(self.ignore_eos, bool):
+            raise KangarooError(f"ignore_eos is {self.ignore_eos!r}; it must be True or False.")
+
+    def _check_shaping(self) -> None:
+        penalty, bias, logprobs = self.repetition_penalty, self.logit_bias, self.logprobs
+        if not is_number(penalty) or not 0 < penalty < math.inf:
+            raise KangarooError(f"repetition_penalty is {penalty!r}; it must be a finite number above 0.")
+        if logprobs is not None and (not is_whole(logprobs) or not 0 <= logprobs <= MOST_LOGPROBS):
+            raise KangarooError(f"logprobs is {logprobs!r}; it must be a whole number from 0 to {MOST_LOGPROBS}.")
+        if bias is None:
+            return
+        if not isinstance(bias, Mapping):
+            raise KangarooError(f"logit_bias is {bias!r}; it must be a mapping of token ids to numbers.")
+        for token, value in bias.items():
+            if not is_whole(token) or not is_number(value) or not math.isfinite(value):
+                raise KangarooError(f"logit_bias has {token!r}: {value!r}; it must map token ids to finite numbers.")
+        plain = {int(token): float(value) for token, value in bias.items()}
+        object.__setattr__(self, "logit_bias", plain)
 
     @classmethod
     def of(cls, settings: "Settings | None", keywords: Mapping[str, Any]) -> "Settings":
@@ -89,7 +149,12 @@ class Settings:
     @property
     def sampling(self) -> Sampling:
         """How tokens are picked."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed, self.acceptance)
+        seed = 0 if self.seed is None else self.seed
+        return Sampling(self.temperature, self.top_k, self.top_p, seed, self.acceptance, self.min_p)
+
+    def with_seed(self) -> "Settings":
+        """The same with a seed: a random one where there is none."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(64))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -110,6 +175,10 @@ class Request:
         threshold: the confidence below which drafting stops.
         stop_tokens: the caller's and the model's own.
         stop_strings: strings that end the text and are cut off it.
+        shaping: what changes logits before a token is chosen.
+        min_new_tokens: new tokens before which nothing ends the text.
+        timeout: seconds after which no further step begins; None without an end.
+        logprobs: how many likely tokens the log-probabilities name; None leaves them out.
     """
 
     tokens: tuple[int, ...]
@@ -120,6 +189,17 @@ class Request:
     threshold: float
     stop_tokens: frozenset[int]
     stop_strings: tuple[str, ...]
+    shaping: Shaping = NO_SHAPING
+    min_new_tokens: int = 0
+    timeout: float | None = None
+    logprobs: int | None = None
+
+    @property
+    def led_by_host(self) -> bool:
+        """Whether tokens are picked from whole rows of logits, which only the loop led by the host does."""
+        sampling = self.sampling
+        filtered = bool(sampling.min_p) and not sampling.greedy
+        return sampling.rejects or filtered or not self.shaping.idle or self.logprobs is not None
 
 
 def resolve(
@@ -135,12 +215,12 @@ def resolve(
         raise KangarooError("this Kangaroo has no drafter; make it with one, or decode with plain=True.")
     if settings.stop_strings and tokenizer is None:
         raise KangarooError("stop strings need a tokenizer, and this checkpoint has none; give token ids.")
-    stop_ids = check_tokens([entry for entry in settings.stop if not isinstance(entry, str)], config.vocab_size)
-    ends = [*config.eos_token_ids, getattr(tokenizer, "eos_token_id", None)]
-    stop_tokens = frozenset(stop_ids) | frozenset(end for end in ends if end is not None)
-    if len(stop_tokens) > MAX_STOPS:
-        raise KangarooError(f"there are {len(stop_tokens)} stop tokens; give at most {MAX_STOPS}.")
+    settings = settings.with_seed()
+    stop_tokens = find_stops(settings, config, tokenizer)
+    bias = settings.logit_bias or {}
+    check_tokens(bias, config.vocab_size)
     tokens = prompt_tokens(prompt, config, tokenizer)
+    ends_from = len(tokens) + settings.min_new_tokens if settings.min_new_tokens else 0
     length = len(tokens) + settings.max_new_tokens
     drafts, threshold = settings.num_speculative_tokens, settings.draft_confidence_threshold
     if drafter is None or settings.plain:
@@ -154,7 +234,32 @@ def resolve(
         float(drafter.draft_confidence_threshold if threshold is None and drafter else threshold or 0.0),
         stop_tokens,
         settings.stop_strings,
+        Shaping(bias, settings.repetition_penalty, stop_tokens, ends_from),
+        settings.min_new_tokens,
+        settings.timeout,
+        settings.logprobs,
     )
+
+
+def find_stops(settings: Settings, config: LlamaConfig, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text: the caller's, and the model's own from its files and its tokenizer.
+
+    A stop string that is the text of an added token, such as ``<|im_end|>``, is that token: special tokens have no text
+    in what is written, so the string would never be found there.
+
+    Raises:
+        KangarooError: an unknown token, or more of them than the kernels take.
+    """
+    stops = set(check_tokens([entry for entry in settings.stop if not isinstance(entry, str)], config.vocab_size))
+    if not settings.ignore_eos:
+        ends = [*config.eos_token_ids, getattr(tokenizer, "eos_token_id", None)]
+        stops.update(end for end in ends if end is not None)
+    if settings.stop_strings:
+        added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
+        stops.update(added[text] for text in settings.stop_strings if text in added)
+    if len(stops) > MAX_STOPS:
+        raise KangarooError(f"there are {len(stops)} stop tokens; give at most {MAX_STOPS}.")
+    return frozenset(stops)
 
 
 def prompt_tokens(prompt: str | Sequence[int], config: LlamaConfig, tokenizer: Any) -> list[int]:

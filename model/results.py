@@ -1,7 +1,22 @@
 """What decoding gives: the commits of its steps, their counts and times, and the text."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one place of the text, by the model's own distribution: temperature 1, nothing filtered.
+
+    Attributes:
+        token: the one that was chosen.
+        logprob: its natural log-probability.
+        top: the likeliest tokens and their log-probabilities, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    top: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -14,6 +29,7 @@ class Commit:
         drafted: how many were drafted in this step; 0 in plain decoding.
         agreed: how many drafted tokens the target agreed with, also beyond a stop token or the limit.
         stopped: whether the last token is a stop token.
+        logprobs: of each of ``tokens``; None where they were not asked for.
     """
 
     tokens: list[int]
@@ -21,10 +37,13 @@ class Commit:
     drafted: int
     agreed: int
     stopped: bool
+    logprobs: list[TokenLogprobs] | None = None
 
     def cut(self, kept: int) -> "Commit":
         """The same step, ended by a stop string after ``kept`` of its tokens."""
-        return replace(self, tokens=self.tokens[:kept], accepted=min(self.accepted, kept), stopped=True)
+        logprobs = None if self.logprobs is None else self.logprobs[:kept]
+        accepted = min(self.accepted, kept)
+        return replace(self, tokens=self.tokens[:kept], accepted=accepted, stopped=True, logprobs=logprobs)
 
 
 @dataclass
@@ -110,13 +129,18 @@ class Generation:
         text: the new text, without special tokens, cut before a stop string.
         tokens: the new tokens, a stop token included.
         stats: counts and times.
-        finish_reason: ``length`` (``max_new_tokens`` reached), ``stop`` or ``context`` (the model can take no more).
+        finish_reason: ``stop``, ``length`` (``max_new_tokens`` reached), ``context`` (the model can take no more),
+            ``timeout``, ``abort`` (closed by the caller) or ``error`` (a step raised); None while the text is written.
+        seed: of the sampling noise, also where none was given.
+        logprobs: of each of ``tokens``; None where they were not asked for.
     """
 
     text: str
     tokens: list[int]
     stats: DecodeStats
-    finish_reason: str
+    finish_reason: str | None
+    seed: int = 0
+    logprobs: list[TokenLogprobs] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything by name, for JSON."""
@@ -124,6 +148,8 @@ class Generation:
             "text": self.text,
             "tokens": self.tokens,
             "finish_reason": self.finish_reason,
+            "seed": self.seed,
+            "logprobs": None if self.logprobs is None else [asdict(entry) for entry in self.logprobs],
             "stats": self.stats.as_dict(),
         }
 
@@ -135,12 +161,26 @@ class Outcome:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     stats: DecodeStats = field(default_factory=DecodeStats)
-    finish_reason: str = "length"
+    finish_reason: str | None = None
+    seed: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+
+    def add(self, commit: Commit) -> None:
+        """Append a step."""
+        self.tokens += commit.tokens
+        self.stats.count(commit)
+        if self.logprobs is not None:
+            self.logprobs += commit.logprobs or ()
+
+    def end(self, reason: str) -> None:
+        """Note why the text ended; the first reason stands."""
+        self.finish_reason = self.finish_reason or reason
 
     def generation(self) -> Generation:
         """What was written so far, as a copy that later steps do not change."""
         stats = replace(self.stats, accepted_at=list(self.stats.accepted_at))
-        return Generation(self.text, list(self.tokens), stats, self.finish_reason)
+        logprobs = None if self.logprobs is None else list(self.logprobs)
+        return Generation(self.text, list(self.tokens), stats, self.finish_reason, self.seed, logprobs)
 
 
 @dataclass(frozen=True)
@@ -158,7 +198,7 @@ class Progress:
 
     @property
     def generation(self) -> Generation:
-        """Everything by the latest step; why it ended is known with the last one."""
+        """Everything by the latest step; why it ended is known from the last one on."""
         return self._outcome.generation()
 
     @property

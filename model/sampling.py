@@ -5,6 +5,8 @@ the target's noise, and what is accepted is what plain sampling with that seed w
 et al., arXiv 2211.17192) draws the drafts with other noise and keeps the target's distribution, not its tokens.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -16,10 +18,12 @@ from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.reference.noise import gumbel_rows, uniform
 from kangaroo_kernels.reference.sample_head import filter_logits
-from kangaroo_kernels.reference.top1_head import confidence_of, lm_head
+from kangaroo_kernels.reference.top1_head import confidence_of
 
 from .backend import REFERENCES, Backend
 from .errors import KangarooError
+from .results import TokenLogprobs
+from .shaping import NO_SHAPING, Shaping, logprobs_of
 
 ACCEPTANCES = ("coupled", "rejection")
 
@@ -37,6 +41,7 @@ class Sampling:
     top_p: float | None = None
     seed: int = 0
     acceptance: str = "coupled"
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         if not is_number(self.temperature) or not (self.temperature == 0 or 1e-3 <= self.temperature <= 100):
@@ -45,11 +50,13 @@ class Sampling:
             raise KangarooError(f"top_k is {self.top_k!r}; it must be a whole number of at least 1.")
         if self.top_p is not None and (not is_number(self.top_p) or not 0 < self.top_p <= 1):
             raise KangarooError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1.")
+        if self.min_p is not None and (not is_number(self.min_p) or not 0 <= self.min_p <= 1):
+            raise KangarooError(f"min_p is {self.min_p!r}; it must be a number from 0 to 1.")
         if not is_whole(self.seed) or not 0 <= self.seed < 1 << 64:
             raise KangarooError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^64 - 1.")
         if self.acceptance not in ACCEPTANCES:
             raise KangarooError(f"acceptance is {self.acceptance!r}; it must be one of {', '.join(ACCEPTANCES)}.")
-        for name in ("temperature", "top_k", "top_p", "seed"):
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
             object.__setattr__(self, name, plain_number(getattr(self, name)))
 
     @property
@@ -63,13 +70,21 @@ class Sampling:
         return self.acceptance == "rejection" and not self.greedy
 
     def without_idle_filters(self, vocab_size: int) -> "Sampling":
-        """The same with None for a top-k or top-p that keeps every token."""
+        """The same with None for a top-k, top-p or min-p that keeps every token."""
         top_k = None if self.top_k is not None and self.top_k >= vocab_size else self.top_k
-        return replace(self, top_k=top_k, top_p=None if self.top_p is not None and self.top_p >= 1 else self.top_p)
+        top_p = None if self.top_p is not None and self.top_p >= 1 else self.top_p
+        return replace(self, top_k=top_k, top_p=top_p, min_p=self.min_p or None)
 
     def filter(self, logits: Tensor) -> Tensor:
-        """Temperature, top-k and top-p: ``[M, V]`` to a new ``[M, V]``."""
-        return filter_logits(logits, self.temperature, self.top_k, self.top_p)
+        """Temperature, top-k, top-p and min-p, in this order: ``[M, V]`` to a new ``[M, V]``.
+
+        Min-p (arXiv 2407.01082) keeps the tokens that are at least ``min_p`` times as likely as the likeliest.
+        """
+        filtered = filter_logits(logits, self.temperature, self.top_k, self.top_p)
+        if self.min_p:
+            least = filtered.amax(dim=-1, keepdim=True) + math.log(self.min_p)
+            filtered = filtered.masked_fill(filtered < least, -torch.inf)
+        return filtered
 
 
 def is_whole(value: object) -> bool:
@@ -103,33 +118,121 @@ class SamplingTensors(NamedTuple):
     seed: Tensor
 
 
+class Choice(NamedTuple):
+    """The target's tokens.
+
+    Attributes:
+        token: ``[M]`` int64.
+        confidence: ``[M]`` float32, the un-tempered top-1 probability; NaN where the row's logits are not finite.
+        logits: ``[M, V]`` float32, as the model gave them; None where nobody needed them written.
+    """
+
+    token: Tensor
+    confidence: Tensor
+    logits: Tensor | None = None
+
+
 class Chooser:
     """Picks tokens for one text: the target's and, from the same noise or its own, the drafter's.
+
+    The backend's heads pick them, without writing logits where they need not. A text that shapes its logits, filters
+    them by min-p or wants log-probabilities has rows of logits written by the same kernels instead, and PyTorch picks;
+    only the loop led by the host does that.
 
     Args:
         sampling: how tokens are picked.
         backend: the operations that pick them.
         numbers: the numbers of ``sampling`` in device memory, for work that is captured.
+        shaping: what changes logits before; it needs ``text``.
+        text: the committed tokens, prompt included; the loop appends to it.
+        logprobs: how many likely tokens the log-probabilities of ``target`` name; None leaves them out.
     """
 
     def __init__(
-        self, sampling: Sampling, backend: Backend = REFERENCES, numbers: SamplingTensors | None = None
+        self,
+        sampling: Sampling,
+        backend: Backend = REFERENCES,
+        numbers: SamplingTensors | None = None,
+        *,
+        shaping: Shaping = NO_SHAPING,
+        text: Sequence[int] = (),
+        logprobs: int | None = None,
     ) -> None:
-        self.sampling, self.backend = sampling, backend
+        self.sampling, self.backend, self.shaping = sampling, backend, shaping
+        self.text, self.most_logprobs = text, logprobs
         self.numbers = sampling if numbers is None else numbers
         self.draft_stream = DRAFT_STREAM if sampling.rejects else TARGET_STREAM
+        self.shapes = not shaping.idle or bool(sampling.min_p and not sampling.greedy)
 
     def target(
-        self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int | Tensor, out: Top1 | None = None
-    ) -> Tensor:
-        """The target's tokens at ``position, ...`` from the last layer's output ``[M, hidden]``: ``[M]`` int64."""
-        return self._pick(hidden, norm, head, eps, position, TARGET_STREAM, out=out).token
+        self,
+        hidden: Tensor,
+        norm: Tensor,
+        head: Weight,
+        eps: float,
+        position: int | Tensor,
+        *,
+        drafted: Sequence[int] = (),
+        out: Top1 | None = None,
+    ) -> Choice:
+        """The target's tokens at ``position, ...`` from the last layer's output ``[M, hidden]``.
+
+        ``drafted`` are the tokens behind the text that rows 1 and on were drafted for; shaping counts them as text.
+        """
+        if not self.shapes and self.most_logprobs is None:
+            return Choice(*self._pick(hidden, norm, head, eps, position, TARGET_STREAM, out=out))
+        assert isinstance(position, int), "rows of logits are chosen from by the loop that the host leads"
+        logits = self.logits(hidden, norm, head, eps)
+        return Choice(self._pick_from(logits, position, TARGET_STREAM, drafted), confidence_of(logits), logits)
 
     def draft(
-        self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int | Tensor, **step: Any
+        self,
+        hidden: Tensor,
+        norm: Tensor,
+        head: Weight,
+        eps: float,
+        position: int | Tensor,
+        *,
+        drafted: Sequence[int] = (),
+        **step: Any,
     ) -> Top1:
-        """The drafter's token at ``position`` and its un-tempered top-1 probability; ``step`` goes to the head."""
+        """The drafter's token at ``position`` and its un-tempered top-1 probability, ``[1]`` each.
+
+        ``drafted`` are the tokens behind the text so far; ``step`` goes to the head.
+        """
+        if self.shapes and isinstance(position, int):
+            logits = self.logits(hidden, norm, head, eps)
+            return Top1(self._pick_from(logits, position, self.draft_stream, drafted), confidence_of(logits))
         return self._pick(hidden, norm, head, eps, position, self.draft_stream, **step)
+
+    def logits(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float) -> Tensor:
+        """The head's logits ``[M, V]`` float32 from the backend's own operation: rows have the bits of its heads."""
+        return self.backend.for_rows(len(hidden)).lm_head(hidden, norm, head, eps=eps)
+
+    def shaped(self, logits: Tensor, drafted: Sequence[int]) -> Tensor:
+        """Every row of ``[M, V]`` shaped for its place: the last row is that after all of ``drafted``."""
+        if self.shaping.idle:
+            return logits
+        known = [len(drafted) - len(logits) + 1 + row for row in range(len(logits))]
+        rows = [self.shaping(logits[row : row + 1], [*self.text, *drafted[:count]]) for row, count in enumerate(known)]
+        return torch.cat(rows)
+
+    def _pick_from(self, logits: Tensor, position: int, stream: int, drafted: Sequence[int]) -> Tensor:
+        """A token a row, each row by itself: its bits do not depend on how many there are."""
+        shaped = self.shaped(logits, drafted)
+        if self.sampling.greedy:
+            return shaped.argmax(dim=-1)
+        rows = [
+            (self.sampling.filter(shaped[row : row + 1]) + self.noise(stream, position + row, shaped[:1])).argmax(-1)
+            for row in range(len(shaped))
+        ]
+        return torch.cat(rows)
+
+    def logprobs(self, choice: Choice, committed: Sequence[int]) -> list[TokenLogprobs] | None:
+        """Of the tokens that were committed, the first ones of ``choice``; None where nobody wants them."""
+        if self.most_logprobs is None or choice.logits is None:
+            return None
+        return logprobs_of(choice.logits, committed, self.most_logprobs)
 
     def _pick(
         self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int | Tensor, stream: int, **step: Any
@@ -156,13 +259,29 @@ class Chooser:
         return gumbel_rows(self.sampling.seed, stream, position, logits.shape[0], logits.shape[1], logits.device)
 
     def draft_with_distribution(
-        self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int
+        self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int, drafted: Sequence[int] = ()
     ) -> tuple[Top1, Tensor]:
         """For rejection sampling: a draft and the distribution it was drawn from, ``[1, V]``."""
-        logits = lm_head(hidden, norm, head, eps=eps)
-        filtered = self.sampling.filter(torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0))
+        logits = self.logits(hidden, norm, head, eps)
+        finite = torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0)
+        filtered = self.sampling.filter(self.shaped(finite, drafted))
         token = (filtered + self.noise(DRAFT_STREAM, position, logits)).argmax(dim=-1)
         return Top1(token, confidence_of(logits)), torch.softmax(filtered, dim=-1)
+
+    def target_or_draft(
+        self,
+        hidden: Tensor,
+        norm: Tensor,
+        head: Weight,
+        eps: float,
+        position: int,
+        draft: Tensor,
+        draft_distribution: Tensor,
+    ) -> Choice:
+        """As ``target``, by rejection sampling; ``reject`` has the rule."""
+        logits = self.logits(hidden, norm, head, eps)
+        tokens = self.reject(draft, draft_distribution, self.shaped(logits, draft.tolist()), position)
+        return Choice(tokens, confidence_of(logits), logits)
 
     def reject(self, draft: Tensor, draft_distribution: Tensor, target_logits: Tensor, position: int) -> Tensor:
         """Rejection sampling, written as the tokens the target "would have said".

@@ -4,6 +4,7 @@ A ``Kangaroo`` holds the weights and gives out sessions; each is independent of 
 exclusive: the texts of one model take turns, whichever threads they are read from.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -94,7 +95,7 @@ class Memory:
         return kept if drafter is None else min(kept, drafter.keep(self.drafter, kept, request.length))
 
     def _begin(self, kangaroo: "Kangaroo", request: Request, outcome: Outcome, kept: int) -> Iterator[Commit]:
-        """The loop is on the device where the backend is resident, and led by the host otherwise."""
+        """The loop is on the device where the backend is resident and the request allows it; else the host leads it."""
         target, drafter = kangaroo.target, kangaroo.drafter if request.max_drafts else None
         self._target_holds = None  # a prefill that does not come to its end leaves nothing to rely on
         if drafter is not None:
@@ -109,7 +110,7 @@ class Memory:
         self._target_holds = Written(request.tokens, outcome.tokens)
         if drafter is not None:
             self._drafter_holds = self._target_holds
-        if target.backend.resident and not request.sampling.rejects:
+        if target.backend.resident and not request.led_by_host:
             return device_steps(Iteration(target, drafter, text, request, self.runner), length=request.length)
         if drafter is None:
             return plain_steps(target, text, request)
@@ -168,13 +169,19 @@ class Writing(BothWays[Progress]):
         borrow: Callable[[], Memory],
         give_back: Callable[[Memory], None] = lambda memory: None,
     ) -> None:
-        self.outcome = Outcome()
+        self.outcome = Outcome(seed=request.sampling.seed, logprobs=None if request.logprobs is None else [])
         self._turn = threading.RLock()
         self._steps = _steps(kangaroo, request, self.outcome, borrow, give_back)
 
     def __next__(self) -> Progress:
         with self._turn:
-            return next(self._steps)
+            try:
+                return next(self._steps)
+            except StopIteration:
+                raise
+            except BaseException:
+                self.outcome.end("error")
+                raise
 
     def finish(self) -> Generation:
         """Write the text to its end and return all of it."""
@@ -186,6 +193,7 @@ class Writing(BothWays[Progress]):
         """End the text where it is; its memory is free for another one. A step under way is waited for."""
         with self._turn:
             self._steps.close()
+            self.outcome.end("abort")
 
 
 def _steps(
@@ -202,9 +210,8 @@ def _steps(
     memory = borrow()
     try:
         commits = _commits(kangaroo, request, outcome, memory)
-        yield from _pieces(
-            commits, TextStream(kangaroo.tokenizer, request.stop_strings, request.tokens), request, outcome
-        )
+        text = TextStream(kangaroo.tokenizer, request.stop_strings, request.tokens, request.min_new_tokens)
+        yield from _pieces(commits, text, request, outcome)
     finally:
         give_back(memory)
 
@@ -241,7 +248,8 @@ def _commits(kangaroo: "Kangaroo", request: Request, outcome: Outcome, memory: M
 
 def _pieces(commits: Iterator[Commit], text: TextStream, request: Request, outcome: Outcome) -> Iterator[Progress]:
     """Every step with its text; ``outcome`` is up to date with each."""
-    outcome.finish_reason = "context" if request.limited_by_context else "length"
+    deadline = math.inf if request.timeout is None else time.monotonic() + request.timeout
+    full = "context" if request.limited_by_context else "length"
     for step in commits:
         pieces = []
         for token in step.tokens:
@@ -249,13 +257,21 @@ def _pieces(commits: Iterator[Commit], text: TextStream, request: Request, outco
             if text.stopped:
                 break
         commit = step if len(pieces) == len(step.tokens) else step.cut(len(pieces))
-        outcome.tokens += commit.tokens
-        outcome.stats.count(commit)
-        if commit.stopped or text.stopped or len(request.tokens) + len(outcome.tokens) == request.length:
+        outcome.add(commit)
+        reason = None
+        if commit.stopped or text.stopped:
+            reason = "stop"
+        elif len(request.tokens) + len(outcome.tokens) == request.length:
+            reason = full
+        elif time.monotonic() >= deadline:
+            reason = "timeout"
+        if reason is not None:
             pieces[-1] += text.finish()
-        if text.stopped or commit.stopped:
-            outcome.finish_reason = "stop"
+            if text.stopped:  # by the text that was held back until now
+                reason = "stop"
+            outcome.end(reason)
         outcome.text += "".join(pieces)
         yield Progress(commit, pieces, outcome)
-        if text.stopped:
+        if reason is not None:
             return
+    outcome.end(full)  # the prompt left no room for a step

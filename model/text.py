@@ -9,6 +9,15 @@ from .errors import KangarooError, reason
 PROMPT_TOKENS = 16
 """Of the prompt's end, that the new text is decoded with: whether it begins with a space depends on them."""
 
+REPLACEMENT = "\ufffd"
+"""What decoders write in the place of bytes that make no character."""
+
+MOST_MISSING = 3
+"""The most bytes, and so tokens, after which a character of UTF-8 can still be incomplete."""
+
+LONGEST_RUN = 64
+"""Tokens that are decoded together at most, where they never make whole characters."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -24,21 +33,48 @@ def load_tokenizer(folder: Path) -> Any:
         raise KangarooError(f"{folder}: the tokenizer cannot be loaded ({reason(error)}).") from error
 
 
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of tokens, without special ones."""
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def end_of(prompt: Sequence[int], tokenizer: Any) -> list[int]:
+    """Its last tokens: ``PROMPT_TOKENS``, or more where these begin in the middle of a character."""
+    for count in range(PROMPT_TOKENS, LONGEST_RUN):
+        tokens = list(prompt[-count:])
+        if len(tokens) < count or not decode(tokenizer, tokens).startswith(REPLACEMENT):
+            break
+    return tokens
+
+
 class TextStream:
     """Tokens in, text out: the prompt's text and what comes out are the text of all tokens together.
 
-    It holds back bytes that do not make a character yet, and whatever may begin a stop string.
+    It holds back a character of which bytes are missing, for at most three tokens, and whatever may begin a stop
+    string.
+
+    Args:
+        tokenizer: decodes; None gives no text.
+        stop_strings: end the text before them.
+        prompt: the tokens before.
+        least: new tokens in whose text no stop string is looked for.
 
     Attributes:
         stopped: whether a stop string was completed.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: tuple[str, ...] = (), prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop_strings: tuple[str, ...] = (), prompt: Sequence[int] = (), least: int = 0
+    ) -> None:
         self.tokenizer, self.stop_strings = tokenizer, stop_strings
-        self.tokens = list(prompt[-PROMPT_TOKENS:])
+        self.tokens = [] if tokenizer is None else end_of(prompt, tokenizer)
         self.stopped = False
-        self._settled = len(self.tokens)  # tokens whose text is known
-        self._context = 0  # tokens before them that decoding needs for its spaces
+        self._free = least  # tokens that no stop string is looked for in
+        self._context = 0  # the first of the tokens that are decoded together
+        self._prompt = "" if tokenizer is None else self._text()  # may end in a character that is incomplete
+        self._settled = 0 if self._prompt.endswith(REPLACEMENT) else len(self.tokens)  # these end in a whole character
+        self._given = self._length = len(self._prompt)  # of the text of these tokens: what is out, and all of it
+        self._forming = 0  # tokens that may belong to one character
         self._held = ""
 
     def push(self, token: int) -> str:
@@ -46,38 +82,56 @@ class TextStream:
         if self.tokenizer is None:
             return ""
         self.tokens.append(token)
-        after = self._text(self._context, len(self.tokens))
-        before = self._known(after)
-        if len(after) <= len(before) or after.endswith("\ufffd"):
-            return ""
-        self._context, self._settled = self._settled, len(self.tokens)
-        return self._release(after[len(before) :])
+        text = self._text()
+        incomplete = len(text) - len(text.rstrip(REPLACEMENT))
+        if len(text) < self._length:  # bytes have just become a character, which may itself be this one
+            incomplete = 0
+        self._forming = self._forming + 1 if incomplete else 0
+        if self._forming > MOST_MISSING:  # so they are no single character, but the last of them may begin one
+            incomplete = min(incomplete, MOST_MISSING)
+        self._length = len(text)
+        piece = self._take(text, incomplete)
+        if piece and not incomplete:
+            self._decode_from(self._settled, incomplete)
+        elif len(self.tokens) - self._context > LONGEST_RUN:
+            self._decode_from(len(self.tokens) - LONGEST_RUN // 2, incomplete)
+        return self._release(piece)
 
     def finish(self) -> str:
         """The rest of the text, once no more tokens come."""
         if self.tokenizer is None or self.stopped:
             return ""
-        after = self._text(self._context, len(self.tokens))
-        rest = after[len(self._known(after)) :]
-        self._context = self._settled = len(self.tokens)
-        piece = self._release(rest)
+        text = self._text()
+        piece = self._release(self._take(text, incomplete=0))
         if self.stopped:
             return piece
         piece, self._held = piece + self._held, ""
         return piece
 
-    def _known(self, after: str) -> str:
-        """What is known of ``after``; a character that the prompt left incomplete is not, once it is whole."""
-        known = self._text(self._context, self._settled)
-        return known if after.startswith(known) else known.rstrip("\ufffd")
+    def _take(self, text: str, incomplete: int) -> str:
+        """What of ``text`` but its last ``incomplete`` characters is not out yet.
 
-    def _text(self, first: int, last: int) -> str:
-        decoded = self.tokenizer.decode(
-            self.tokens[first:last], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(decoded)
+        This includes a character that the prompt left incomplete, once it is whole.
+        """
+        if not incomplete and not text.startswith(self._prompt):
+            self._given, self._prompt = len(self._prompt.rstrip(REPLACEMENT)), ""
+        piece = text[self._given : len(text) - incomplete]
+        self._given += len(piece)
+        return piece
+
+    def _decode_from(self, first: int, incomplete: int) -> None:
+        """Leave out the tokens before ``first`` from now on; the last ``incomplete`` characters are not out yet."""
+        self._context, self._settled, self._prompt = first, len(self.tokens), ""
+        self._length = len(self._text())
+        self._given = self._length - incomplete
+
+    def _text(self) -> str:
+        return decode(self.tokenizer, self.tokens[self._context :])
 
     def _release(self, text: str) -> str:
+        if self._free:
+            self._free -= 1
+            return text
         text = self._held + text
         found = [place for stop in self.stop_strings if (place := text.find(stop)) >= 0]
         if found:

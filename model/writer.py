@@ -73,8 +73,10 @@ class Writer:
             prompt: a text (needs the checkpoint's tokenizer) or its tokens.
             settings: all settings as one object; or give them by name, as in ``max_new_tokens=100, temperature=0.7``.
             messages: of a conversation, in the place of the prompt; see ``chat``.
-            keywords: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``seed``, ``num_speculative_tokens``,
-                ``draft_confidence_threshold``, ``acceptance``, ``stop``, ``plain``; ``Settings`` explains each.
+            keywords: ``max_new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``min_p``, ``seed``,
+                ``repetition_penalty``, ``logit_bias``, ``stop``, ``ignore_eos``, ``min_new_tokens``, ``timeout``,
+                ``logprobs``, ``num_speculative_tokens``, ``draft_confidence_threshold``, ``acceptance``, ``plain``;
+                ``Settings`` explains each.
 
         Raises:
             KangarooError: a setting, prompt or message that cannot be used.

@@ -42,9 +42,9 @@ class Scripted(KangarooDrafter):
         return draft
 
     def guess(
-        self, exit_hidden: Tensor, text: TextState, chooser: Chooser, position: int
+        self, exit_hidden: Tensor, text: TextState, chooser: Chooser, position: int, drafted: Sequence[int] = ()
     ) -> tuple[Top1, Tensor | None]:
-        guess, distribution = super().guess(exit_hidden, text, chooser, position)
+        guess, distribution = super().guess(exit_hidden, text, chooser, position, drafted)
         following = position + exit_hidden.shape[0]
         token, confidence = int(guess.token), float(guess.confidence)
         self.own.append((following, token, confidence))
@@ -60,9 +60,9 @@ class NotANumber(KangarooDrafter):
     """An adapter whose output is NaN throughout."""
 
     def guess(
-        self, exit_hidden: Tensor, text: TextState, chooser: Chooser, position: int
+        self, exit_hidden: Tensor, text: TextState, chooser: Chooser, position: int, drafted: Sequence[int] = ()
     ) -> tuple[Top1, Tensor | None]:
-        return super().guess(torch.full_like(exit_hidden, float("nan")), text, chooser, position)
+        return super().guess(torch.full_like(exit_hidden, float("nan")), text, chooser, position, drafted)
 
 
 def oracle(text: Sequence[int], confidence: float = 1.0) -> Say:

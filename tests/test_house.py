@@ -22,7 +22,7 @@ KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 ROOMS = (
     ("errors", "spans"),
     ("results", "demo", "text", "chat"),
-    ("backend", "named"),
+    ("backend", "named", "shaping"),
     ("sampling",),
     ("target",),
     ("drafters",),

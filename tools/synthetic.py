@@ -94,10 +94,10 @@ class _Player:
             self.place += 1
         return result
 
-    def accept(self, *arguments: Tensor, drafted: Tensor, out: Tensor) -> Tensor:
+    def accept(self, *arguments: Tensor, drafted: Tensor, out: Tensor, **named: Tensor) -> Tensor:
         """``accept``; then the trace's decision in the place of its own, and on to the next step."""
         draft, _, _, length, limit = arguments
-        self.backend.accept(*arguments, drafted=drafted, out=out)
+        self.backend.accept(*arguments, drafted=drafted, out=out, **named)
         self.place = 0
         if len(draft):  # there are none in plain decoding
             alive = drafted[:1]  # 0 when the text has reached its limit: nothing is drafted and nothing agreed

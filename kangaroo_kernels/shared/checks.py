@@ -95,6 +95,7 @@ def check_accept(
     stop_tokens: Tensor,
     length: int | Tensor,
     limit: int | Tensor,
+    confidence: Tensor | None,
     drafted: int | Tensor | None,
     out: Tensor | None,
 ) -> None:
@@ -114,6 +115,8 @@ def check_accept(
     check_count("accept", "limit", limit, device)
     if not isinstance(length, Tensor) and not isinstance(limit, Tensor) and limit < length:
         raise ValueError(f"accept: limit is {limit}; it must not be below the length, {length}.")
+    if confidence is not None:
+        check_tensor("accept", "confidence", confidence, (most + 1,), torch.float32, device)
     if isinstance(drafted, Tensor):
         is_row = drafted.numel() <= max(1, most) and drafted.is_contiguous()
         if not is_row or drafted.dtype not in (torch.int32, torch.int64) or drafted.device != device:

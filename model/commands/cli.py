@@ -3,6 +3,7 @@
 PyTorch takes seconds to import, so each command imports what it needs when it runs.
 """
 
+import io
 import os
 import sys
 import warnings
@@ -32,6 +33,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers heeds it, too
     warnings.simplefilter("ignore")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks must not end the text
     try:
         app()
     except (KangarooError, OSError) as error:

@@ -15,6 +15,7 @@ from ..drafters.adapter import load_adapter_config
 from ..errors import KangarooError
 from ..load import open_model, resolve_device, resolve_dtype
 from ..named import find_pair
+from ..request import LED_BY_HOST
 from ..target.architectures import ARCHITECTURES
 from ..target.config import DTYPES, SUPPORTED_ROPE_TYPES, LlamaConfig
 from ..target.hub import find_folder
@@ -28,7 +29,8 @@ class Environment:
         versions: of each package; None for one that is not installed.
         devices: PyTorch's name and a description of each.
         operations: what runs the operations, in general and on this machine.
-        supported: the kinds of checkpoints that load, and the layouts that packed weights can take on this CPU.
+        supported: the kinds of checkpoints that load, the settings whose loop the host leads on a GPU, too, and the
+            layouts that packed weights can take on this CPU.
     """
 
     versions: dict[str, str | None]
@@ -53,6 +55,7 @@ def environment() -> Environment:
             "model_types": list(ARCHITECTURES),
             "rope_types": list(SUPPORTED_ROPE_TYPES),
             "dtypes": list(DTYPES),
+            "led_by_host": list(LED_BY_HOST),
             "cpu_layouts": [layout.name.lower() for layout in Layout if _available(layout)],
         },
     )

@@ -18,16 +18,24 @@ from .options import (
     DraftConfidenceThreshold,
     Dtype,
     ExitLayer,
+    IgnoreEos,
     Json,
     Kernels,
+    LogitBias,
+    Logprobs,
+    MinNewTokens,
+    MinP,
     Model,
     NumSpeculativeTokens,
+    RepetitionPenalty,
     Seed,
     Temperature,
+    Timeout,
     TopK,
     TopP,
     examples,
     print_json,
+    read_biases,
 )
 
 EXAMPLES = examples(
@@ -52,6 +60,10 @@ def generate(
     with_comparison: Annotated[
         bool, typer.Option("--compare", help="Also decode plainly; show both speeds and whether the tokens agree.")
     ] = False,
+    ignore_eos: IgnoreEos = False,
+    min_new_tokens: MinNewTokens = 0,
+    timeout: Timeout = None,
+    logprobs: Logprobs = None,
     as_json: Json = False,
     adapter: Adapter = None,
     exit_layer: ExitLayer = None,
@@ -61,7 +73,10 @@ def generate(
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
     seed: Seed = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    logit_bias: LogitBias = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
     draft_confidence_threshold: DraftConfidenceThreshold = None,
     acceptance: Acceptance = "coupled",
@@ -72,6 +87,8 @@ def generate(
     """
     if plain and with_comparison:
         raise KangarooError("--plain and --compare exclude each other; give one of them.")
+    if logprobs is not None and not as_json:
+        raise KangarooError("--logprobs are printed with --json alone; add it.")
     text = read_prompt(prompt, prompt_file)
 
     from ..evaluation.compare import compare
@@ -86,12 +103,19 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         seed=seed,
+        repetition_penalty=repetition_penalty,
+        logit_bias=read_biases(logit_bias),
+        ignore_eos=ignore_eos,
+        min_new_tokens=min_new_tokens,
+        timeout=timeout,
+        logprobs=logprobs,
         num_speculative_tokens=num_speculative_tokens,
         draft_confidence_threshold=draft_confidence_threshold,
         acceptance=acceptance,
         plain=plain,
-    )
+    ).with_seed()
     console = Console(stderr=True)
     generation = Generation("", [], DecodeStats(), "context")  # stands if the prompt leaves no room for a step
     comparison = None
@@ -111,9 +135,11 @@ def generate(
         compared = {"comparison": comparison.as_dict()} if comparison is not None else {}
         print_json(generation.as_dict() | compared)
     else:
-        if sys.stdout.isatty():
-            typer.echo()
+        if generation.text and not generation.text.endswith("\n"):
+            typer.echo(err=not sys.stdout.isatty())  # what is piped on is the text alone
         typer.echo(summary(generation), err=True)
+        if seed is None:
+            typer.echo(f"The seed was {generation.seed}.", err=True)
         if comparison is not None:
             show_comparisons(console, [comparison])
     if generation.finish_reason == "interrupted":
@@ -143,6 +169,6 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     else:
         source, content = "stdin", sys.stdin.buffer.read()
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # some editors put a byte order mark before the text
     except UnicodeDecodeError as error:
         raise KangarooError(f"{source} is not UTF-8 text (byte {error.start}).") from error

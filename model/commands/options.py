@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import KangarooError
+
 NOT_IDENTICAL, USER_ERROR, INTERRUPTED = 1, 2, 130
 """Exit codes."""
 
@@ -42,7 +44,49 @@ TopK = Annotated[int | None, typer.Option(help="Sample among this many tokens.",
 TopP = Annotated[
     float | None, typer.Option(help="Sample among the tokens that reach this probability.", rich_help_panel=SAMPLING)
 ]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same text.", rich_help_panel=SAMPLING)]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Sample among tokens this many times as likely as the likeliest.", rich_help_panel=SAMPLING),
+]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option(help="Above 1, tokens that the text holds already become less likely.", rich_help_panel=SAMPLING),
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Added to a token's logit, as in 42=-1.5; may be repeated.",
+        metavar="<id=number>",
+        rich_help_panel=SAMPLING,
+    ),
+]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Write on behind the model's own end-of-text tokens.")]
+MinNewTokens = Annotated[int, typer.Option(help="Nothing ends the text before this many tokens.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds after which no further step begins.")]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(help="Give each token's log-probability and this many likely ones, 0 to 20; needs --json."),
+]
+
+
+def _seed(text: str) -> int | None:
+    if text == "random":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither a whole number nor 'random'.") from error
+
+
+Seed = Annotated[
+    Any,
+    typer.Option(
+        parser=_seed,
+        metavar="<int|random>",
+        help="The same seed gives the same text; 'random' draws one.",
+        rich_help_panel=SAMPLING,
+    ),
+]
 Acceptance = Annotated[
     str,
     typer.Option(
@@ -62,6 +106,22 @@ DraftConfidenceThreshold = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+def read_biases(entries: list[str] | None) -> dict[int, float] | None:
+    """The biases of ``--logit-bias``.
+
+    Raises:
+        KangarooError: an entry that is not ID=NUMBER.
+    """
+    biases = {}
+    for entry in entries or ():
+        token, _, value = entry.partition("=")
+        try:
+            biases[int(token)] = float(value)
+        except ValueError as error:
+            raise KangarooError(f"--logit-bias is {entry!r}; it must be ID=NUMBER, as in 42=-1.5.") from error
+    return biases or None
 
 
 def examples(*commands: str) -> str:

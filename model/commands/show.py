@@ -26,6 +26,7 @@ ENDINGS = {
     "length": "the wanted length was reached",
     "stop": "the text came to its end",
     "context": "the model's context is full",
+    "timeout": "the time was over",
     "interrupted": "interrupted",
 }
 """What each ``finish_reason`` means."""
@@ -70,7 +71,7 @@ def summary(generation: Generation) -> str:
     if stats.drafted:
         facts.append(f"{stats.mean_acceptance_length:.2f} tokens a verification step")
         facts.append(f"{stats.draft_acceptance_rate:.0%} of the drafts accepted")
-    return f"{', '.join(facts)}; {ENDINGS[generation.finish_reason]}."
+    return f"{', '.join(facts)}; {ENDINGS[generation.finish_reason or 'interrupted']}."
 
 
 def show_comparisons(console: Console, comparisons: Sequence[Comparison]) -> None:

@@ -3,7 +3,7 @@
 The target's first layers, an adapter and the target's own head guess tokens one by one, until a guess is unsure.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -117,7 +117,9 @@ class KangarooDrafter(Drafter):
                 break
             with span("kangaroo/draft/step"):
                 lag = position - memory.length  # one row, or two where the adapter lags
-                guess, distribution = self.guess(memory.exit_hidden[row - lag : row + 1], text, chooser, position - lag)
+                guess, distribution = self.guess(
+                    memory.exit_hidden[row - lag : row + 1], text, chooser, position - lag, tokens
+                )
                 memory.length = position + 1
                 token, confidence = int(guess.token), float(guess.confidence)
             tokens.append(token)
@@ -130,15 +132,18 @@ class KangarooDrafter(Drafter):
         )
 
     def guess(
-        self, exit_hidden: Tensor, text: "TextState", chooser: "Chooser", position: int
+        self, exit_hidden: Tensor, text: "TextState", chooser: "Chooser", position: int, drafted: Sequence[int] = ()
     ) -> tuple[Top1, Tensor | None]:
-        """Adapter and head over the exit layer's rows at ``position, ...``: the token after the last of them."""
+        """Adapter and head over the exit layer's rows at ``position, ...``: the token after the last of them.
+
+        ``drafted`` are the tokens behind the text.
+        """
         adapter, target = self.adapter, self.target
         hidden = adapter.run(exit_hidden, text.memory.cache, position)[-1:]
         eps, following = adapter.config.llama.rms_norm_eps, position + exit_hidden.shape[0]
         if chooser.sampling.rejects:
-            return chooser.draft_with_distribution(hidden, adapter.norm, target.weights.head, eps, following)
-        return chooser.draft(hidden, adapter.norm, target.weights.head, eps, following), None
+            return chooser.draft_with_distribution(hidden, adapter.norm, target.weights.head, eps, following, drafted)
+        return chooser.draft(hidden, adapter.norm, target.weights.head, eps, following, drafted=drafted), None
 
     def commit(self, text: "TextState", count: int) -> None:
         """Roll back by length; row 0 becomes the one that a lagging adapter will need."""

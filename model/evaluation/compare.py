@@ -83,7 +83,7 @@ def compare(
     """
     if rounds < 1:
         raise KangarooError(f"rounds is {rounds!r}; it must be a whole number of at least 1.")
-    drafting = replace(Settings.of(settings, keywords), plain=False)
+    drafting = replace(Settings.of(settings, keywords).with_seed(), plain=False)
     plain = replace(drafting, plain=True)
     warm_up, drafted = kangaroo.generate(prompt, plain), kangaroo.generate(prompt, drafting)
     plain_runs, kangaroo_runs = [], []

@@ -48,7 +48,7 @@ class Buffers:
         exit_hidden: ``[R + 2, hidden]``, what the drafter's ``first_layer`` reads; rows of drafts that were not made
             hold old values, which are finite.
         drafts: ``[R]`` tokens and confidences.
-        wanted: ``[R + 1]`` tokens; their confidences are not used.
+        wanted: ``[R + 1]`` tokens and confidences, of which ``accept`` asks only whether they are NaN.
         decision: ``[3]`` int64, what ``accept`` found.
         report: ``[5 + R + 1 + 1]`` int64: the record of ``commit``, then the error word of ``draft_loop``, 0 where all
             went well.

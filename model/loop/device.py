@@ -8,6 +8,7 @@ from kangaroo_kernels.contract import RECORD_HEAD, Record
 from ..results import Commit
 from .iteration import Iteration
 from .mailbox import Mailbox
+from .state import not_finite
 
 LEAST_REACH = 256
 """The smallest bucket, in positions, of contexts that share a captured iteration. Each next one is twice as long."""
@@ -18,6 +19,9 @@ def device_steps(iteration: Iteration, *, length: int, lag: int | None = None) -
 
     The host reads what an iteration committed ``lag`` iterations later (1 on a GPU, 0 on a CPU if None). An
     iteration that runs after a stop token commits nothing.
+
+    Raises:
+        KangarooError: the target's logits are not finite.
     """
     text, runner, rows = iteration.text, iteration.runner, iteration.max_drafts + 1
     if lag is None:
@@ -33,7 +37,9 @@ def device_steps(iteration: Iteration, *, length: int, lag: int | None = None) -
             runner.clear()  # the next text prepares the loop again, with a new grid state
             raise RuntimeError(f"draft_loop failed: a program never came to a barrier (error word {lost}).")
         step = read_record(record, length)
-        if not step.tokens:  # never, unless memory was overwritten: the target always has a token
+        if not step.tokens and record[0] == len(text.tokens):  # the target's first row was not finite
+            raise not_finite(text, iteration.target.dtype)
+        if not step.tokens:  # never, unless memory was overwritten
             raise RuntimeError("an iteration committed nothing; the device memory of this decode is damaged.")
         text.tokens += step.tokens
         yield step

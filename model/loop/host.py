@@ -1,13 +1,12 @@
 """The decode loop led by the host: draft, verify, accept, commit (arXiv 2404.18911, algorithm 1), and plain decoding.
 
-The host reads every draft. On a CPU this is faster, since every step that is left out saves time; rejection sampling
-needs it. ``device.py`` has the loop that stays on the device.
+The host reads every draft. On a CPU this is faster, since every step that is left out saves time. A text whose tokens
+are picked from whole rows of logits needs it (``Request.led_by_host``). ``device.py`` has the loop on the device.
 """
 
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 from torch.nn.functional import one_hot
 
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
@@ -16,10 +15,10 @@ from ..drafters.protocol import Draft, Drafter
 from ..errors import KangarooError
 from ..request import Request
 from ..results import Commit
-from ..sampling import Chooser
+from ..sampling import Choice, Chooser
 from ..spans import span
 from ..target.llama import Llama
-from .state import TextState
+from .state import TextState, not_finite
 
 
 def reach_of(length: int) -> int:
@@ -45,9 +44,24 @@ def prefill(target: Llama, drafter: Drafter | None, text: TextState, length: int
         target.run(hidden, text.cache, kept, first, target.config.num_hidden_layers)
 
 
+def chooser_of(target: Llama, text: TextState, request: Request) -> Chooser:
+    """What picks the tokens of a text as its request wants them."""
+    return Chooser(
+        request.sampling,
+        target.backend,
+        shaping=request.shaping,
+        text=text.tokens,
+        logprobs=request.logprobs,
+    )
+
+
 def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Request) -> Iterator[Commit]:
-    """Steps of Kangaroo decoding until the text has ``request.length`` tokens or a stop token."""
-    chooser, accept = Chooser(request.sampling, target.backend), target.backend.accept
+    """Steps of Kangaroo decoding until the text has ``request.length`` tokens or a stop token.
+
+    Raises:
+        KangarooError: the target's logits are not finite.
+    """
+    chooser, accept = chooser_of(target, text, request), target.backend.accept
     stops = torch.tensor(sorted(request.stop_tokens), dtype=torch.int64, device=target.device)
     while (remaining := request.length - len(text.tokens)) > 0:
         most = min(request.max_drafts, remaining - 1)
@@ -57,12 +71,23 @@ def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Re
             wanted = verify(target, drafter.first_layer, text, chooser, draft)
         with span("kangaroo/accept"):
             before = len(text.tokens)
-            agreed, reached, stopped = accept(draft.tokens, wanted, stops, before, request.length).tolist()
+            drafts = draft.tokens[: len(wanted.token) - 1]
+            decision = accept(drafts, wanted.token, stops, before, request.length, confidence=wanted.confidence)
+            agreed, reached, stopped = decision.tolist()
+        if reached == before:
+            raise not_finite(text, target.dtype)
         with span("kangaroo/commit"):
-            committed = wanted[: reached - before].tolist()
+            committed = wanted.token[: reached - before].tolist()
             text.tokens += committed  # what lies beyond in the caches is overwritten before it is read
             drafter.commit(text, len(committed))
-        yield Commit(committed, min(agreed, len(committed)), len(draft.tokens), agreed, bool(stopped))
+        yield Commit(
+            committed,
+            min(agreed, len(committed)),
+            len(drafts),
+            agreed,
+            bool(stopped),
+            chooser.logprobs(wanted, committed),
+        )
         if stopped:
             return
 
@@ -77,30 +102,42 @@ def check_draft(drafter: Drafter, draft: Draft, most: int) -> None:
         )
 
 
-def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, draft: Draft) -> Tensor:
-    """The target's tokens after the newest token and after every draft: ``[k + 1]`` int64.
+def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, draft: Draft) -> Choice:
+    """The target's tokens after the newest token and after every draft, k + 1 of them.
+
+    Where a draft's values overflow the dtype, the rows beside it may not be finite either. The newest token then goes
+    through alone, as in plain decoding, and there is one token.
 
     The layers below ``first_layer`` are not run again; the others and the LM head run over all positions at once.
     """
     config, weights = target.config, target.weights
     hidden = target.run(draft.hidden, text.cache, text.newest, first_layer, config.num_hidden_layers)
+    head = (hidden, weights.norm, weights.head, config.rms_norm_eps, text.newest + 1)
     if chooser.sampling.rejects:
         certain = one_hot(draft.tokens, config.vocab_size).float()
         distributions = certain if draft.distributions is None else draft.distributions
-        return chooser.reject(draft.tokens, distributions, target.logits(hidden), text.newest + 1)
-    return chooser.target(hidden, weights.norm, weights.head, config.rms_norm_eps, text.newest + 1)
+        choice = chooser.target_or_draft(*head, draft.tokens, distributions)
+    else:
+        choice = chooser.target(*head, drafted=draft.tokens.tolist())
+    if len(draft.tokens) and choice.confidence[0].isnan():
+        return verify(target, first_layer, text, chooser, Draft(draft.tokens[:0], draft.hidden[:1]))
+    return choice
 
 
 def plain_steps(target: Llama, text: TextState, request: Request) -> Iterator[Commit]:
-    """Autoregressive decoding on the same operations, one token a step."""
-    weights, config, chooser = target.weights, target.config, Chooser(request.sampling, target.backend)
+    """Autoregressive decoding on the same operations, one token a step; raises as ``kangaroo_steps`` does."""
+    weights, config, chooser = target.weights, target.config, chooser_of(target, text, request)
     for _ in range(request.length - len(text.tokens)):
         with span("kangaroo/verify"):
             newest = text.newest
             hidden = target.run(target.embed(text.tokens[-1:]), text.cache, newest, 0, config.num_hidden_layers)
-            token = int(chooser.target(hidden, weights.norm, weights.head, config.rms_norm_eps, newest + 1))
+            wanted = chooser.target(hidden, weights.norm, weights.head, config.rms_norm_eps, newest + 1)
+            token = int(wanted.token)
+        if wanted.confidence.isnan():
+            raise not_finite(text, target.dtype)
         text.tokens.append(token)
         stopped = token in request.stop_tokens
-        yield Commit([token], accepted=0, drafted=0, agreed=0, stopped=stopped)
+        logprobs = chooser.logprobs(wanted, [token])
+        yield Commit([token], accepted=0, drafted=0, agreed=0, stopped=stopped, logprobs=logprobs)
         if stopped:
             return

@@ -88,6 +88,7 @@ class Iteration:
             buffers.stops,
             buffers.length,
             buffers.limit,
+            confidence=buffers.wanted.confidence,
             drafted=buffers.flags[: self.max_drafts],
             out=buffers.decision,
         )

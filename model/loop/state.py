@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
+from ..errors import KangarooError
 from ..target.cache import KVCache
 
 
@@ -48,3 +51,11 @@ class Written(NamedTuple):
         held = [*self.prompt, *self.new][:-LEAST_UNSEEN]
         pairs = enumerate(zip(tokens, held, strict=False))
         return next((place for place, (token, other) in pairs if token != other), min(len(tokens), len(held)))
+
+
+def not_finite(text: TextState, dtype: torch.dtype) -> KangarooError:
+    """The error for a text whose next token the target cannot name: a logit is NaN or infinite, or all are -inf."""
+    advice = "try dtype='float32'" if dtype != torch.float32 else "the checkpoint may be damaged"
+    return KangarooError(
+        f"the target's logits after {len(text.tokens)} tokens are not finite: values overflowed in {dtype}; {advice}."
+    )

@@ -1,10 +1,22 @@
-"""How many CPU threads a decode should use: small matrices lose more to waking threads than they gain."""
+"""What a step takes from PyTorch's own state and what it leaves to the caller: threads, autocast, default device.
+
+Small matrices lose more to waking threads than they gain, so the number of CPU threads is measured.
+"""
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+
+
+@contextmanager
+def own_state(device: torch.device) -> Iterator[None]:
+    """Inference mode, free of an autocast or a default device that the caller works under: they would change tokens."""
+    on_cpu = torch.get_default_device().type == "cpu"
+    autocast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    with torch.inference_mode(), autocast, nullcontext() if on_cpu else torch.device("cpu"):
+        yield
 
 
 @contextmanager
@@ -21,19 +33,20 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def fastest_thread_count(step: Callable[[], object], repeats: int = 3) -> int:
-    """Time ``step`` with 1, 2, 4, ... threads up to the caller's number; the smallest count within 3 % of the best."""
+def fastest_thread_count(step: Callable[[], object], rounds: int = 5) -> int:
+    """Time ``step`` with 1, 2, 4, ... threads up to the caller's number; the smallest count within 3 % of the best.
+
+    The counts take turns and the best round of each counts, so a busy moment slows them all alike and decides nothing.
+    """
     limit = torch.get_num_threads()
     counts = [1 << bit for bit in range(limit.bit_length()) if 1 << bit < limit] + [limit]
-    times = {}
-    for count in counts:
-        with threads(count):
-            step()  # wakes the threads and warms the caches
-            best = float("inf")
-            for _ in range(repeats):
+    times = dict.fromkeys(counts, float("inf"))
+    for _ in range(rounds if len(counts) > 1 else 0):
+        for count in counts:
+            with threads(count):
+                step()  # wakes the threads and warms the caches
                 began = time.perf_counter()
                 step()
-                best = min(best, time.perf_counter() - began)
-            times[count] = best
+                times[count] = min(times[count], time.perf_counter() - began)
     fastest = min(times.values())
     return min(count for count, seconds in times.items() if seconds <= 1.03 * fastest)

@@ -327,3 +327,25 @@ def test_without_the_interpreter_a_cpu_is_refused(monkeypatch):
     cpu = torch.device("cpu")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         kernel(row([1], cpu), row([1, 2], cpu), row([], cpu), 0, 9)
+
+
+@EITHER
+@pytest.mark.parametrize("bad", range(5))
+def test_nothing_is_committed_from_a_row_that_is_not_finite_on(device, accept, bad):
+    draft, target = row([1, 2, 3], device), row([1, 2, 3, 4], device)
+    confidence = torch.full((4,), 0.5, device=device)
+    confidence[bad:] = float("nan")
+    for stop, drafted, room in (([], 3, 9), ([], 1, 9), ([3], 3, 9), ([], 3, 2)):
+        stops = row(stop, device)
+        free = accept(draft, target, stops, 5, 5 + room, drafted=drafted).tolist()
+        decided = accept(draft, target, stops, 5, 5 + room, confidence=confidence, drafted=drafted).tolist()
+        cut = bad < free[1] - 5
+        assert decided == [min(free[0], bad), 5 + bad if cut else free[1], 0 if cut else free[2]]
+
+
+@EITHER
+def test_a_confidence_that_does_not_fit(device, accept):
+    tokens = row([1, 2, 3], device)
+    for fault in (torch.zeros(2, device=device), torch.zeros(3, dtype=torch.float64, device=device)):
+        with pytest.raises(ValueError, match="confidence"):
+            accept(tokens[:2], tokens, tokens[:0], 0, 9, confidence=fault)

@@ -27,6 +27,7 @@ from kangaroo_kernels.sample_head import (
     order_bits,
     sample_head_kernel,
 )
+from kangaroo_kernels.sample_head import lm_head as lm_head_kernel
 from kangaroo_kernels.sample_head import sample_head as kernel
 from kangaroo_kernels.shared.head import merge_tiles_kernel
 from kangaroo_kernels.shared.launch import device_number, device_seed
@@ -218,6 +219,20 @@ def test_kernel_samples_the_same_tokens(device, seeds, stream, position, tempera
 @pytest.mark.parametrize(("vocab_size", "inner"), [(1, 48), (2, 48), (31, 48), (33, 1), (128, 300), (301, 48)])
 def test_kernel_shapes(device, vocab_size, inner, rows):
     hold(*problem(device, rows, vocab_size, inner), 100, temperature=1.2, seed=5)
+
+
+@pytest.mark.usefixtures("guarded_workspaces")
+@pytest.mark.parametrize("rows", [1, 3, 16])
+@pytest.mark.parametrize(("vocab_size", "inner"), [(1, 48), (33, 130), (200, 1)])
+def test_the_kernels_own_logits(device, rows, vocab_size, inner):
+    x, norm, head = problem(device, rows, vocab_size, inner)
+    bias = torch.randn(vocab_size, generator=torch.Generator().manual_seed(1)).to(device)
+    for weight in (head, PackedWeight(head, bias, Layout.ROWS)):
+        truth = lm_head(x.double(), norm.double(), head.double(), eps=1e-5).double()
+        if weight is not head:
+            truth = truth + bias.double()
+        logits = lm_head_kernel(x, norm, weight, eps=1e-5)
+        torch.testing.assert_close(logits.double(), truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -107,16 +107,20 @@ def test_prompt_file_and_stdin_give_the_text_of_generate(run: Run, pair: Pair, t
     ]
     assert [outcome.code for outcome in outcomes] == [0] * 4
     assert [outcome.out for outcome in outcomes] == [wanted] * 4
-    assert all(outcome.err.startswith("24 tokens in ") for outcome in outcomes)
+    assert all(outcome.err.startswith("\n24 tokens in ") for outcome in outcomes)
 
 
 def test_settings_reach_the_decode(run: Run, pair: Pair) -> None:
     settings = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3, "num_speculative_tokens": 2}
     settings |= {"draft_confidence_threshold": 0.1, "acceptance": "rejection", "stop": "z"}
-    wanted = pair.load().generate(PROMPT, max_new_tokens=24, **settings)
+    settings |= {"min_p": 0.01, "repetition_penalty": 1.1, "min_new_tokens": 3, "timeout": 1000.0, "logprobs": 2}
+    more = {"logit_bias": {9: -2, 30: 1.5}, "ignore_eos": True}
+    wanted = pair.load().generate(PROMPT, max_new_tokens=24, **settings, **more)
     options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+    options += ["--logit-bias", "9=-2", "--logit-bias", "30=1.5", "--ignore-eos"]
     answer = json.loads(run(*generate_arguments(pair, "--prompt", PROMPT, "--json", *options)).out)
     assert answer["tokens"] == wanted.tokens
+    assert [entry["logprob"] for entry in answer["logprobs"]] == [entry.logprob for entry in wanted.logprobs]
     assert answer["finish_reason"] == wanted.finish_reason
     assert answer["stats"]["drafted"] == wanted.stats.drafted
 
@@ -125,7 +129,7 @@ def test_json_holds_the_generation(run: Run, pair: Pair) -> None:
     code, out, err = run(*generate_arguments(pair, "--prompt", PROMPT, "--json"))
     answer = json.loads(out)
     assert (code, err) == (0, "")
-    assert set(answer) == {"text", "tokens", "finish_reason", "stats"}
+    assert set(answer) == {"text", "tokens", "finish_reason", "seed", "logprobs", "stats"}
     assert len(answer["tokens"]) == answer["stats"]["new_tokens"] == 24
     assert answer["finish_reason"] == "length"
 
@@ -160,6 +164,8 @@ def test_a_difference_is_an_exit_code(run: Run, pair: Pair, monkeypatch: pytest.
         (["--prompt-file", "no/such/file"], "prompt file no/such/file cannot be read: No such file or directory."),
         (["--prompt", "A", "--temperature", "-1"], "temperature is -1.0"),
         (["--prompt", "A", "--top-p", "nan"], "top_p is nan"),
+        (["--prompt", "A", "--logit-bias", "3"], "--logit-bias is '3'; it must be ID=NUMBER"),
+        (["--prompt", "A", "--logprobs", "3"], "--logprobs are printed with --json alone"),
         (["--prompt", "A", "--num-speculative-tokens", "99"], "num_speculative_tokens is 99"),
         (["--prompt", "A", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--prompt", "A", "--exit-layer", "4"], "exit_layer is 4"),
@@ -192,6 +198,35 @@ def test_mistakes_with_files_and_stdin(run: Run, pair: Pair, tmp_path: Path) -> 
     file.write_bytes(b"\xe9")
     assert f"prompt file {file} is not UTF-8 text" in run(*generate_arguments(pair, "--prompt-file", file)).err
     assert "no prompt was given" in run(*generate_arguments(pair), stdin=None).err
+
+
+def test_text_that_the_terminal_cannot_show(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe on Windows has cp1252."""
+    folder = make_tokenizer(make_target(tmp_path))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {"<unk>": 0} | {chr(0x1F600 + index): index for index in range(1, 67)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    arguments = ["generate", "--model", folder, "--plain", "--prompt", "\U0001f605", "--max-new-tokens", 3]
+    wanted = Kangaroo.from_pretrained(folder).generate("\U0001f605", max_new_tokens=3, plain=True).text
+    for encoding in ("utf-8", "cp1252"):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+        assert run(*arguments).code == 0
+        sys.stdout.flush()
+        assert written.getvalue() == wanted.encode(encoding, "backslashreplace")
+
+
+def test_a_byte_order_mark_is_no_text(run: Run, pair: Pair) -> None:
+    arguments = generate_arguments(pair)
+    assert run(*arguments, stdin=b"\xef\xbb\xbf" + PROMPT.encode()).out == run(*arguments, stdin=PROMPT.encode()).out
+
+
+def test_a_random_seed_is_told(run: Run, pair: Pair) -> None:
+    arguments = generate_arguments(pair, "--prompt", PROMPT, "--temperature", 1)
+    _, out, err = run(*arguments, "--seed", "random")
+    seed = err.split("The seed was ")[1].rstrip(".\n")
+    assert run(*arguments, "--seed", seed).out == out
+    assert run(*arguments, "--seed", "much").code == 2
 
 
 def test_usage_errors_have_their_exit_code(run: Run) -> None:
@@ -227,7 +262,7 @@ def test_ctrl_c_keeps_the_text(endless_process: "subprocess.Popen[bytes]") -> No
     assert process.returncode == options.INTERRUPTED
     assert begun + out
     assert err.decode().endswith("interrupted.\n")
-    assert err.count(b"\n") == 1
+    assert err.count(b"\n") == 2
 
 
 def test_a_closed_pipe_ends_quietly(endless_process: "subprocess.Popen[bytes]") -> None:

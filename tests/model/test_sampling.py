@@ -56,7 +56,7 @@ def test_the_chooser_follows_the_distribution(settings, seed):
     torch.manual_seed(seed % 1000)
     hidden, norm, head = torch.randn(1, 12), 1 + 0.1 * torch.randn(12), 0.4 * torch.randn(SIZE, 12)
     chooser = Chooser(Sampling(**settings, seed=seed))
-    tokens = chooser.target(hidden.expand(DRAWS, -1), norm, head, 1e-6, position=9)
+    tokens = chooser.target(hidden.expand(DRAWS, -1), norm, head, 1e-6, position=9).token
     wanted = exact(lm_head(hidden, norm, head, eps=1e-6), **settings)[0]
     assert p_value(tokens.bincount(minlength=SIZE), wanted) > REJECTED
     neighbours = (tokens[0::2] * SIZE + tokens[1::2]).bincount(minlength=SIZE**2)
@@ -67,7 +67,7 @@ def test_another_temperature_is_noticed():
     torch.manual_seed(0)
     hidden, norm, head = torch.randn(1, 12), torch.ones(12), 0.4 * torch.randn(SIZE, 12)
     chooser = Chooser(Sampling(temperature=1.05))
-    tokens = chooser.target(hidden.expand(DRAWS, -1), norm, head, 1e-6, position=0)
+    tokens = chooser.target(hidden.expand(DRAWS, -1), norm, head, 1e-6, position=0).token
     wanted = exact(lm_head(hidden, norm, head, eps=1e-6), 1.0)[0]
     assert p_value(tokens.bincount(minlength=SIZE), wanted) < REJECTED
 
@@ -121,14 +121,18 @@ def test_a_token_depends_on_its_position_and_not_on_how_it_was_reached():
     torch.manual_seed(1)
     hidden, norm, head = torch.randn(150, 12), torch.ones(12), torch.randn(33, 12)
     sampling = Sampling(temperature=1.0, top_k=20, seed=5)
-    whole = Chooser(sampling).target(hidden, norm, head, 1e-6, position=3)
+    whole = Chooser(sampling).target(hidden, norm, head, 1e-6, position=3).token
     single, stepping, backwards = (Chooser(sampling) for _ in range(3))
     for row in range(150):
-        assert int(single.target(hidden[row : row + 1], norm, head, 1e-6, 3 + row)) == int(whole[row])
+        assert int(single.target(hidden[row : row + 1], norm, head, 1e-6, 3 + row).token) == int(whole[row])
     for row in range(0, 140, 7):
-        assert torch.equal(stepping.target(hidden[row : row + 10], norm, head, 1e-6, 3 + row), whole[row : row + 10])
+        assert torch.equal(
+            stepping.target(hidden[row : row + 10], norm, head, 1e-6, 3 + row).token, whole[row : row + 10]
+        )
     for row in reversed(range(0, 140, 9)):
-        assert torch.equal(backwards.target(hidden[row : row + 9], norm, head, 1e-6, 3 + row), whole[row : row + 9])
+        assert torch.equal(
+            backwards.target(hidden[row : row + 9], norm, head, 1e-6, 3 + row).token, whole[row : row + 9]
+        )
 
 
 def test_the_drafter_draws_with_the_targets_noise_when_coupled():
@@ -139,7 +143,7 @@ def test_the_drafter_draws_with_the_targets_noise_when_coupled():
         chooser = Chooser(Sampling(temperature=1.0, acceptance=acceptance))
         same[acceptance] = sum(
             int(chooser.draft(hidden, norm, head, 1e-6, position).token)
-            == int(chooser.target(hidden, norm, head, 1e-6, position))
+            == int(chooser.target(hidden, norm, head, 1e-6, position).token)
             for position in range(200)
         )
     assert same["coupled"] == 200
@@ -170,4 +174,4 @@ def test_the_largest_noise_does_not_beat_a_filter(position, token):
     head[100, 0] = 30.0  # softmax: one to within 1e-14
     for settings in ({}, {"top_k": 1}, {"top_p": 0.9}):
         chooser = Chooser(Sampling(temperature=1.0, **settings))
-        assert int(chooser.target(hidden, norm, head, 1e-6, position)) == 100, (token, settings)
+        assert int(chooser.target(hidden, norm, head, 1e-6, position).token) == 100, (token, settings)

@@ -188,9 +188,11 @@ def test_close_in_the_middle(pair, loop):
     text = kangaroo.progress([1, 2], max_new_tokens=30)
     next(text)
     written = list(text.outcome.tokens)
+    assert text.outcome.finish_reason is None
     text.close()
     assert next(text, None) is None
     assert text.outcome.tokens == written
+    assert text.outcome.finish_reason == "abort"
     text.close()  # once more does no harm
     assert kangaroo.generate([4, 5], max_new_tokens=12).tokens == wanted
 
