@@ -17,6 +17,8 @@ from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model.target.checkpoint import open_folder
 from kangaroo_kernels.model.target.gguf import open_gguf
 from kangaroo_kernels.model.target.gguf_file import GGUFFile
+from kangaroo_kernels.model.training.settings import TrainingSettings
+from kangaroo_kernels.model.training.trainer import train_adapter
 
 PROMPT = [7, 3, 66, 0, 1, 20, 41, 5, 13, 13, 60]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -225,6 +227,12 @@ def test_damaged_headers(place: int, value: bytes, words: str, file: Path, tmp_p
     content[place : place + len(value)] = value
     path.write_bytes(content)
     refuse(lambda: Kangaroo.from_pretrained(path), str(path), words)
+
+
+def test_training_needs_a_folder(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("AB" * 500)
+    settings = TrainingSettings(model=str(file), data=(tmp_path / "text",), exit_layer=1, out=tmp_path / "out")
+    refuse(lambda: train_adapter(settings), str(file), "GGUF", "folder")
 
 
 def test_which_file(file: Path, tmp_path: Path) -> None:
