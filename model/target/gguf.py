@@ -81,7 +81,7 @@ def open_gguf(path: Path) -> Checkpoint:
     """
     file = GGUFFile(path)
     count = file.metadata.get("split.count", 1)
-    if count > 1:
+    if count not in (0, 1):
         raise KangarooError(f"{path} is one of {count} parts; join them with llama.cpp's llama-gguf-split --merge.")
     name = file.metadata.get("general.architecture")
     architecture = find_architecture(name, str(path))
