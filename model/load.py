@@ -11,7 +11,6 @@ from .errors import KangarooError
 from .named import find_pair
 from .target.checkpoint import Checkpoint, open_folder
 from .target.config import DTYPES
-from .target.gguf import open_gguf
 from .target.hub import GGUF, find_folder, find_model
 from .target.llama import Llama
 from .target.weights import load_target
@@ -38,7 +37,11 @@ def open_model(name_or_path: str | Path) -> Checkpoint:
         KangarooError: as ``find_model``, ``open_folder`` and ``open_gguf``.
     """
     path = find_model(name_or_path)
-    return open_gguf(path) if path.suffix == GGUF else open_folder(path)
+    if path.suffix != GGUF:
+        return open_folder(path)
+    from .target.gguf import open_gguf
+
+    return open_gguf(path)
 
 
 def load_pair(

@@ -1,6 +1,7 @@
 """Tokenizers, and turning a stream of tokens into a stream of text."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer through transformers; None where the folder holds none."""
+    """The checkpoint's tokenizer through transformers; None where the folder holds none.
+
+    Raises:
+        KangarooError: files that are damaged, or a ``tokenizer.model`` and no packages to read it.
+    """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        try:  # without them transformers asks for a package that would not help
+            for module in ("sentencepiece", "google.protobuf"):
+                import_module(module)
+        except ImportError as error:
+            raise KangarooError(
+                f"{folder}: its tokenizer.model is read with two packages; run: pip install sentencepiece protobuf."
+            ) from error
     from transformers import AutoTokenizer
 
     try:

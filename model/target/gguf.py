@@ -81,7 +81,7 @@ def open_gguf(path: Path) -> Checkpoint:
     """
     file = GGUFFile(path)
     count = file.metadata.get("split.count", 1)
-    if count > 1:
+    if count not in (0, 1):
         raise KangarooError(f"{path} is one of {count} parts; join them with llama.cpp's llama-gguf-split --merge.")
     name = file.metadata.get("general.architecture")
     architecture = find_architecture(name, str(path))
@@ -108,7 +108,7 @@ def _config_values(file: GGUFFile, name: str) -> dict[str, Any]:
     for key, value in given.items():
         known = key in CONFIG_KEYS or key in OPTIONAL_KEYS or key in OTHER_KEYS or key.startswith("rope.scaling.")
         if not known and value != NEUTRAL.get(key, 0):
-            raise KangarooError(f"{file.path}: {name}.{key} is {value!r}; models with this setting are not supported.")
+            raise KangarooError(f"{file.path}: {key!r} is {value!r}; models with this setting are not supported.")
     if EMBEDDING not in file.tensors:
         raise KangarooError(f"{file.path} has no tensor {EMBEDDING!r}; it holds no whole model.")
     values |= {

@@ -156,6 +156,8 @@ class GGUFFile:
         try:
             kind = GGMLQuantizationType(code)
             size = math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
+            if size < 1:
+                raise ValueError("a dimension is 0")
         except (ValueError, IndexError) as error:
             raise KangarooError(f"{self.path}: tensor {name!r} has a shape or a type that is unknown here.") from error
         if data + offset + size > len(self.bytes):

@@ -43,7 +43,7 @@ def find_model(name_or_path: str | Path) -> Path:
     if name.endswith(GGUF) and not path.exists():
         repository, _, file = name.rpartition("/")
         if not _may_be_repository(repository) or "/" not in repository:
-            raise KangarooError(f"model {name!r} does not exist.")
+            raise KangarooError(f"model file {name!r} does not exist.")
         return _download(repository, "model", [file]) / file
     folder = find_folder(name_or_path, "model")
     if (folder / "config.json").is_file():
@@ -66,7 +66,7 @@ def find_folder(name_or_path: str | Path, what: str) -> Path:
         file = " or a GGUF file" if what == "model" else ""
         raise KangarooError(f"{what} {name!r} is a file; give the folder that holds it{file}.")
     if not _may_be_repository(name):
-        raise KangarooError(f"{what} {name!r} does not exist.")
+        raise KangarooError(f"{what} folder {name!r} does not exist.")
     return _download(name, what)
 
 

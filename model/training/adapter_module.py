@@ -72,7 +72,15 @@ def adapter_config_values(target_values: dict[str, Any], settings: TrainingSetti
     if settings.num_attention_heads is not None:
         heads, head_dim = settings.num_attention_heads, parse_config(target_values).head_dim
         own_heads = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
-    dropped = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "id2label", "label2id")
+    dropped = (
+        "_name_or_path",
+        "transformers_version",
+        "architectures",
+        "torch_dtype",
+        "id2label",
+        "label2id",
+        "layer_types",
+    )
     kept = {name: value for name, value in target_values.items() if value is not None and name not in dropped}
     return {
         **kept,

@@ -18,7 +18,7 @@ class TrainingSettings:
     """Every setting of an adapter's training.
 
     Attributes:
-        model: the target's folder or hub name, or ``demo``: the bundled pair's.
+        model: the target's folder or hub name (not a GGUF file), or ``demo``: the bundled pair's.
         data: text files.
         exit_layer: how many of the target's layers run before the adapter.
         out: the adapter's folder; a run that was stopped goes on from the state in it.

@@ -1,7 +1,9 @@
 """GGUF files: logits, tokens and ends of text as transformers reads them from the same file, and refusals."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,12 @@ from pairs import make_target
 from test_bad_input import refuse
 from transformers import AutoModelForCausalLM
 
-from kangaroo_kernels import Kangaroo
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.target.checkpoint import open_folder
 from kangaroo_kernels.model.target.gguf import open_gguf
 from kangaroo_kernels.model.target.gguf_file import GGUFFile
+from kangaroo_kernels.model.training.settings import TrainingSettings
+from kangaroo_kernels.model.training.trainer import train_adapter
 
 PROMPT = [7, 3, 66, 0, 1, 20, 41, 5, 13, 13, 60]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -168,8 +172,8 @@ def test_a_file_without_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
 METADATA: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "no size": ({"llama.block_count": None}, ("llama.block_count", "metadata")),
     "experts": ({"llama.expert_count": 8}, ("mixture of 8 experts",)),
-    "scaled logits": ({"llama.logit_scale": 16.0}, ("llama.logit_scale is 16.0",)),
-    "both directions": ({"llama.attention.causal": False}, ("llama.attention.causal is False",)),
+    "scaled logits": ({"llama.logit_scale": 16.0}, ("'logit_scale' is 16.0",)),
+    "both directions": ({"llama.attention.causal": False}, ("'attention.causal' is False",)),
     "sliding window": ({"llama.attention.sliding_window": 4096}, ("sliding-window", "4096")),
     "yarn": ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, ("'yarn'", "linear")),
     "half a head": ({"llama.rope.dimension_count": 8}, ("llama.rope.dimension_count is 8", "16")),
@@ -225,6 +229,42 @@ def test_damaged_headers(place: int, value: bytes, words: str, file: Path, tmp_p
     content[place : place + len(value)] = value
     path.write_bytes(content)
     refuse(lambda: Kangaroo.from_pretrained(path), str(path), words)
+
+
+def test_changed_bytes_are_read_or_refused(file: Path, tmp_path: Path) -> None:
+    content, path, random = file.read_bytes(), tmp_path / "model.gguf", Random(0)
+    data = min(stored.start for stored in GGUFFile(file).tensors.values())
+    refused = 0
+    for _ in range(400):
+        changed = bytearray(content)
+        changed[random.randrange(4, data)] = random.choice((0, 255, random.randrange(256)))
+        path.write_bytes(changed)
+        try:
+            list(open_gguf(path).tensors())
+        except KangarooError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 100 < refused < 400
+
+
+def test_a_tensor_without_values(checkpoint: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", checkpoint, tensors={"blk.0.attn_q.bias": np.ones((0, 16), "f4")})
+    refuse(lambda: Kangaroo.from_pretrained(path), "blk.0.attn_q.bias", "shape")
+
+
+def test_tensors_are_read_one_at_a_time(file: Path) -> None:
+    seen: list[weakref.ref[torch.Tensor]] = []
+    for _, tensor in open_gguf(file).tensors():
+        seen.append(weakref.ref(tensor))
+        del tensor
+        assert all(reference() is None for reference in seen[:-1])
+    assert len(seen) == 21
+
+
+def test_training_needs_a_folder(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("AB" * 500)
+    settings = TrainingSettings(model=str(file), data=(tmp_path / "text",), exit_layer=1, out=tmp_path / "out")
+    refuse(lambda: train_adapter(settings), str(file), "GGUF", "folder")
 
 
 def test_which_file(file: Path, tmp_path: Path) -> None:

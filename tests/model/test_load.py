@@ -1,5 +1,6 @@
 """Loading: before the weights comes what fails quickly, and nothing of the caller's torch state changes them."""
 
+import sys
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -63,22 +64,28 @@ def test_the_tokenizer_comes_before_the_weights(pair: Pair, tmp_path: Path, monk
     refuse(lambda: Kangaroo.from_pretrained(folder), str(folder), "tokenizer cannot be loaded")
 
 
-def test_a_tokenizer_of_sentencepiece_alone(tmp_path: Path) -> None:
-    """As the first Llamas and Vicuna have it: ``tokenizer.model`` and no ``tokenizer.json``."""
-    folder = make_target(tmp_path / "model", bos_token_id=1, eos_token_id=2)
-    (tmp_path / "text").write_text("the cat sat on the mat\n" * 50)
-    SentencePieceTrainer.Train(
-        input=str(tmp_path / "text"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=20,
-        model_type="bpe",
-        minloglevel=3,
-    )
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the first Llamas and Vicuna come: ``tokenizer.model`` and no ``tokenizer.json``."""
+    folder = make_target(tmp_path_factory.mktemp("old"), bos_token_id=1, eos_token_id=2)
+    (folder / "text").write_text("the cat sat on the mat\n" * 50)
+    settings = {"vocab_size": 20, "model_type": "bpe", "minloglevel": 3}
+    SentencePieceTrainer.Train(input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), **settings)
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
-    tokenizer = Kangaroo.from_pretrained(folder).tokenizer
+    return folder
+
+
+def test_a_tokenizer_of_sentencepiece_alone(old: Path) -> None:
+    tokenizer = Kangaroo.from_pretrained(old).tokenizer
     tokens = tokenizer("the cat sat")["input_ids"]
     assert tokens[0] == 1 and 0 not in tokens
     assert tokenizer.decode(tokens, skip_special_tokens=True) == "the cat sat"
+
+
+@pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf"])
+def test_what_sentencepiece_needs_is_named(missing: str, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    refuse(lambda: Kangaroo.from_pretrained(old), "tokenizer.model", "pip install sentencepiece protobuf")
 
 
 def test_devices_are_named_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -> None:

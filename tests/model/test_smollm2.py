@@ -20,6 +20,8 @@ PROMPTS = [
     "def fibonacci(n):",
     "Gravity is",
 ]
+BUDGET = 1e-5
+"""Of the largest logit (36): in float32, thirty layers leave each of the two some 1e-4 from the result in float64."""
 
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +54,7 @@ def test_greedy_text_and_logits_equal_transformers() -> None:
             logits = theirs(wanted[None]).logits[0]
         written = kangaroo.generate(prompt, max_new_tokens=24, plain=True)
         assert tokens + written.tokens == wanted.tolist()
-        torch.testing.assert_close(kangaroo.logits(wanted.tolist()), logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(kangaroo.logits(wanted.tolist()), logits, rtol=0, atol=BUDGET * logits.abs().max())
 
 
 @real

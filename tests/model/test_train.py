@@ -50,6 +50,17 @@ def test_agreement_rises(target: Path, text: Path, tmp_path: Path) -> None:
     assert Kangaroo.from_pretrained(target, tmp_path / "many").drafter.first_layer == 2
 
 
+def test_an_adapter_of_qwen2_is_a_layer_of_llamas(text: Path, tmp_path: Path) -> None:
+    """The target's biases are not the adapter's."""
+    target = make_tokenizer(make_target(tmp_path / "target", family="qwen2"))
+    train_adapter(settings(target, text, tmp_path / "adapter", steps=1))
+    kangaroo = Kangaroo.from_pretrained(target, tmp_path / "adapter")
+    assert kangaroo.target.config.qkv_bias and not kangaroo.drafter.adapter.config.llama.qkv_bias
+    plain = kangaroo.generate([5, 6, 7], max_new_tokens=20, plain=True)
+    drafted = kangaroo.generate([5, 6, 7], max_new_tokens=20, draft_confidence_threshold=0.0)
+    assert drafted.tokens == plain.tokens and drafted.stats.drafted
+
+
 @pytest.mark.parametrize("heads", [None, 6])
 def test_the_runtime_runs_what_was_trained(heads: int | None, target: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
