@@ -150,14 +150,14 @@ class Kangaroo(Writer):
 
         Raises:
             KangarooError: a setting, prompt or message that cannot be used.
-            TypeError: a prompt and messages at once, or neither.
+            TypeError: a prompt and messages at once.
         """
         if messages is not None:
             if prompt is not None:
                 raise TypeError("got both a prompt and messages; give one of them.")
             prompt = chat_tokens(messages, self.tokenizer)
         elif prompt is None:
-            raise TypeError("got neither a prompt nor messages; give one of them.")
+            raise KangarooError("the prompt is None; it must be a text or a list of tokens, or give messages.")
         request = resolve(prompt, settings, self.target.config, self.tokenizer, self.drafter)
         if request.max_drafts:
             check_loop(self.drafter, self.target.backend.resident and not request.led_by_host)

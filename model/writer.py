@@ -80,7 +80,7 @@ class Writer:
 
         Raises:
             KangarooError: a setting, prompt or message that cannot be used.
-            TypeError: an unknown keyword; a prompt and messages at once, or neither.
+            TypeError: an unknown keyword; a prompt and messages at once.
         """
         return self.progress(prompt, settings, messages=messages, **keywords).finish()
 

@@ -30,9 +30,9 @@ class TextState:
         return len(self.tokens) - 1
 
 
-LEAST_UNSEEN = 3
-"""Tokens at a text's end that a cache need not hold: no layer has run the last one, an adapter that lags has not run
-the one before, and a last step that had room for one token leaves it a token further behind."""
+MOST_UNSEEN = 3
+"""The most tokens at a text's end that a cache does not hold: no layer has run the last one, an adapter that lags has
+not run the one before, and a last step that had room for one token leaves it a token further behind."""
 
 
 class Written(NamedTuple):
@@ -48,7 +48,7 @@ class Written(NamedTuple):
 
     def shared(self, tokens: Sequence[int]) -> int:
         """How many of ``tokens``, from the first one on, the caches hold."""
-        held = [*self.prompt, *self.new][:-LEAST_UNSEEN]
+        held = [*self.prompt, *self.new][:-MOST_UNSEEN]
         pairs = enumerate(zip(tokens, held, strict=False))
         return next((place for place, (token, other) in pairs if token != other), min(len(tokens), len(held)))
 

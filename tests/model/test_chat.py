@@ -100,7 +100,7 @@ def test_messages_that_are_none(kangaroo, messages, words):
 def test_one_of_prompt_and_messages(kangaroo):
     with pytest.raises(TypeError, match="both a prompt and messages"):
         kangaroo.generate("HELLO", messages=HELLO, max_new_tokens=1)
-    with pytest.raises(TypeError, match="neither a prompt nor messages"):
+    with pytest.raises(KangarooError, match=r"the prompt is None; .* messages"):
         kangaroo.stream(max_new_tokens=1)
     with pytest.raises(KangarooError, match=r"messages=.*chat\(\)"):
         kangaroo.generate(HELLO, max_new_tokens=1)

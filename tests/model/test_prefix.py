@@ -11,7 +11,7 @@ from drafters import Scripted, on_the_device, oracle, with_drafter
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Draft, Drafter, Generation, Kangaroo, Session
-from kangaroo_kernels.model.loop.state import LEAST_UNSEEN, Written
+from kangaroo_kernels.model.loop.state import MOST_UNSEEN, Written
 
 KINDS = (
     {},
@@ -65,7 +65,7 @@ def test_a_conversation(kangaroo, settings, guarded_workspaces):
     """Every turn runs its own tokens and the last three of the text before, in the target and in the adapter."""
     session, text = kangaroo.session(), []
     for question in QUESTIONS:
-        prompt, kept = text + question, max(0, len(text) - LEAST_UNSEEN)
+        prompt, kept = text + question, max(0, len(text) - MOST_UNSEEN)
         with counted(kangaroo) as rows:
             written = turn(session, kangaroo, prompt, max_new_tokens=20, **settings)
         assert written.stats.cached_tokens == kept
@@ -92,7 +92,7 @@ def test_an_adapter_that_lags_far(pair, loop, new, guarded_workspaces):
     for length in (4, 4 + new, 4 + 2 * new, 4 + 3 * new):
         turn(session, kangaroo, text[:length], max_new_tokens=new, **settings)
         cache = session.memory.drafter.cache
-        assert not cache.keys[0][:, : length + new - LEAST_UNSEEN].isnan().any()
+        assert not cache.keys[0][:, : length + new - MOST_UNSEEN].isnan().any()
 
 
 def stop_string(session: Session) -> list[int]:
@@ -139,7 +139,7 @@ def test_after_texts_that_ended_otherwise(kangaroo, before, kind):
     session = kangaroo.session()
     text = before(session)
     written = turn(session, kangaroo, [*text, 7, 8, 9], max_new_tokens=4, **kind)
-    assert written.stats.cached_tokens >= len(text) - LEAST_UNSEEN
+    assert written.stats.cached_tokens >= len(text) - MOST_UNSEEN
 
 
 @pytest.mark.parametrize("place", [0, 1, 17, 30])
@@ -161,7 +161,7 @@ def test_plain_texts_between_drafted_ones(kangaroo):
     first = text + turn(session, kangaroo, text, max_new_tokens=10).tokens
     plain = first + turn(session, kangaroo, first, max_new_tokens=10, plain=True).tokens
     kept = turn(session, kangaroo, [*plain, 9], max_new_tokens=10).stats.cached_tokens
-    assert kept == len(first) - LEAST_UNSEEN
+    assert kept == len(first) - MOST_UNSEEN
     kept = turn(session, kangaroo, [*plain, 9, 9], max_new_tokens=10, plain=True).stats.cached_tokens
     assert kept == len(plain)
 
@@ -296,7 +296,7 @@ def test_on_the_kernels(tmp_path, device):
     for plain in (False, True):
         session, text = kangaroo.session(), [1, 2, 3, 4, 5]
         for question in ([], [7], [8] * 20):
-            kept = max(0, len(text) - LEAST_UNSEEN) if question else 0
+            kept = max(0, len(text) - MOST_UNSEEN) if question else 0
             written = turn(session, kangaroo, text + question, max_new_tokens=4, plain=plain)
             assert written.stats.cached_tokens == kept
             text += question + written.tokens
