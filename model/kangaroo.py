@@ -87,7 +87,8 @@ class Kangaroo(Writer):
                 CPU. (``triton`` on a CPU needs TRITON_INTERPRET=1 in the environment, and is for tests.)
             graphs: capture iterations in CUDA graphs on a GPU; False launches kernel by kernel, for debuggers.
             persistent: on the kernels, draft in one persistent launch (``draft_loop``) instead of kernel by kernel. The
-                references and requests with top-k, top-p or rejection sampling draft step by step all the same.
+                references draft step by step all the same, and so do requests with top-k or top-p, or whose loop the
+                host leads (``Settings``).
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.

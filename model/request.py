@@ -198,8 +198,7 @@ class Request:
     def led_by_host(self) -> bool:
         """Whether tokens are picked from whole rows of logits, which only the loop led by the host does."""
         sampling = self.sampling
-        filtered = bool(sampling.min_p) and not sampling.greedy
-        return sampling.rejects or filtered or not self.shaping.idle or self.logprobs is not None
+        return sampling.rejects or sampling.uses_min_p or not self.shaping.idle or self.logprobs is not None
 
 
 def resolve(

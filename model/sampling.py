@@ -69,11 +69,16 @@ class Sampling:
         """Whether drafts are accepted by rejection sampling; greedy decoding never needs it."""
         return self.acceptance == "rejection" and not self.greedy
 
+    @property
+    def uses_min_p(self) -> bool:
+        """Whether min-p leaves tokens out; greedy decoding never needs it."""
+        return bool(self.min_p) and not self.greedy
+
     def without_idle_filters(self, vocab_size: int) -> "Sampling":
-        """The same with None for a top-k, top-p or min-p that keeps every token."""
+        """The same with None for a top-k or top-p that keeps every token."""
         top_k = None if self.top_k is not None and self.top_k >= vocab_size else self.top_k
         top_p = None if self.top_p is not None and self.top_p >= 1 else self.top_p
-        return replace(self, top_k=top_k, top_p=top_p, min_p=self.min_p or None)
+        return replace(self, top_k=top_k, top_p=top_p)
 
     def filter(self, logits: Tensor) -> Tensor:
         """Temperature, top-k, top-p and min-p, in this order: ``[M, V]`` to a new ``[M, V]``.
@@ -162,7 +167,7 @@ class Chooser:
         self.text, self.most_logprobs = text, logprobs
         self.numbers = sampling if numbers is None else numbers
         self.draft_stream = DRAFT_STREAM if sampling.rejects else TARGET_STREAM
-        self.shapes = not shaping.idle or bool(sampling.min_p and not sampling.greedy)
+        self.shapes = not shaping.idle or sampling.uses_min_p
 
     def target(
         self,

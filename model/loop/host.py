@@ -4,6 +4,7 @@ The host reads every draft. On a CPU this is faster, since every step that is le
 are picked from whole rows of logits needs it (``Request.led_by_host``). ``device.py`` has the loop on the device.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -119,7 +120,7 @@ def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, d
         choice = chooser.target_or_draft(*head, draft.tokens, distributions)
     else:
         choice = chooser.target(*head, drafted=draft.tokens.tolist())
-    if len(draft.tokens) and choice.confidence[0].isnan():
+    if len(draft.tokens) and math.isnan(choice.confidence[0].item()):
         return verify(target, first_layer, text, chooser, Draft(draft.tokens[:0], draft.hidden[:1]))
     return choice
 
@@ -133,7 +134,7 @@ def plain_steps(target: Llama, text: TextState, request: Request) -> Iterator[Co
             hidden = target.run(target.embed(text.tokens[-1:]), text.cache, newest, 0, config.num_hidden_layers)
             wanted = chooser.target(hidden, weights.norm, weights.head, config.rms_norm_eps, newest + 1)
             token = int(wanted.token)
-        if wanted.confidence.isnan():
+        if math.isnan(wanted.confidence.item()):
             raise not_finite(text, target.dtype)
         text.tokens.append(token)
         stopped = token in request.stop_tokens

@@ -5,7 +5,7 @@ Small matrices lose more to waking threads than they gain, so the number of CPU 
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -13,10 +13,13 @@ import torch
 @contextmanager
 def own_state(device: torch.device) -> Iterator[None]:
     """Inference mode, free of an autocast or a default device that the caller works under: they would change tokens."""
-    on_cpu = torch.get_default_device().type == "cpu"
-    autocast = torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
-    with torch.inference_mode(), autocast, nullcontext() if on_cpu else torch.device("cpu"):
-        yield
+    moved = torch.empty(0).device.type != "cpu"  # the quickest question for the default device
+    with torch.inference_mode():
+        if not moved and not torch.is_autocast_enabled(device.type):
+            yield
+            return
+        with torch.autocast(device.type, enabled=False), torch.device("cpu"):
+            yield
 
 
 @contextmanager

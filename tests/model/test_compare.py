@@ -24,6 +24,10 @@ def test_one_prompt(pair: Pair) -> None:
     assert result.speedup == pytest.approx(result.kangaroo_tokens_per_second / result.plain_tokens_per_second)
 
 
+def test_a_random_seed_is_the_same_for_both(pair: Pair) -> None:
+    assert compare(pair.load(), "ABC", rounds=1, max_new_tokens=20, temperature=2.0, seed=None).identical
+
+
 def test_a_difference_is_seen(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     kangaroo = pair.load()
     generate = kangaroo.generate
