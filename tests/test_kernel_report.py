@@ -34,11 +34,12 @@ ARCHITECTURES = ("sm_80", "sm_90")
 PERSISTENT = "draft_loop_kernel"
 STREAMING = {"qkv_rope_kernel", "linear_residual_kernel", "gate_up_kernel", "top1_head_kernel", "sample_head_kernel"}
 
+DRAFTING = ("draft step", "sampling draft head", "draft loop", "sampling draft loop")
 RUNS = {
     "bfloat16": ("--variants", "--rows", "1", "--rows", "16"),
     "float16 and float32": ("--dtype", "float16", "--dtype", "float32"),
     "Triton 3.6": ("--dtype", "bfloat16", "--dtype", "float32", "--rows", "1", "--rows", "16"),
-    "Triton 3.6, the drafting loop": ("--step", "draft loop", "--step", "sampling draft loop"),
+    "Triton 3.6, drafting": tuple(word for step in DRAFTING for word in ("--step", step)),
 }
 """What is compiled: every variant in the dtype that matters most, the plain kernels otherwise."""
 
@@ -65,10 +66,8 @@ def start(*command: str, triton: Path | None = None) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[Callable[[str], Any]]:
-    """What each of the runs, ``SUMS`` and ``BAD`` printed; they all go on side by side."""
-    started = {"bad": start("-c", BAD), "sums": start("-c", SUMS, "--warps")}
-    if OLDER_TRITON.is_dir():
-        started["sums under Triton 3.6"] = start("-c", SUMS, triton=OLDER_TRITON)
+    """What each of the runs and ``BAD`` printed; they all go on side by side."""
+    started = {"bad": start("-c", BAD)}
     for name, options in RUNS.items():
         triton = OLDER_TRITON if name.startswith("Triton") else None
         if triton is None or triton.is_dir():
@@ -108,6 +107,12 @@ def fills_a_card(row: Row) -> bool:
     return streams(row) and "short" not in row["step"] and row["dtype"] != "float32"
 
 
+def narrow_share(loop: Any) -> float:
+    """The share of an iteration's bytes in loads under 16 bytes: up to a 16th is a norm's weight or a paged table."""
+    counts = [(int(width), count) for kind in ("copies", "loads") for width, count in loop[kind].items()]
+    return sum(width * count for width, count in counts if width < 16) / sum(width * count for width, count in counts)
+
+
 def depths(row: Row) -> list[float]:
     """Tiles under way in each loop that streams."""
     return sorted(loop["depth"] for loop in row["loops"])
@@ -136,7 +141,7 @@ FAULTS: dict[str, Callable[[Row], bool]] = {
     "it spills": lambda row: row["spills"] > 0 and not is_known(row),
     "it has a stack frame": lambda row: row["stack_bytes"] > 0 and not is_known(row),
     "it does not fit on an SM": lambda row: row["resident_programs"] < 1,
-    "it loads its weight narrowly": lambda row: streams(row) and row["weight_load_bytes"] < 16,
+    "it loads its weight narrowly": lambda row: streams(row) and 16 * max(map(narrow_share, row["loops"])) > 1,
     "its loop waits for every load": lambda row: streams(row) and any(loop["loads"] for loop in row["loops"]),
     "its pipeline is shorter than it was told": lambda row: streams(row) and depths(row) != told(row),
     "it leaves the tensor cores alone": lambda row: (
@@ -165,15 +170,18 @@ def kernels_in_source() -> set[str]:
 
 
 def test_every_kernel_is_compiled_for_every_model_and_architecture(rows: list[Row]) -> None:
-    assert kernels_in_source() > STREAMING
+    kernels, steps = kernels_in_source(), {row["step"] for row in rows}
+    assert kernels > STREAMING
+    if "draft loop" not in steps:
+        kernels -= {PERSISTENT}
+    if "layer" not in steps:  # drafting alone
+        kernels -= {"accept_kernel", "commit_kernel", "filtered_sample_kernel"}
     for dtype in {row["dtype"] for row in rows}:
         for model in MODELS:
             for architecture in ARCHITECTURES:
                 place = (model, architecture, dtype)
                 found = {row["kernel"] for row in rows if (row["model"], row["architecture"], row["dtype"]) == place}
-                steps = {row["step"] for row in rows}
-                kernels = kernels_in_source() if "layer" in steps else {PERSISTENT}
-                assert found == kernels - ({PERSISTENT} if "draft loop" not in steps else set()), place
+                assert found == kernels, place
 
 
 def test_each_triton_is_the_one_asked_for(rows: list[Row], request: pytest.FixtureRequest) -> None:
@@ -311,52 +319,19 @@ def test_one_binary_for_any_number_of_rows(rows: list[Row]) -> None:
 # ---- the drafting loop adds in the order of the stages
 
 
-SUMS = """
-import json
-import sys
+Sums = dict[str, set[str]]
+"""How sums lie across the threads, by their place in the source."""
 
-import torch
-from compiled import compile_only, layouts_of_sums
-from steps import META, STEPS
 
-from kangaroo_kernels import launch_config
-from kangaroo_kernels.launch_config import configured_by
-from kangaroo_kernels.workloads import MODELS, Settings
-
-settings = Settings(1, 4096, torch.bfloat16, META)
-names = ("draft step", "draft loop", "sampling draft head", "sampling draft loop")
-
-def sums_of(shape, name, launches):
-    found = {}
-    for step in STEPS:
-        for each in step.calls(shape, settings) if step.name == name else ():
-            before = len(launches)
-            each.launch()
-            for launch in launches[before:]:
-                for place, layouts in layouts_of_sums(launch.ttgir).items():
-                    found.setdefault(" ".join(place), []).extend(layouts)
+def sums_of(rows: list[Row]) -> Sums:
+    found: Sums = {}
+    for row in rows:
+        for place, layouts in row["sums"].items():
+            found.setdefault(place, set()).update(layouts)
     return found
 
-found = {}
-for architecture in (80, 90):
-    with compile_only(architecture) as launches:
-        for shape in MODELS:
-            found[f"{shape.name} sm_{architecture}"] = {name: sums_of(shape, name, launches) for name in names}
-        if "--warps" in sys.argv:
-            shipped = launch_config._pickers[-1]
-            with configured_by(lambda *place: shipped(*place)._replace(num_warps=8)):
-                found[f"{shape.name} sm_{architecture}"]["eight warps"] = sums_of(shape, "draft step", launches)
-print(json.dumps(found))
-"""
 
-
-@pytest.fixture(scope="module", params=["sums", "sums under Triton 3.6"])
-def sums(request: pytest.FixtureRequest, results: Callable[[str], Any]) -> Any:
-    """How the sums of a drafting step and loop lie across threads, by place in the source, for each model."""
-    return results(request.param)
-
-
-def sums_that_differ(stages: dict[str, list[str]], loop: dict[str, list[str]]) -> set[str]:
+def sums_that_differ(stages: Sums, loop: Sums) -> set[str]:
     """The modules of those sums in the stage kernels that lie otherwise in the loop, or are not there.
 
     A stage kernel's sum and the loop's are the same line of the same function, called from the same lines up to the
@@ -366,11 +341,12 @@ def sums_that_differ(stages: dict[str, list[str]], loop: dict[str, list[str]]) -
     for place, layouts in stages.items():
         inner, _, kernel = place.rpartition(" ")
         in_loop = {layout for other, lying in loop.items() if other.startswith(f"{inner} ") for layout in lying}
-        if in_loop != set(layouts):
+        if in_loop != layouts:
             differ.add(kernel.partition(":")[0])
     return differ
 
 
+@pytest.mark.parametrize("rows", ["bfloat16", "Triton 3.6, drafting"], indirect=True)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
@@ -378,20 +354,20 @@ def sums_that_differ(stages: dict[str, list[str]], loop: dict[str, list[str]]) -
     [("draft step", "draft loop", 14), ("sampling draft head", "sampling draft loop", 4)],
 )
 def test_the_drafting_loop_adds_as_its_stages_do(
-    sums: Any, stages: str, loop: str, count: int, model: str, architecture: str
+    rows: list[Row], stages: str, loop: str, count: int, model: str, architecture: str
 ) -> None:
     """All but the order of a sum is theirs by construction; that follows from how the compiler lays tiles out."""
-    found = sums[f"{model} {architecture}"]
-    assert len(found[stages]) == count
-    assert len(found[loop]) == 14
-    assert sums_that_differ(found[stages], found[loop]) == set()
+    by_stages, by_loop = (sums_of(of_step(rows, step, model, architecture)) for step in (stages, loop))
+    assert (len(by_stages), len(by_loop)) == (count, 14)
+    assert sums_that_differ(by_stages, by_loop) == set()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_another_number_of_warps_is_found(results: Callable[[str], Any], architecture: str) -> None:
-    found = results("sums")[f"Llama-3.2-1B {architecture}"]
+    eight_warps = sums_of(results("bad")["eight warps"][architecture])
+    loop = sums_of(of_step(results("bfloat16"), "draft loop", "Llama-3.2-1B", architecture))
     streaming = {"qkv_rope.py", "attention.py", "linear_residual.py", "gate_up.py", "top1_head.py"}
-    assert sums_that_differ(found["eight warps"], found["draft loop"]) >= streaming
+    assert sums_that_differ(eight_warps, loop) >= streaming
 
 
 # ---- the checks bite
@@ -408,7 +384,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kangaroo_kernels import launch_config, linear_residual
-from kangaroo_kernels.launch_config import LaunchConfig, configured_by
+from kangaroo_kernels.launch_config import configured_by
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings
 
 shape, settings = MODELS[0], Settings(8, 4096, torch.bfloat16, META)
@@ -422,27 +398,31 @@ def project(columns, row_stride):
 
 whole = project(4096, 4096)
 cases = {
-    "as shipped": (whole, None),
-    "few registers": (whole, LaunchConfig(1, 2, 128)),
-    "odd rows": (project(4096, 4097), None),
-    "no stages": (whole, LaunchConfig(4, 1, 32)),
-    "many stages": (whole, LaunchConfig(4, 20, 32)),
-    "few programs": (project(512, 4096), LaunchConfig(4, 4, 32)),
+    "as shipped": (whole, {}),
+    "few registers": (whole, {"num_warps": 1, "num_stages": 2, "block_n": 128}),
+    "odd rows": (project(4096, 4097), {}),
+    "no stages": (whole, {"num_stages": 1}),
+    "many stages": (whole, {"num_stages": 20}),
+    "few programs": (project(512, 4096), {}),
 }
-before = JITFunction.run, driver._active
-found = {}
-for name, (step, config) in cases.items():
-    with compile_only(80) as launches:
+
+def rows(architecture, steps, shape, settings, **changed):
+    with compile_only(architecture) as launches:
         shipped = launch_config._pickers[-1]
-        with configured_by(shipped if config is None else lambda *_: config):
-            found[name] = rows_of(step, shape, settings, launches)
+        with configured_by(lambda *place: shipped(*place)._replace(**changed)):
+            return [row for step in steps for row in rows_of(step, shape, settings, launches)]
+
+before = JITFunction.run, driver._active
+found = {name: rows(80, [step], shape, settings, **changed) for name, (step, changed) in cases.items()}
 ones, one = ModelShape("ones", 1, 1, 1, 1, 2, 1, 1), Settings(1, 1, torch.float32, META)
-with compile_only(90) as launches:
-    rows = [row for step in STEPS if not step.variant for row in rows_of(step, ones, one, launches)]
-found["ones"] = sorted({row["kernel"] for row in rows})
+found["ones"] = rows(90, [step for step in STEPS if not step.variant], ones, one)
+(smallest,) = (shape for shape in MODELS if shape.name == "Llama-3.2-1B")
+(draft_step,) = (step for step in STEPS if step.name == "draft step")
+drafting = ([draft_step], smallest, settings._replace(rows=1))
+found["eight warps"] = {f"sm_{each}": rows(each, *drafting, num_warps=8) for each in (80, 90)}
 cached = [device for device in linear_residual.linear_residual_kernel.device_caches if "compile" in str(device)]
 left = [(JITFunction.run, driver._active) != before, launch_config._pickers, cached]
-print(json.dumps({"found": found, "left": [str(each) for each in left if each]}))
+print(json.dumps(found | {"left": [str(each) for each in left if each]}))
 """
 
 
@@ -464,7 +444,7 @@ def bad(results: Callable[[str], Any]) -> Any:
     ],
 )
 def test_a_bad_kernel_is_found(bad: Any, case: str, faults: set[str]) -> None:
-    (row,) = bad["found"][case]
+    (row,) = bad[case]
     found = {fault for fault, is_there in FAULTS.items() if is_there(row)}
     assert faults <= found
     assert bool(found) == bool(faults)
@@ -472,7 +452,7 @@ def test_a_bad_kernel_is_found(bad: Any, case: str, faults: set[str]) -> None:
 
 def test_sizes_of_one_compile(bad: Any) -> None:
     """Triton gives a kernel a size of 1 as a number, which has no methods; the interpreter does not."""
-    assert {*bad["found"]["ones"]} > STREAMING
+    assert {row["kernel"] for row in bad["ones"]} > STREAMING
 
 
 def test_compiling_leaves_triton_as_it_was(bad: Any) -> None:
@@ -609,7 +589,6 @@ def invoke(module: Any, *options: str) -> Any:
         ("--step dinner", "--step is dinner; it must be one of {steps}."),
         ("--rows 0", "rows are 0; they must be 1 to 16."),
         ("--rows 4 --rows 17", "rows are 4, 17; they must be 1 to 16."),
-        ("--length 7", "the length is 7; it must hold the rows, 8."),
         ("", "TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it."),
     ],
 )
@@ -619,7 +598,7 @@ def test_a_wrong_option_is_one_sentence(
     monkeypatch.setattr(knobs.runtime, "interpret", True)
     given = options.split()
     if module is compare:
-        if given[:1] in (["--rows"], ["--length"]):
+        if given[:1] == ["--rows"]:
             pytest.skip("it has no such option")
         given.insert(0, "HEAD")
     sentence = sentence.replace("{steps}", ", ".join(step.name for step in report.STEPS))
@@ -636,7 +615,7 @@ def test_a_commit_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_table_loses_nothing(bad: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    rows = [*bad["found"]["as shipped"], *bad["found"]["few registers"]]
+    rows = [*bad["as shipped"], *bad["few registers"]]
     report.show(rows)
     shown = capsys.readouterr().out
     assert "…" not in shown
