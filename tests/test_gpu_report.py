@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,53 +110,10 @@ def test_a_report_that_is_ended_writes_what_it_has(tmp_path):
 # ---- the command line
 
 
-def refusal(main, arguments, tmp_path, monkeypatch):
-    """What a command says that refuses; DIR stands for a folder."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (tmp_path / "file").touch()
-    done = invoke(main, *(argument.replace("DIR", str(tmp_path)) for argument in arguments))
-    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    return done.stderr
-
-
 def invoke(main, *arguments):
     app = typer.Typer()
     app.command()(main)
     return CliRunner().invoke(app, arguments, terminal_width=200)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--minutes", "0"], "--minutes is 0; it must be a finite number above 0."),
-        (["--only", "decode,tset"], "there is no part called tset; there are environment, tests, "),
-        (["--only", ""], "there is no part called"),
-        (["--only", "pair"], "the part pair needs --pair DIR"),
-        (["--pair", "DIR", "--only", "decode"], "--pair DIR the part pair"),
-        (["--pair", "DIR"], "target does not exist. tools/train_demo.py writes such a pair."),
-        (["--smoke"], "--smoke needs --out"),
-        (["--smoke", "--out", "DIR/file/inside"], "cannot be written: Not a directory."),
-        ([], "--smoke --out DIR runs it without one."),
-    ],
-)
-def test_a_mistake_gets_one_sentence(arguments, message, tmp_path, monkeypatch):
-    said = refusal(gpu_report.main, arguments, tmp_path, monkeypatch)
-    assert said.startswith("gpu_report: ")
-    assert message in said
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--seconds", "nan"], "first: --seconds is nan; it must be a finite number above 0.\n"),
-        (["--only", "loops"], "first: there is no part called loops; there are environment, "),
-        ([], "first: this needs a CUDA GPU and there is none here; --smoke"),
-    ],
-)
-def test_the_kit_refuses_likewise(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS / "gpu_kit"))
-    said = refusal(import_module("first").main, ["--out", "DIR", *arguments], tmp_path, monkeypatch)
-    assert said.startswith(message)
 
 
 @pytest.fixture

@@ -579,33 +579,6 @@ def invoke(module: Any, *options: str) -> Any:
     return CliRunner().invoke(app, options)
 
 
-@pytest.mark.parametrize("module", [report, compare])
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ("--model gpt", "no model is called gpt; there are Vicuna-7B, Llama-3.1-8B, Llama-3.2-1B."),
-        ("--arch 75", "--arch is 75; it must be one of 80, 90."),
-        ("--dtype int8", "--dtype is int8; it must be one of bfloat16, float16, float32."),
-        ("--step dinner", "--step is dinner; it must be one of {steps}."),
-        ("--rows 0", "rows are 0; they must be 1 to 16."),
-        ("--rows 4 --rows 17", "rows are 4, 17; they must be 1 to 16."),
-        ("", "TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it."),
-    ],
-)
-def test_a_wrong_option_is_one_sentence(
-    module: Any, options: str, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(knobs.runtime, "interpret", True)
-    given = options.split()
-    if module is compare:
-        if given[:1] == ["--rows"]:
-            pytest.skip("it has no such option")
-        given.insert(0, "HEAD")
-    sentence = sentence.replace("{steps}", ", ".join(step.name for step in report.STEPS))
-    result = invoke(module, *given)
-    assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"{module.NAME}: {sentence}\n")
-
-
 def test_a_commit_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     result = invoke(compare, "no-such-commit")

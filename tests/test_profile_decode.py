@@ -205,22 +205,6 @@ def test_the_command(tmp_path, monkeypatch):
     assert run("--nvtx", "--context", 300).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--shape", "GPT-5"], "shape 'GPT-5' is unknown; use one of"),
-        (["--shape", "Vicuna-7B"], "on a CPU; leave --shape out"),
-        (["--context", "100000"], "context is 100000; this model allows at most"),
-    ],
-)
-def test_mistakes_get_a_sentence(arguments, sentence, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = run(*arguments)
-    assert done.exit_code == 2
-    assert sentence in " ".join(done.output.split())
-    assert "Traceback" not in done.output
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize(("plain", "persistent"), [(True, False), (False, False), (False, True)])

@@ -314,12 +314,6 @@ def test_mistakes_get_one_sentence(content, card, tmp_path):
     assert bool(done.stdout) == (content is None)
 
 
-def test_without_a_gpu_it_says_so(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    done = command()
-    assert (done.exit_code, done.stderr) == (2, "tune: tuning needs a CUDA GPU and there is none here.\n")
-
-
 @pytest.mark.gpu
 def test_tuning_a_real_card(tmp_path, monkeypatch):
     """A few candidates of one model, in seconds: every one launches, and every other bit was refused."""

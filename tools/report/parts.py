@@ -90,5 +90,5 @@ def choose(command: str, parts: Sequence[Part], only: str | None) -> list[Part]:
     known = [part.name for part in parts]
     names = known if only is None else [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in known]:
-        refuse(command, f"there is no part called {', '.join(unknown) or 'so'}; there are {', '.join(known)}.")
+        refuse(command, f"there is no part called {', '.join(map(repr, unknown))}; there are {', '.join(known)}.")
     return [part for part in parts if part.name in names]
