@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,49 +49,28 @@ STACK_BYTES = 16
 Row = dict[str, Any]
 
 
-def start(*command: str, triton: Path | None = None) -> subprocess.Popen[str]:
+@functools.cache
+def run(*command: str, triton: Path | None = None) -> subprocess.CompletedProcess[str]:
     """A Python of its own that compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(path) for path in (triton, TOOLS) if path is not None]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in (triton, TOOLS) if path is not None)
+    line = [sys.executable, *command]
+    return subprocess.run(line, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
 
 
-@pytest.fixture(scope="module")
-def results() -> Iterator[Callable[[str], Any]]:
-    """What each of the runs and ``BAD`` printed; they all go on side by side."""
-    started = {"bad": start("-c", BAD)}
-    for name, options in RUNS.items():
-        triton = OLDER_TRITON if name.startswith("Triton") else None
-        if triton is None or triton.is_dir():
-            started[name] = start("tools/kernel_report.py", "--json", *options, triton=triton)
-
-    @functools.cache
-    def result(name: str) -> Any:
-        if name not in started:
-            pytest.skip("Triton 3.6 is not there; `make .venv/triton-3.6` fetches it")
-        out, err = started[name].communicate()
-        assert started[name].returncode == 0, err
-        return json.loads(out)
-
-    yield result
-    for process in started.values():
-        process.kill()
-        with process:  # closes its pipes and waits
-            pass
+def printed_by(*command: str, triton: Path | None = None) -> Any:
+    done = run(*command, triton=triton)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def rows(request: pytest.FixtureRequest, results: Callable[[str], Any]) -> list[Row]:
+def rows(request: pytest.FixtureRequest) -> list[Row]:
     """The rows of one run."""
-    return results(request.param)
+    triton = OLDER_TRITON if request.param.startswith("Triton") else None
+    if triton and not triton.is_dir():
+        pytest.skip("Triton 3.6 is not there; `make .venv/triton-3.6` fetches it")
+    return printed_by("tools/kernel_report.py", "--json", *RUNS[request.param], triton=triton)
 
 
 # ---- what is wrong with a kernel
@@ -218,32 +197,16 @@ def of_step(rows: list[Row], step: str, model: str, architecture: str = "sm_90")
     return [row for row in places if (row["rows"], row["dtype"]) == (places[0]["rows"], places[0]["dtype"])]
 
 
+LAUNCHES = {"layer": 6, "layer, short text": 5, "top-1 head": 2, "sampling head": 2, "filtered head": 2, "accept": 1}
+LAUNCHES |= {"commit": 1, "draft step": 18, "draft step, short text": 15, "draft loop": 1}
+
+
 @pytest.mark.parametrize("rows", ["bfloat16"], indirect=True)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(
-    ("step", "launches"),
-    [
-        ("layer", 6),
-        ("layer, short text", 5),
-        ("top-1 head", 2),
-        ("sampling head", 2),
-        ("filtered head", 2),
-        ("accept", 1),
-        ("commit", 1),
-        ("draft step", 18),
-        ("draft step, short text", 15),
-        ("draft loop", 1),
-    ],
-)
-def test_launches(rows: list[Row], step: str, launches: int, model: str, architecture: str) -> None:
-    assert sum(row["launches"] for row in of_step(rows, step, model, architecture)) == launches
-
-
-def kv_bytes(rows: list[Row], model: str) -> int:
-    """What a block of a drafting step reads of the cache."""
-    (row,) = (row for row in of_step(rows, "draft step", model) if row["kernel"] == "attention_kernel")
-    return row["bytes_moved"]
+def test_launches(rows: list[Row], model: str, architecture: str) -> None:
+    found = {step: of_step(rows, step, model, architecture) for step in LAUNCHES}
+    assert {step: sum(row["launches"] for row in its) for step, its in found.items()} == LAUNCHES
 
 
 @pytest.mark.parametrize("rows", ["bfloat16"], indirect=True)
@@ -259,11 +222,12 @@ def test_bytes_are_those_of_the_models(
     (It gives the 8B model's adapter 32 key-value heads; here it has the model's own 8, and 0.05 GB less.)
     """
 
-    def weights(step: str) -> int:
-        its = [row for row in of_step(rows, step, model) if row["bytes_moved"] and row["matrix"] != "kv"]
+    def moved(step: str, without: str | None = None) -> int:
+        its = [row for row in of_step(rows, step, model) if row["bytes_moved"] and row["matrix"] != without]
         return sum(row["launches"] * row["bytes_moved"] for row in its)
 
-    assert weights("draft step") == weights("draft loop") - 3 * kv_bytes(rows, model)
+    weights = functools.partial(moved, without="kv")
+    assert moved("draft step") == moved("draft loop")
     assert layers * weights("layer") + weights("top-1 head") == pytest.approx(full_pass, rel=0.005)
     assert weights("draft step") == pytest.approx(draft_step, rel=0.005)
 
@@ -362,10 +326,11 @@ def test_the_drafting_loop_adds_as_its_stages_do(
     assert sums_that_differ(by_stages, by_loop) == set()
 
 
+@pytest.mark.parametrize("rows", ["bfloat16"], indirect=True)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_another_number_of_warps_is_found(results: Callable[[str], Any], architecture: str) -> None:
-    eight_warps = sums_of(results("bad")["eight warps"][architecture])
-    loop = sums_of(of_step(results("bfloat16"), "draft loop", "Llama-3.2-1B", architecture))
+def test_another_number_of_warps_is_found(rows: list[Row], bad: Any, architecture: str) -> None:
+    eight_warps = sums_of(bad["eight warps"][architecture])
+    loop = sums_of(of_step(rows, "draft loop", "Llama-3.2-1B", architecture))
     streaming = {"qkv_rope.py", "attention.py", "linear_residual.py", "gate_up.py", "top1_head.py"}
     assert sums_that_differ(eight_warps, loop) >= streaming
 
@@ -427,9 +392,9 @@ print(json.dumps(found | {"left": [str(each) for each in left if each]}))
 
 
 @pytest.fixture(scope="module")
-def bad(results: Callable[[str], Any]) -> Any:
+def bad() -> Any:
     """``linear_residual`` as it ships, and badly launched, on sm_80."""
-    return results("bad")
+    return printed_by("-c", BAD)
 
 
 @pytest.mark.parametrize(
