@@ -87,7 +87,7 @@ def test_the_pair_is_the_real_thing_and_stands_beside_transformers(smoke):
     found = smoke.parts["pair"]
     assert found["total"]["identical"]
     assert found["total"]["mean_acceptance_length"] > 1.3
-    assert [total["prompts"] for total in found["baselines"]] == [2, 2]
+    assert len(found["cells"]) == 2 * 2
     for cell in found["cells"]:
         assert cell["agreeing_tokens"] == cell["new_tokens"] == 24, "float32 on a CPU: the same text"
         assert cell["tokens_per_second"] > 0

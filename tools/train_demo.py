@@ -24,14 +24,13 @@ from command import refuse, require_time
 from demo_corpus import Document, beginning, cut_prompts
 from presets import PRESETS, Preset
 from safetensors.torch import load_file, save_file
-from target_training import TargetTraining, Windows, encode, evaluate, exact_in_both_halves, train_tokenizer
+from target_training import TargetTraining, encode, evaluate, exact_in_both_halves, train_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.commands.facts import environment
 from kangaroo_kernels.model.commands.show import training_bars
-from kangaroo_kernels.model.demo import bundled_pair
 from kangaroo_kernels.model.evaluation.calibrate import calibrate, write_defaults
 from kangaroo_kernels.model.load import resolve_device
 from kangaroo_kernels.model.training.checkpoint import write_atomically
@@ -93,21 +92,6 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def held_out_prompts(preset: Preset, held_out: list[Document]) -> dict[str, str]:
-    """The prompts that go with the pair, by the paths of their documents.
-
-    Raises:
-        KangarooError: a prompt of the bundled pair is not in a held-out document of this Python.
-    """
-    if preset.prompts is not None:
-        return cut_prompts(held_out, preset.prompts, preset.prompt_characters)
-    prompts, texts = bundled_pair().prompts(), {document.path: document.text for document in held_out}
-    missing = [name for name, prompt in prompts.items() if prompt not in texts.get(name, "")]
-    if missing:
-        raise KangarooError(f"the standard library here has other held-out sources: no prompt from {missing[0]}.")
-    return prompts
-
-
 def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, held_out: Tensor) -> None:
     """Train until the target's time or its steps are over, measure, and write its folder with its record.
 
@@ -115,7 +99,7 @@ def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, h
         tokens: ``[N]`` int32 to train on, and ``held_out`` to measure on; both lie on the run's device.
     """
     preset, recipe, state = run.preset, run.preset.target, run.out / TARGET_STATE
-    training = TargetTraining(recipe, tokenizer, Windows(tokens, recipe.seed), run.device)
+    training = TargetTraining(recipe, tokenizer, tokens, run.device)
     parts = {"model": training.model, "optimizers": training.optimizers}
 
     def scores(count: int) -> dict[str, float]:
@@ -127,7 +111,7 @@ def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, h
         step, share, passed, curve = (saved[name] for name in ("step", "share", "passed", "curve"))
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        training.windows.generator.manual_seed(recipe.seed + step)
+        training.generator.manual_seed(recipe.seed + step)
     began = time.perf_counter() - passed
     own = (preset.target_by - preset.encoded_by) * run.minutes * 60
     seconds = max(run.deadline(preset.target_by) - began if preset.within_minutes else own, 1e-3)
@@ -200,7 +184,7 @@ def train_pair(run: Run) -> dict[str, Any]:
     documents = preset.sources()
     seen = [document for document in documents if not document.held_out]
     held_out = [document for document in documents if document.held_out]
-    prompts = held_out_prompts(preset, held_out)
+    prompts = cut_prompts(held_out, preset.prompts, preset.prompt_characters)
     practice = cut_prompts(seen, PRACTICE, preset.prompt_characters)
     if not prompts or not practice:
         raise KangarooError(f"only {len(seen)} sources are installed here, {len(held_out)} of them held out.")
