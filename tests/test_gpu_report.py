@@ -19,7 +19,7 @@ import typer
 from report import baselines, decode, kernels, plots, runner, tests
 from report.job import Job
 from report.page import SMOKE_LABEL, complaints, decode_cells, page, state_of
-from report.parts import FIRST, PARTS, Part, Plan
+from report.parts import FIRST, PARTS, Part
 
 from kangaroo_kernels.model.demo import PAIR as DEMO_PAIR
 
@@ -219,7 +219,7 @@ def run(tmp_path, monkeypatch):
 
     def run(script, seconds=30.0, smoke=False):
         monkeypatch.setattr(runner, "WORKER", (sys.executable, "-c", SCRIPT + script))
-        return runner.run_part(Part("decode", 1, ""), seconds, Plan((), seconds, tmp_path, smoke))
+        return runner.run_part(Part("decode", 1, ""), seconds, Job(tmp_path / "report.json", tmp_path, seconds, smoke))
 
     return run
 

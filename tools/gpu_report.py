@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,9 +32,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from command import INCOMPLETE, INTERRUPTED, refuse, require_time
-from report.job import ROOT, one_line, write_json
+from report.job import ROOT, Job, one_line, write_json
 from report.page import complaints, page, state_of
-from report.parts import ENVIRONMENT, PAIR, PARTS, Plan, choose
+from report.parts import ENVIRONMENT, PAIR, PARTS, Part, choose
 from report.runner import GRACE, read_json, run_part
 
 from kangaroo_kernels import KangarooError, launch_config
@@ -70,12 +71,12 @@ def digest_of_sources(root: Path = ROOT) -> str:
     return digest.hexdigest()[:12]
 
 
-def measure(command: str, plan: Plan) -> int:
+def measure(command: str, parts: Sequence[Part], plan: Job) -> int:
     """Run the parts one after the other and write the report: an exit code. What there is stays written.
 
     A folder that cannot be written is refused.
     """
-    began, file = time.monotonic(), plan.folder / "report.json"
+    began, file = time.monotonic(), plan.piece
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -85,19 +86,19 @@ def measure(command: str, plan: Plan) -> int:
     where = {"commit": commit(), "date": now.strftime("%Y-%m-%d %H:%M UTC"), "command": line}
     about = {"gpu": None if plan.smoke else torch.cuda.get_device_name(), "smoke": plan.smoke}
     earlier = read_json(file)
-    parts: dict[str, Any] = earlier.get("parts", {}) if about.items() <= earlier.items() else {}
-    report, end = {**about, **where, "parts": parts}, began + plan.seconds - min(RESERVE + GRACE, 0.1 * plan.seconds)
+    found: dict[str, Any] = earlier.get("parts", {}) if about.items() <= earlier.items() else {}
+    report, end = {**about, **where, "parts": found}, began + plan.seconds - min(RESERVE + GRACE, 0.1 * plan.seconds)
     interrupted, ran = False, dict[str, Any]()
     try:
-        for index, part in enumerate(plan.parts):
+        for index, part in enumerate(parts):
             left = end - time.monotonic()
             if left < LEAST_SECONDS:
-                parts.setdefault(part.name, {"status": "skipped", "seconds": 0} | where)
+                found.setdefault(part.name, {"status": "skipped", "seconds": 0} | where)
                 typer.echo(f"{part.name}: skipped, no time left", err=True)
                 continue
-            seconds = left * part.share / sum(each.share for each in plan.parts[index:])
+            seconds = left * part.share / sum(each.share for each in parts[index:])
             typer.echo(f"{part.name}: {part.what}, {seconds:.0f} s at most", err=True)
-            piece = parts[part.name] = ran[part.name] = run_part(part, seconds, plan) | where
+            piece = found[part.name] = ran[part.name] = run_part(part, seconds, plan) | where
             write_json(file, report)
             typer.echo(f"{part.name}: {state_of(piece)} after {piece['seconds']:.0f} s", err=True)
             if piece["status"] == "interrupted":
@@ -160,7 +161,8 @@ def main(
     if out is None:
         name = launch_config.file_name(torch.cuda.get_device_name()).removesuffix(".json")
         out = ROOT / "bench" / "results" / name
-    raise typer.Exit(measure(NAME, Plan(parts, 60 * minutes, out.resolve(), smoke, pair=pair)))
+    out = out.resolve()
+    raise typer.Exit(measure(NAME, parts, Job(out / "report.json", out, 60 * minutes, smoke, pair=pair)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from command import require_time
 from gpu_report import measure, require_device
-from report.parts import FIRST, Plan, choose
+from report.job import Job
+from report.parts import FIRST, choose
 
 NAME = "first"
 
@@ -34,7 +35,8 @@ def main(
     require_time(NAME, "--seconds", seconds)
     parts = choose(NAME, FIRST, only)
     require_device(NAME, smoke)
-    status = measure(NAME, Plan(parts, seconds, out.resolve(), smoke, brief=True))
+    out = out.resolve()
+    status = measure(NAME, parts, Job(out / "report.json", out, seconds, smoke, brief=True))
     print((out / "report.md").read_text(encoding="utf-8"), flush=True)
     raise typer.Exit(status)
 

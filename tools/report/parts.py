@@ -1,7 +1,6 @@
 """What a report is made of: parts in their order, each with its share of the time."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from command import refuse
@@ -23,26 +22,6 @@ class Part(NamedTuple):
     what: str
     tests: tuple[str, ...] = ()
     workers: int = 1
-
-
-class Plan(NamedTuple):
-    """What to measure.
-
-    Attributes:
-        parts: in their order.
-        seconds: for all of them.
-        folder: where the report goes; parts that lie there already are kept.
-        smoke: tiny sizes, on the CPU.
-        brief: the first model alone, at its shortest context.
-        pair: folder of a trained pair.
-    """
-
-    parts: Sequence[Part]
-    seconds: float
-    folder: Path
-    smoke: bool = False
-    brief: bool = False
-    pair: Path | None = None
 
 
 WORKERS = 12
