@@ -177,7 +177,6 @@ REFUSALS = {
     "gpu_report --smoke --out {}/file/inside": "{}/file/inside cannot be written: Not a directory.",
     "first --out {}": "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.",
     "first --out {} --seconds nan": "--seconds is nan; it must be a finite number above 0.",
-    "first --out {} --only loops": "there is no part called 'loops'; there are environment, operations, ",
     "profile_decode --shape GPT-5": "shape 'GPT-5' is unknown; use one of Vicuna-7B, ",
     "profile_decode --shape Vicuna-7B": "Vicuna-7B would take minutes a step on a CPU; leave --shape out to ",
     "profile_decode --context 100000": "context is 100000; this model allows at most ",

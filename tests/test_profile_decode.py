@@ -28,6 +28,7 @@ from iteration_profile import (
     stage_rows,
 )
 
+from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model.commands.facts import footprint
 from kangaroo_kernels.model.results import Commit
 from kangaroo_kernels.model.spans import NOTHING, span
@@ -148,6 +149,8 @@ def test_bytes_are_those_of_info(pair):
     step = moved["kangaroo/draft/shallow"] + moved["kangaroo/draft/step"]
     assert step == pytest.approx(told.draft_step_bytes, rel=0.02)  # norms are left out
     assert moved["kangaroo/verify"] == pytest.approx(told.verify_pass_bytes, rel=0.02)
+    plain = stage_bytes(Kangaroo(kangaroo.target), 0)
+    assert sum(plain.values()) == pytest.approx(told.plain_step_bytes, rel=0.02)
     further = stage_bytes(kangaroo, 100)
     kv_bytes = sum(further[name] - moved[name] for name in moved)
     assert kv_bytes == 100 * told.kv_bytes_per_token

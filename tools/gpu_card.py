@@ -14,15 +14,13 @@ class Card(NamedTuple):
     name: str
     multiprocessors: int
     l2_bytes: int
-    shared_bytes: int  # at most, of a program
     capability: int  # compute capability times ten
 
 
 def read_card(device: torch.device) -> Card:
     """Ask a CUDA device."""
     gpu = torch.cuda.get_device_properties(device)
-    shared_bytes = getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block)
-    return Card(gpu.name, gpu.multi_processor_count, gpu.L2_cache_size, shared_bytes, 10 * gpu.major + gpu.minor)
+    return Card(gpu.name, gpu.multi_processor_count, gpu.L2_cache_size, 10 * gpu.major + gpu.minor)
 
 
 Query = Callable[[Any], Any]

@@ -13,9 +13,9 @@ and the others go on.
 ``--pair`` measures a trained pair instead, on held-out prompts: acceptance, speed, whether the tokens are plain
 decoding's, and the same prompts in transformers.
 
-It writes ``report.json``, ``report.md`` and the plots to ``bench/results/<GPU>/``. Parts that are not run again keep
-what they had there, with their own date and commit. ``--smoke`` runs everything at tiny size on the CPU; no figure of
-it is about a GPU.
+It writes ``report.json``, ``report.md`` and a picture of the timeline to ``bench/results/<GPU>/``. Parts that are not
+run again keep what they had there, with their own date and commit. ``--smoke`` runs everything at tiny size on the CPU;
+no figure of it is about a GPU.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ LEAST_SECONDS = 3.0
 """With less than this nothing is started: importing takes so long."""
 
 RESERVE = 12.0
-"""Seconds for the plots, and for a last part that has to be ended."""
+"""Seconds for the picture, and for a last part that has to be ended."""
 
 
 def commit() -> str:
@@ -113,7 +113,7 @@ def measure(command: str, parts: Sequence[Part], plan: Job) -> int:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> list[str]:
-    """Write JSON, plots and Markdown; why there are no plots, as a sentence."""
+    """Write JSON, the picture and Markdown; why there is no picture, as a sentence."""
     write_json(folder / "report.json", report)
     pictures, trouble = list[str](), list[str]()
     try:
@@ -121,7 +121,7 @@ def write_report(report: dict[str, Any], folder: Path) -> list[str]:
 
         pictures = draw(report, folder)
     except Exception as error:  # a figure that no axis takes: the page is worth more
-        trouble = [f"no plots: {one_line(error)}."]
+        trouble = [f"no picture: {one_line(error)}."]
     (folder / "report.md").write_text(page(report, pictures), encoding="utf-8")
     return trouble
 
@@ -146,7 +146,7 @@ def main(
 ) -> None:
     """Measure this library on this GPU and write a report."""
     require_time(NAME, "--minutes", minutes)
-    parts = choose(NAME, (*PARTS, PAIR), only)
+    parts = choose(only)
     if only is None:
         parts = list(PARTS) if pair is None else [ENVIRONMENT, PAIR]
     if (PAIR in parts) != (pair is not None):

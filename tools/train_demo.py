@@ -23,6 +23,7 @@ import typer
 from command import refuse, require_time
 from demo_corpus import Document, beginning, cut_prompts
 from presets import PRESETS, Preset
+from report.job import write_json
 from safetensors.torch import load_file, save_file
 from target_training import TargetTraining, encode, evaluate, exact_in_both_halves, train_tokenizer
 from torch import Tensor
@@ -85,11 +86,6 @@ class Run:
     def deadline(self, share: float) -> float:
         """When this share of the minutes has passed; never, where the run need not end within them."""
         return self.began + share * self.minutes * 60 if self.preset.within_minutes else math.inf
-
-
-def write_json(path: Path, content: Any) -> None:
-    """One file, a line at its end."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, held_out: Tensor) -> None:
