@@ -187,7 +187,9 @@ def test_the_bundled_pair_was_made_so() -> None:
     assert DEMO.adapter.items() <= adapter["settings"].items()
     held_out = [Document(name, f"before\n{prompt}\nafter") for name, prompt in pair.prompts().items()]
     assert all(document.held_out for document in held_out)
-    assert len(held_out) == DEMO.prompts
+    assert train_demo.held_out_prompts(DEMO, held_out) == pair.prompts()
+    with pytest.raises(KangarooError, match=f"no prompt from {held_out[0].path}"):
+        train_demo.held_out_prompts(DEMO, held_out[1:])
 
 
 def test_large_is_as_large_as_it_says() -> None:

@@ -26,7 +26,7 @@ class Preset:
         sample: tokenizer and adapter learn from the beginning of it, so many characters.
         held_out_tokens: on which the target is measured.
         target_steps: where the target's training ends if its time does not end it before.
-        prompts: how many held-out ones go with the pair.
+        prompts: how many held-out ones go with the pair; None keeps those of the bundled pair.
         prompt_characters: of a prompt, at least.
         encoded_by: the shares of the minutes at which encoding, the target and the adapter end.
     """
@@ -41,7 +41,7 @@ class Preset:
     sample: float = math.inf
     held_out_tokens: int = 1 << 19
     target_steps: float = math.inf
-    prompts: int = 64
+    prompts: int | None = 64
     prompt_characters: int = 1200
     encoded_by: float = 0.12
     target_by: float = 0.69
@@ -63,7 +63,7 @@ DEMO = Preset(
     minutes=85.0,
     within_minutes=False,
     sources=stdlib_documents,
-    prompts=8,
+    prompts=None,
     prompt_characters=480,
     encoded_by=0.0,
     target_by=72 / 85,

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.commands.facts import environment
 from kangaroo_kernels.model.commands.show import training_bars
+from kangaroo_kernels.model.demo import bundled_pair
 from kangaroo_kernels.model.evaluation.calibrate import calibrate, write_defaults
 from kangaroo_kernels.model.load import resolve_device
 from kangaroo_kernels.model.training.checkpoint import write_atomically
@@ -86,6 +87,21 @@ class Run:
     def deadline(self, share: float) -> float:
         """When this share of the minutes has passed; never, where the run need not end within them."""
         return self.began + share * self.minutes * 60 if self.preset.within_minutes else math.inf
+
+
+def held_out_prompts(preset: Preset, held_out: list[Document]) -> dict[str, str]:
+    """The prompts that go with the pair, by the paths of their documents.
+
+    Raises:
+        KangarooError: a prompt of the bundled pair is not in a held-out document of this Python.
+    """
+    if preset.prompts is not None:
+        return cut_prompts(held_out, preset.prompts, preset.prompt_characters)
+    prompts, texts = bundled_pair().prompts(), {document.path: document.text for document in held_out}
+    missing = [name for name, prompt in prompts.items() if prompt not in texts.get(name, "")]
+    if missing:
+        raise KangarooError(f"the standard library here has other held-out sources: no prompt from {missing[0]}.")
+    return prompts
 
 
 def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, held_out: Tensor) -> None:
@@ -180,7 +196,7 @@ def train_pair(run: Run) -> dict[str, Any]:
     documents = preset.sources()
     seen = [document for document in documents if not document.held_out]
     held_out = [document for document in documents if document.held_out]
-    prompts = cut_prompts(held_out, preset.prompts, preset.prompt_characters)
+    prompts = held_out_prompts(preset, held_out)
     practice = cut_prompts(seen, PRACTICE, preset.prompt_characters)
     if not prompts or not practice:
         raise KangarooError(f"only {len(seen)} sources are installed here, {len(held_out)} of them held out.")
