@@ -1,6 +1,7 @@
 """Every number on every command line: nonsense ends in a sentence and exit status 2, before any work."""
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -10,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 import torch
 import typer
+from triton import knobs
 from typer.testing import CliRunner
 
 from kangaroo_kernels import KangarooError
@@ -18,7 +20,7 @@ from kangaroo_kernels.model.commands import calibrate, chat, cli, generate, info
 from kangaroo_kernels.model.commands import demo as demo_command
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
+sys.path[:0] = [str(TOOLS), str(TOOLS / "gpu_kit")]
 
 DURATION = ("0", "-1", "nan", "inf")
 COUNT = ("0", "-1")
@@ -30,7 +32,7 @@ DECODING = {"num_speculative_tokens": COUNT, "draft_confidence_threshold": SHARE
 NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("compare_binaries", "main"): {"arch": COUNT},
     ("gpu_report", "main"): {"minutes": DURATION},
-    ("kernel_report", "main"): {"arch": COUNT, "rows": (*COUNT, "17"), "length": COUNT},
+    ("kernel_report", "main"): {"arch": COUNT, "rows": (*COUNT, "17")},
     ("profile_decode", "main"): {"context": ("1", "-1")},
     ("train_demo", "main"): {"minutes": DURATION},
     ("tune", "main"): {"minutes": DURATION},
@@ -166,3 +168,49 @@ def test_nonsense_is_refused_before_any_work(
         assert option in plainly.replace("-", "_"), plainly
         assert done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+REFUSALS = {
+    "kernel_report": "TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it.",
+    "kernel_report --model gpt": "no model is called gpt; there are Vicuna-7B, Llama-3.1-8B, Llama-3.2-1B.",
+    "kernel_report --arch 75": "--arch is 75; it must be one of 80, 90.",
+    "kernel_report --dtype int8": "--dtype is int8; it must be one of bfloat16, float16, float32.",
+    "kernel_report --step dinner": "--step is dinner; it must be one of layer, top-1 head, ",
+    "kernel_report --rows 4 --rows 17": "rows are 4, 17; they must be 1 to 16.",
+    "compare_binaries HEAD --model gpt": "no model is called gpt; there are ",
+    "gpu_report": "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.",
+    "gpu_report --only decode,tset": "there is no part called 'tset'; there are environment, tests, ",
+    "gpu_report --only pair": "the part pair needs --pair DIR",
+    "gpu_report --pair {} --only decode": "--pair DIR the part pair",
+    "gpu_report --pair {}": "target does not exist. tools/train_demo.py writes such a pair.",
+    "gpu_report --smoke": "--smoke needs --out",
+    "gpu_report --smoke --out {}/file/inside": "{}/file/inside cannot be written: Not a directory.",
+    "first --out {}": "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.",
+    "first --out {} --seconds nan": "--seconds is nan; it must be a finite number above 0.",
+    "profile_decode --shape GPT-5": "shape 'GPT-5' is unknown; use one of Vicuna-7B, ",
+    "profile_decode --shape Vicuna-7B": "Vicuna-7B would take minutes a step on a CPU; leave --shape out to ",
+    "profile_decode --context 100000": "context is 100000; this model allows at most ",
+    "train_demo --preset nonsense": "--preset is nonsense; there are demo, large, smoke.",
+    "train_demo --preset smoke --device abacus": "device 'abacus' is unknown; use 'cpu' or 'cuda'.",
+    "train_demo --preset large": "large needs a CUDA GPU and there is none here; --preset smoke needs none.",
+    "train_demo --preset smoke --out {}": "{} is a file or not empty; give a new folder with --out.",
+    "train_demo --preset smoke --out {}/file": "{}/file is a file or not empty; give a new folder with --out.",
+    "tune": "tuning needs a CUDA GPU and there is none here.",
+}
+"""Command lines and what is said of them; {} is a folder with a file in it."""
+
+
+@pytest.mark.parametrize(("line", "sentence"), REFUSALS.items())
+def test_a_mistake_gets_one_sentence(line: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    (tmp_path / "file").touch()
+    name, *given = shlex.split(line.format(*[tmp_path] * 2))
+    module = import_module(name)
+    if hasattr(module, "cut_prompts"):
+        monkeypatch.setattr(module, "cut_prompts", lambda *_: pytest.fail("work has begun"))
+    done = CliRunner().invoke(app_of(module), given)
+    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"{name}: ")
+    assert sentence.format(tmp_path) in done.stderr
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "")]

@@ -18,9 +18,9 @@ import demo_corpus
 import target_training
 from demo_corpus import Document, cut_prompts, installed_documents, stdlib_documents
 from presets import SMOKE
-from target_training import TargetRecipe, TargetTraining, Windows, encode, evaluate, train_tokenizer
+from target_training import TargetRecipe, TargetTraining, encode, evaluate, train_tokenizer
 
-from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels import Kangaroo
 
 TINY = replace(SMOKE.target, num_hidden_layers=2, context=32, short_context=16, batch_tokens=96, pass_tokens=32)
 
@@ -111,7 +111,7 @@ def tokenizer() -> Any:
 def training(tokenizer: Any, recipe: TargetRecipe = TINY) -> TargetTraining:
     torch.manual_seed(0)
     tokens = torch.randint(1, 40, (4000,), dtype=torch.int32, generator=torch.Generator().manual_seed(1))
-    return TargetTraining(recipe, tokenizer, Windows(tokens, 0), torch.device("cpu"))
+    return TargetTraining(recipe, tokenizer, tokens, torch.device("cpu"))
 
 
 def test_the_runtime_runs_what_was_trained(tokenizer: Any, tmp_path: Path) -> None:
@@ -138,16 +138,6 @@ def test_an_update_is_of_the_whole_batch_and_windows_grow(tokenizer: Any, monkey
     assert all(parameter.grad is None for parameter in parts.model.parameters())
 
 
-def test_every_window_comes_once_an_epoch() -> None:
-    windows = Windows(torch.arange(1000, dtype=torch.int32), 0)
-    starts = torch.cat([windows.batch(3, 10)[:, 0] for _ in range(33)]).tolist()
-    assert len(set(starts)) == 99 and len({start % 10 for start in starts}) == 1
-    batch = windows.batch(3, 10)
-    assert batch.dtype == torch.int64 and torch.equal(batch - batch[:, :1], torch.arange(11).expand(3, 11))
-    with pytest.raises(KangarooError, match="1000 tokens, too few for a batch of 200 windows of 10"):
-        windows.batch(200, 10)
-
-
 def test_encoding_ends_in_time(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [Document(f"{index}.py", f"value = {index}\n") for index in range(7)]
     monkeypatch.setattr(target_training, "ENCODED_AT_ONCE", 2)
@@ -163,7 +153,7 @@ def test_encoding_ends_in_time(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_evaluation(tokenizer: Any) -> None:
     trained = training(tokenizer)
     trained.update(0.3)
-    tokens = trained.windows.tokens[:150]  # four windows of 32 and a rest that is left out
+    tokens = trained.tokens[:150]  # four windows of 32 and a rest that is left out
     with torch.no_grad():
         rows = [trained.model(tokens[None, start : start + 32]).logits[0] for start in range(0, 128, 32)]
     logits, wanted = torch.cat(rows), tokens[1:129].long()
@@ -196,7 +186,7 @@ def test_layers_compile_once_or_run_as_they_are(works: bool, tokenizer: Any, mon
     tried = len(graphs)
     assert (tried == 1 or not works) and all(parameter.grad is None for parameter in trained.model.parameters())
     calls.clear()
-    evaluate(trained.model, tokenizer, trained.windows.tokens[:100], 32, 32)
+    evaluate(trained.model, tokenizer, trained.tokens[:100], 32, 32)
     assert not calls
     assert float(trained.update(0.3)) > 0
     assert len(calls) == 3 * TINY.num_hidden_layers * works and len(graphs) == tried

@@ -165,29 +165,6 @@ def test_a_stopped_run_goes_on(few: Preset, tmp_path: Path, monkeypatch: pytest.
     assert not list(tmp_path.rglob("*.pt")) and not (tmp_path / train_demo.RUN_FILE).exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--preset", "nonsense"], ["--preset is nonsense", "demo, large, smoke"]),
-        (["--preset", "smoke", "--minutes", "0"], ["--minutes is 0", "above 0"]),
-        (["--preset", "smoke", "--device", "abacus"], ["'abacus' is unknown"]),
-        (["--preset", "large"], ["needs a CUDA GPU"]),
-        (["--preset", "smoke", "--out", "FULL"], ["not empty", "--out"]),
-        (["--preset", "smoke", "--out", "FULL/file"], ["is a file"]),
-        (["--minutes", "2"], ["Missing option '--preset'"]),
-    ],
-)
-def test_refusals(arguments: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train_demo, "cut_prompts", lambda *_: pytest.fail("work has begun"))
-    (tmp_path / "file").write_text("mine")
-    result = CliRunner().invoke(train_demo.app, [part.replace("FULL", str(tmp_path)) for part in arguments])
-    assert result.exit_code == 2
-    for word in words:
-        assert word in " ".join(result.stderr.replace("│", " ").split())
-    assert [file.name for file in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
-
-
 # ---- the presets
 
 

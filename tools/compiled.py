@@ -43,10 +43,6 @@ class CompileOnly:
         """None is needed."""
         return 0
 
-    def get_active_torch_device(self) -> torch.device:
-        """Where autotuning would make its tensors."""
-        return torch.device("meta")
-
 
 class CompiledLaunch(NamedTuple):
     """A kernel as a launcher would have launched it.
@@ -105,12 +101,12 @@ def disassemble(cubin: bytes) -> MachineCode:
     return read_machine_code(listing_of(cubin))
 
 
-def layouts_of_sums(ttgir: str) -> dict[tuple[str, ...], list[str]]:
+def layouts_of_sums(ttgir: str) -> dict[str, list[str]]:
     """How the tiles of products and sums lie across the threads, which is what the order of the addends follows from.
 
     Returns:
-        For each place, from the line of the sum outwards to the kernel's (``("tiles.py:104", "gate_up.py:42", ..)``),
-        its tiles' types in the compiler's words, shape and layout. Tiles in shared memory have no part in the order.
+        For each place, from the line of the sum outwards to the kernel's (``"tiles.py:104 gate_up.py:42 .."``), its
+        tiles' types in the compiler's words, shape and layout. Tiles in shared memory have no part in the order.
     """
     alias = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
 
@@ -127,11 +123,11 @@ def layouts_of_sums(ttgir: str) -> dict[tuple[str, ...], list[str]]:
 
     product = r"(?:tt\.dot|ttng\.warp_group_dot) .*? : (.*) loc\((.*)\)$"
     total = r'"tt\.reduce".*\n.*\n.*arith\.addf.*\n.*\n *\}\) : (.*) loc\((.*)\)$'
-    found: dict[tuple[str, ...], set[str]] = {}
+    found: dict[str, set[str]] = {}
     for types, location in re.findall(product, ttgir, re.MULTILINE) + re.findall(total, ttgir, re.MULTILINE):
         tiles = re.findall(r"(?<!\w)tensor<(?:[^<>]|<[^<>]*>)*>", types)
         words = [re.sub(r"#\w+\b(?!\.)", lambda name: alias.get(name[0], name[0]), tile) for tile in tiles]
-        found.setdefault(tuple(lines(location)), set()).add(", ".join(words))
+        found.setdefault(" ".join(lines(location)), set()).add(", ".join(words))
     return {place: sorted(layouts) for place, layouts in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a GPU says about itself: its sizes, its clocks and its energy. Nothing of it is ever set."""
+"""What a GPU says about itself: its sizes and its clocks. Nothing of it is ever set."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -14,15 +14,13 @@ class Card(NamedTuple):
     name: str
     multiprocessors: int
     l2_bytes: int
-    shared_bytes: int  # at most, of a program
     capability: int  # compute capability times ten
 
 
 def read_card(device: torch.device) -> Card:
     """Ask a CUDA device."""
     gpu = torch.cuda.get_device_properties(device)
-    shared_bytes = getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block)
-    return Card(gpu.name, gpu.multi_processor_count, gpu.L2_cache_size, shared_bytes, 10 * gpu.major + gpu.minor)
+    return Card(gpu.name, gpu.multi_processor_count, gpu.L2_cache_size, 10 * gpu.major + gpu.minor)
 
 
 Query = Callable[[Any], Any]
@@ -58,32 +56,3 @@ def snapshot(device: torch.device) -> dict[str, Any]:
     """Name, driver, clocks, power, temperature and throttle reasons at this moment; None for what NVML does not say."""
     taken = {name: _ask(device, query) for name, query in QUERIES.items()}
     return {"name": torch.cuda.get_device_name(device), **taken}
-
-
-class EnergyMeter:
-    """Energy that a card takes, from NVML's counter. It moves a few times a second, so several decodes are added up.
-
-    Args:
-        device: a GPU; None measures nothing.
-    """
-
-    def __init__(self, device: torch.device | None) -> None:
-        self.device, self._millijoules, self._tokens = device, 0, 0
-
-    def _read(self) -> int:
-        return 0 if self.device is None else _ask(self.device, pynvml.nvmlDeviceGetTotalEnergyConsumption) or 0
-
-    def begin(self, tokens: int) -> None:
-        """Count from here, where ``tokens`` are there already."""
-        self._from = self._read(), tokens
-
-    def end(self, tokens: int) -> None:
-        """Count to here."""
-        millijoules, before = self._from
-        self._millijoules += self._read() - millijoules
-        self._tokens += tokens - before
-
-    @property
-    def joules_per_token(self) -> float | None:
-        """Of all between the beginnings and the ends; None where the card does not say."""
-        return self._millijoules / 1000 / self._tokens if self._millijoules and self._tokens else None

@@ -56,9 +56,9 @@ def sets_needed(set_bytes: int, l2_bytes: int, free_bytes: int) -> int:
     return max(1, min(wanted, free_bytes // 2 // set_bytes))
 
 
-def repetitions_for(sets: int, least_us: float, replay_us: float = REPLAY_US) -> int:
-    """Calls a graph: every set equally often, and ``replay_us`` if a call takes ``least_us``."""
-    rounds = -(-replay_us // (sets * max(least_us, LEAST_US)))
+def repetitions_for(sets: int, least_us: float) -> int:
+    """Calls a graph: every set equally often, and ``REPLAY_US`` if a call takes ``least_us``."""
+    rounds = -(-REPLAY_US // (sets * max(least_us, LEAST_US)))
     return sets * max(1, int(rounds))
 
 

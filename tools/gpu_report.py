@@ -13,9 +13,9 @@ and the others go on.
 ``--pair`` measures a trained pair instead, on held-out prompts: acceptance, speed, whether the tokens are plain
 decoding's, and the same prompts in transformers.
 
-It writes ``report.json``, ``report.md`` and the plots to ``bench/results/<GPU>/``. Parts that are not run again keep
-what they had there, with their own date and commit. ``--smoke`` runs everything at tiny size on the CPU; no figure of
-it is about a GPU.
+It writes ``report.json``, ``report.md`` and a picture of the timeline to ``bench/results/<GPU>/``. Parts that are not
+run again keep what they had there, with their own date and commit. ``--smoke`` runs everything at tiny size on the CPU;
+no figure of it is about a GPU.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,9 +32,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from command import INCOMPLETE, INTERRUPTED, refuse, require_time
-from report.job import ROOT, one_line, write_json
+from report.job import ROOT, Job, one_line, write_json
 from report.page import complaints, page, state_of
-from report.parts import ENVIRONMENT, PAIR, PARTS, Plan, choose
+from report.parts import ENVIRONMENT, PAIR, PARTS, Part, choose
 from report.runner import GRACE, read_json, run_part
 
 from kangaroo_kernels import KangarooError, launch_config
@@ -45,7 +46,7 @@ LEAST_SECONDS = 3.0
 """With less than this nothing is started: importing takes so long."""
 
 RESERVE = 12.0
-"""Seconds for the plots, and for a last part that has to be ended."""
+"""Seconds for the picture, and for a last part that has to be ended."""
 
 
 def commit() -> str:
@@ -70,12 +71,12 @@ def digest_of_sources(root: Path = ROOT) -> str:
     return digest.hexdigest()[:12]
 
 
-def measure(command: str, plan: Plan) -> int:
+def measure(command: str, parts: Sequence[Part], plan: Job) -> int:
     """Run the parts one after the other and write the report: an exit code. What there is stays written.
 
     A folder that cannot be written is refused.
     """
-    began, file = time.monotonic(), plan.folder / "report.json"
+    began, file = time.monotonic(), plan.piece
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -85,19 +86,19 @@ def measure(command: str, plan: Plan) -> int:
     where = {"commit": commit(), "date": now.strftime("%Y-%m-%d %H:%M UTC"), "command": line}
     about = {"gpu": None if plan.smoke else torch.cuda.get_device_name(), "smoke": plan.smoke}
     earlier = read_json(file)
-    parts: dict[str, Any] = earlier.get("parts", {}) if about.items() <= earlier.items() else {}
-    report, end = {**about, **where, "parts": parts}, began + plan.seconds - min(RESERVE + GRACE, 0.1 * plan.seconds)
+    found: dict[str, Any] = earlier.get("parts", {}) if about.items() <= earlier.items() else {}
+    report, end = {**about, **where, "parts": found}, began + plan.seconds - min(RESERVE + GRACE, 0.1 * plan.seconds)
     interrupted, ran = False, dict[str, Any]()
     try:
-        for index, part in enumerate(plan.parts):
+        for index, part in enumerate(parts):
             left = end - time.monotonic()
             if left < LEAST_SECONDS:
-                parts.setdefault(part.name, {"status": "skipped", "seconds": 0} | where)
+                found.setdefault(part.name, {"status": "skipped", "seconds": 0} | where)
                 typer.echo(f"{part.name}: skipped, no time left", err=True)
                 continue
-            seconds = left * part.share / sum(each.share for each in plan.parts[index:])
+            seconds = left * part.share / sum(each.share for each in parts[index:])
             typer.echo(f"{part.name}: {part.what}, {seconds:.0f} s at most", err=True)
-            piece = parts[part.name] = ran[part.name] = run_part(part, seconds, plan) | where
+            piece = found[part.name] = ran[part.name] = run_part(part, seconds, plan) | where
             write_json(file, report)
             typer.echo(f"{part.name}: {state_of(piece)} after {piece['seconds']:.0f} s", err=True)
             if piece["status"] == "interrupted":
@@ -112,7 +113,7 @@ def measure(command: str, plan: Plan) -> int:
 
 
 def write_report(report: dict[str, Any], folder: Path) -> list[str]:
-    """Write JSON, plots and Markdown; why there are no plots, as a sentence."""
+    """Write JSON, the picture and Markdown; why there is no picture, as a sentence."""
     write_json(folder / "report.json", report)
     pictures, trouble = list[str](), list[str]()
     try:
@@ -120,7 +121,7 @@ def write_report(report: dict[str, Any], folder: Path) -> list[str]:
 
         pictures = draw(report, folder)
     except Exception as error:  # a figure that no axis takes: the page is worth more
-        trouble = [f"no plots: {one_line(error)}."]
+        trouble = [f"no picture: {one_line(error)}."]
     (folder / "report.md").write_text(page(report, pictures), encoding="utf-8")
     return trouble
 
@@ -145,7 +146,7 @@ def main(
 ) -> None:
     """Measure this library on this GPU and write a report."""
     require_time(NAME, "--minutes", minutes)
-    parts = choose(NAME, (*PARTS, PAIR), only)
+    parts = choose(only)
     if only is None:
         parts = list(PARTS) if pair is None else [ENVIRONMENT, PAIR]
     if (PAIR in parts) != (pair is not None):
@@ -160,7 +161,8 @@ def main(
     if out is None:
         name = launch_config.file_name(torch.cuda.get_device_name()).removesuffix(".json")
         out = ROOT / "bench" / "results" / name
-    raise typer.Exit(measure(NAME, Plan(parts, 60 * minutes, out.resolve(), smoke, pair=pair)))
+    out = out.resolve()
+    raise typer.Exit(measure(NAME, parts, Job(out / "report.json", out, 60 * minutes, smoke, pair=pair)))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,11 @@ import triton
 import typer
 from cards import ARCHITECTURES, cards_of
 from command import refuse
-from compiled import CompiledLaunch, compile_only
+from compiled import CompiledLaunch, compile_only, layouts_of_sums
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from sass import Loop
 from steps import META, STEPS, Call, Step
 from triton import knobs
 
@@ -39,6 +38,8 @@ TABLE_WIDTH = 200
 
 DTYPES = ("bfloat16", "float16", "float32")
 PERSISTENT = "draft_loop_kernel"
+LENGTH = 4096
+"""Tokens of the text, those in flight included."""
 
 
 # ---- what it compiles to
@@ -55,21 +56,6 @@ def tile_of(launch: CompiledLaunch) -> int:
     matrices = 2 if launch.kernel == "gate_up_kernel" else 1
     rows = size["HEAD_N"] if launch.kernel == PERSISTENT else size.get("BLOCK_N", 0)  # the head's tile is read most
     return int(matrices * rows * K_STEP_BYTES.value)
-
-
-def width_of(loop: Loop) -> int:
-    """The narrowest width in bytes that an iteration needs for all but a 16th of what it loads, the widest ones first.
-
-    That 16th is the norm's weight or the table of a paged cache. A matrix that is loaded narrowly shows even where
-    another one is loaded widely.
-    """
-    counts = loop.copies + loop.loads
-    total = left = sum(width * count for width, count in counts.items())
-    for width in sorted(counts, reverse=True):
-        left -= width * counts[width]
-        if 16 * left <= total:
-            return width
-    return 0
 
 
 def row_of(step: Step, of: Call, launch: CompiledLaunch, launches: int, shape: ModelShape, settings: Settings) -> Row:
@@ -96,7 +82,6 @@ def row_of(step: Step, of: Call, launch: CompiledLaunch, launches: int, shape: M
         "shared_bytes": code.static_shared + launch.dynamic_shared,  # a program; sm_90 adds the system's kilobyte
         "tensor_cores": code.tensor_cores,  # the instruction that drives them, or None
         "loops": [loop._asdict() for loop in code.loops],  # those that stream; a persistent kernel has several
-        "weight_load_bytes": min(map(width_of, code.loops), default=0) if tile else None,  # a thread and load
         "tile_bytes": tile or None,
         "resident_programs": cards[0].resident_programs(launch),  # on the busiest SM
         "waves": round(cards[0].waves(launch), 3),  # programs over what the card holds at once
@@ -105,6 +90,7 @@ def row_of(step: Step, of: Call, launch: CompiledLaunch, launches: int, shape: M
         "bytes_moved": moved,
         "floor_us": {card.name: round(1e6 * moved / card.bandwidth, 2) for card in cards} if moved else {},
         "binary": launch.binary,  # equal for launches that run the same machine code
+        "sums": layouts_of_sums(launch.ttgir),  # the order of their addends follows from it
     }
 
 
@@ -219,7 +205,6 @@ def main(
     arch: Archs = None,
     dtype: Dtypes = None,
     rows: Annotated[list[int] | None, typer.Option(help="Tokens in flight, 1 to 16; may be repeated.")] = None,
-    length: Annotated[int, typer.Option(help="Tokens of the text, those in flight included.")] = 4096,
     variants: Annotated[
         bool, typer.Option("--variants", help="Also drafting steps, short texts and paged caches.")
     ] = False,
@@ -228,23 +213,17 @@ def main(
 ) -> None:
     """Compile every kernel at the shapes of real models and show what it became; no GPU is needed.
 
-    Floor: the bytes that must move over a bandwidth that others measured on
-    the card (A100 1.7, H100 3.0, H200 4.3 TB/s). It is no measurement of this
-    code.
-
-    Waves: programs over those that the card holds at once.
-
-    KB under way: tiles of the weight (of the KV cache in attention) that an SM
-    waits for at once, and how many keep the fastest card's memory busy.
+    Floor: bytes that must move over a bandwidth that others measured on the
+    card; no measurement of this code. Waves: programs over those that the card
+    holds at once. KB under way: tiles that an SM waits for at once, and how
+    many keep the fastest card's memory busy.
     """
     counts = rows or [8]
     if not all(1 <= count <= MAX_ROWS for count in counts):
         refuse(NAME, f"rows are {', '.join(map(str, counts))}; they must be 1 to {MAX_ROWS}.")
-    if length < max(counts):
-        refuse(NAME, f"the length is {length}; it must hold the rows, {max(counts)}.")
     chosen = select(NAME, model, arch, dtype, step)
     jobs = [
-        (each, shape, Settings(count, each.length or length, getattr(torch, name), META))
+        (each, shape, Settings(count, each.length or LENGTH, getattr(torch, name), META))
         for shape in chosen.shapes
         for name in chosen.dtypes
         for each in chosen.steps

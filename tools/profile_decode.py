@@ -10,7 +10,7 @@ references, and says so.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -40,8 +40,7 @@ nsys profile -t cuda,nvtx --cuda-graph-trace=node -c cudaProfilerApi -o kangaroo
 ncu --profile-from-start off -k regex:gate_up_kernel -c 4 --set full -o gate_up python tools/profile_decode.py \
 --nvtx --no-graphs
 
-Ranges: kangaroo/draft/shallow, kangaroo/draft/step (or kangaroo/draft), kangaroo/verify, kangaroo/accept,
-kangaroo/commit.
+Ranges: kangaroo/draft/shallow, kangaroo/draft/step, kangaroo/verify, kangaroo/accept, kangaroo/commit.
 """
 
 
@@ -82,13 +81,12 @@ def decode_under_ranges(kangaroo: Kangaroo, prompt: Sequence[int], plain: bool) 
         torch.cuda.profiler.stop()
 
 
-def load(shape: str | None, **how: Any) -> Kangaroo:
+def load(shape: str | None, graphs: bool) -> Kangaroo:
     """The bundled pair, or random weights at a model's shape, which need a GPU."""
     if shape is None:
-        return Kangaroo.from_pretrained(DEMO_MODEL, **how)
+        return Kangaroo.from_pretrained(DEMO_MODEL, graphs=graphs)
     target = random_target(SHAPES[shape], torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
-    drafter = random_drafter(target, exit_layer_of(SHAPES[shape]), persistent=how["persistent"])
-    return Kangaroo(target, drafter, graphs=how["graphs"])
+    return Kangaroo(target, random_drafter(target, exit_layer_of(SHAPES[shape])), graphs=graphs)
 
 
 def main(
@@ -100,7 +98,6 @@ def main(
     chain: Annotated[
         bool, typer.Option("--chained", help="Launch kernels as programmatic dependents (sm_90 and later).")
     ] = False,
-    persistent: Annotated[bool, typer.Option("--persistent", help="Draft in one persistent kernel.")] = False,
     nvtx: Annotated[bool, typer.Option("--nvtx", help="Only decode, under NVTX ranges, for nsys and ncu.")] = False,
     out: Annotated[Path, typer.Option(help="Where trace and picture go.")] = Path("runs/profile"),
 ) -> None:
@@ -112,7 +109,7 @@ def main(
     if chain:
         command.with_resource(chained())  # until the command ends
     try:
-        kangaroo = load(shape, graphs=graphs, persistent=persistent)
+        kangaroo = load(shape, graphs)
         most = kangaroo.target.config.context_length - room_for(ITERATIONS)
         if context > most:
             refuse(NAME, f"context is {context}; this model allows at most {most} here.")
@@ -126,7 +123,7 @@ def main(
     if kangaroo.target.device.type == "cpu":
         launched = "the PyTorch references on the CPU; no figure is about a GPU"
     title = ("plain decoding, " if plain else "Kangaroo, ") + (f"{shape}, random weights" if shape else "bundled pair")
-    title += ", chained" * chain + ", in one kernel" * persistent + f"; {launched}"
+    title += ", chained" * chain + f"; {launched}"
     out.mkdir(parents=True, exist_ok=True)
     (out / "trace.json").write_text(json.dumps(profiled.trace), encoding="utf-8")
     iteration(median_of(profiled.iterations), out / "iteration.png", f"One iteration of {title}")

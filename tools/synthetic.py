@@ -27,6 +27,9 @@ from kangaroo_kernels.model.target.llama import Llama
 
 PAPER_MEAN_ACCEPTANCE_LENGTH = 1.93
 MAX_DRAFTS = 6
+RATE = 0.485143
+"""Of every position: 1 + p + p^2 + ... + p^6 is the mean acceptance length."""
+
 STEPS = 128
 """Of a trace, which begins again behind them: few, so that a short decode sees all of it, and enough for its mean."""
 
@@ -35,16 +38,6 @@ ASSUMPTION = (
     f"with {MAX_DRAFTS} drafts and threshold 0.6; the same conditional rate at every position (the paper has its rates "
     "per position only as a picture); drafting stops at the first draft that is refused"
 )
-
-
-def conditional_rate(mean_acceptance_length: float, max_drafts: int) -> float:
-    """The rate p of every position for which 1 + p + p^2 + ... + p^max_drafts is the mean acceptance length."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        tokens = sum(middle**position for position in range(max_drafts + 1))
-        low, high = (middle, high) if tokens < mean_acceptance_length else (low, middle)
-    return (low + high) / 2
 
 
 class Trace(NamedTuple):
@@ -66,9 +59,9 @@ class Trace(NamedTuple):
 
 def paper_trace(steps: int = STEPS) -> Trace:
     """A trace at the paper's mean: an exact share of the steps accepts each position, and then they are shuffled."""
-    rate, agreed = conditional_rate(PAPER_MEAN_ACCEPTANCE_LENGTH, MAX_DRAFTS), torch.zeros(steps, dtype=torch.int64)
+    agreed = torch.zeros(steps, dtype=torch.int64)
     for position in range(1, MAX_DRAFTS + 1):
-        agreed[: round(steps * rate**position)] += 1
+        agreed[: round(steps * RATE**position)] += 1
     agreed = agreed[torch.randperm(steps, generator=torch.Generator().manual_seed(0))]
     return Trace((agreed + 1).clamp(max=MAX_DRAFTS), agreed)
 

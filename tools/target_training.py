@@ -1,4 +1,4 @@
-"""A target's training: recipe, tokenizer, windows of text, one update of transformers' Llama, and its evaluation.
+"""A target's training: recipe, tokenizer, one update of transformers' Llama, and its evaluation.
 
 Products run in bf16 under autocast; weights and optimizers stay float32. ``share`` is always the share of a run that
 has passed, by time or by steps.
@@ -6,7 +6,7 @@ has passed, by time or by steps.
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,20 +17,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kangaroo_kernels import KangarooError
+from kangaroo_kernels.model.training.data import random_windows
 from kangaroo_kernels.model.training.optimizers import Optimizers
 from kangaroo_kernels.model.training.settings import ProgressReport
 
 END_OF_TEXT = "<|endoftext|>"
-
-SHAPE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
 
 ENCODED_AT_ONCE = 256
 """Documents: an encoding in progress takes a hundred bytes a token."""
@@ -112,43 +103,11 @@ def encode(
     return torch.cat(parts)
 
 
-class Windows:
-    """Windows of the corpus in random order, every token once an epoch, from a random phase each time.
-
-    The tokens may lie on a GPU: only the places of a batch's windows go there.
-    """
-
-    def __init__(self, tokens: Tensor, seed: int) -> None:
-        self.tokens = tokens
-        self.generator = torch.Generator().manual_seed(seed)
-        self.starts = torch.empty(0, dtype=torch.int64)
-        self.length = 0
-
-    def batch(self, rows: int, length: int) -> Tensor:
-        """``[rows, length + 1]`` int64.
-
-        Raises:
-            KangarooError: the corpus has too few tokens for one batch.
-        """
-        if length != self.length or len(self.starts) < rows:
-            phase = int(torch.randint(length, (), generator=self.generator))
-            starts = torch.arange(phase, len(self.tokens) - length - 1, length)
-            if len(starts) < rows:
-                raise KangarooError(
-                    f"the corpus has {len(self.tokens)} tokens, too few for a batch of {rows} windows of {length}."
-                )
-            self.starts = starts[torch.randperm(len(starts), generator=self.generator)]
-            self.length = length
-        picked, self.starts = self.starts[:rows], self.starts[rows:]
-        device = self.tokens.device
-        places = picked[:, None].to(device) + torch.arange(length + 1, device=device)
-        return self.tokens[places].long()
-
-
 def target_config(recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     """The target's configuration: a Llama with tied embeddings."""
+    default = LlamaConfig()
     return LlamaConfig(
-        **{name: getattr(recipe, name) for name in SHAPE},
+        **{name: value for name, value in asdict(recipe).items() if hasattr(default, name)},  # of a model's shape
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
         max_position_embeddings=recipe.context,
@@ -161,14 +120,18 @@ def target_config(recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast) -> L
 class TargetTraining:
     """A target with its optimizers, from the first update to the folder that others load.
 
+    Args:
+        tokens: ``[N]`` integers to train on, on ``device``.
+
     Attributes:
         model: transformers' Llama, float32 on ``device``.
     """
 
     def __init__(
-        self, recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast, windows: Windows, device: torch.device
+        self, recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, device: torch.device
     ) -> None:
-        self.recipe, self.windows, self.device = recipe, windows, device
+        self.recipe, self.tokens, self.device = recipe, tokens, device
+        self.generator = torch.Generator().manual_seed(recipe.seed)
         self.model = LlamaForCausalLM(target_config(recipe, tokenizer)).float().to(device)
         layers = self.model.model.layers
         for layer in layers:  # every layer starts as the identity
@@ -180,6 +143,10 @@ class TargetTraining:
         self.optimizers = Optimizers(self.model, matrices, rates, recipe.weight_decay, fused=on_gpu)
         if on_gpu:
             self.compile_layers()
+
+    def windows(self, count: int, length: int) -> Tensor:
+        """``[count, length + 1]`` int64, from random places of the tokens."""
+        return random_windows(self.tokens, count, length + 1, self.generator).long()
 
     def add_gradients(self, batch: Tensor, weight: float) -> Tensor:
         """One forward and backward pass of ``[B, T + 1]`` tokens; ``weight`` times the mean loss, on the device."""
@@ -193,7 +160,7 @@ class TargetTraining:
         """One update; the mean loss of its tokens, still on the device, so that nobody waits for it."""
         recipe = self.recipe
         length = recipe.short_context if share < recipe.short_share else recipe.context
-        batch = self.windows.batch(recipe.batch_tokens // length, length)
+        batch = self.windows(recipe.batch_tokens // length, length)
         parts = batch.split(max(1, recipe.pass_tokens // length))
         losses = [self.add_gradients(part, len(part) / len(batch)) for part in parts]
         factor = min(share / recipe.warmup_share, 1.0, max(0.0, 1 - share) / (1 - recipe.decay_from))
@@ -206,7 +173,7 @@ class TargetTraining:
         for layer in self.model.model.layers:
             layer.compile(dynamic=False)
         length = self.recipe.short_context
-        self.add_gradients(self.windows.batch(max(1, self.recipe.pass_tokens // length), length), 1.0)
+        self.add_gradients(self.windows(max(1, self.recipe.pass_tokens // length), length), 1.0)
         self.model.zero_grad(set_to_none=True)
 
     def save(self, folder: Path) -> None:

@@ -23,8 +23,9 @@ import typer
 from command import refuse, require_time
 from demo_corpus import Document, beginning, cut_prompts
 from presets import PRESETS, Preset
+from report.job import write_json
 from safetensors.torch import load_file, save_file
-from target_training import TargetTraining, Windows, encode, evaluate, exact_in_both_halves, train_tokenizer
+from target_training import TargetTraining, encode, evaluate, exact_in_both_halves, train_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -88,11 +89,6 @@ class Run:
         return self.began + share * self.minutes * 60 if self.preset.within_minutes else math.inf
 
 
-def write_json(path: Path, content: Any) -> None:
-    """One file, a line at its end."""
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def held_out_prompts(preset: Preset, held_out: list[Document]) -> dict[str, str]:
     """The prompts that go with the pair, by the paths of their documents.
 
@@ -115,7 +111,7 @@ def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, h
         tokens: ``[N]`` int32 to train on, and ``held_out`` to measure on; both lie on the run's device.
     """
     preset, recipe, state = run.preset, run.preset.target, run.out / TARGET_STATE
-    training = TargetTraining(recipe, tokenizer, Windows(tokens, recipe.seed), run.device)
+    training = TargetTraining(recipe, tokenizer, tokens, run.device)
     parts = {"model": training.model, "optimizers": training.optimizers}
 
     def scores(count: int) -> dict[str, float]:
@@ -127,7 +123,7 @@ def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, h
         step, share, passed, curve = (saved[name] for name in ("step", "share", "passed", "curve"))
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        training.windows.generator.manual_seed(recipe.seed + step)
+        training.generator.manual_seed(recipe.seed + step)
     began = time.perf_counter() - passed
     own = (preset.target_by - preset.encoded_by) * run.minutes * 60
     seconds = max(run.deadline(preset.target_by) - began if preset.within_minutes else own, 1e-3)

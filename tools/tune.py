@@ -6,8 +6,8 @@ Every operation is tried at every shape of ``workloads.MODELS``, in bfloat16. A 
 bits of the architecture's default on fresh random inputs of 1, 5 and 16 rows (of a head the tokens: a confidence is
 summed tile by tile), and if these are within the error budget of the reference in float64: nothing that
 ``docs/kernels.md`` fixes can change. What does not compile or launch is skipped and counted. Candidates like the
-default come first, and every shape takes its turn; a candidate that seems faster than the best so far is timed again,
-longer, side by side with it. A rule is written where one beat the default; the file keeps its rules for other shapes.
+default come first, and every shape takes its turn. A rule is written where one beat the default; the file keeps its
+rules for other shapes.
 """
 
 import json
@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -28,11 +28,9 @@ from gpu_card import Card, read_card
 from right import ALLOWED, first_rows, launcher, relative_error, row_operands, same_bits, written
 
 from kangaroo_kernels import launch_config
-from kangaroo_kernels.attention import TILE_BYTES
 from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.launch_config import LaunchConfig, configured_by
 from kangaroo_kernels.operation import Arguments
-from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings, Workload, workloads
 
 NAME = "tune"
@@ -43,9 +41,6 @@ CACHE_LENGTH = 4096
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), range(2, 9)
 TIE = 0.01
 """Times within this share are equal: who ties at one row is told apart at eight."""
-
-SWEEP_ROUNDS, REPLAY_US = 11, 1000.0
-"""Timed replays of every candidate; the side by side of two has the benchmarks' number."""
 
 # ---- what is tuned
 
@@ -90,30 +85,15 @@ def find_cases(models: Sequence[ModelShape], dtype: torch.dtype = torch.bfloat16
     return list(cases.values())
 
 
-def stage_bytes(case: Case, block_n: int) -> int:
-    """Of shared memory that a tile of the software pipeline takes."""
-    if case.op == "attention":
-        return 2 * int(TILE_BYTES.value) * case.n
-    weight_rows = 2 * block_n if case.op == "gate_up" else block_n
-    return (weight_rows + MAX_ROWS) * int(K_STEP_BYTES.value)
-
-
 def find_candidates(case: Case, card: Card) -> list[LaunchConfig]:
-    """The architecture's default, then all whose tiles could fit into shared memory, those like the default first."""
-    default = launch_config.pick(
-        (launch_config.architecture_file(card.capability),),
-        case.op,
-        case.n,
-        case.k,
-        str(case.dtype).removeprefix("torch."),
-    )
+    """The architecture's default, then all others, those like the default first."""
+    files, dtype = (launch_config.architecture_file(card.capability),), str(case.dtype).removeprefix("torch.")
+    default = launch_config.pick(files, case.op, case.n, case.k, dtype)
     candidates = [
         LaunchConfig(num_warps, num_stages, block_n)
         for num_warps in WARPS
         for num_stages in STAGES
         for block_n in (BLOCKS if default.block_n else (0,))
-        # one tile is in use and the others under way; the copies of all but one lie there at any time
-        if (num_stages - 1) * stage_bytes(case, block_n) <= card.shared_bytes
     ]
 
     def unlike(candidate: LaunchConfig) -> tuple[bool, float]:
@@ -166,16 +146,16 @@ class Workbench:
                 return False
         return True
 
-    def time(self, case: Case, config: LaunchConfig, rounds: int) -> tuple[float, ...]:
+    def time(self, case: Case, config: LaunchConfig) -> tuple[float, ...]:
         """Microseconds of a call at each of ``TIMED_ROWS``, over all sets in turns."""
         sets, times = self.sets(case), []
         least_us = case.workload.bytes_moved(MAX_ROWS, CACHE_LENGTH, case.dtype.itemsize) / gm.FASTEST_READ
-        repetitions = gm.repetitions_for(len(sets), least_us, REPLAY_US)
+        repetitions = gm.repetitions_for(len(sets), least_us)
         for rows in TIMED_ROWS:
             some = [first_rows(case.op, arguments, rows) for arguments in sets]
             calls = [partial(launcher(case.op), *positional, **named) for positional, named in some]
             with configured_by(lambda *_: config):
-                times.append(gm.time_graph(calls, repetitions, rounds).p50)
+                times.append(gm.time_graph(calls, repetitions).p50)
         return tuple(times)
 
 
@@ -215,38 +195,30 @@ def faster(one: Trial, other: Trial) -> bool:
 
 
 def attempt(bench: Workbench, case: Case, config: LaunchConfig, default: LaunchConfig, found: Found) -> None:
-    """Check a candidate, time it, and where it seems faster than the best, time both again side by side."""
+    """Check a candidate and time it."""
     found.counts["tried"] += 1
     try:
         if not bench.is_right(case, config, default):
             found.counts["rejected"] += 1
             return
-        trial = Trial(config, bench.time(case, config, SWEEP_ROUNDS))
-        if found.best is None:
-            found.default = found.best = trial
-        elif faster(trial, found.best):
-            best, trial = (Trial(each.config, bench.time(case, each.config, gm.ROUNDS)) for each in (found.best, trial))
-            found.default = best if found.best is found.default else found.default
-            found.best = trial if faster(trial, best) else best
+        trial = Trial(config, bench.time(case, config))
+        found.default = found.default or trial
+        found.best = trial if found.best is None or faster(trial, found.best) else found.best
     except Exception as error:  # compilers, drivers and launches have many ways to refuse
         found.counts[f"failed by {type(error).__name__}"] += 1
 
 
 def search(
-    candidates: Mapping[Case, Sequence[LaunchConfig]],
-    bench: Workbench,
-    seconds: float,
-    found: dict[Case, Found],
-    clock: Callable[[], float],
+    candidates: Mapping[Case, Sequence[LaunchConfig]], bench: Workbench, seconds: float, found: dict[Case, Found]
 ) -> None:
     """Try the default of every case, then the second candidate of every case, until the time is over.
 
     ``found`` holds what there is, also when the search is interrupted.
     """
-    began = clock()
+    began = time.monotonic()
     for turn in range(max(map(len, candidates.values()))):
         for case, configs in candidates.items():
-            if clock() - began >= seconds:
+            if time.monotonic() - began >= seconds:
                 return
             if turn < len(configs) and (not turn or found[case].best):
                 attempt(bench, case, configs[turn], configs[0], found.setdefault(case, Found()))
@@ -305,7 +277,7 @@ def main(
     found, interrupted = dict[Case, Found](), False
     try:
         with torch.inference_mode():
-            search(candidates, Workbench(device, card), 60 * minutes, found, time.monotonic)
+            search(candidates, Workbench(device, card), 60 * minutes, found)
     except KeyboardInterrupt:
         interrupted = True
     won = {case: None if each.best == each.default else each.best.config for case, each in found.items() if each.best}

@@ -51,7 +51,7 @@ REACHES = (LEAST_REACH, 2048, CAPACITY)
 CHAIN_TESTS = "tests/kernels/test_chain.py"
 """One of them decodes, so they are led with the references computing."""
 
-CARD = Card("a card", 132, 50 << 20, standin.SHARED_BYTES, 90)
+CARD = Card("a card", 132, 50 << 20, 90)
 
 
 def model(shape: ModelShape) -> None:

@@ -1,12 +1,11 @@
 """Make ``.dev/``, which is carried to a GPU beside the project: the compiled kernels, and what Triton finds them by.
 
-    python tools/gpu_kit/prepare.py [--python 312] [--triton 3.6.0] [--dry]
+    python tools/gpu_kit/prepare.py
 
 The GPU's machine has another Python than this one, and Triton's cache is keyed by the digest of Triton's own files, its
 library for that Python included: the digest is read off that wheel. The kernels are compiled here with the same version
 for this Python, in ``/tmp/kcache``, since Triton's cache holds absolute paths, and stripped to what a launch needs.
-Nothing is done where neither the sources nor the kit changed; where a kernel changed, that one is compiled. ``--dry``
-then unpacks what is carried and goes through all launches again, which must find every kernel.
+Nothing is done where neither the sources nor the kit changed; where a kernel changed, that one is compiled.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -33,6 +32,9 @@ from command import refuse
 from gpu_report import commit, digest_of_sources
 from report.job import write_json
 from report.runner import read_json
+
+PYTHON, TRITON = "312", "3.6.0"
+"""Of the GPU's machine."""
 
 DEV, BUILD, CACHE = ROOT / ".dev", ROOT / "build" / "gpu", Path("/tmp/kcache")
 WORK = ("Vicuna-7B", "kernel-tests", "Llama-3.1-8B", "Llama-3.2-1B", "loops", "model-tests", "decodes", "parts")
@@ -76,21 +78,21 @@ def key_of(wheel: Path, triton: Path) -> str:
     return source.split("__version__ = ")[1].split("\n")[0].strip("'\"") + "-".join(found)
 
 
-def wheel_of(python: str, version: str) -> Path:
+def wheel() -> Path:
     """The wheel for the GPU's Python, fetched once."""
-    folder, pattern = BUILD / "wheels", f"triton-{version}-cp{python}-*.whl"
+    folder, pattern = BUILD / "wheels", f"triton-{TRITON}-cp{PYTHON}-*.whl"
     if not list(folder.glob(pattern)):
-        which = ("--no-deps", "--only-binary=:all:", f"--python-version={python}", "-d", folder, f"triton=={version}")
+        which = ("--no-deps", "--only-binary=:all:", f"--python-version={PYTHON}", "-d", folder, f"triton=={TRITON}")
         pip("download", *which)
     return next(folder.glob(pattern))
 
 
-def triton_for(version: str) -> Path:
+def triton_here() -> Path:
     """A folder with that Triton for this Python: the Makefile's, or one of its own."""
     for folder in (ROOT / ".venv/triton-3.6", BUILD / "triton"):
-        if (folder / f"triton-{version}.dist-info").is_dir():
+        if (folder / f"triton-{TRITON}.dist-info").is_dir():
             return folder
-    pip("install", "--no-deps", "--target", BUILD / "triton", f"triton=={version}")
+    pip("install", "--no-deps", "--target", BUILD / "triton", f"triton=={TRITON}")
     return BUILD / "triton"
 
 
@@ -103,6 +105,7 @@ def compile_all(triton: Path) -> bool:
         "TRITON_CACHE_DIR": str(CACHE),
         "TRITON_INTERPRET": "0",
         "STANDIN_USED": str(BUILD / "used"),
+        "GPU_TESTS_ON_CPU": "1",
     }
 
     def work(what: str) -> bool:
@@ -126,18 +129,14 @@ def pack() -> int:
     return len(names)
 
 
-def main(
-    python: Annotated[str, typer.Option(help="Of the GPU's machine: 312 for 3.12.")] = "312",
-    triton: Annotated[str, typer.Option(help="Of the GPU's machine.")] = "3.6.0",
-    dry: Annotated[bool, typer.Option("--dry", help="Then go through all launches with what is carried.")] = False,
-) -> None:
+def main() -> None:
     """Compile the kernels that a GPU will be asked for."""
     file, carried = DEV / "key.json", DEV / "kcache.tgz"
     DEV.mkdir(exist_ok=True)
     shutil.copy(KIT / "sitecustomize.py", DEV)
-    installed = triton_for(triton)
-    key = key_of(wheel_of(python, triton), installed / "triton")
-    told = {"triton": triton, "key": key, "sources": digest_of_sources()}
+    installed = triton_here()
+    key = key_of(wheel(), installed / "triton")
+    told = {"triton": TRITON, "key": key, "sources": digest_of_sources()}
     same = carried.is_file() and (told | {"complete": True}).items() <= read_json(file).items()
     told["commit"] = commit()
     write_json(file, told | {"complete": same})
@@ -146,11 +145,6 @@ def main(
         print(f"{pack()} kernels, of {sum(1 for _ in CACHE.iterdir())} in {CACHE}")
         write_json(file, told | {"complete": complete})
     print(f"{carried}: {carried.stat().st_size / 2**20:.2f} MiB{', nothing changed' if same else ''}")
-    if dry:
-        shutil.rmtree(CACHE, ignore_errors=True)
-        with tarfile.open(carried) as archive:
-            archive.extractall(CACHE.parent, filter="data")
-        compile_all(installed)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from compiled import CompileOnly
 from triton import knobs
@@ -116,13 +115,6 @@ def install() -> None:
 
 
 install()
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """No test waits for a GPU."""
-    for item in items:
-        item.own_markers = [mark for mark in item.own_markers if mark.name != "skip"]
 
 
 def pytest_collectreport(report: Any) -> None:

@@ -12,12 +12,13 @@ from itertools import product
 from statistics import median
 from typing import Any
 
+from iteration_profile import stage_bytes
 from random_model import random_kangaroo, random_prompt, sharing_weights
 from synthetic import ASSUMPTION, MAX_DRAFTS, paper_trace
 
 from kangaroo_kernels import DecodeStats, Kangaroo
 from kangaroo_kernels.launch_config import chained
-from kangaroo_kernels.workloads import ModelShape, workloads
+from kangaroo_kernels.workloads import ModelShape
 
 from .job import Job
 
@@ -41,13 +42,6 @@ STAGEWISE, STAGEWISE_CHAINED, ONE_KERNEL = DRAFTING = ("kernel by kernel", "kern
 def contexts_of(job: Job) -> tuple[int, ...]:
     """Prompt lengths, the shortest first."""
     return (20,) if job.smoke else CONTEXTS[: 1 if job.brief else None]
-
-
-def bytes_a_token(shape: ModelShape, length: int, itemsize: int) -> int:
-    """That a plain step must read at the end of a text of ``length``: every weight once, and all keys and values."""
-    moved = {(each.op, each.role): each.bytes_moved(1, length, itemsize) for each in workloads(shape)}
-    layer = sum(size for (op, _), size in moved.items() if not op.endswith("head"))
-    return shape.layers * layer + moved["top1_head", "head"]
 
 
 def timed(kangaroo: Kangaroo, prompt: list[int], tokens: int, job: Job, **settings: Any) -> list[DecodeStats]:
@@ -75,8 +69,9 @@ def measure(kangaroo: Kangaroo, shape: ModelShape, context: int, way: str, job: 
         "mean_acceptance_length": stats.mean_acceptance_length,
         "drafted_per_step": stats.drafted / stats.verification_steps,
     }
-    middle = context + stats.new_tokens // 2
-    return found | ({"bytes_per_token": bytes_a_token(shape, middle, job.dtype.itemsize)} if plain else {})
+    if plain:
+        found["bytes_per_token"] = sum(stage_bytes(Kangaroo(kangaroo.target), context + stats.new_tokens // 2).values())
+    return found
 
 
 def measure_step(

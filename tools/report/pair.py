@@ -6,7 +6,6 @@ a user would pick instead. In a low precision its text may differ from ours by r
 
 from functools import partial
 from itertools import product, takewhile
-from statistics import median
 from typing import Any, NamedTuple
 
 from transformers import AutoModelForCausalLM
@@ -97,15 +96,3 @@ def beside_transformers(job: Job, pair: DemoPair, kangaroo: Kangaroo, decoded: l
     longest_first = sorted(decoded, key=lambda each: -len(each.prompt) - len(each.new))
     for text, way in product(longest_first, baselines.WAYS):
         job.cell("cells", {"prompt": text.name, "way": way}, partial(cell, text, way))
-        totals = [total_of(job.values["cells"], one) for one in baselines.WAYS]
-        job.note(baselines=[total for total in totals if total])
-
-
-def total_of(cells: list[dict[str, Any]], way: str) -> dict[str, Any]:
-    """One way over all prompts that it went through: medians of the speeds, sums of the tokens; empty without any."""
-    some = [cell for cell in cells if cell["way"] == way and cell.get("tokens_per_second")]
-    if not some:
-        return {}
-    medians = {key: median(cell[key] for cell in some) for key in ("tokens_per_second", "kangaroo_speedup")}
-    sums = {key: sum(cell[key] for cell in some) for key in ("new_tokens", "agreeing_tokens")}
-    return {"way": way, "prompts": len(some)} | medians | sums

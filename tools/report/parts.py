@@ -1,7 +1,5 @@
 """What a report is made of: parts in their order, each with its share of the time."""
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from command import refuse
@@ -23,26 +21,6 @@ class Part(NamedTuple):
     what: str
     tests: tuple[str, ...] = ()
     workers: int = 1
-
-
-class Plan(NamedTuple):
-    """What to measure.
-
-    Attributes:
-        parts: in their order.
-        seconds: for all of them.
-        folder: where the report goes; parts that lie there already are kept.
-        smoke: tiny sizes, on the CPU.
-        brief: the first model alone, at its shortest context.
-        pair: folder of a trained pair.
-    """
-
-    parts: Sequence[Part]
-    seconds: float
-    folder: Path
-    smoke: bool = False
-    brief: bool = False
-    pair: Path | None = None
 
 
 WORKERS = 12
@@ -85,10 +63,10 @@ FIRST = (
 """The first minutes on a card (``gpu_kit/first.py``): is it right, and how fast at the first model's shape."""
 
 
-def choose(command: str, parts: Sequence[Part], only: str | None) -> list[Part]:
-    """Those of the parts whose names stand in ``only``, with commas between them; all of them without it."""
-    known = [part.name for part in parts]
-    names = known if only is None else [name.strip() for name in only.split(",")]
-    if unknown := [name for name in names if name not in known]:
-        refuse(command, f"there is no part called {', '.join(unknown) or 'so'}; there are {', '.join(known)}.")
-    return [part for part in parts if part.name in names]
+def choose(only: str | None) -> list[Part]:
+    """The report's parts whose names stand in ``only``, with commas between them; all of them without it."""
+    parts = {part.name: part for part in (*PARTS, PAIR)}
+    names = list(parts) if only is None else [name.strip() for name in only.split(",")]
+    if unknown := [name for name in names if name not in parts]:
+        refuse("gpu_report", f"there is no part called {', '.join(map(repr, unknown))}; there are {', '.join(parts)}.")
+    return [part for name, part in parts.items() if name in names]

@@ -1,4 +1,4 @@
-"""The report's pictures: decode speeds, and one iteration."""
+"""The picture of one iteration."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,42 +11,11 @@ mpl.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt
 from iteration_profile import PREFIX, Event, StageRun
 
-from .page import SMOKE_LABEL, Values, decode_cells
+from .page import SMOKE_LABEL
 
-BLUES = ("#9db8cc", "#5b92bb", "#1f4e79", "#10293f", "#d9a37a", "#a05a2c")
-STAGES = {"draft": BLUES[2], "draft/shallow": BLUES[1], "draft/step": BLUES[2], "verify": "#b5542b"}
+STAGES = {"draft": "#1f4e79", "draft/shallow": "#5b92bb", "draft/step": "#1f4e79", "verify": "#b5542b"}
 OTHER, SKIPPED = "#777777", "#c4c4c4"
 WIDTH, DPI = 9.0, 130
-
-
-def save(figure: Any, path: Path, title: str) -> None:
-    """Say on the picture itself where and what it is, and write it."""
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
-
-
-def decode(cells: Sequence[Values], path: Path, title: str) -> None:
-    """Tokens a second: a panel a model, a group a context, a bar a way."""
-    models, ways = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("model", "way"))
-    size = (WIDTH, len(models) + 0.16 * len(cells))
-    figure, axes = plt.subplots(len(models), 1, figsize=size, layout="constrained", squeeze=False)
-    height = 0.8 / len(ways)
-    for panel, model in zip(axes[:, 0], models, strict=True):
-        contexts = list(dict.fromkeys(cell["context"] for cell in cells if cell["model"] == model))
-        for index, way in enumerate(ways):
-            some = [cell for cell in cells if (cell["model"], cell["way"]) == (model, way)]
-            places = [contexts.index(cell["context"]) + index * height for cell in some]
-            speeds = [cell["tokens_per_second"] for cell in some]
-            bars = panel.barh(places, speeds, height, color=BLUES[index], label=way)
-            panel.bar_label(bars, fmt="{:,.3g}", fontsize=6, padding=2)
-        panel.set_yticks([place + 0.4 for place in range(len(contexts))], [f"context {each:,}" for each in contexts])
-        panel.invert_yaxis()
-        panel.legend(fontsize=7)
-        panel.set_title(f"{model}: tokens/s", fontsize=9)
-    save(figure, path, title + ", batch 1, random weights, prefill left out")
 
 
 def iteration(stages: Sequence[StageRun], path: Path, title: str) -> None:
@@ -62,21 +31,19 @@ def iteration(stages: Sequence[StageRun], path: Path, title: str) -> None:
         axes.broken_barh(events, (lane - 0.3, 0.6), color=SKIPPED if stage.skipped else colour, linewidth=0)
     axes.set(yticks=range(len(lanes)), yticklabels=lanes, xlabel="microseconds", xlim=(0, None))
     axes.invert_yaxis()
-    save(figure, path, title)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=9)  # the picture itself says where and what it is
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Draw what there are figures for: the names of the parts that have a picture, ``<part>.png``."""
-    title, drawn = SMOKE_LABEL if report["smoke"] else report["gpu"], []
-    if cells := [cell for cell in decode_cells(report["parts"]) if cell.get("tokens_per_second")]:
-        decode(cells, folder / "decode.png", title)
-        drawn.append("decode")
+    """Draw the timeline where there is one: the names of the parts that have a picture, ``<part>.png``."""
     line = report["parts"].get("timeline", {})
-    if line.get("median"):
-        stages = [
-            StageRun(**stage | {"events": [Event(*each) for each in stage["events"]]}) for stage in line["median"]
-        ]
-        about = f"{title}, one iteration of {line['model']}, random weights, synthetic acceptance"
-        iteration(stages, folder / "timeline.png", about)
-        drawn.append("timeline")
-    return drawn
+    if not line.get("median"):
+        return []
+    stages = [StageRun(**stage | {"events": [Event(*each) for each in stage["events"]]}) for stage in line["median"]]
+    where = SMOKE_LABEL if report["smoke"] else report["gpu"]
+    about = f"{where}, one iteration of {line['model']}, random weights, synthetic acceptance"
+    iteration(stages, folder / "timeline.png", about)
+    return ["timeline"]

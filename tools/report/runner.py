@@ -8,11 +8,12 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .job import ROOT
-from .parts import Part, Plan
+from .job import ROOT, Job
+from .parts import Part
 
 WORKER = (sys.executable, "-m", "report.worker")
 GRACE = 8.0
@@ -42,8 +43,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def run_part(part: Part, seconds: float, plan: Plan) -> dict[str, Any]:
-    """Run a part; it is told to end within ``seconds``, and ended some time after them.
+def run_part(part: Part, seconds: float, plan: Job) -> dict[str, Any]:
+    """Run a part of ``plan``; it is told to end within ``seconds``, and ended some time after them.
 
     Returns:
         What it found, and ``status`` (``done``, ``stopped`` at its limit, ``failed``, ``interrupted`` by Ctrl-C),
@@ -52,13 +53,12 @@ def run_part(part: Part, seconds: float, plan: Plan) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         piece, log, compiled = (Path(scratch) / name for name in ("piece.json", "log", "compiled"))
-        told = {"piece": str(piece), "folder": str(plan.folder), "seconds": seconds, "smoke": plan.smoke}
-        told |= {"brief": plan.brief, "pair": plan.pair and str(plan.pair)}
+        told = json.dumps(asdict(replace(plan, piece=piece, seconds=seconds)), default=str)
         compiled.touch()
         began = time.monotonic()
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*WORKER, part.name, json.dumps(told)],
+                [*WORKER, part.name, told],
                 cwd=ROOT,
                 env=environment_of(plan.smoke) | {"COMPILED_LOG": str(compiled)},
                 stdin=subprocess.DEVNULL,
