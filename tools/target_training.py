@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kangaroo_kernels.model.errors import KangarooError
 from kangaroo_kernels.model.training.data import random_windows
 from kangaroo_kernels.model.training.optimizers import Optimizers
 from kangaroo_kernels.model.training.settings import ProgressReport
@@ -131,6 +132,10 @@ class TargetTraining:
         self, recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, device: torch.device
     ) -> None:
         self.recipe, self.tokens, self.device = recipe, tokens, device
+        if len(tokens) <= recipe.sequence_length:
+            raise KangarooError(
+                f"the data has {len(tokens)} tokens, and one window takes {recipe.sequence_length + 1}; give more data."
+            )
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.model = LlamaForCausalLM(target_config(recipe, tokenizer)).float().to(device)
         layers = self.model.model.layers

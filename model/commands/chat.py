@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..errors import KangarooError
+from ..named import SMOLLM2
 from ..results import Generation
 from .options import (
     INTERRUPTED,
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
     from ..session import Session
 
 EXAMPLES = examples(
-    "chat --model my-llama --adapter my-adapter",
-    "chat --model my-llama --plain --system 'You answer in one sentence.' --temperature 0.7",
-    "chat --model my-llama --plain < questions.txt > answers.txt",
+    "chat",
+    "chat --model my-llama --adapter my-adapter --system 'You answer in one sentence.' --temperature 0.7",
+    "chat < questions.txt > answers.txt",
 )
 PROMPT = "> "
 HELP = """/system TEXT  set the system prompt; without a text, there is none
@@ -51,7 +52,7 @@ Ctrl-C stops an answer; what was written of it stays."""
 
 
 def chat(
-    model: Model,
+    model: Model = SMOLLM2,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 1024,
     plain: Annotated[bool, typer.Option("--plain", help="Decode without drafting.")] = False,

@@ -49,15 +49,6 @@ def demo(
     """
     if model not in (None, SMOLLM2, DEMO_MODEL):
         raise KangarooError(f"the demo's model is {model!r}; it must be {SMOLLM2!r} or {DEMO_MODEL!r}.")
-    console = Console(stderr=as_json)
-    if model is None:
-        try:
-            find_smollm2()
-            model = SMOLLM2
-        except KangarooError as missing:
-            console.print(f"The bundled pair is shown, since {missing}", soft_wrap=True)
-            model = DEMO_MODEL
-
     from ..evaluation.compare import report
     from ..kangaroo import Kangaroo
     from ..request import Settings
@@ -71,6 +62,15 @@ def demo(
         num_speculative_tokens=num_speculative_tokens,
         draft_confidence_threshold=draft_confidence_threshold,
     )
+    console = Console(stderr=as_json)
+    if model is None:
+        try:
+            find_smollm2()
+            model = SMOLLM2
+        except KangarooError as missing:
+            console.print(f"The bundled pair is shown, since {missing}", soft_wrap=True)
+            model = DEMO_MODEL
+
     with console.status("loading the model"):
         kangaroo = Kangaroo.from_pretrained(model)
         races = prepare(kangaroo, model, settings)

