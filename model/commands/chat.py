@@ -229,11 +229,11 @@ class Chat:
         shown = text.outcome.generation()
         try:
             for step in text:
+                shown = step.generation  # before it is shown: who sees a text may stop it at once
                 if self.colored is None:
                     typer.echo(step.text, nl=False)
                 else:
                     show_step(self.colored, step)
-                shown = step.generation
         except KeyboardInterrupt:
             text.close()
             return replace(shown, finish_reason="interrupted")
