@@ -13,8 +13,8 @@ Bytes moved: the weight, ``K * (H + 2 * H_kv) * D`` elements, once; everything e
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.packed_weight import Weight, linear, out_features
-from kangaroo_kernels.reference.rms_norm import rms_norm
+from kangaroo_kernels.packed_weight import Weight, out_features
+from kangaroo_kernels.reference.rms_norm import norm_linear
 
 
 def interleave_rope(rows: Tensor, head_dim: int) -> Tensor:
@@ -74,7 +74,7 @@ def qkv_rope(
         return x.new_empty(x.shape[0], heads, head_dim) if out is None else out
     position = int(position)
     rows, last = x.shape[0], position + x.shape[0]
-    qkv = linear(rms_norm(x, norm_weight, eps), weight).view(rows, -1, head_dim)
+    qkv = norm_linear(x, norm_weight, eps, weight).view(rows, -1, head_dim)
     turned: Tensor
     turned, new_values = qkv.split((qkv.shape[1] - kv_heads, kv_heads), dim=1)
     phases = (table if table.is_complex() else torch.view_as_complex(table))[position:last]
