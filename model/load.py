@@ -50,7 +50,8 @@ def load_pair(
         load_adapter_config(adapter_folder, config, exit_layer)
     precision = resolve_dtype(dtype, where, config.dtype)
     backend = load_backend(kernels, where, precision)
-    weights = load_target(read_tensors(folder), config, where, precision, backend.layout, source=str(folder))
+    kept = kept_dtype(precision, where, backend.resident)
+    weights = load_target(read_tensors(folder), config, where, kept, backend.layout, str(folder), precision)
     target = Llama(config, weights, backend)
     loaded = None if adapter_folder is None else Adapter.load(adapter_folder, target, exit_layer)
     return Loaded(target, loaded, load_tokenizer(folder))
@@ -87,3 +88,12 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     if resolved is None or resolved not in DTYPES.values():
         raise KangarooError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
     return resolved
+
+
+def kept_dtype(precision: torch.dtype, device: torch.device, resident: bool = False) -> torch.dtype:
+    """What weights of a ``precision`` are computed with: float32 on a CPU, unless kernels are interpreted there.
+
+    A processor's own arithmetic in fp16 or bf16 is slower and coarser, and ``PackedWeight`` keeps such numbers in half
+    the bytes of a float32 all the same.
+    """
+    return torch.float32 if device.type == "cpu" and not resident else precision
