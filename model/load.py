@@ -62,6 +62,7 @@ def load_pair(
     adapter_folder = None if adapter is None else find_folder(adapter, "adapter")
     precision = resolve_dtype(dtype, where, config.dtype)
     backend = load_backend(kernels, where, precision)
+    kept = kept_dtype(precision, where, backend.resident)
     # what can fail quickly comes before the weights
     if adapter_folder is not None:
         load_adapter_config(adapter_folder, config, exit_layer)
@@ -70,10 +71,11 @@ def load_pair(
         checkpoint.tensors(),
         config,
         where,
-        precision,
+        kept,
         backend.layout,
         source=str(checkpoint.path),
         adjacent_pairs=checkpoint.adjacent_pairs,
+        rounded_to=precision,
     )
     target = Llama(config, weights, backend)
     loaded = None if adapter_folder is None else Adapter.load(adapter_folder, target, exit_layer)
@@ -111,3 +113,12 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     if resolved is None or resolved not in DTYPES.values():
         raise KangarooError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
     return resolved
+
+
+def kept_dtype(precision: torch.dtype, device: torch.device, resident: bool = False) -> torch.dtype:
+    """What weights of a ``precision`` are computed with: float32 on a CPU, unless kernels are interpreted there.
+
+    A processor's own arithmetic in fp16 or bf16 is slower and coarser, and ``PackedWeight`` keeps such numbers in half
+    the bytes of a float32 all the same.
+    """
+    return torch.float32 if device.type == "cpu" and not resident else precision

@@ -25,10 +25,10 @@ def _unused(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _causal_mask(rows: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive: row m of the last ``rows`` positions sees ``length - rows + m + 1`` keys."""
+def _causal_mask(rows: int, length: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive, ``group`` times over: row m of the last ``rows`` positions sees ``length - rows + m + 1`` keys."""
     mask = torch.full((rows, length), float("-inf"), dtype=dtype, device=device)
-    return mask.triu_(length - rows + 1)
+    return mask.triu_(length - rows + 1).repeat(group, 1)
 
 
 def attention(
@@ -88,7 +88,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float
             q.transpose(0, 1)[None],
             keys[None],
             values[None],
-            attn_mask=None if whole else _causal_mask.__wrapped__(rows, length, q.dtype, q.device),
+            attn_mask=None if whole else _causal_mask.__wrapped__(rows, length, 1, q.dtype, q.device),
             is_causal=whole,
             scale=scale,
             enable_gqa=heads != kv_heads,
@@ -101,7 +101,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float
         scores = torch.baddbmm(_unused(q.dtype, q.device), packed, keys, beta=0, alpha=scale)
         return torch.bmm(torch.softmax(scores, dim=-1), values).view(1, -1)
     packed = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * rows, head_dim)
-    mask = _causal_mask(rows, length, q.dtype, q.device)
-    scores = torch.baddbmm(mask if group == 1 else mask.repeat(group, 1), packed, keys, alpha=scale)
+    mask = _causal_mask(rows, length, group, q.dtype, q.device)
+    scores = torch.baddbmm(mask, packed, keys, alpha=scale)
     out = torch.bmm(torch.softmax(scores, dim=-1), values)
     return out.view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, -1)

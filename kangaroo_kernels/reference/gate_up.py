@@ -6,8 +6,8 @@ Bytes moved: the packed weight, ``2 * I * K`` elements, once.
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.packed_weight import Weight, linear, out_features
-from kangaroo_kernels.reference.rms_norm import rms_norm
+from kangaroo_kernels.packed_weight import Weight, out_features
+from kangaroo_kernels.reference.rms_norm import norm_linear
 
 
 def gate_up(
@@ -34,6 +34,6 @@ def gate_up(
     """
     if active is not None and not active:
         return x.new_empty(x.shape[0], out_features(weight) // 2) if out is None else out
-    gate, up = linear(rms_norm(x, norm_weight, eps), weight).chunk(2, dim=-1)
+    gate, up = norm_linear(x, norm_weight, eps, weight).chunk(2, dim=-1)
     result = torch.nn.functional.silu(gate).mul_(up)
     return result if out is None else out.copy_(result)

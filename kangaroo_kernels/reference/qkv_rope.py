@@ -13,8 +13,8 @@ Bytes moved: the weight, ``K * (H + 2 * H_kv) * D`` elements, once; everything e
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.packed_weight import Weight, linear, out_features
-from kangaroo_kernels.reference.rms_norm import rms_norm
+from kangaroo_kernels.packed_weight import Weight, out_features
+from kangaroo_kernels.reference.rms_norm import norm_linear
 
 
 def interleave_rope(rows: Tensor, head_dim: int) -> Tensor:
@@ -74,9 +74,9 @@ def qkv_rope(
         return x.new_empty(x.shape[0], heads, head_dim) if out is None else out
     position = int(position)
     rows, last = x.shape[0], position + x.shape[0]
-    qkv = linear(rms_norm(x, norm_weight, eps), weight).view(rows, -1, head_dim)
+    qkv = norm_linear(x, norm_weight, eps, weight).view(rows, -1, head_dim)
     turned: Tensor
-    turned, new_values = qkv.split((qkv.shape[1] - kv_heads, kv_heads), dim=1)
+    turned, new_values = qkv.split_with_sizes((qkv.shape[1] - kv_heads, kv_heads), dim=1)
     phases = (table if table.is_complex() else torch.view_as_complex(table))[position:last]
     if qkv.dtype == torch.float32:
         torch.view_as_complex(turned.view(rows, -1, head_dim // 2, 2)).mul_(phases)
@@ -84,7 +84,7 @@ def qkv_rope(
         pairs = torch.view_as_complex(turned.float().view(rows, -1, head_dim // 2, 2))
         turned.copy_(torch.view_as_real(pairs * phases).flatten(-2))
     queries: Tensor
-    queries, new_keys = turned.split((turned.shape[1] - kv_heads, kv_heads), dim=1)
+    queries, new_keys = turned.split_with_sizes((turned.shape[1] - kv_heads, kv_heads), dim=1)
     if block_table is None:
         k_cache[:, position:last].copy_(new_keys.transpose(0, 1))
         v_cache[:, position:last].copy_(new_values.transpose(0, 1))

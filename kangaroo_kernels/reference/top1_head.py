@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels.contract import Top1
-from kangaroo_kernels.packed_weight import Weight, linear
-from kangaroo_kernels.reference.rms_norm import rms_norm
+from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.reference.rms_norm import norm_linear
 
 
 def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Tensor:
     """The logits themselves, ``[M, V]`` float32, for callers that need every one of them."""
-    return linear(rms_norm(x, norm_weight, eps), weight).float()
+    return norm_linear(x, norm_weight, eps, weight).float()
 
 
 def confidence_of(logits: Tensor) -> Tensor:

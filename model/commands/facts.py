@@ -13,7 +13,7 @@ from kangaroo_kernels.packed_weight import Layout
 
 from ..drafters.adapter import load_adapter_config
 from ..errors import KangarooError
-from ..load import open_model, resolve_device, resolve_dtype
+from ..load import kept_dtype, open_model, resolve_device, resolve_dtype
 from ..named import find_pair
 from ..request import LED_BY_HOST
 from ..target.architectures import ARCHITECTURES
@@ -92,7 +92,7 @@ class Footprint:
     """A model's shape, and the bytes of weights that each kind of step reads once.
 
     Attributes:
-        dtype: the one that the weights are loaded in.
+        dtype: the one that the weights are rounded to.
         exit_layer: how many of ``layers`` run before the adapter; None without one, as is every field about drafting.
         adapter_parameters: of the adapter alone; it shares the target's head.
         plain_step_bytes: all layers and the head.
@@ -138,18 +138,18 @@ def footprint(
         raise KangarooError("exit_layer was given without an adapter; give both or neither.")
     config = open_model(model).config
     loaded = resolve_dtype(dtype, where, config.dtype)
-    size = loaded.itemsize
+    size, kv_size = loaded.itemsize, kept_dtype(loaded, where).itemsize
     layer = config.attention_parameters + config.mlp_parameters
     norm, embedding = config.hidden_size, config.vocab_size * config.hidden_size
     head = norm + embedding
     layers = config.num_hidden_layers * layer
-    kv_bytes = config.num_hidden_layers * _kv_values(config) * size
+    kv_bytes = config.num_hidden_layers * _kv_values(config) * kv_size
     drafter = {}
     if adapter is not None:
         trained = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
         shallow = trained.exit_layer * layer
         own = trained.llama.attention_parameters + norm
-        kv_bytes += _kv_values(trained.llama) * size
+        kv_bytes += _kv_values(trained.llama) * kv_size
         drafter = {
             "exit_layer": trained.exit_layer,
             "adapter_parameters": own,

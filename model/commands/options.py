@@ -31,7 +31,8 @@ Device = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="'float32', 'float16' or 'bfloat16'; by default float32 on a CPU, the checkpoint's own on a GPU.",
+        help="What weights are rounded to: 'float32', 'float16' or 'bfloat16'; by default float32 on a CPU, the "
+        "checkpoint's own on a GPU.",
         rich_help_panel=LOADING,
     ),
 ]

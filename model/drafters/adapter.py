@@ -93,9 +93,15 @@ class Adapter:
             KangarooError: a folder that is damaged or made for another target.
         """
         config = load_adapter_config(folder, target.config, exit_layer)
-        layout = target.backend.layout
-        tensors = read_tensors(folder)
-        weights = load_adapter(tensors, config.llama, target.device, target.dtype, layout, source=str(folder))
+        weights = load_adapter(
+            read_tensors(folder),
+            config.llama,
+            target.device,
+            target.dtype,
+            target.backend.layout,
+            str(folder),
+            target.weights.rounded_to,
+        )
         return cls(config, weights, target)
 
     def new_cache(self) -> KVCache:

@@ -25,8 +25,15 @@ STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 class _Places:
     """Where each tensor of a checkpoint goes: a slice of a packed matrix, perhaps reordered for RoPE."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, adjacent_pairs: bool = False) -> None:
-        self.device, self.dtype, self.adjacent_pairs = device, dtype, adjacent_pairs
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        rounded_to: torch.dtype | None = None,
+        adjacent_pairs: bool = False,
+    ) -> None:
+        self.device, self.dtype, self.rounded_to = device, dtype, rounded_to or dtype
+        self.adjacent_pairs = adjacent_pairs
         self.slots: dict[str, tuple[Tensor, int | None]] = {}
 
     def pack(self, rows: Mapping[str, tuple[int, ...]], rope_head_dim: Mapping[str, int] | None = None) -> Tensor:
@@ -61,16 +68,17 @@ class _Places:
                 )
             if tensor.dtype not in STORED_DTYPES:
                 raise KangarooError(f"{source}: tensor {name!r} is {tensor.dtype}; it must be a float type.")
-            slot.copy_(tensor if head_dim is None else interleave_rope(tensor, head_dim))
+            rounded = tensor.to(self.rounded_to)
+            slot.copy_(rounded if head_dim is None else interleave_rope(rounded, head_dim))
             # checked after the copy, since float16 cannot hold all that bfloat16 can
             if not bool(torch.isfinite(slot).all()):
-                raise KangarooError(f"{source}: tensor {name!r} holds values that are not finite in {self.dtype}.")
+                raise KangarooError(f"{source}: tensor {name!r} holds values that are not finite in {self.rounded_to}.")
         if waiting:
             first = next(iter(waiting))
             raise KangarooError(f"{source}: {len(waiting)} of {len(self.slots)} tensors are missing, first {first!r}.")
         for name, tensor in twins.items():
             original = self.slots[tied[name]][0]
-            if tensor.shape != original.shape or not torch.equal(original, tensor.to(original)):
+            if tensor.shape != original.shape or not torch.equal(original, tensor.to(self.rounded_to).to(original)):
                 raise KangarooError(f"{source}: config.json ties {name!r} to {tied[name]!r}, but the two differ.")
 
 
@@ -95,12 +103,16 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class TargetWeights:
-    """The whole target: embedding ``[V, hidden]``, layers, final norm ``[hidden]`` and LM head."""
+    """The whole target: embedding ``[V, hidden]``, layers, final norm ``[hidden]`` and LM head.
+
+    ``rounded_to`` is the dtype whose numbers they all are, where they are kept in a wider one.
+    """
 
     embedding: Tensor
     layers: list[LayerWeights]
     norm: Tensor
     head: PackedWeight
+    rounded_to: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +182,7 @@ def load_target(
     layout: Layout | None = None,
     source: str = "the checkpoint",
     adjacent_pairs: bool = False,
+    rounded_to: torch.dtype | None = None,
 ) -> TargetWeights:
     """Load the tensors of a Llama model.
 
@@ -182,11 +195,12 @@ def load_target(
         source: what errors call the place that they came from.
         adjacent_pairs: whether the rows of queries and keys already lie as the runtime wants them, a RoPE pair side by
             side, instead of as transformers keeps them.
+        rounded_to: the dtype whose numbers the weights become, if it is another than the one that they are kept in.
 
     Raises:
         KangarooError: files or tensors missing, of another shape, or not finite.
     """
-    places = _Places(device, dtype, adjacent_pairs)
+    places = _Places(device, dtype, rounded_to, adjacent_pairs)
     shape = (config.vocab_size, config.hidden_size)
     head = embedding = places.pack({"model.embed_tokens.weight": shape})
     tied = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -206,7 +220,7 @@ def load_target(
         LayerWeights(_finish_attention(block), block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down"))
         for block in blocks
     ]
-    return TargetWeights(embedding, layers, norm, PackedWeight(head, layout=layout))
+    return TargetWeights(embedding, layers, norm, PackedWeight(head, layout=layout), rounded_to)
 
 
 def load_adapter(
@@ -216,13 +230,14 @@ def load_adapter(
     dtype: torch.dtype,
     layout: Layout | None = None,
     source: str = "the adapter",
+    rounded_to: torch.dtype | None = None,
 ) -> AdapterWeights:
     """Load an adapter's tensors, ours or the paper's authors' (same names); arguments as for ``load_target``.
 
     Raises:
         KangarooError: as for ``load_target``.
     """
-    places = _Places(device, dtype)
+    places = _Places(device, dtype, rounded_to)
     norm = places.pack({"norm.weight": (config.hidden_size,)})
     block = _attention_places(places, config, "layers.0.", layout)
     places.fill(tensors, {}, source)

@@ -9,8 +9,10 @@ from kangaroo_kernels.packed_weight import (
     PackedWeight,
     choose_layout,
     exact_in_fp16,
+    fp16_scale,
     linear,
 )
+from kangaroo_kernels.reference.rms_norm import norm_linear, rms_norm
 
 HAS_FBGEMM = "fbgemm" in torch.backends.quantized.supported_engines
 needs_fbgemm = pytest.mark.skipif(not HAS_FBGEMM, reason="FBGEMM has no kernel for this processor")
@@ -92,9 +94,10 @@ def test_a_bad_row_spoils_no_other(layout):
 
 
 @needs_fbgemm
+@pytest.mark.parametrize("shift", [0, -30])
 @pytest.mark.parametrize("shape", [(67, 48), (192, 192), (704, 192), (129, 33), (1024, 1027)])
-def test_fp16_gives_a_row_the_same_bits_among_any_number_of_rows(shape):
-    packed = PackedWeight(matrix(shape), torch.randn(shape[0]), Layout.FP16)
+def test_fp16_gives_a_row_the_same_bits_among_any_number_of_rows(shape, shift):
+    packed = PackedWeight(matrix(shape) * 2.0**shift, torch.randn(shape[0]), Layout.FP16)
     x = torch.randn(16, shape[1], generator=torch.Generator().manual_seed(3))
     single = torch.cat([packed(x[row : row + 1]) for row in range(16)])
     for rows in range(1, 17):
@@ -129,14 +132,79 @@ def test_fp16_is_exact_to_the_last_weight():
         (-0.0, True),
     ],
 )
-def test_fp16_is_chosen_for_exact_weights_alone(value, exact):
+def test_exact_in_fp16(value, exact):
     weight = torch.ones(32, 32)
     weight[17, 5] = value
     assert exact_in_fp16(weight) is exact
-    assert (choose_layout(weight) is Layout.FP16) is (exact and HAS_FBGEMM)
     truth = weight.double().sum(dim=1, keepdim=True).t()
     x = torch.ones(1, 32)
     assert_within_budget(PackedWeight(weight)(x), truth, x @ weight.t())
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", [(67, 48), (1024, 1027)])
+@pytest.mark.parametrize("shift", [-40, -20, 20, 40, 60])
+def test_a_scaled_matrix_gives_the_bits_of_the_unscaled_one(shift, shape, biased):
+    """Scaled by a power of two, a weight that fp16 holds as it is gives the same products, the exponents moved."""
+    weight, bias = matrix(shape), torch.randn(shape[0]) if biased else None
+    x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1))
+    plain = PackedWeight(weight, bias, Layout.FP16)
+    scaled = PackedWeight(weight * 2.0**shift, None if bias is None else bias * 2.0**shift)
+    assert (plain.scale, scaled.layout) == (1.0, Layout.FP16) and scaled.scale != 1.0
+    assert torch.equal(scaled(x), plain(x) * 2.0**shift)
+    norm_weight = torch.randn(shape[1], generator=torch.Generator().manual_seed(2))
+    assert torch.equal(norm_linear(x, norm_weight, 1e-5, scaled), scaled(rms_norm(x, norm_weight, 1e-5)))
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("size", [1e-12, 1e-5, 0.02, 1.0, 1e4, 1e10])
+def test_every_weight_of_a_bf16_matrix_comes_back(size):
+    """The smallest of a million normal numbers has twenty binary places more than the largest."""
+    weight = (matrix((1000, 1000), exact=False) * size).bfloat16().float()
+    weight[7, 7] = 0.0
+    packed = PackedWeight(weight)
+    assert packed.layout is Layout.FP16
+    assert packed.nbytes == 2 * weight.numel()
+    assert torch.equal(packed(torch.eye(1000)).t(), weight)
+
+
+TOP = 2.0**16 - 2.0**5
+"""The largest finite fp16 number."""
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ((TOP, 2.0**-24), 1.0),
+        ((2.0**16,), 2.0),
+        ((TOP * 2, 2.0**-23), 2.0),
+        ((TOP * 2, 2.0**-24), None),  # what is kept at the upper end is lost at the lower one
+        ((TOP * 2.0**-90, 2.0**-114), None),  # beyond MAX_SHIFT
+        ((TOP * 2.0**-64, 2.0**-88), 2.0**-64),
+        ((TOP * 2.0**64,), 2.0**64),
+        ((TOP * 2.0**65,), None),
+        ((2.0**-25,), 2.0**-40),
+        ((1.0, 2.0**-39), 2.0**-15),
+        ((1.0, 2.0**-40), None),
+        ((1.0, (1 + 2.0**-7) * 2.0**-32), 2.0**-15),  # eight digits, the last of them at fp16's end
+        ((1.0, (1 + 2.0**-7) * 2.0**-33), None),
+        ((1 + 2.0**-11, 1.0), None),  # twelve digits
+        ((2 - 2.0**-11,), None),  # would be rounded up beyond the upper end
+        ((2.0**20, 2.0**-149), None),  # float32's smallest number
+        ((-(2.0**-30), 2.0**-31), 2.0**-45),
+        ((0.0, -0.0), 1.0),
+    ],
+)
+def test_the_scale_of_a_matrix(values, scale):
+    weight = torch.zeros(40, 32)
+    weight.view(-1)[: len(values)] = torch.tensor(values)
+    assert fp16_scale(weight) == scale
+    assert (choose_layout(weight) is Layout.FP16) is (scale is not None and HAS_FBGEMM)
+    assert torch.equal(PackedWeight(weight)(torch.eye(32)).t(), weight)
+    if scale is None:
+        with pytest.raises(ValueError, match="not exact in fp16"):
+            PackedWeight(weight, None, Layout.FP16)
 
 
 def test_the_choice_depends_on_the_matrix_alone():
