@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kangaroo_kernels import KangarooError
 from kangaroo_kernels.model import demo, load
-from kangaroo_kernels.model.commands import calibrate, cli, generate, info, train
+from kangaroo_kernels.model.commands import calibrate, cli, export, generate, info, train
 from kangaroo_kernels.model.commands import demo as demo_command
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -63,6 +63,7 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
         "seed": SEED,
     },
     ("cli", "calibrate"): {"max_new_tokens": COUNT},
+    ("cli", "export"): {"exit_layer": COUNT},
     ("cli", "info"): {"exit_layer": COUNT},
 }
 """By command and option, values that mean nothing there."""
@@ -75,6 +76,7 @@ BEFORE = {
     ("cli", "generate"): "generate --model demo --prompt A",
     ("cli", "train"): "train --model demo --data README.md --exit-layer 4 --out OUT",
     ("cli", "calibrate"): "calibrate --model demo --adapter ADAPTER --prompts PROMPTS",
+    ("cli", "export"): "export --model demo --out OUT",
     ("cli", "info"): "info --model demo --adapter ADAPTER",
 }
 """What must stand on the command line besides."""
@@ -84,7 +86,7 @@ def commands() -> dict[tuple[str, str], Callable[..., Any]]:
     """Every function of a tool or of the package's command that takes options."""
     names = [path.stem for path in TOOLS.glob("*.py") if "import typer" in path.read_text()]
     modules = {name: import_module(name) for name in names}
-    modules |= {each.__name__: each for each in (demo_command, generate, train, calibrate, info)}
+    modules |= {each.__name__: each for each in (demo_command, generate, train, calibrate, export, info)}
     return {
         ("cli" if holder.__name__.startswith("kangaroo") else module, name): function
         for module, holder in modules.items()

@@ -29,6 +29,7 @@ ROOMS = (
     ("load",),
     ("session",),
     ("kangaroo",),
+    ("integrations",),
     ("evaluation", "training"),
     ("commands",),
 )

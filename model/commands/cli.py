@@ -13,7 +13,7 @@ import typer
 from kangaroo_kernels import __version__
 
 from ..errors import KangarooError
-from . import calibrate, demo, generate, info, train
+from . import calibrate, demo, export, generate, info, train
 from .options import USER_ERROR, examples
 
 app = typer.Typer(
@@ -68,4 +68,5 @@ app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(cls=train.FileLists, epilog=train.EXAMPLES)(train.train)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=info.EXAMPLES)(info.info)
