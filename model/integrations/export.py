@@ -29,8 +29,8 @@ from kangaroo_kernels.model.integrations.custom_generate import generate as deco
 ADAPTER = {adapter!r}  # transformers runs a copy of this file, so the path is absolute: change it if the folder moves
 
 
-def generate(model, inputs=None, **arguments):
-    """Called by transformers in the place of its own loop."""
+def generate(inputs=None, *, model, **arguments):
+    """Called by transformers in the place of its own loop; it binds the model by name."""
     return decode(model, ADAPTER, inputs, **arguments)
 '''
 
