@@ -19,6 +19,7 @@ _PUBLIC = {
     "Progress": "kangaroo_kernels.model.results",
     "Session": "kangaroo_kernels.model.session",
     "Settings": "kangaroo_kernels.model.request",
+    "assistant": "kangaroo_kernels.model.integrations.assistant",
 }
 
 __all__ = [
@@ -32,11 +33,13 @@ __all__ = [
     "Session",
     "Settings",
     "__version__",
+    "assistant",
 ]
 
 if TYPE_CHECKING:
     from kangaroo_kernels.model.drafters.protocol import Draft, Drafter
     from kangaroo_kernels.model.errors import KangarooError
+    from kangaroo_kernels.model.integrations.assistant import assistant
     from kangaroo_kernels.model.kangaroo import Kangaroo
     from kangaroo_kernels.model.request import Settings
     from kangaroo_kernels.model.results import DecodeStats, Generation, Progress

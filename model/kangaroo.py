@@ -81,9 +81,9 @@ class Kangaroo(Writer):
             adapter: a folder or a hub name; None drafts by prompt lookup, or takes the bundled pair's own adapter.
             exit_layer: overrides the adapter's own; needed for adapters that do not name it.
             device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
-            dtype: what the weights are rounded to; None means float32 on a CPU and the checkpoint's own on a GPU (bfloat16
-                where they are quantized). A CPU computes in float32 whatever it is; "float16" there makes a float32 or
-                quantized checkpoint about twice as fast.
+            dtype: what the weights are rounded to; None means float32 on a CPU and the checkpoint's own on a GPU
+                (bfloat16 where they are quantized). A CPU computes in float32 whatever it is; "float16" there makes a
+                float32 or quantized checkpoint about twice as fast.
             kernels: ``triton`` or ``reference``; None means the Triton kernels on a GPU and the PyTorch references on a
                 CPU. (``triton`` on a CPU needs TRITON_INTERPRET=1 in the environment, and is for tests.)
             graphs: capture iterations in CUDA graphs on a GPU; False launches kernel by kernel, for debuggers.

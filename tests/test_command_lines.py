@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kangaroo_kernels import KangarooError
 from kangaroo_kernels.model import demo, load
-from kangaroo_kernels.model.commands import calibrate, chat, cli, generate, info, train
+from kangaroo_kernels.model.commands import calibrate, chat, cli, export, generate, info, train
 from kangaroo_kernels.model.commands import demo as demo_command
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -87,6 +87,7 @@ BEFORE = {
     ("cli", "chat"): "chat --model demo",
     ("cli", "train"): "train --model demo --data README.md --exit-layer 4 --out OUT",
     ("cli", "calibrate"): "calibrate --model demo --adapter ADAPTER --prompts PROMPTS",
+    ("cli", "export"): "export --model demo --out OUT",
     ("cli", "info"): "info --model demo --adapter ADAPTER",
 }
 """What must stand on the command line besides."""
@@ -96,7 +97,7 @@ def commands() -> dict[tuple[str, str], Callable[..., Any]]:
     """Every function of a tool or of the package's command that takes options."""
     names = [path.stem for path in TOOLS.glob("*.py") if "import typer" in path.read_text()]
     modules = {name: import_module(name) for name in names}
-    modules |= {each.__name__: each for each in (demo_command, generate, chat, train, calibrate, info)}
+    modules |= {each.__name__: each for each in (demo_command, generate, chat, train, calibrate, export, info)}
     return {
         ("cli" if holder.__name__.startswith("kangaroo") else module, name): function
         for module, holder in modules.items()

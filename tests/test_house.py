@@ -31,6 +31,7 @@ ROOMS = (
     ("load", "writer"),
     ("session",),
     ("kangaroo",),
+    ("integrations",),
     ("evaluation", "training"),
     ("commands",),
 )

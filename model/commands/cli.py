@@ -14,7 +14,7 @@ import typer
 from kangaroo_kernels import __version__
 
 from ..errors import KangarooError
-from . import calibrate, chat, demo, generate, info, train
+from . import calibrate, chat, demo, export, generate, info, train
 from .options import USER_ERROR, examples
 
 app = typer.Typer(
@@ -72,4 +72,5 @@ app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=chat.EXAMPLES)(chat.chat)
 app.command(cls=train.FileLists, epilog=train.EXAMPLES)(train.train)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=info.EXAMPLES)(info.info)

@@ -77,7 +77,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(Kangaroo, "progress", interrupted)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "generate", "chat", "train", "calibrate", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "generate", "chat", "train", "calibrate", "export", "info"])
 def test_help_shows_an_example(run: Run, command: str) -> None:
     code, out, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")
@@ -286,6 +286,20 @@ def test_info_as_table_and_as_json(run: Run, pair: Pair) -> None:
     assert answer["model"]["exit_layer"] == 2
     assert json.loads(run("info", "--json").out)["model"] is None
     assert run("info", "--adapter", pair.adapter).code == 2
+
+
+def test_export_says_how_its_folder_is_used(run: Run, pair: Pair, tmp_path: Path) -> None:
+    arguments = ["export", "--model", pair.target, "--adapter", pair.adapter]
+    code, out, err = run(*arguments, "--out", tmp_path / "drafter")
+    assert (code, err) == (0, "")
+    settings = json.loads(out.partition("--speculative-config '")[2].partition("'")[0])
+    assert settings == {"method": "draft_model", "model": str(tmp_path / "drafter"), "num_speculative_tokens": 6}
+    code, out, err = run(*arguments, "--out", tmp_path / "whole", "--transformers")
+    assert (code, err) == (0, "")
+    assert f"custom_generate='{tmp_path / 'whole'}', trust_remote_code=True" in out
+    code, out, err = run(*arguments, "--out", tmp_path / "whole")
+    assert (code, out) == (2, "")
+    assert err == f"kangaroo: {tmp_path / 'whole'} is not empty; give a new folder.\n"
 
 
 def test_train_writes_an_adapter_that_generates(run: Run, pair: Pair, tmp_path: Path) -> None:
