@@ -80,7 +80,7 @@ def _seed(text: str) -> int | None:
 
 
 Seed = Annotated[
-    Any,
+    int | None,
     typer.Option(
         parser=_seed,
         metavar="<int|random>",
