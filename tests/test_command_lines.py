@@ -38,7 +38,6 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("tune", "main"): {"minutes": DURATION},
     ("cli", "demo"): {
         "max_new_tokens": COUNT,
-        "rounds": COUNT,
         "temperature": TEMPERATURE,
         "seed": SEED,
         **DECODING,
@@ -63,6 +62,8 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
         "temperature": TEMPERATURE,
         "top_k": COUNT,
         "top_p": ("0", *SHARE),
+        "min_p": SHARE,
+        "repetition_penalty": DURATION,
         "seed": SEED,
         **DECODING,
     },

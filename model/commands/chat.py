@@ -23,8 +23,10 @@ from .options import (
     Dtype,
     ExitLayer,
     Kernels,
+    MinP,
     Model,
     NumSpeculativeTokens,
+    RepetitionPenalty,
     Seed,
     Temperature,
     TopK,
@@ -67,7 +69,9 @@ def chat(
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
     seed: Seed = 0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     num_speculative_tokens: NumSpeculativeTokens = None,
     draft_confidence_threshold: DraftConfidenceThreshold = None,
     acceptance: Acceptance = "coupled",
@@ -88,12 +92,14 @@ def chat(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
         seed=seed,
+        repetition_penalty=repetition_penalty,
         num_speculative_tokens=num_speculative_tokens,
         draft_confidence_threshold=draft_confidence_threshold,
         acceptance=acceptance,
         plain=plain,
-    )
+    ).with_seed()
     notes = Console(stderr=True, highlight=False)
     try:
         with notes.status("loading the model"):
@@ -254,6 +260,6 @@ def figures(generation: Generation) -> str:
         facts.append(
             f"{stats.cached_tokens} of {stats.cached_tokens + stats.prefilled_tokens + 1} prompt tokens cached"
         )
-    ending = "" if generation.finish_reason == "stop" else f"; {ENDINGS[generation.finish_reason]}"
+    ending = "" if generation.finish_reason == "stop" else f"; {ENDINGS[generation.finish_reason or 'interrupted']}"
     hint = "; /reset begins a new conversation" if generation.finish_reason == "context" else ""
     return f"{', '.join(facts)}{ending}{hint}."

@@ -1,6 +1,6 @@
 """``kangaroo demo``: a real model answers questions, decoding plainly and with Kangaroo, side by side."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,11 +19,6 @@ from .options import (
     examples,
     print_json,
 )
-
-if TYPE_CHECKING:
-    from ..evaluation.race import Race
-    from ..kangaroo import Kangaroo
-    from ..request import Settings
 
 EXAMPLES = examples("demo", "demo --temperature 0.8 --seed 1", "demo --model demo --json > demo.json")
 WARM_UP_STEPS = 8
@@ -50,6 +45,7 @@ def demo(
     if model not in (None, SMOLLM2, DEMO_MODEL):
         raise KangarooError(f"the demo's model is {model!r}; it must be {SMOLLM2!r} or {DEMO_MODEL!r}.")
     from ..evaluation.compare import report
+    from ..evaluation.race import Race
     from ..kangaroo import Kangaroo
     from ..request import Settings
     from .show import show_comparisons, show_legend
@@ -73,16 +69,21 @@ def demo(
 
     with console.status("loading the model"):
         kangaroo = Kangaroo.from_pretrained(model)
-        races = prepare(kangaroo, model, settings)
+        texts = QUESTIONS if model == SMOLLM2 else bundled_pair().prompts()
+        races = {}  # every request is checked here, and decoded where it is shown
+        for name, text in texts.items():
+            messages = [{"role": "user", "content": text}] if model == SMOLLM2 else None
+            races[name] = Race(kangaroo, settings, None if messages else text, messages=messages)
+        Race(kangaroo, settings, [0]).finish(steps=WARM_UP_STEPS)
     comparisons, finish_reason, disturbed = [], "complete", False
     try:
         if not as_json:
             show_legend(console)
-        for name, prompt, race in races:
+        for name, race in races.items():
             if as_json:
                 race.finish()
             else:
-                show_race(console, name, prompt, race)
+                show_race(console, name, texts[name], race)
             comparisons.append(race.comparison(name))
             disturbed |= race.disturbed
     except KeyboardInterrupt:
@@ -97,18 +98,3 @@ def demo(
         raise typer.Exit(INTERRUPTED)
     if not all(comparison.identical for comparison in comparisons):
         raise typer.Exit(NOT_IDENTICAL)
-
-
-def prepare(kangaroo: "Kangaroo", model: str, settings: "Settings") -> "list[tuple[str, str, Race]]":
-    """The name, the prompt and the race of each text, every request checked; the model is warm afterwards."""
-    from ..evaluation.race import Race
-
-    texts = QUESTIONS if model == SMOLLM2 else bundled_pair().prompts()
-    races = []
-    for name, text in texts.items():
-        given: dict[str, Any] = {"prompt": text}
-        if model == SMOLLM2:
-            given = {"messages": [{"role": "user", "content": text}]}
-        races.append((name, text, Race(kangaroo, settings, **given)))
-    Race(kangaroo, settings, [0]).finish(steps=WARM_UP_STEPS)
-    return races

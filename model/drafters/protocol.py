@@ -96,6 +96,7 @@ class Drafter(Protocol):
             reach: positions that may be written, drafts beyond the end included.
             length: the most tokens that the text may have.
         """
+        return None
 
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
         """Draft at most ``most`` tokens after the newest one, for the loop led by the host.
@@ -106,6 +107,7 @@ class Drafter(Protocol):
 
     def commit(self, text: "TextState", count: int) -> None:
         """Roll back to the text, whose last ``count`` tokens have just been committed; for the loop led by the host."""
+        return None
 
     def attach(self, iteration: "Iteration") -> None:
         """Begin a text on the device: what the iteration's buffers do not hold yet. It may ask the host.
@@ -113,6 +115,7 @@ class Drafter(Protocol):
         Memory of the drafter's own that ``stages`` will read or write is given to ``iteration.runner.rely_on``, so that
         graphs go when it moves.
         """
+        return None
 
     def stages(self, iteration: "Iteration", reach: int) -> Iterable[Stage]:
         """Draft, for the loop on the device. No position is beyond ``reach``, and nothing may ask the host.

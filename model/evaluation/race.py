@@ -26,7 +26,8 @@ class Race:
     Args:
         kangaroo: the model and its drafter.
         settings: of both texts; ``plain`` does not matter.
-        prompt: the prompt, or ``messages=``, as for ``Kangaroo.progress``.
+        prompt: as for ``Kangaroo.progress``.
+        messages: in the place of the prompt.
 
     Attributes:
         plain: the text without drafts.
@@ -36,9 +37,9 @@ class Race:
         KangarooError: a setting or prompt that cannot be used.
     """
 
-    def __init__(self, kangaroo: Kangaroo, settings: Settings, prompt: Any = None, **messages: Any) -> None:
-        self.plain = kangaroo.progress(prompt, replace(settings, plain=True), **messages)
-        self.drafted = kangaroo.progress(prompt, replace(settings, plain=False), **messages)
+    def __init__(self, kangaroo: Kangaroo, settings: Settings, prompt: Any = None, messages: Any = None) -> None:
+        self.plain = kangaroo.progress(prompt, replace(settings, plain=True), messages=messages)
+        self.drafted = kangaroo.progress(prompt, replace(settings, plain=False), messages=messages)
         self._wall = self._processor = 0.0
 
     def __iter__(self) -> Iterator[tuple[Writing, Progress]]:

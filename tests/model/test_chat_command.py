@@ -85,7 +85,7 @@ def test_bytes_that_are_no_text(talk):
 def test_mistakes_are_found_before_the_first_line(talk, pair, folders, monkeypatch):
     refused = talk(b"HI\n", "--exit-layer", "2")
     assert (refused[0], refused[1]) == (options.USER_ERROR, "")
-    assert "add --adapter, or --plain" in refused[2]
+    assert "exit_layer was given without an adapter" in refused[2]
     refused = talk(b"HI\n", "--plain", "--model", str(pair.target))
     assert (refused[0], refused[1]) == (options.USER_ERROR, "")
     assert "no chat template" in refused[2]
