@@ -121,6 +121,14 @@ def test_what_ends_a_text_ends_it_as_in_transformers(
         assert 0 < len(ours(**end)) < NEW, end
 
 
+def test_the_models_config_ends_no_text(pair: Pair, ours: Callable[..., list[int]]) -> None:
+    """transformers asks the generation settings alone."""
+    whole, other = ours(), in_transformers(pair.target)
+    other.config.eos_token_id = whole[10]
+    got = generate(other, pair.adapter, PROMPT, max_new_tokens=NEW)
+    assert got[0, PROMPT.shape[1] :].tolist() == whole
+
+
 def test_sampling_has_transformers_settings_and_its_generator(ours: Callable[..., list[int]], pair: Pair) -> None:
     settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
     torch.manual_seed(3)
