@@ -80,6 +80,7 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
         "seed": SEED,
     },
     ("cli", "calibrate"): {"max_new_tokens": COUNT},
+    ("cli", "export"): {"exit_layer": COUNT},
     ("cli", "info"): {"exit_layer": COUNT},
 }
 """By command and option, values that mean nothing there."""

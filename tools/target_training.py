@@ -132,9 +132,9 @@ class TargetTraining:
         self, recipe: TargetRecipe, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, device: torch.device
     ) -> None:
         self.recipe, self.tokens, self.device = recipe, tokens, device
-        if len(tokens) <= recipe.sequence_length:
+        if len(tokens) <= recipe.context:
             raise KangarooError(
-                f"the data has {len(tokens)} tokens, and one window takes {recipe.sequence_length + 1}; give more data."
+                f"the data has {len(tokens)} tokens, and one window takes {recipe.context + 1}; give more data."
             )
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.model = LlamaForCausalLM(target_config(recipe, tokenizer)).float().to(device)
