@@ -1,4 +1,4 @@
-"""Draw a prompt continued by the demo pair, as ``kangaroo demo`` shows it in a terminal: the README's picture.
+"""Draw two of the answers that ``kangaroo demo`` shows in a terminal: the README's picture.
 
 python tools/draw_demo.py --out docs/img/demo.svg
 """
@@ -10,21 +10,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.model.commands.show import show_legend, show_steps
-from kangaroo_kernels.model.demo import DEMO_MODEL, bundled_pair
+from kangaroo_kernels import Kangaroo, Settings
+from kangaroo_kernels.model.commands.show import show_legend
+from kangaroo_kernels.model.commands.side_by_side import show_race
+from kangaroo_kernels.model.demo import QUESTIONS
+from kangaroo_kernels.model.evaluation.race import Race
 
-PROMPT, NEW_TOKENS = "unittest/suite.py", 160
+SHOWN = ("code", "correct")  # new text, and text that repeats most of its question
 
 
 def main(out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("docs/img/demo.svg")) -> None:
-    """Decode with Kangaroo and save what the terminal would show."""
-    prompt = bundled_pair().prompts()[PROMPT]
-    console = Console(record=True, width=96, file=io.StringIO(), force_terminal=True)
+    """Let SmolLM2 answer, plainly and with Kangaroo, and save what the terminal would show."""
+    kangaroo, settings = Kangaroo.from_pretrained("smollm2"), Settings(max_new_tokens=160)
+    Race(kangaroo, settings, [0]).finish(steps=8)
+    console = Console(record=True, width=110, file=io.StringIO())  # no terminal: each race is drawn once
     show_legend(console)
-    show_steps(
-        console, PROMPT, prompt, Kangaroo.from_pretrained(DEMO_MODEL).progress(prompt, max_new_tokens=NEW_TOKENS)
-    )
+    for name in SHOWN:
+        race = Race(kangaroo, settings, messages=[{"role": "user", "content": QUESTIONS[name]}])
+        show_race(console, name, QUESTIONS[name], race)
     out.parent.mkdir(parents=True, exist_ok=True)
     console.save_svg(str(out), title="kangaroo demo")
 

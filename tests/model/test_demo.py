@@ -134,11 +134,16 @@ def test_the_pair_loads_by_its_name(bundled: Path, pair: Pair, tmp_path: Path) -
         Kangaroo.from_pretrained("./demo")
 
 
-def test_the_readme_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("about", "printed"),
+    [pytest.param("smollm2", "Paris", marks=real, id="decoding"), pytest.param("top1_head", "", id="a kernel")],
+)
+def test_the_readme_runs_as_it_stands(about: str, printed: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    [block] = [block for block in blocks if "from_pretrained" in block]
+    assert len(blocks) == 2
+    [block] = [block for block in blocks if about in block]
     exec(block, {})
-    assert "self" in capsys.readouterr().out
+    assert printed in capsys.readouterr().out
 
 
 def test_a_missing_pair_is_one_sentence(bundled: Path) -> None:
