@@ -29,7 +29,7 @@ from kangaroo_kernels.qkv_rope import phases_of
 from kangaroo_kernels.shared.cache_layout import cache_layout
 from kangaroo_kernels.shared.grid import ERROR, STATE_WORDS
 from kangaroo_kernels.shared.head import TileResults
-from kangaroo_kernels.shared.launch import VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
+from kangaroo_kernels.shared.launch import UNFUSED, VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
 from kangaroo_kernels.shared.splits import count_splits
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 
@@ -167,10 +167,10 @@ def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]
 
 
 def gpu_options(x: Tensor, shapes: tuple[BlockShape, ...]) -> dict[str, Any]:
-    """Options of the launch: it starts only if all programs can be resident, and no register spills."""
+    """Options of the launch: it starts only if all programs can be resident, no register spills, no bit differs."""
     if x.device.type == "cpu":
         return {}
-    options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
+    options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS, **UNFUSED}
     if driver.active.get_current_target().arch >= SPARING_FROM:
         options["ptx_options"] = "--register-usage-level 0"
         if max(math.prod(each.tile) for each in shapes) < LARGE_TILE:

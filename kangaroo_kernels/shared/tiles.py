@@ -66,7 +66,7 @@ def multiply_add(acc, x, w):
 
 @triton.jit
 def sum_slices(acc):
-    """The quarters of ``acc`` [SLICES, M, N] added as (0 + 1) + (2 + 3), however they lie across the threads: [M, N]."""
+    """The quarters of ``acc`` [SLICES, M, N] added as (0 + 1) + (2 + 3), wherever they lie across threads: [M, N]."""
     ROWS: tl.constexpr = acc.shape[1]
     COLS: tl.constexpr = acc.shape[2]
     even, odd = tl.split(tl.reshape(tl.permute(acc, (1, 2, 0)), (ROWS, COLS, 2, 2)))

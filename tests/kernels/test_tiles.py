@@ -44,12 +44,12 @@ def test_a_quarter_has_one_sum_over_all_steps(device):
     assert out.tolist() == [[0] * 16]
 
 
-@pytest.mark.parametrize("K", [1, 31, 33, 96, 127, 129, 300])
+@pytest.mark.parametrize("size", [1, 31, 33, 96, 127, 129, 300])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy, which warns of NaN
-def test_rows_do_not_meet_in_the_sum_of_squares(K, device):
+def test_rows_do_not_meet_in_the_sum_of_squares(size, device):
     """The norm takes the diagonal of x @ x^T: neighbours that are infinite, or no numbers, change no bit of a row."""
-    torch.manual_seed(K)
-    x, norm, weight = torch.randn(3, K), torch.rand(K) + 0.5, torch.randn(24, K)
+    torch.manual_seed(size)
+    x, norm, weight = torch.randn(3, size), torch.rand(size) + 0.5, torch.randn(24, size)
     table = rope_table(torch.arange(4.0), 4)
     outs = []
     for spoiled in (0.0, float("inf"), float("nan")):
