@@ -1,5 +1,9 @@
 """The order in which a projection adds along K: quarters of a step apart, then (0 + 1) + (2 + 3)."""
 
+import re
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +11,7 @@ from kangaroo_kernels.linear_residual import linear_residual
 from kangaroo_kernels.qkv_rope import qkv_rope
 from kangaroo_kernels.reference.qkv_rope import rope_table
 
+PACKAGE = Path(__file__).resolve().parent.parent.parent / "kangaroo_kernels"
 STEP, QUARTER = 128, 32
 """Of a float32 row."""
 
@@ -62,3 +67,11 @@ def test_rows_do_not_meet_in_the_sum_of_squares(size, device):
     assert (outs[0][0].norm().double() - (weight[:8].double() @ normed).norm()).abs() < 1e-5 * normed.norm()
     assert torch.equal(outs[1], outs[0])
     assert torch.equal(outs[2], outs[0])
+
+
+def test_a_constant_of_the_kernels_has_one_name_and_one_value():
+    """A kernel that uses two of one name has a key in Triton's cache that changes from process to process."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    found = Counter(re.findall(r"^(\w+)(?:: [\w.]+)? = tl\.constexpr\(", text, re.MULTILINE))
+    assert found["CHUNK"] == 1
+    assert [name for name, count in found.items() if count > 1] == []
