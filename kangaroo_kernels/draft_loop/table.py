@@ -45,11 +45,10 @@ SPARE_SHARED = 4096
 MAX_REGISTERS = 242
 """Registers per thread; with two programs per SM there are 256."""
 
-SPARING_FROM, SPARING_REGISTERS, LARGE_TILE = 90, 160, 64 * 128
+SPARING_FROM, SPARING_REGISTERS, LARGE_TILE, LARGE_REGISTERS = 90, 168, 64 * 128, 255
 """From architecture ``SPARING_FROM`` on, the assembler is told to be sparing with registers; on older ones that makes
-it spill. It then gets only ``SPARING_REGISTERS`` unless the queries of an attention program are a tile of at least
-``LARGE_TILE``. These numbers were found by trying: spills are no simple function of the limit, and a higher limit often
-gives more of them."""
+it spill. It then gets ``SPARING_REGISTERS``, or ``LARGE_REGISTERS`` where the queries of an attention program are a
+tile of at least ``LARGE_TILE``. These numbers were found by trying: spills are no simple function of the limit."""
 
 
 class BlockShape(NamedTuple):
@@ -173,8 +172,8 @@ def gpu_options(x: Tensor, shapes: tuple[BlockShape, ...]) -> dict[str, Any]:
     options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS, **UNFUSED}
     if driver.active.get_current_target().arch >= SPARING_FROM:
         options["ptx_options"] = "--register-usage-level 0"
-        if max(math.prod(each.tile) for each in shapes) < LARGE_TILE:
-            options["maxnreg"] = SPARING_REGISTERS
+        large = max(math.prod(each.tile) for each in shapes) >= LARGE_TILE
+        options["maxnreg"] = LARGE_REGISTERS if large else SPARING_REGISTERS
     return options
 
 
