@@ -23,7 +23,7 @@ from kangaroo_kernels.draft_loop.stages import (
     TABLE_WORDS,
     VALUES_AT,
 )
-from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.launch_config import LaunchConfig, launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.qkv_rope import phases_of
 from kangaroo_kernels.shared.cache_layout import cache_layout
@@ -36,8 +36,6 @@ from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 POLLS = 1 << 20
 """How often a waiting program reads the counter before it takes another program for lost. This lasts about a second,
 while a stage takes microseconds."""
-
-PROGRAMS_PER_SM = 2
 
 SPARE_SHARED = 4096
 """Bytes of shared memory that a program takes beside its tiles: for reductions, and for the system."""
@@ -151,18 +149,18 @@ def matrix_of(
     return matrix, bias
 
 
-def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]) -> int:
-    """Programs of the grid: as many as fit at once, at most ``PROGRAMS_PER_SM`` per SM; one in the interpreter."""
+def resident_programs(x: Tensor, config: LaunchConfig, shapes: tuple[BlockShape, ...]) -> int:
+    """Programs of the grid: as many as fit at once, at most ``config.programs_per_sm``; one in the interpreter."""
     if x.device.type != "cuda":
         return 1
     device = torch.cuda.get_device_properties(x.device)
     # a pipeline stage holds 32 weight rows, 16 rows of x and the norm's weight; attention holds the queries and two
     # tiles each of keys and values
-    weights = (num_stages - 1) * (3 * MAX_ROWS + 1) * K_STEP_BYTES.value
+    weights = (config.num_stages - 1) * (3 * MAX_ROWS + 1) * K_STEP_BYTES.value
     tiles = ((each.tile, each.itemsize) for each in shapes)
     caches = max((4 * TILE_BYTES.value + rows * itemsize) * cols for (rows, cols), itemsize in tiles)
     fit = device.shared_memory_per_multiprocessor // (max(weights, caches) + SPARE_SHARED)
-    return int(device.multi_processor_count * max(1, min(PROGRAMS_PER_SM, fit)))
+    return int(device.multi_processor_count * max(1, min(config.programs_per_sm, fit)))
 
 
 def gpu_options(x: Tensor, shapes: tuple[BlockShape, ...]) -> dict[str, Any]:
@@ -223,7 +221,7 @@ class DraftLoop:
             "GATE_UP_N": launch_config("gate_up", inner, K, x).block_n,
         }
         self.gpu_options = gpu_options(x, shapes)
-        self.grid = self.programs = programs or resident_programs(x, self.config.num_stages, shapes)
+        self.grid = self.programs = programs or resident_programs(x, self.config, shapes)
 
         def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=x.device)
