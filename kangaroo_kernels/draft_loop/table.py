@@ -40,13 +40,10 @@ while a stage takes microseconds."""
 SPARE_SHARED = 4096
 """Bytes of shared memory that a program takes beside its tiles: for reductions, and for the system."""
 
-MAX_REGISTERS = 242
-"""Registers per thread; with two programs per SM there are 256."""
-
-SPARING_FROM, SPARING_REGISTERS, LARGE_TILE, LARGE_REGISTERS = 90, 168, 64 * 128, 255
-"""From architecture ``SPARING_FROM`` on, the assembler is told to be sparing with registers; on older ones that makes
-it spill. It then gets ``SPARING_REGISTERS``, or ``LARGE_REGISTERS`` where the queries of an attention program are a
-tile of at least ``LARGE_TILE``. These numbers were found by trying: spills are no simple function of the limit."""
+SPARING_FROM, MAX_REGISTERS, SPARING_REGISTERS = 90, 242, 255
+"""The most registers per thread; with two programs per SM there are 256. From architecture ``SPARING_FROM`` on, the
+assembler is told to be sparing with them and gets ``SPARING_REGISTERS``; on older ones that makes it spill. The limits
+were found by trying: spills are no simple function of them."""
 
 
 class BlockShape(NamedTuple):
@@ -163,16 +160,13 @@ def resident_programs(x: Tensor, config: LaunchConfig, shapes: tuple[BlockShape,
     return int(device.multi_processor_count * max(1, min(config.programs_per_sm, fit)))
 
 
-def gpu_options(x: Tensor, shapes: tuple[BlockShape, ...]) -> dict[str, Any]:
+def gpu_options(x: Tensor) -> dict[str, Any]:
     """Options of the launch: it starts only if all programs can be resident, no register spills, no bit differs."""
     if x.device.type == "cpu":
         return {}
-    options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS, **UNFUSED}
-    if driver.active.get_current_target().arch >= SPARING_FROM:
-        options["ptx_options"] = "--register-usage-level 0"
-        large = max(math.prod(each.tile) for each in shapes) >= LARGE_TILE
-        options["maxnreg"] = LARGE_REGISTERS if large else SPARING_REGISTERS
-    return options
+    sparing = driver.active.get_current_target().arch >= SPARING_FROM
+    registers = {"maxnreg": SPARING_REGISTERS, "ptx_options": "--register-usage-level 0"} if sparing else {}
+    return {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS, **UNFUSED, **registers}
 
 
 class DraftLoop:
@@ -220,7 +214,7 @@ class DraftLoop:
             "LINEAR_N": launch_config("linear_residual", K, inner, x).block_n,
             "GATE_UP_N": launch_config("gate_up", inner, K, x).block_n,
         }
-        self.gpu_options = gpu_options(x, shapes)
+        self.gpu_options = gpu_options(x)
         self.grid = self.programs = programs or resident_programs(x, self.config, shapes)
 
         def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
