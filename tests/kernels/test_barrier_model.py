@@ -137,11 +137,12 @@ def test_all_stages_or_an_error(monkeypatch):
 
 
 def test_a_lost_program_is_an_error_in_every_order(monkeypatch):
-    """The others give up at the first barrier, and no later launch does anything."""
+    """The others give up at the first barrier, or come too late to begin; no later launch does anything."""
     machine = Machine(monkeypatch)
     ends = machine.ends(missing=1)
-    assert {end[1:] for end in ends} == {(0, 1, 1, 1, 0)}
     for end in ends:
+        assert end[0] >= BROKEN
+        assert end[1:3] == (0, 1)
         assert machine.ends(end) == {end}
 
 

@@ -62,11 +62,13 @@ for architecture in (80, 90):
                     for each in step.calls(shape, settings):
                         each.launch()
                     for launch in launches[before:]:
+                        if launch.binary in found:
+                            continue
                         name = f"{launch.kernel}, {shape.name}, sm_{architecture}, {step.name}" + on * ", chained"
                         shared = re.findall(r"async_copy_global_to_local .* -> <([^,]*), (#\\w+),", launch.ttgir)
                         layouts = dict(re.findall(r"^(#shared\\w*) = (.*)$", launch.ttgir, re.MULTILINE))
                         tiles = [(tile, layouts[layout]) for tile, layout in shared]
-                        found.setdefault(launch.binary, (name, instructions(launch.cubin), tiles))
+                        found[launch.binary] = name, instructions(launch.cubin), tiles
 print(json.dumps(list(found.values())))
 """
 
