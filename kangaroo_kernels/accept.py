@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.contract import MAX_ROWS, MAX_STOPS
-from kangaroo_kernels.shared.chain import chain, follow
+from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_accept
-from kangaroo_kernels.shared.launch import device_scalar, require_interpreter
+from kangaroo_kernels.shared.launch import device_scalar, launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import BLOCK_M
 
 
@@ -104,6 +104,6 @@ def accept(
         counts.numel(),
         BLOCK_S=triton.next_power_of_2(max(1, stop_tokens.shape[0])),
         num_warps=1,
-        **chain(draft),
+        **launch_options(draft),
     )
     return out

@@ -21,9 +21,16 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.shared.cache_layout import CacheLayout, cache_layout, row_offsets
-from kangaroo_kernels.shared.chain import chain, follow
+from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_max_length
-from kangaroo_kernels.shared.launch import check_flag, check_out, check_position, check_rows, device_scalar
+from kangaroo_kernels.shared.launch import (
+    check_flag,
+    check_out,
+    check_position,
+    check_rows,
+    device_scalar,
+    launch_options,
+)
 from kangaroo_kernels.shared.operands import Cache, Caches, Heads, Parts, Queries, Work
 from kangaroo_kernels.shared.splits import count_splits, count_splits_of, first_position
 from kangaroo_kernels.shared.tiles import elements, skipped
@@ -190,7 +197,7 @@ def attention_merge(row, head, position, M, H, splits, parts, HEAD_DIM: tl.const
     tl.store(out_ptrs, (acc / seen_or_one(denominator)).to(parts.out_ptr.dtype.element_ty), mask=dim_mask)
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
+@triton.jit(do_not_specialize=["M", "SPLITS"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
 def attention_reduce_kernel(
     sums_ptr,  # [splits, M, H, D] float32
     stats_ptr,  # [splits, M, H, 2] float32
@@ -313,7 +320,7 @@ def attention(
         BLOCK_SIZE=keys.block_size,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **chain(q),
+        **launch_options(q),
     )
     if not whole:
         attention_reduce_kernel[(heads, rows)](
@@ -329,6 +336,6 @@ def attention(
             HEAD_DIM=head_dim,
             BLOCK_D=block_d,
             num_warps=4,
-            **chain(q),
+            **launch_options(q),
         )
     return out

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, Record
-from kangaroo_kernels.shared.chain import chain, follow
+from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_commit_counts, check_commit_states
-from kangaroo_kernels.shared.launch import require_interpreter
+from kangaroo_kernels.shared.launch import launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import CHUNK
 
 BLOCK = 2 * MAX_ROWS
@@ -123,5 +123,5 @@ def commit(
         RECORD_HEAD=RECORD_HEAD,
         BLOCK=BLOCK,
         num_warps=4,
-        **chain(target),
+        **launch_options(target),
     )

@@ -28,11 +28,15 @@ class LaunchConfig(NamedTuple):
         num_warps: warps of a program.
         num_stages: tiles of the software pipeline; one is in use while the others are being loaded.
         block_n: weight rows that a program owns (of each matrix, if there are two); 0 where there is no such choice.
+        programs_per_sm: the most programs of ``draft_loop`` on a streaming multiprocessor; 0 for other operations.
+        steps_ahead: steps along K of the next weight that ``draft_loop`` prefetches at a barrier; 0 for others.
     """
 
     num_warps: int
     num_stages: int
     block_n: int = 0
+    programs_per_sm: int = 0
+    steps_ahead: int = 0
 
 
 def file_name(gpu: str) -> str:
@@ -53,7 +57,7 @@ def pick(files: tuple[str, ...], op: str, n: int, k: int, dtype: str) -> LaunchC
         for rule in rules(name).get(op, ()):
             exact = {"n": n, "k": k, "dtype": dtype}
             if all(rule.get(key, value) == value for key, value in exact.items()) and n <= rule.get("max_n", n):
-                return LaunchConfig(rule["num_warps"], rule["num_stages"], rule.get("block_n", 0))
+                return LaunchConfig(**{field: rule[field] for field in LaunchConfig._fields if field in rule})
     raise LookupError(f"no launch configuration for {op} with n={n}, k={k}, {dtype} in {', '.join(files)}.")
 
 

@@ -13,13 +13,14 @@ from torch import Tensor
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.cache_layout import cache_layout, row_offsets
-from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
+from kangaroo_kernels.shared.chain import fetch_ahead, follow
 from kangaroo_kernels.shared.launch import (
     aligned_rows,
     check_operands,
     check_out,
     check_position,
     device_scalar,
+    launch_options,
     weight_and_bias,
 )
 from kangaroo_kernels.shared.operands import Cache, Caches, Linear, Matrix, Norm, Queries
@@ -191,7 +192,7 @@ def qkv_rope(
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **chain(x),
+        **launch_options(x),
     )
     return out
 

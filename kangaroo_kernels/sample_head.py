@@ -17,7 +17,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import TARGET_STREAM, Top1
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
+from kangaroo_kernels.shared.chain import fetch_ahead, follow
 from kangaroo_kernels.shared.checks import check_count, check_sampling
 from kangaroo_kernels.shared.head import (
     NO_TOKEN,
@@ -36,13 +36,14 @@ from kangaroo_kernels.shared.launch import (
     device_number,
     device_scalar,
     device_seed,
+    launch_options,
     weight_and_bias,
 )
 from kangaroo_kernels.shared.noise import gumbel_tile
 from kangaroo_kernels.shared.operands import Found, Linear, Matrix, Noise, Norm, TileParts
 from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
 
-CHUNK = tl.constexpr(4096)
+FILTERED = tl.constexpr(4096)
 """Logits of a row that the filter takes at a time."""
 
 SMALLEST_TOP_P = tl.constexpr(1e-30)
@@ -135,8 +136,8 @@ def order_bits(values):
 
 @triton.jit
 def load_chunk(row_ptr, first, V):
-    """``CHUNK`` logits of a row from ``first``, -inf beyond V."""
-    offs = first + tl.arange(0, CHUNK)
+    """``FILTERED`` logits of a row from ``first``, -inf beyond V."""
+    offs = first + tl.arange(0, FILTERED)
     return tl.load(row_ptr + offs, mask=offs < V, other=float("-inf"))
 
 
@@ -147,7 +148,7 @@ def kept_by_top_k(row_ptr, V, top_k):
     for step in range(32):
         candidate = kept | (tl.full((), 1, dtype=tl.uint32) << (31 - step))
         count = tl.zeros((), dtype=tl.int32)
-        for first in range(0, V, CHUNK):
+        for first in range(0, V, FILTERED):
             count += tl.sum((order_bits(load_chunk(row_ptr, first, V)) >= candidate).to(tl.int32), axis=0)
         kept = tl.where(count >= top_k, candidate, kept)
     return kept
@@ -157,7 +158,7 @@ def kept_by_top_k(row_ptr, V, top_k):
 def mass_from(row_ptr, V, largest, temperature, kept):
     """Sum of exp((logit - largest) / T) over the logits whose order bits are at least ``kept``."""
     mass = tl.zeros((), dtype=tl.float32)
-    for first in range(0, V, CHUNK):
+    for first in range(0, V, FILTERED):
         logits = load_chunk(row_ptr, first, V)
         share = tl.where(order_bits(logits) >= kept, tl.exp((logits - largest) / temperature), 0.0)
         mass += tl.sum(share, axis=0)
@@ -220,10 +221,10 @@ def filtered_sample_kernel(
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * V
     largest = tl.full((), float("-inf"), dtype=tl.float32)
-    for first in range(0, V, CHUNK):
+    for first in range(0, V, FILTERED):
         largest = tl.maximum(largest, tl.max(nan_wins(load_chunk(row_ptr, first, V)), axis=0))
     total = tl.zeros((), dtype=tl.float32)
-    for first in range(0, V, CHUNK):
+    for first in range(0, V, FILTERED):
         total += exponential_sum(load_chunk(row_ptr, first, V), largest, 0)
     kept = tl.zeros((), dtype=tl.uint32)
     if top_k_ptr is not None:
@@ -235,11 +236,11 @@ def filtered_sample_kernel(
     seed = tl.load(seed_ptr)
     score = tl.full((), float("-inf"), dtype=tl.float32)
     token = tl.full((), NO_TOKEN, dtype=tl.int32)
-    for first in range(0, V, CHUNK):
+    for first in range(0, V, FILTERED):
         logits = load_chunk(row_ptr, first, V)
-        noise = tl.reshape(gumbel_tile(seed, stream, positions, first, 1, CHUNK), (CHUNK,))
+        noise = tl.reshape(gumbel_tile(seed, stream, positions, first, 1, FILTERED), (FILTERED,))
         scores = tl.where(order_bits(logits) >= kept, nan_wins(logits / temperature + noise), float("-inf"))
-        best, index = first_best(scores, first + tl.arange(0, CHUNK), 0)
+        best, index = first_best(scores, first + tl.arange(0, FILTERED), 0)
         token = tl.where(best > score, index, tl.where(best == score, tl.minimum(token, index), token))
         score = tl.maximum(score, best)
     embedding = Matrix(embedding_ptr, None, K, embedding_row_stride)
@@ -314,7 +315,7 @@ def sample_head(
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **chain(x),
+        **launch_options(x),
     )
     if results is not None:
         return merge_tiles(results, out, active, threshold, embedding, embedded, sure)
@@ -338,7 +339,7 @@ def sample_head(
         0 if embedded is None else embedded.stride(0),
         0 if embedding is None else embedding.shape[1],
         num_warps=8,
-        **chain(x),
+        **launch_options(x),
     )
     return out
 

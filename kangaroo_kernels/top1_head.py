@@ -13,9 +13,9 @@ from torch import Tensor
 from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.shared.chain import chain, fetch_ahead, follow
+from kangaroo_kernels.shared.chain import fetch_ahead, follow
 from kangaroo_kernels.shared.head import TileResults, check_head, exponential_sum, first_best, merge_tiles, nan_wins
-from kangaroo_kernels.shared.launch import aligned_rows, check_operands, weight_and_bias
+from kangaroo_kernels.shared.launch import aligned_rows, check_operands, launch_options, weight_and_bias
 from kangaroo_kernels.shared.operands import Linear, Matrix, Norm, TileParts
 from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
 
@@ -113,6 +113,6 @@ def top1_head(
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **chain(x),
+        **launch_options(x),
     )
     return merge_tiles(tiles, out, active, threshold, embedding, embedded, sure)

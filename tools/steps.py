@@ -11,7 +11,7 @@ from triton.runtime import driver
 
 from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer
 from kangaroo_kernels.draft_loop import DraftLoop
-from kangaroo_kernels.draft_loop.table import PROGRAMS_PER_SM
+from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.operation import EPS, OPERATIONS
 from kangaroo_kernels.workloads import ModelShape, Settings, Workload, workloads
 
@@ -154,7 +154,8 @@ def draft_loop(
     each = Layer(block_of(*whole[:3]), mlp_norm, gate_up, down)
     model = DraftModel((each,) * layers, block_of(*adapter), norm, table, EPS, table)
     architecture = driver.active.get_current_target().arch
-    loop = DraftLoop(model, most, programs=PROGRAMS_PER_SM * cards_of(architecture)[0].sms)
+    config = launch_config("draft_loop", shape.vocab_size, shape.hidden, norm)
+    loop = DraftLoop(model, most, programs=config.programs_per_sm * cards_of(architecture)[0].sms)
     flags, positions = empty(most + 1, dtype=torch.int32), empty(most + 3, dtype=torch.int64)
     rows = empty(most + 2, shape.hidden, dtype=settings.dtype)
     numbers = {"threshold": empty(1), "seed": empty(1, dtype=torch.int64), "prepared": loop}

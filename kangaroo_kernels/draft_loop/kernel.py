@@ -57,9 +57,6 @@ from kangaroo_kernels.top1_head import top1_tile
 
 __all__ = ["DraftLoop", "draft_loop", "draft_loop_kernel", "prepare_draft_loop"]
 
-PREFETCHED_STEPS = 4
-"""Steps along K of a program's first tile that it prefetches: about what the memory delivers while a barrier lasts."""
-
 
 @triton.jit(
     do_not_specialize=["LAYERS", "R", "T", "ADAPTER_T", "programs", "polls", "stream"],
@@ -383,7 +380,7 @@ def draft_loop(
         loop.polls,
         **loop.constants,
         HEAD_N=head_n,
-        PREFETCHED=PREFETCHED_STEPS if newest.device.type != "cpu" else 0,
+        PREFETCHED=loop.config.steps_ahead if newest.device.type != "cpu" else 0,
         num_warps=loop.config.num_warps,
         num_stages=loop.config.num_stages,
         **loop.gpu_options,

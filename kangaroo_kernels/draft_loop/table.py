@@ -23,13 +23,13 @@ from kangaroo_kernels.draft_loop.stages import (
     TABLE_WORDS,
     VALUES_AT,
 )
-from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.launch_config import LaunchConfig, launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.qkv_rope import phases_of
 from kangaroo_kernels.shared.cache_layout import cache_layout
 from kangaroo_kernels.shared.grid import ERROR, STATE_WORDS
 from kangaroo_kernels.shared.head import TileResults
-from kangaroo_kernels.shared.launch import VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
+from kangaroo_kernels.shared.launch import UNFUSED, VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
 from kangaroo_kernels.shared.splits import count_splits
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 
@@ -37,19 +37,13 @@ POLLS = 1 << 20
 """How often a waiting program reads the counter before it takes another program for lost. This lasts about a second,
 while a stage takes microseconds."""
 
-PROGRAMS_PER_SM = 2
-
 SPARE_SHARED = 4096
 """Bytes of shared memory that a program takes beside its tiles: for reductions, and for the system."""
 
-MAX_REGISTERS = 242
-"""Registers per thread; with two programs per SM there are 256."""
-
-SPARING_FROM, SPARING_REGISTERS, LARGE_TILE = 90, 160, 64 * 128
-"""From architecture ``SPARING_FROM`` on, the assembler is told to be sparing with registers; on older ones that makes
-it spill. It then gets only ``SPARING_REGISTERS`` unless the queries of an attention program are a tile of at least
-``LARGE_TILE``. These numbers were found by trying: spills are no simple function of the limit, and a higher limit often
-gives more of them."""
+SPARING_FROM, MAX_REGISTERS, SPARING_REGISTERS = 90, 242, 255
+"""The most registers per thread; with two programs per SM there are 256. From architecture ``SPARING_FROM`` on, the
+assembler is told to be sparing with them and gets ``SPARING_REGISTERS``; on older ones that makes it spill. The limits
+were found by trying: spills are no simple function of them."""
 
 
 class BlockShape(NamedTuple):
@@ -152,30 +146,27 @@ def matrix_of(
     return matrix, bias
 
 
-def resident_programs(x: Tensor, num_stages: int, shapes: tuple[BlockShape, ...]) -> int:
-    """Programs of the grid: as many as fit at once, at most ``PROGRAMS_PER_SM`` per SM; one in the interpreter."""
+def resident_programs(x: Tensor, config: LaunchConfig, shapes: tuple[BlockShape, ...]) -> int:
+    """Programs of the grid: as many as fit at once, at most ``config.programs_per_sm``; one in the interpreter."""
     if x.device.type != "cuda":
         return 1
     device = torch.cuda.get_device_properties(x.device)
     # a pipeline stage holds 32 weight rows, 16 rows of x and the norm's weight; attention holds the queries and two
     # tiles each of keys and values
-    weights = (num_stages - 1) * (3 * MAX_ROWS + 1) * K_STEP_BYTES.value
+    weights = (config.num_stages - 1) * (3 * MAX_ROWS + 1) * K_STEP_BYTES.value
     tiles = ((each.tile, each.itemsize) for each in shapes)
     caches = max((4 * TILE_BYTES.value + rows * itemsize) * cols for (rows, cols), itemsize in tiles)
     fit = device.shared_memory_per_multiprocessor // (max(weights, caches) + SPARE_SHARED)
-    return int(device.multi_processor_count * max(1, min(PROGRAMS_PER_SM, fit)))
+    return int(device.multi_processor_count * max(1, min(config.programs_per_sm, fit)))
 
 
-def gpu_options(x: Tensor, shapes: tuple[BlockShape, ...]) -> dict[str, Any]:
-    """Options of the launch: it starts only if all programs can be resident, and no register spills."""
+def gpu_options(x: Tensor) -> dict[str, Any]:
+    """Options of the launch: it starts only if all programs can be resident, no register spills, no bit differs."""
     if x.device.type == "cpu":
         return {}
-    options: dict[str, Any] = {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS}
-    if driver.active.get_current_target().arch >= SPARING_FROM:
-        options["ptx_options"] = "--register-usage-level 0"
-        if max(math.prod(each.tile) for each in shapes) < LARGE_TILE:
-            options["maxnreg"] = SPARING_REGISTERS
-    return options
+    sparing = driver.active.get_current_target().arch >= SPARING_FROM
+    registers = {"maxnreg": SPARING_REGISTERS, "ptx_options": "--register-usage-level 0"} if sparing else {}
+    return {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS, **UNFUSED, **registers}
 
 
 class DraftLoop:
@@ -223,8 +214,8 @@ class DraftLoop:
             "LINEAR_N": launch_config("linear_residual", K, inner, x).block_n,
             "GATE_UP_N": launch_config("gate_up", inner, K, x).block_n,
         }
-        self.gpu_options = gpu_options(x, shapes)
-        self.grid = self.programs = programs or resident_programs(x, self.config.num_stages, shapes)
+        self.gpu_options = gpu_options(x)
+        self.grid = self.programs = programs or resident_programs(x, self.config, shapes)
 
         def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=x.device)

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.contract import Top1
-from kangaroo_kernels.shared.chain import chain, follow
-from kangaroo_kernels.shared.launch import device_number
+from kangaroo_kernels.shared.chain import follow
+from kangaroo_kernels.shared.launch import device_number, launch_options
 from kangaroo_kernels.shared.operands import Found, Matrix, TileParts
 from kangaroo_kernels.shared.tiles import CHUNK, skipped
 
@@ -201,6 +201,6 @@ def merge_tiles(
         0 if embedded is None else embedded.stride(0),
         0 if embedding is None else embedding.shape[1],
         num_warps=MERGE_WARPS,
-        **chain(out.token),
+        **launch_options(out.token),
     )
     return out

@@ -2,6 +2,7 @@
 
 from functools import lru_cache
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,13 +10,23 @@ from triton import knobs
 
 from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
+from kangaroo_kernels.shared.chain import chain
 from kangaroo_kernels.shared.checks import check_one, check_tensor, is_whole
 
 COUNTED = 1 << 20
 """Numbers of at least this size, such as a length that means "no limit", are kept on the device one by one."""
 
+UNFUSED = {"enable_fp_fusion": False}
+"""Every kernel is compiled so: no multiplication and addition become one instruction that rounds once. The compiler
+would fuse a sum of two products now with the one, now with the other, and variants of a kernel would differ in bits."""
+
 VECTOR_BYTES = 16
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def launch_options(x: Tensor) -> dict[str, Any]:
+    """What every launch on the device of ``x`` is given beside its configuration."""
+    return UNFUSED | chain(x)
 
 
 def check_rows(op: str, x: Tensor) -> None:

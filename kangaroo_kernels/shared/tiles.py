@@ -5,7 +5,8 @@
 
 The norm's factor is taken out of the sum, so one pass reads ``x`` once and starts on the weight at once: nothing waits
 for a reduction over the row. What the contract of ``docs/kernels.md`` asks of every projection is kept here: 16 rows
-whatever M is (rows from M on are zero), K in steps of 512 bytes from 0 upwards, one accumulator per output element.
+whatever M is (rows from M on are zero), K in steps of 512 bytes from 0 upwards, four accumulators per output element,
+one for each quarter of a step, which are added in one order at the end.
 """
 
 import triton
@@ -17,7 +18,11 @@ BLOCK_M = tl.constexpr(MAX_ROWS)
 """Rows of every tile: all tokens in flight, and the least that the tensor cores take."""
 
 K_STEP_BYTES = tl.constexpr(512)
-"""Bytes of a weight row in a step along K: 256 elements of 16 bits. The norm's sum of squares depends on it."""
+"""Bytes of a weight row in a step along K: 256 elements of 16 bits."""
+
+SLICES = tl.constexpr(4)
+"""Quarters of a step along K, 128 bytes of a weight row each, with an accumulator each. Of four warps each takes a
+quarter: a product of the tensor cores then waits for three others of its step, where it would else wait for fifteen."""
 
 CHUNK = tl.constexpr(1024)
 """Elements of a row that a program copies or merges at a time where it has the row alone."""
@@ -39,9 +44,35 @@ def skipped(active_ptr):
 
 
 @triton.jit
+def slices(tile):
+    """A tile [ROWS, BLOCK_K] by its quarters: [SLICES, ROWS, BLOCK_K / SLICES].
+
+    They are cut here and not where the tile is loaded, so that the compiler keeps tiles of two dimensions in shared
+    memory, whose rows it swizzles: loads of the tensor cores' operands then meet no bank conflict.
+    """
+    ROWS: tl.constexpr = tile.shape[0]
+    COLS: tl.constexpr = tile.shape[1] // SLICES
+    return tl.permute(tl.reshape(tile, (ROWS, SLICES, COLS)), (1, 0, 2))
+
+
+@triton.jit
 def multiply_add(acc, x, w):
-    """``acc + x @ w^T`` for tiles ``x`` [BLOCK_M, BLOCK_K] and ``w`` [BLOCK_N, BLOCK_K]; float32 without TF32."""
-    return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    """``acc + x @ w^T`` by quarters: ``acc`` [SLICES, M, N], tiles ``x`` [M, BLOCK_K] and ``w`` [N, BLOCK_K].
+
+    float32 is multiplied without TF32.
+    """
+    return tl.dot(slices(x), tl.permute(slices(w), (0, 2, 1)), acc, input_precision="ieee")
+
+
+@triton.jit
+def sum_slices(acc):
+    """The quarters of ``acc`` [SLICES, M, N] added as (0 + 1) + (2 + 3), wherever they lie across threads: [M, N]."""
+    ROWS: tl.constexpr = acc.shape[1]
+    COLS: tl.constexpr = acc.shape[2]
+    even, odd = tl.split(tl.reshape(tl.permute(acc, (1, 2, 0)), (ROWS, COLS, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return (first + second) + (third + fourth)
 
 
 @triton.jit
@@ -63,42 +94,47 @@ def load_weight(w, cols, k, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def weigh(x, norm_ptr, k, K, BLOCK_K: tl.constexpr):
-    """``x * g`` rounded to the dtype of ``x``, and ``x^2`` in float32, for a tile of ``load_rows`` at ``k``."""
+    """``x * g`` rounded to the dtype of ``x``, for a tile of ``load_rows`` at ``k``."""
     offs = k + tl.arange(0, BLOCK_K)
     g = tl.load(norm_ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
     wide = x.to(tl.float32)
-    return (wide * g[None, :]).to(x.dtype), wide * wide
+    return (wide * g[None, :]).to(x.dtype)
 
 
 @triton.jit
-def norm_factor(squares, K, eps):
-    """``1 / sqrt(mean(x^2) + eps)`` of each row from the summed tiles of squares: [BLOCK_M, BLOCK_K] to [BLOCK_M]."""
-    return 1.0 / tl.sqrt(tl.sum(squares, axis=1) / K + eps)
+def norm_factor(gram, K, eps):
+    """``1 / sqrt(mean(x^2) + eps)`` of each row, [BLOCK_M], from ``x @ x^T`` by quarters, [SLICES, BLOCK_M, BLOCK_M].
+
+    The sums of squares are its diagonal. So the tensor cores make them, and nothing but products reads the tile of x.
+    """
+    rows = tl.arange(0, BLOCK_M)
+    squares = tl.sum(tl.where(rows[:, None] == rows[None, :], sum_slices(gram), 0.0), axis=1)  # zeros change no sum
+    return 1.0 / tl.sqrt(squares / K + eps)
 
 
 @triton.jit
 def project(x, w, cols, BLOCK_N: tl.constexpr):
     """``x @ w[cols]^T``: [BLOCK_M, BLOCK_N] float32; every one of ``cols`` must be a row of ``w``."""
     BLOCK_K: tl.constexpr = elements(K_STEP_BYTES, w.ptr)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((SLICES, BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, w.cols, BLOCK_K):
         weights = load_weight(w, cols, k, BLOCK_K)
         acc = multiply_add(acc, load_rows(x, k, BLOCK_K), weights)
-    return acc
+    return sum_slices(acc)
 
 
 @triton.jit
 def norm_project(x, norm, w, cols, BLOCK_N: tl.constexpr):
     """``rms_norm(x) @ w[cols]^T``: [BLOCK_M, BLOCK_N] float32; every one of ``cols`` must be a row of ``w``."""
     BLOCK_K: tl.constexpr = elements(K_STEP_BYTES, w.ptr)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    acc = tl.zeros((SLICES, BLOCK_M, BLOCK_N), dtype=tl.float32)
+    gram = tl.zeros((SLICES, BLOCK_M, BLOCK_M), dtype=tl.float32)
     for k in range(0, w.cols, BLOCK_K):
         weights = load_weight(w, cols, k, BLOCK_K)
-        rows, square = weigh(load_rows(x, k, BLOCK_K), norm.ptr, k, w.cols, BLOCK_K)
-        squares += square
-        acc = multiply_add(acc, rows, weights)
-    return acc * norm_factor(squares, w.cols, norm.eps)[:, None]
+        rows = load_rows(x, k, BLOCK_K)
+        gram = multiply_add(gram, rows, rows)
+        acc = multiply_add(acc, weigh(rows, norm.ptr, k, w.cols, BLOCK_K), weights)
+    return sum_slices(acc) * norm_factor(gram, w.cols, norm.eps)[:, None]
 
 
 @triton.jit

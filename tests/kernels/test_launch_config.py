@@ -172,6 +172,7 @@ def test_every_shipped_rule_can_be_reached(name):
 @pytest.mark.parametrize(("name", "op", "rule"), shipped())
 def test_every_shipped_rule_is_well_formed(name, op, rule):
     settings = {"num_warps", "num_stages"} | ({"block_n"} if op in WITH_TILES else set())
+    settings |= {"programs_per_sm", "steps_ahead"} if op == "draft_loop" else set()
     assert settings <= set(rule) <= settings | CONDITIONS
     assert rule["num_warps"] in (1, 2, 4, 8, 16)
     assert rule["num_stages"] in range(1, 9)

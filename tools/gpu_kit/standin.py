@@ -21,7 +21,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kangaroo_kernels import launch_config
-from kangaroo_kernels.draft_loop.kernel import PREFETCHED_STEPS
 from kangaroo_kernels.draft_loop.table import gpu_options
 from kangaroo_kernels.model import backend
 from kangaroo_kernels.operation import OPERATIONS, Operation
@@ -90,10 +89,11 @@ class Graph:
 def install() -> None:
     """Put it all into place."""
     run: Any = JITFunction.run
+    steps_ahead = launch_config.pick(("sm_90.json",), "draft_loop", 0, 0, "bfloat16").steps_ahead
 
     def prefetching(kernel: Any, *args: Any, **kwargs: Any) -> Any:
         """What ``draft_loop`` leaves out on a CPU."""
-        more = {"PREFETCHED": PREFETCHED_STEPS} if kernel.fn.__name__ == "draft_loop_kernel" else {}
+        more = {"PREFETCHED": steps_ahead} if kernel.fn.__name__ == "draft_loop_kernel" else {}
         return run(kernel, *args, **kwargs | more)
 
     knobs.compilation.listener, JITFunction.run = note, prefetching

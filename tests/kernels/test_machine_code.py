@@ -1,0 +1,215 @@
+"""What only a card could break: how the compiled kernels order memory, add, and read shared memory.
+
+Every kernel is compiled for both architectures at the shapes of real models; no GPU is needed. It happens in a process
+of its own, for here Triton interprets.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+COMPILE = """
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from compiled import compile_only
+from steps import META, STEPS
+from triton import knobs
+
+from kangaroo_kernels.launch_config import chained
+from kangaroo_kernels.workloads import MODELS, Settings
+
+PLACE = re.compile(r'//## File "([^"]*)", line (\\d+)')
+INSTRUCTION = re.compile(r"^\\s+/\\*[0-9a-f]{4,}\\*/\\s+(?:@!?\\w+\\s+)?([A-Z][\\w.]*)")
+STEPS_LEFT_OUT = {"draft loop, 4 layers", "accept", "commit"}
+
+def instructions(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [Path(knobs.nvidia.cuobjdump.path).with_name("nvdisasm"), "-g", "-c", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    place, found = "", []
+    for line in listing.splitlines():
+        if at := PLACE.search(line):
+            place = ":".join(at.groups())
+        elif operation := INSTRUCTION.match(line):
+            found.append((operation[1], place))
+    return found
+
+found = {}
+for architecture in (80, 90):
+    for on in (False, True)[: 1 + (architecture == 90)]:
+        with compile_only(architecture) as launches, chained(on):
+            for shape in MODELS:
+                for step in STEPS:
+                    if step.name in STEPS_LEFT_OUT or (on and shape is not MODELS[0]):
+                        continue
+                    settings = Settings(1 if step.drafting else 8, step.length or 4096, torch.bfloat16, META)
+                    before = len(launches)
+                    for each in step.calls(shape, settings):
+                        each.launch()
+                    for launch in launches[before:]:
+                        if launch.binary in found:
+                            continue
+                        name = f"{launch.kernel}, {shape.name}, sm_{architecture}, {step.name}" + on * ", chained"
+                        shared = re.findall(r"async_copy_global_to_local .* -> <([^,]*), (#\\w+),", launch.ttgir)
+                        layouts = dict(re.findall(r"^(#shared\\w*) = (.*)$", launch.ttgir, re.MULTILINE))
+                        tiles = [(tile, layouts[layout]) for tile, layout in shared]
+                        found[launch.binary] = name, instructions(launch.cubin), tiles
+print(json.dumps(list(found.values())))
+"""
+
+ARRIVAL, POLL, LOST = re.compile(r"REDG?\.E\.ADD\.STRONG\.GPU"), "LDG.E.STRONG.GPU", "ATOMG.E.MAX.S32.STRONG.GPU"
+MEMORY = ("LDG.", "LDGSTS", "STG", "ATOM", "RED.", "REDG.")
+SAMPLES = "scores += gumbel_tile", "logits / temperature + noise"
+"""The sums of a score and its noise, where they stand in the source."""
+
+READ_ONLY = ("norm_ptr", "phase_ptrs", "bias_ptr", "row_ptr + word", "flags_ptr)", "positions_ptr", "threshold_ptr")
+READ_ONLY += ("seed_ptr", "temperature_ptr", "source + offs", "norm.ptr")
+"""What no program of ``draft_loop`` writes, in the words of the lines that read it through the L1."""
+
+
+class Kernel(NamedTuple):
+    """A binary: its name, ``(operation, path:line)`` of each instruction, ``(tile, layout)`` in shared memory."""
+
+    name: str
+    code: list[tuple[str, str]]
+    tiles: list[tuple[str, str]]
+
+    @property
+    def operations(self) -> list[str]:
+        return [operation for operation, _ in self.code]
+
+    def count(self, operation: str, place: str) -> int:
+        return sum(name.startswith(operation) and at == place for name, at in self.code)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[Kernel]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tools"), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [Kernel(name, [*map(tuple, code)], [*map(tuple, tiles)]) for name, code, tiles in json.loads(done.stdout)]
+
+
+@pytest.fixture(scope="module")
+def loops(kernels: list[Kernel]) -> list[Kernel]:
+    """The persistent kernels."""
+    found = [kernel for kernel in kernels if kernel.name.startswith("draft_loop")]
+    assert len(found) == 12  # greedy and sampling, three models, two architectures
+    return found
+
+
+def source_of(place: str) -> str:
+    """A line of the source."""
+    path, _, line = place.rpartition(":")
+    return Path(path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+
+
+def between(kernel: Kernel) -> Iterator[str]:
+    """The operations from a program's arrival at the barrier to where it takes another one for lost."""
+    operations = kernel.operations
+    (arrival,) = (place for place, name in enumerate(operations) if ARRIVAL.fullmatch(name))
+    yield from operations[arrival + 1 : operations.index(LOST)]
+
+
+# ---- the barrier
+
+
+def test_a_poll_makes_the_programs_threads_read_anew(loops):
+    """An invalidation of the L1 follows at once, and a barrier in the program before any thread reads anything."""
+    for kernel in loops:
+        waiting = [*between(kernel)]
+        polls = [place for place, name in enumerate(waiting) if name == POLL]
+        assert len(polls) == 2, kernel.name  # the first look, and those of the loop
+        for place in polls:
+            assert waiting[place + 1] == "CCTL.IVALL", kernel.name
+            after = next(name for name in waiting[place + 1 :] if name.startswith((*MEMORY, "BAR.SYNC")))
+            assert after.startswith("BAR.SYNC"), kernel.name
+
+
+def test_nothing_is_copied_while_a_program_waits(loops):
+    """An asynchronous copy that began before the barrier could bring what was there before the others wrote."""
+    for kernel in loops:
+        assert not [name for name in between(kernel) if name.startswith(("LDGSTS", "STG"))], kernel.name
+
+
+def test_all_threads_have_written_before_their_program_arrives(loops):
+    """A barrier in the program, then a fence, then the arrival, and no store between them."""
+    for kernel in loops:
+        operations = kernel.operations
+        (arrival,) = (place for place, name in enumerate(operations) if ARRIVAL.fullmatch(name))
+        before = [name for name in operations[:arrival] if name.startswith(("BAR.SYNC", "MEMBAR", "STG", "LDGSTS"))]
+        assert before[-1].startswith("MEMBAR"), kernel.name
+        assert before[-2].startswith("BAR.SYNC"), kernel.name
+
+
+# ---- caches that are not coherent
+
+
+def test_no_load_takes_memory_for_constant(kernels):
+    """``ld.global.nc`` may return what lay there before another program wrote."""
+    assert [kernel.name for kernel in kernels if any("CONSTANT" in name for name in kernel.operations)] == []
+
+
+def test_copies_bypass_the_l1(kernels):
+    """All but the norm's weight, whose pieces are too small, and a paged cache's table; no kernel writes these."""
+    for kernel in kernels:
+        for operation, place in kernel.code:
+            if operation.startswith("LDGSTS") and "BYPASS" not in operation:
+                assert "norm_ptr" in source_of(place) or "table_ptr" in source_of(place), (kernel.name, place)
+
+
+def test_the_drafting_loop_reads_through_the_l1_what_nobody_writes(loops):
+    for kernel in loops:
+        for operation, place in kernel.code:
+            if operation.startswith("LDG.") and "STRONG" not in operation:
+                assert any(words in source_of(place) for words in READ_ONLY), (kernel.name, operation, place)
+
+
+# ---- products and sums
+
+
+def test_products_read_swizzled_tiles(kernels):
+    """Rows of x, weights, keys and values: eight rows at a time, from different banks."""
+    for kernel in kernels:
+        for tile, layout in kernel.tiles:
+            if re.fullmatch(r"\d+x\d+xbf16", tile):
+                assert "maxPhase = 8" in layout or "nvmma_shared" in layout, (kernel.name, tile, layout)
+
+
+def test_no_product_and_sum_are_one(kernels):
+    """The logarithm's own series is written with fused steps; the noise needs it, and nothing else has any."""
+    for kernel in kernels:
+        noisy = "sampling" in kernel.name or kernel.name.startswith("filtered")
+        assert noisy or not any(name.startswith("FFMA") for name in kernel.operations), kernel.name
+
+
+@pytest.mark.parametrize("words", SAMPLES)
+def test_a_score_is_a_sum_of_its_own_in_every_variant(kernels, words):
+    """Drafts and their verification compare scores to the last bit."""
+    path = ROOT / "kangaroo_kernels/sample_head.py"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    (line,) = (number for number, text in enumerate(lines, 1) if words in text)
+    sums = {kernel.name: kernel.count("FADD", f"{path}:{line}") for kernel in kernels}
+    sums = {name: count for name, count in sums.items() if count}
+    unfiltered = words == SAMPLES[0]
+    assert len(sums) >= (12 if unfiltered else 6)
+    if unfiltered:
+        assert {name.partition(",")[0] for name in sums} == {"sample_head_kernel", "draft_loop_kernel"}
+    assert len(set(sums.values())) == 1, sums
