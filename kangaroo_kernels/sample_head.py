@@ -375,6 +375,6 @@ def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Te
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **chain(x),
+        **launch_options(x),
     )
     return logits

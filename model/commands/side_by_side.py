@@ -39,6 +39,8 @@ def show_race(console: Console, name: str, prompt: str, race: Race) -> None:
                 live.update(_picture(race, texts), refresh=True)
                 drawn = time.perf_counter()
         live.update(_picture(race, texts), refresh=True)
+    if not console.is_terminal:
+        console.print()  # where it is one, Live ends the line
 
 
 def _picture(race: Race, texts: dict) -> Table:  # type: ignore[type-arg]
