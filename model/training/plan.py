@@ -1,21 +1,52 @@
-"""What a run reads before its work: the target's and the adapter's configurations, the text, a stopped run's state."""
+"""What a run reads before its work: the target's and the adapter's configurations, the data, an earlier run's state."""
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from ..demo import find_pair
 from ..drafters.adapter import check_exit_layer
 from ..errors import KangarooError
 from ..target.checkpoint import find_folder
-from ..target.config import LlamaConfig, load_config_values, parse_config
+from ..target.config import LlamaConfig, load_config, load_config_values, parse_config
 from ..text import load_tokenizer
-from .adapter_module import adapter_config_values
+from .adapter_module import adapter_config_values, read_weights
 from .checkpoint import read_state
-from .data import read_corpus
+from .data import Corpus, read_corpus
 from .settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """A target before its weights.
+
+    Attributes:
+        folder: its own.
+        config: its shape.
+        tokenizer: transformers' own.
+        ends: the tokens that end its texts.
+    """
+
+    folder: Path
+    config: LlamaConfig
+    tokenizer: Any
+    ends: set[int]
+
+
+def find_target(model: str) -> TargetFiles:
+    """Read a checkpoint's configuration and its tokenizer.
+
+    Raises:
+        KangarooError: a checkpoint that cannot be used, or one without a tokenizer.
+    """
+    folder = find_folder(find_pair(model, None)[0], "model")
+    config = load_config(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise KangarooError(f"{folder} holds no tokenizer; training on text needs one.")
+    ends = {*config.eos_token_ids, tokenizer.eos_token_id} - {None}
+    return TargetFiles(folder, config, tokenizer, ends)
 
 
 @dataclass(frozen=True)
@@ -23,22 +54,22 @@ class Plan:
     """What a run works with; all of it was checked, and nothing was written yet.
 
     Attributes:
-        folder: the target's.
-        target: its configuration.
+        target: the model's files.
         values: the adapter's ``config.json``.
         config: the same, parsed.
-        tokens: ``[N]`` int64, to train on.
-        held_out: ``[N]`` int64, to measure on.
-        saved: the state of the stopped run that goes on; None for a new run.
+        corpus: the windows to learn from and to measure on.
+        saved: the state of the run that goes on; None for a new run.
+        weights: what a new run begins with, by name; None for weights of its own.
+        fingerprint: of the settings and of the windows to learn from.
     """
 
-    folder: Path
-    target: LlamaConfig
+    target: TargetFiles
     values: dict[str, Any]
     config: LlamaConfig
-    tokens: Tensor
-    held_out: Tensor
+    corpus: Corpus
     saved: dict[str, Any] | None
+    weights: dict[str, Any] | None
+    fingerprint: int
 
 
 def read_plan(settings: TrainingSettings) -> Plan:
@@ -47,18 +78,20 @@ def read_plan(settings: TrainingSettings) -> Plan:
     Raises:
         KangarooError: for settings, files or folders that cannot be used.
     """
-    folder = find_folder(find_pair(settings.model, None)[0], "model")
-    target_values = load_config_values(folder, "model")
-    target = parse_config(target_values, folder / "config.json")
-    check_exit_layer(settings.exit_layer, target)
-    values = adapter_config_values(target_values, settings)
+    target = find_target(settings.model)
+    check_exit_layer(settings.exit_layer, target.config)
+    values = adapter_config_values(load_config_values(target.folder, "model"), settings)
     config = parse_config(values)
     if settings.sequence_length > config.context_length:
         raise KangarooError(
             f"sequence_length is {settings.sequence_length}, the model's context holds {config.context_length}."
         )
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise KangarooError(f"{folder} holds no tokenizer; training on text needs one.")
-    tokens, held_out = read_corpus(settings, tokenizer)
-    return Plan(folder, target, values, config, tokens, held_out, read_state(settings))
+    saved = read_state(settings)
+    weights = None if settings.start_from is None else read_weights(settings.start_from, config)
+    corpus = read_corpus(settings, target.tokenizer, target.ends)
+    fingerprint = zlib.crc32(settings.fingerprint().encode())
+    for window in corpus.windows:
+        fingerprint = zlib.crc32(window.tokens.numpy(), fingerprint)
+    if saved is not None and saved["corpus"] != fingerprint:
+        raise KangarooError(f"the data has changed since the run in {settings.out} began; take a new folder.")
+    return Plan(target, values, config, corpus, saved, weights, fingerprint)

@@ -1,0 +1,7 @@
+"""The model card beside an adapter."""
+from typing import Any
+from .settings import TrainingSettings
+
+
+def write_card(settings: TrainingSettings, report: dict[str, Any]) -> None:
+    """..."""

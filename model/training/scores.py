@@ -1,0 +1,114 @@
+"""How good an adapter is on held-out data: by agreement, by the acceptance length that follows, and by decoding."""
+
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..drafters.protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
+from ..evaluation.compare import compare, summarise
+from ..kangaroo import Kangaroo
+from ..request import Settings
+from .adapter_module import TrainableAdapter
+from .data import Window
+from .losses import in_chunks
+from .plan import Plan
+from .settings import ProgressReport, TrainingSettings
+from .teacher import Teacher, autocast
+
+DECODED = 8
+"""Held-out prompts that are continued, at most."""
+NEW_TOKENS = 64
+
+
+def expected_acceptance_length(agrees: list[list[bool]], confidences: list[list[float]]) -> float:
+    """The mean acceptance length of greedy decoding that writes these windows, at the paper's draft settings.
+
+    Args:
+        agrees: for each window, by position: whether the drafter's first choice is the target's.
+        confidences: the drafter's probability of its choice, likewise.
+
+    A step drafts until the first unsure draft, which still counts, and keeps the drafts up to the first wrong one.
+    """
+    steps = tokens = 0
+    for agree, confidence in zip(agrees, confidences, strict=True):
+        at = 0
+        while at < len(agree):
+            taken = 0
+            while taken < PAPER_NUM_SPECULATIVE_TOKENS and at + taken < len(agree) and agree[at + taken]:
+                taken += 1
+                if confidence[at + taken - 1] < PAPER_DRAFT_CONFIDENCE_THRESHOLD:
+                    break
+            steps, tokens, at = steps + 1, tokens + taken + 1, at + taken + 1
+    return tokens / steps if steps else 0.0
+
+
+@torch.no_grad()
+def score_held_out(
+    teacher: Teacher, adapter: TrainableAdapter, windows: list[Window], progress: ProgressReport, deadline: float
+) -> dict[str, float]:
+    """Agreement and expected acceptance length on held-out windows, at the positions that the target would write.
+
+    After the deadline no more windows are looked at; one always is.
+    """
+    agrees, confidences = [], []
+    for done, window in enumerate(windows, 1):
+        (lesson,) = teacher.lessons([window.tokens])
+        with autocast(teacher.device):
+            guesses = adapter(lesson.exit_hidden[None].float())[0]
+        places = window.learned.nonzero()[:, 0].to(teacher.device)
+        agree, confidence = _judge(teacher.head.bfloat16(), guesses[places].bfloat16(), lesson.final[places])
+        agrees.append(agree)
+        confidences.append(confidence)
+        progress("scoring", done, len(windows), "")
+        if time.perf_counter() > deadline:
+            break
+    right, count = (sum(map(of, agrees)) for of in (sum, len))
+    return {
+        "agreement": round(right / count, 4),
+        "expected_acceptance_length": round(expected_acceptance_length(agrees, confidences), 3),
+    }
+
+
+def _judge(head: Tensor, guesses: Tensor, final: Tensor) -> tuple[list[bool], list[float]]:
+    """Whether both rank the same token first, and the guess's probability; ``[P, hidden]`` each, in bf16."""
+    agree: list[bool] = []
+    confidence: list[float] = []
+    for part in in_chunks(len(guesses)):
+        probability, choice = F.linear(guesses[part], head).float().softmax(-1).max(-1)
+        agree += (choice == F.linear(final[part], head).float().argmax(-1)).tolist()
+        confidence += probability.tolist()
+    return agree, confidence
+
+
+def decode_held_out(
+    plan: Plan, settings: TrainingSettings, progress: ProgressReport, deadline: float
+) -> dict[str, float]:
+    """What greedy decoding measures on held-out prompts, by the runtime with the adapter that was just written.
+
+    A prompt is what stands before a window's first answer, or a text's first quarter. After the deadline no more are
+    decoded, and where none is left time for, there are no figures.
+    """
+    if time.perf_counter() > deadline:
+        return {}
+    kangaroo = Kangaroo.from_pretrained(plan.target.folder, settings.out, device=settings.device)
+    comparisons = []
+    for window in plan.corpus.held_out[:DECODED]:
+        if time.perf_counter() > deadline:
+            break
+        first = int(window.learned.float().argmax())  # the position before the first written token
+        prompt = window.tokens[: first + 1 if first else max(1, len(window.tokens) // 4)].tolist()
+        if len(prompt) >= plan.target.config.context_length:
+            continue
+        comparisons.append(compare(kangaroo, prompt, Settings(NEW_TOKENS), rounds=1))
+        progress("decoding", len(comparisons), DECODED, "")
+    if not comparisons:
+        return {}
+    total = summarise(comparisons)
+    return {
+        "mean_acceptance_length": round(total.stats.mean_acceptance_length, 3),
+        "plain_tokens_per_second": round(total.plain_tokens_per_second, 1),
+        "kangaroo_tokens_per_second": round(total.kangaroo_tokens_per_second, 1),
+        "speedup": round(total.speedup, 3),
+    }
