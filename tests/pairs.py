@@ -105,8 +105,18 @@ def make_adapter(
     return folder
 
 
-def make_tokenizer(folder: Path, vocab_size: int = 67) -> Path:
-    """A character tokenizer beside a checkpoint: token 0 is unknown, then come the printable characters from '0' on."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role[:1] | upper }}>{{ message.content }}@{% endfor %}"
+    "{% if add_generation_prompt %}<A>{% endif %}"
+)
+"""What tests give to chat tokenizers: ``<U>question@<A>answer@``."""
+
+
+def make_tokenizer(folder: Path, vocab_size: int = 67, **more: str) -> Path:
+    """A character tokenizer beside a checkpoint: token 0 is unknown, then come the printable characters from '0' on.
+
+    ``more`` goes to the tokenizer, such as ``chat_template`` and ``eos_token``.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -114,5 +124,5 @@ def make_tokenizer(folder: Path, vocab_size: int = 67) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **more).save_pretrained(folder)
     return folder

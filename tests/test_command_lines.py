@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kangaroo_kernels import KangarooError
 from kangaroo_kernels.model import demo, load
-from kangaroo_kernels.model.commands import calibrate, cli, generate, info, train
+from kangaroo_kernels.model.commands import calibrate, cli, generate, generate_data, info, train
 from kangaroo_kernels.model.commands import demo as demo_command
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -52,7 +52,6 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     },
     ("cli", "train"): {
         "exit_layer": COUNT,
-        "generated_windows": COUNT,
         "steps": COUNT,
         "minutes": DURATION,
         "batch_size": COUNT,
@@ -60,6 +59,15 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
         "sequence_length": COUNT,
         "num_attention_heads": COUNT,
         "learning_rate": DURATION,
+        "total_variation": SHARE,
+        "vocabulary": COUNT,
+        "seed": SEED,
+    },
+    ("cli", "generate_data"): {
+        "texts": COUNT,
+        "max_new_tokens": COUNT,
+        "at_once": COUNT,
+        "minutes": DURATION,
         "seed": SEED,
     },
     ("cli", "calibrate"): {"max_new_tokens": COUNT},
@@ -74,6 +82,7 @@ BEFORE = {
     ("cli", "demo"): "demo --json",
     ("cli", "generate"): "generate --model demo --prompt A",
     ("cli", "train"): "train --model demo --data README.md --exit-layer 4 --out OUT",
+    ("cli", "generate_data"): "generate-data --model demo --prompts README.md --out OUT.jsonl",
     ("cli", "calibrate"): "calibrate --model demo --adapter ADAPTER --prompts PROMPTS",
     ("cli", "info"): "info --model demo --adapter ADAPTER",
 }
@@ -84,7 +93,7 @@ def commands() -> dict[tuple[str, str], Callable[..., Any]]:
     """Every function of a tool or of the package's command that takes options."""
     names = [path.stem for path in TOOLS.glob("*.py") if "import typer" in path.read_text()]
     modules = {name: import_module(name) for name in names}
-    modules |= {each.__name__: each for each in (demo_command, generate, train, calibrate, info)}
+    modules |= {each.__name__: each for each in (demo_command, generate, generate_data, train, calibrate, info)}
     return {
         ("cli" if holder.__name__.startswith("kangaroo") else module, name): function
         for module, holder in modules.items()

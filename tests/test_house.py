@@ -29,7 +29,8 @@ ROOMS = (
     ("load",),
     ("session",),
     ("kangaroo",),
-    ("evaluation", "training"),
+    ("evaluation",),
+    ("training",),
     ("commands",),
 )
 """Modules and folders of model/. Each may import those of a line above its own, never of the same line."""

@@ -13,7 +13,7 @@ import typer
 from kangaroo_kernels import __version__
 
 from ..errors import KangarooError
-from . import calibrate, demo, generate, info, train
+from . import calibrate, demo, generate, generate_data, info, train
 from .options import USER_ERROR, examples
 
 app = typer.Typer(
@@ -66,6 +66,7 @@ def common(
 
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command(cls=train.FileLists, epilog=generate_data.EXAMPLES)(generate_data.generate_data)
 app.command(cls=train.FileLists, epilog=train.EXAMPLES)(train.train)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(epilog=info.EXAMPLES)(info.info)

@@ -31,7 +31,10 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, ends: set[int]) -> None:
         if not getattr(tokenizer, "chat_template", None):
-            raise KangarooError("this model's tokenizer has no chat template, so it cannot read conversations.")
+            raise KangarooError(
+                "this model's tokenizer has no chat template, which conversations need; give texts instead, to "
+                "generate-data with --prompts."
+            )
         self.tokenizer, self.ends = tokenizer, ends
 
     def render(self, messages: list[Message], place: str, answering: bool = False) -> list[int]:

@@ -56,8 +56,8 @@ def _json_records(file: Path, content: str) -> Iterator[tuple[str, Any]]:
         try:
             value = json.loads(part)
         except ValueError as error:
-            line += getattr(error, "lineno", 1) - 1
-            raise KangarooError(f"{file}, line {line}: no JSON; each line must be a record like {FORMS}.") from error
+            at = line + getattr(error, "lineno", 1) - 1
+            raise KangarooError(f"{file}, line {at}: no JSON; each line must be a record like {FORMS}.") from error
         if is_list:
             yield from ((f"{file}, record {number}", record) for number, record in enumerate(value, 1))
         else:
@@ -77,7 +77,9 @@ def _parse(record: Any, place: str) -> str | list[Message]:
         for number, turn in enumerate(turns, 1):
             role, content = (turn.get(key) if isinstance(turn, dict) else None for key in (role_name, content_name))
             if not isinstance(role, str) or not isinstance(content, str):
-                raise KangarooError(f'{place}: turn {number} must be {{"{role_name}": "...", "{content_name}": "..."}}.')
+                raise KangarooError(
+                    f'{place}: turn {number} must be {{"{role_name}": "...", "{content_name}": "..."}}.'
+                )
             messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": content})
         return messages
     raise KangarooError(f"{place}: no text and no conversation; a record must be like {FORMS}.")

@@ -49,7 +49,7 @@ class Lessons:
         self.teacher, self.windows, self.folder = teacher, windows, folder
         self.kept: dict[int, Lesson] = {}
         longest = max(len(window.tokens) for window in windows)
-        room = ROOM[teacher.device.type] // (longest * bytes_per_token(teacher.head.shape[1])) - 2 * AT_ONCE
+        room = ROOM[teacher.device.type] // (longest * bytes_per_token(teacher.head.shape[1])) - AT_ONCE
         self.capacity = len(windows) if folder else min(len(windows), max(room, AT_ONCE))
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ class Lessons:
                 write_atomically(self._file(index), tuple(part.cpu() for part in lesson))
             self.kept = made
             return
-        for index in [*self.kept][: max(0, len(self.kept) - self.capacity - AT_ONCE)]:
+        for index in [*self.kept][: max(0, len(self.kept) - self.capacity)]:
             del self.kept[index]
         self.kept |= made
 

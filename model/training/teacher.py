@@ -79,7 +79,9 @@ class Teacher:
         return lessons
 
     @torch.no_grad()
-    def write(self, prompts: Sequence[Sequence[int]], most: int, stops: Collection[int], **sampling: Any) -> list[list[int]]:
+    def write(
+        self, prompts: Sequence[Sequence[int]], most: int, stops: Collection[int], **sampling: Any
+    ) -> list[list[int]]:
         """New tokens for each prompt, side by side, up to ``most`` of them or a stop token, which is left out.
 
         Args:

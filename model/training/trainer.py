@@ -7,8 +7,6 @@ ones, whose lessons are kept (``states.py``).
 import json
 import math
 import time
-import zlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,31 +117,27 @@ def run_steps(training: AdapterTraining, progress: ProgressReport, deadline: flo
     Raises:
         KeyboardInterrupt: Ctrl-C came, and the state was kept.
     """
-    last, began = training.settings.last_step, time.perf_counter()
-    before, first = training.elapsed, training.step
-    seconds = max(deadline - began, 1e-3)
-    told_at = saved_at = began
-    note = ""
+    last, first = training.settings.last_step, training.step
+    began = saved_at = told_at = time.perf_counter()
+    before, seconds = training.elapsed, max(deadline - began, 1e-3)
+    loss = math.nan
     with stop_between_steps() as stopped:
         while True:
-            passed = time.perf_counter() - began
-            training.elapsed = before + passed
-            share = max(training.step / last, (before + passed) / (before + seconds))
-            if training.step and (share >= 1 or (passed >= seconds and training.step > first)):
-                break
-            training.update(share)
             now = time.perf_counter()
-            if not note or now - told_at > 1:
-                told_at, note = now, f"step {training.step}, loss {training.latest_loss():.3f}"
-            if training.step / last >= (now - began) / seconds:
-                progress("training", training.step, int(last), note)
-            else:
-                progress("training", int(min(now - began, seconds)), math.ceil(seconds), note)
-            if now - saved_at > CHECKPOINT_SECONDS or stopped.is_set():
-                saved_at, training.elapsed = now, before + now - began
-                training.checkpoint()
-            if stopped.is_set():
-                raise KeyboardInterrupt(f"{training.settings.out} keeps the run after step {training.step}")
+            training.elapsed = before + now - began
+            share = max(training.step / last, training.elapsed / (before + seconds))
+            if training.step > first or first >= last:
+                if first == training.step or math.isnan(loss) or now - told_at > 1:
+                    told_at, loss = now, training.latest_loss()
+                progress("training", int(1000 * min(share, 1)), 1000, f"step {training.step}, loss {loss:.3f}")
+                if share >= 1:
+                    break
+                if now - saved_at > CHECKPOINT_SECONDS or stopped.is_set():
+                    saved_at = now
+                    training.checkpoint()
+                if stopped.is_set():
+                    raise KeyboardInterrupt(f"{training.settings.out} keeps the run after step {training.step}")
+            training.update(share)
     training.checkpoint()
 
 

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import KangarooError
 from ..evaluation.loops import looping_tokens
-from ..load import resolve_device, resolve_dtype
+from ..load import resolve_device
 from .conversations import ChatTemplate
 from .data import join_texts
 from .plan import TargetFiles, find_target
@@ -83,7 +83,7 @@ class Counts:
         texts: in the file, earlier ones included.
         tokens: that the target wrote in this run's texts.
         near_duplicates: own prompts dropped for their likeness to earlier ones.
-        unfit: prompts dropped for being empty, without an end, or too long for the context.
+        unfit: prompts dropped for being empty or unanswered, without an end, or too long for the context.
         loops: texts dropped for saying the same again and again.
         seconds: of writing.
     """
@@ -199,13 +199,12 @@ def write_data(settings: WritingSettings, progress: ProgressReport = lambda *_: 
     target, counts = find_target(settings.model), Counts()
     prompts = Prompts(settings, target, counts)
     number = _take_stock(settings.out, prompts)
-    device = resolve_device(settings.device)
-    teacher = Teacher(target.folder, device, resolve_dtype(None, device, target.config.dtype))
+    teacher = Teacher(target.folder, resolve_device(settings.device), torch.bfloat16)
     end = None if settings.minutes is None else began + settings.minutes * 60
     longest = 0.0
     while counts.texts < settings.texts:
         now = time.perf_counter()
-        if end is not None and now + longest > end:
+        if counts.texts and end is not None and now + longest > end:
             break
         torch.manual_seed(settings.seed + 7919 * number)
         drawn = prompts.draw(number, teacher)
@@ -230,14 +229,15 @@ def _answered(
     settings, target, counts = prompts.settings, prompts.target, prompts.counts
     if not drawn:
         return
-    stops = target.ends if prompts.template else ()
-    answers = teacher.write([prompt.tokens for prompt in drawn], settings.max_new_tokens, stops, **sampling)
+    answers = teacher.write([prompt.tokens for prompt in drawn], settings.max_new_tokens, target.ends, **sampling)
     for index, (prompt, answer) in enumerate(zip(drawn, answers, strict=True), number):
-        if not answer or looping_tokens(answer) > LOOPING_SHARE * len(answer):
+        if not answer:
+            counts.unfit += 1
+        elif looping_tokens(answer) > LOOPING_SHARE * len(answer):
             counts.loops += 1
-            continue
-        counts.tokens += len(answer)
-        yield json.dumps(prompt.record(answer, target.tokenizer) | {"number": index}, ensure_ascii=False) + "\n"
+        else:
+            counts.tokens += len(answer)
+            yield json.dumps(prompt.record(answer, target.tokenizer) | {"number": index}, ensure_ascii=False) + "\n"
 
 
 def _take_stock(out: Path, prompts: Prompts) -> int:
@@ -262,7 +262,7 @@ def _take_stock(out: Path, prompts: Prompts) -> int:
         except (ValueError, KeyError, TypeError) as error:
             raise KangarooError(f"{out} holds lines that were not written here; take a new file.") from error
         if "messages" in record:
-            prompts.seen.is_new(next(m["content"] for m in record["messages"] if m["role"] == "user"))
+            prompts.seen.is_new(next((turn["content"] for turn in record["messages"] if turn["role"] == "user"), ""))
         prompts.counts.texts += 1
     if len(whole) < len(content):
         out.write_bytes(whole)
