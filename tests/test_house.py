@@ -39,6 +39,8 @@ RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy"}
 TERMINAL = {"typer", "rich", "pynvml"}
 FOR_THE_TERMINAL = {"commands", "evaluation", "training"}
+OPTIONAL = {"matplotlib"}
+"""What ``training`` uses where it is installed."""
 
 
 class Import(NamedTuple):
@@ -250,6 +252,7 @@ def test_no_module_of_the_model_imports_itself_by_a_detour() -> None:
 @pytest.mark.parametrize("path", modules(MODEL), ids=show)
 def test_model_uses_few_libraries(path: Path) -> None:
     allowed = LIBRARIES | {"kangaroo_kernels"} | (TERMINAL if room_of(path) in FOR_THE_TERMINAL else set())
+    allowed |= OPTIONAL if room_of(path) == "training" else set()
     assert {top(name) for name in names_in(path) if is_library(name)} <= allowed
 
 
@@ -336,7 +339,8 @@ def test_libraries_are_declared() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     declared = text.partition("dependencies = [")[2].partition("]")[0].replace("-", "_")
     names = {top(name) for path in modules(MODEL) + modules(KERNELS) for name in names_in(path) if is_library(name)}
-    for name in names - {"kangaroo_kernels", "pynvml"}:  # nvidia-ml-py's own name for itself
+    assert all(f'plots = ["{name}' in text for name in OPTIONAL)
+    for name in names - {"kangaroo_kernels", "pynvml"} - OPTIONAL:  # nvidia-ml-py's own name for itself
         assert f'"{name}' in declared, name
 
 

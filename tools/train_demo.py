@@ -34,7 +34,7 @@ from kangaroo_kernels.model.commands.show import training_bars
 from kangaroo_kernels.model.demo import bundled_pair
 from kangaroo_kernels.model.evaluation.calibrate import calibrate, write_defaults
 from kangaroo_kernels.model.load import resolve_device
-from kangaroo_kernels.model.training.checkpoint import write_atomically
+from kangaroo_kernels.model.training.checkpoint import STATE_FILE, write_atomically
 from kangaroo_kernels.model.training.settings import ProgressReport, TrainingSettings
 from kangaroo_kernels.model.training.trainer import train_adapter
 from kangaroo_kernels.model.training.writing import WritingSettings, write_data
@@ -195,7 +195,8 @@ def train_its_adapter(run: Run, seen: list[Document], held_out: list[Document]) 
         **preset.adapter,
     )
     train_adapter(settings, run.report, end)
-    own.unlink()
+    for leftover in (own, run.out / "adapter" / STATE_FILE):
+        leftover.unlink()
 
 
 def _files(documents: list[Document]) -> tuple[Path, ...]:

@@ -73,7 +73,7 @@ def train(
     num_attention_heads: Annotated[
         int | None, typer.Option(help="The adapter's heads; by default as the model's.", rich_help_panel=TRAINING)
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="The highest rate of the run.", rich_help_panel=TRAINING)] = 3e-3,
+    learning_rate: Annotated[float, typer.Option(help="The highest rate of the run.", rich_help_panel=TRAINING)] = 2e-2,
     total_variation: Annotated[
         float,
         typer.Option(

@@ -1,5 +1,6 @@
 """The model card beside an adapter: what it is for, how to use it, how it was made, and its figures."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ kangaroo generate --model {use} --adapter . --prompt "..." --compare
 It was trained in {steps:,} steps on {positions:,} positions, counting repetitions. `training.json` has every setting,
 the loss over time and these figures. The drafter decides speed alone: no token of the text depends on it.
 """
+PICTURE = "\n![The loss over the steps](curve.png)\n"
 
 FIGURES = {
     "agreement": "drafter and model rank the same token first",
@@ -56,4 +58,22 @@ def write_card(settings: TrainingSettings, report: dict[str, Any]) -> None:
         steps=report["steps"],
         positions=report["positions"],
     )
+    if draw_curve(settings.out / "curve.png", report["curve"]):
+        card += PICTURE
     (settings.out / "README.md").write_text(card, encoding="utf-8")
+
+
+def draw_curve(file: Path, curve: list[dict[str, float]]) -> bool:
+    """Draw the loss over the steps; False where matplotlib, an optional package, is not installed."""
+    if find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure  # pyplot would look for a screen
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([point["step"] for point in curve], [point["loss"] for point in curve], color="#2a78d6")
+    axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    axes.grid(color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+    return True

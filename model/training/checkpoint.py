@@ -14,7 +14,8 @@ from ..errors import KangarooError
 from .settings import TrainingSettings
 
 STATE_FILE = "training_state.pt"
-STATES_FOLDER = "states"
+REPORT_FILE = "training.json"
+"""Written when all is done, scoring included."""
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -33,9 +34,8 @@ def read_state(settings: TrainingSettings) -> dict[str, Any] | None:
     out = settings.out
     if out.exists() and not out.is_dir():
         raise KangarooError(f"{out} is a file; give a folder for the adapter.")
-    finished = (out / "config.json").exists()
     if not (out / STATE_FILE).exists():
-        if finished:
+        if (out / "config.json").exists():
             raise KangarooError(
                 f"{out} holds an adapter and no state of its training; take a new folder, and --start-from {out} to "
                 "begin with its weights."
@@ -47,7 +47,7 @@ def read_state(settings: TrainingSettings) -> dict[str, Any] | None:
             f"{out} holds a run of other settings; only --steps, --minutes, --held-out, --cache and --device may "
             "change. Give its settings to go on, or take a new folder."
         )
-    if finished and saved["step"] >= settings.last_step:
+    if (out / REPORT_FILE).exists() and saved["step"] >= settings.last_step:
         raise KangarooError(f"{out} already holds an adapter of {saved['step']} steps; raise --steps to train it on.")
     return saved
 

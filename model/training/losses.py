@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 256
-"""Positions at once: their logits over 8,192 tokens take 8 MB, which caches hold."""
+CHUNK = {"cpu": 256, "cuda": 2048}
+"""Positions at once: on a CPU their logits over 8,192 tokens take 8 MB, which caches hold."""
 SAMPLED = 1024
 """Tokens of the joined class that a step looks at."""
 
 
-def in_chunks(count: int) -> Iterator[slice]:
-    """Ranges of at most ``CHUNK`` positions."""
-    return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+def in_chunks(rows: Tensor) -> Iterator[slice]:
+    """Ranges of at most ``CHUNK`` rows."""
+    count, size = len(rows), CHUNK[rows.device.type]
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 class DraftLoss:
@@ -60,7 +61,7 @@ class DraftLoss:
         sample = torch.randint(max(len(self.joined), 1), (min(SAMPLED, len(self.joined)),), generator=generator)
         joined = self.joined[sample.to(guesses.device)]
         loss, gradient = guesses.new_zeros((), dtype=torch.float32), torch.empty_like(guesses)
-        for part in in_chunks(len(guesses)):
+        for part in in_chunks(guesses):
             guess = guesses[part].detach().requires_grad_()
             with torch.enable_grad():
                 chunk = self.distance(guess.bfloat16(), final[part], log_total[part], joined).sum() / len(guesses)

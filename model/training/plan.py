@@ -1,5 +1,6 @@
 """What a run reads before its work: the target's and the adapter's configurations, the data, an earlier run's state."""
 
+import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from .adapter_module import adapter_config_values, read_weights
 from .checkpoint import read_state
 from .data import Corpus, read_corpus
 from .settings import TrainingSettings
+from .teacher import bytes_per_token
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Plan:
         saved: the state of the run that goes on; None for a new run.
         weights: what a new run begins with, by name; None for weights of its own.
         fingerprint: of the settings and of the windows to learn from.
+        cache: the folder that keeps the target's states; None keeps a part of them in memory.
+        cache_bytes: what all of them take.
     """
 
     target: TargetFiles
@@ -70,6 +74,8 @@ class Plan:
     saved: dict[str, Any] | None
     weights: dict[str, Any] | None
     fingerprint: int
+    cache: Path | None
+    cache_bytes: int
 
 
 def read_plan(settings: TrainingSettings) -> Plan:
@@ -91,7 +97,22 @@ def read_plan(settings: TrainingSettings) -> Plan:
     corpus = read_corpus(settings, target.tokenizer, target.ends)
     fingerprint = zlib.crc32(settings.fingerprint().encode())
     for window in corpus.windows:
-        fingerprint = zlib.crc32(window.tokens.numpy(), fingerprint)
+        fingerprint = zlib.crc32(window.tokens.numpy().tobytes(), fingerprint)
     if saved is not None and saved["corpus"] != fingerprint:
         raise KangarooError(f"the data has changed since the run in {settings.out} began; take a new folder.")
-    return Plan(target, values, config, corpus, saved, weights, fingerprint)
+    cache, size = None, sum(len(window.tokens) for window in corpus.windows) * bytes_per_token(config.hidden_size)
+    if settings.cache:
+        cache = settings.out / f"states-{fingerprint:08x}"
+        check_room(settings.out, 0 if cache.exists() else size)
+    return Plan(target, values, config, corpus, saved, weights, fingerprint, cache, size)
+
+
+def check_room(out: Path, size: int) -> None:
+    """Raise where the disk has fewer bytes left."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise KangarooError(
+            f"the states take {size / 1e9:.2g} GB, and the disk of {out} has {free / 1e9:.2g} GB left; leave --cache "
+            "out, or give less data."
+        )

@@ -58,7 +58,7 @@ def score_held_out(
         with autocast(teacher.device):
             guesses = adapter(lesson.exit_hidden[None].float())[0]
         places = window.learned.nonzero()[:, 0].to(teacher.device)
-        agree, confidence = _judge(teacher.head.bfloat16(), guesses[places].bfloat16(), lesson.final[places])
+        agree, confidence = _judge(teacher.head.float(), guesses[places].float(), lesson.final[places].float())
         agrees.append(agree)
         confidences.append(confidence)
         progress("scoring", done, len(windows), "")
@@ -72,12 +72,15 @@ def score_held_out(
 
 
 def _judge(head: Tensor, guesses: Tensor, final: Tensor) -> tuple[list[bool], list[float]]:
-    """Whether both rank the same token first, and the guess's probability; ``[P, hidden]`` each, in bf16."""
+    """Whether both rank the same token first, and the guess's probability; ``[P, hidden]`` each.
+
+    All is float32: bf16's logits are equal so often that a share of the agreement would be chance.
+    """
     agree: list[bool] = []
     confidence: list[float] = []
-    for part in in_chunks(len(guesses)):
-        probability, choice = F.linear(guesses[part], head).float().softmax(-1).max(-1)
-        agree += (choice == F.linear(final[part], head).float().argmax(-1)).tolist()
+    for part in in_chunks(guesses):
+        probability, choice = F.linear(guesses[part], head).softmax(-1).max(-1)
+        agree += (choice == F.linear(final[part], head).argmax(-1)).tolist()
         confidence += probability.tolist()
     return agree, confidence
 

@@ -58,7 +58,7 @@ class TrainingSettings:
     reuse: int = 4
     sequence_length: int = 256
     num_attention_heads: int | None = None
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-2
     total_variation: float = 0.0
     vocabulary: int = 8192
     start_from: str | None = None

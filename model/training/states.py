@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .checkpoint import write_atomically
 from .data import Window
-from .teacher import Lesson, Teacher
+from .teacher import Lesson, Teacher, bytes_per_token
 
 ROOM = {"cpu": 1_500_000_000, "cuda": 8_000_000_000}
 """Bytes of lessons that stay in memory; SmolLM2-135M's take 2.3 kB a token."""
@@ -89,8 +89,3 @@ class Lessons:
         final = torch.cat([lesson.final[at] for lesson, at in zip(lessons, places, strict=True)])
         log_total = torch.cat([lesson.log_total[at] for lesson, at in zip(lessons, places, strict=True)])
         return Batch(exit_hidden, flat.to(device, non_blocking=True), final, log_total)
-
-
-def bytes_per_token(hidden_size: int) -> int:
-    """Of a lesson: two states in bf16, and a number."""
-    return 2 * 2 * hidden_size + 4

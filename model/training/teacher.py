@@ -26,6 +26,11 @@ class Lesson(NamedTuple):
     log_total: Tensor
 
 
+def bytes_per_token(hidden_size: int) -> int:
+    """Of a lesson: two states in bf16, and a number."""
+    return 2 * 2 * hidden_size + 4
+
+
 def autocast(device: torch.device) -> torch.autocast:
     """Matrix products in bf16."""
     return torch.autocast(device.type, torch.bfloat16)
@@ -74,7 +79,7 @@ class Teacher:
         head, exit_hidden, lessons = self.head.bfloat16(), self._exit_hidden.bfloat16(), []
         for index, row in enumerate(rows):
             own, shallow = final[index, : len(row)].clone(), exit_hidden[index, : len(row)].clone()
-            totals = [F.linear(own[part], head).float().logsumexp(-1) for part in in_chunks(len(row))]
+            totals = [F.linear(own[part], head).float().logsumexp(-1) for part in in_chunks(own)]
             lessons.append(Lesson(shallow, own, torch.cat(totals)))
         return lessons
 

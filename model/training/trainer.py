@@ -16,7 +16,7 @@ from ..errors import KangarooError
 from ..load import resolve_device, resolve_dtype
 from .adapter_module import TrainableAdapter, save_adapter
 from .card import write_card
-from .checkpoint import STATE_FILE, STATES_FOLDER, stop_between_steps, write_atomically
+from .checkpoint import REPORT_FILE, STATE_FILE, stop_between_steps, write_atomically
 from .losses import DraftLoss
 from .optimizers import Optimizers, rise_and_fall
 from .plan import Plan, read_plan
@@ -44,8 +44,7 @@ class AdapterTraining:
     def __init__(self, settings: TrainingSettings, teacher: Teacher, plan: Plan) -> None:
         self.settings, self.teacher, self.plan = settings, teacher, plan
         windows = plan.corpus.windows
-        folder = settings.out / f"{STATES_FOLDER}-{plan.fingerprint:08x}" if settings.cache else None
-        self.lessons = Lessons(teacher, windows, folder)
+        self.lessons = Lessons(teacher, windows, plan.cache)
         torch.manual_seed(settings.seed)
         self.adapter = TrainableAdapter(plan.config, settings.sequence_length).to(teacher.device)
         if plan.weights is not None:
@@ -165,6 +164,8 @@ def train_adapter(
     device = resolve_device(settings.device)
     plan = read_plan(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
+    if plan.cache is not None:
+        progress("states", 0, 1, f"{plan.cache_bytes / 1e9:.2g} GB in {plan.cache}")
     dtype = resolve_dtype(None, device, plan.target.config.dtype)
     teacher = Teacher(plan.target.folder, device, dtype, settings.exit_layer)
     training = AdapterTraining(settings, teacher, plan)
@@ -182,8 +183,8 @@ def train_adapter(
     report |= score_held_out(teacher, training.adapter, plan.corpus.held_out, progress, deadline - reserve / 2)
     del teacher, training  # the runtime loads the target anew
     report |= decode_held_out(plan, settings, progress, deadline)
-    (settings.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     write_card(settings, report)
+    (settings.out / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 

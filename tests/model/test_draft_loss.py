@@ -33,7 +33,7 @@ def whole(head: Tensor, guesses: Tensor, final: Tensor, share: float, classes: l
 @pytest.mark.parametrize("known", [20, VOCABULARY])
 def test_chunks_give_the_loss_of_the_whole(known: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every joined token in the sample, the joined class is exact."""
-    monkeypatch.setattr(losses, "CHUNK", 5)
+    monkeypatch.setattr(losses, "CHUNK", {"cpu": 5})
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
     monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.arange(high)[: size[0]])
     head, guesses, final, log_total = states()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.target.config import load_config
-from kangaroo_kernels.model.training import scores, states, trainer
+from kangaroo_kernels.model.training import card, scores, states, trainer
 from kangaroo_kernels.model.training import teacher as teacher_module
 from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
 from kangaroo_kernels.model.training.plan import read_plan
@@ -163,6 +165,8 @@ def test_a_finished_run_is_extended(target: Path, text: Path, tmp_path: Path) ->
     train_adapter(short)
     with pytest.raises(KangarooError, match=r"holds an adapter of 12 steps; raise --steps"):
         train_adapter(short)
+    (short.out / "training.json").unlink()  # as if it had been stopped while it was scored
+    assert steps_made(lambda: train_adapter(short)) == []
     assert steps_made(lambda: train_adapter(replace(short, steps=15))) == [12, 13, 14]
     assert train_adapter(replace(short, steps=None, minutes=0.01))["steps"] > 15
     text.write_text(TEXT.upper())
@@ -184,19 +188,24 @@ def test_a_warm_start_begins_with_the_weights(target: Path, text: Path, tmp_path
         train_adapter(first)
 
 
-def test_lessons_on_disk_are_those_in_memory(target: Path, text: Path, tmp_path: Path) -> None:
+def test_lessons_on_disk_are_those_in_memory(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = settings(target, text, tmp_path / "kept", cache=True, steps=4)
     train_adapter(kept)
     train_adapter(replace(kept, out=tmp_path / "made", cache=False))
     assert state(kept.out)["losses"] == state(tmp_path / "made")["losses"]
     assert lessons_made(lambda: train_adapter(replace(kept, steps=5))) == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
+    with pytest.raises(KangarooError, match=r"the states take 0.00063 GB, and the disk of .* has 0.0001 GB left"):
+        train_adapter(replace(kept, out=tmp_path / "full"))
 
 
 def test_lessons_that_had_to_go_are_made_again(
     target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is room for 72 windows of 104; memory stays bounded, and what comes back has the same bits."""
-    monkeypatch.setattr(states, "ROOM", {"cpu": 72 * 32 * states.bytes_per_token(48)})
+    monkeypatch.setattr(states, "ROOM", {"cpu": 72 * 32 * teacher_module.bytes_per_token(48)})
     run = settings(target, text, tmp_path / "a", steps=60, reuse=1)
     most = calls(states.Lessons, "_make", lambda lessons, _: len(lessons.kept), lambda: train_adapter(run))
     assert len(most) > 7 and max(most) <= 72
@@ -226,9 +235,19 @@ def test_the_report(target: Path, text: Path, tmp_path: Path) -> None:
     assert 0 <= report["agreement"] <= 1 <= report["expected_acceptance_length"]
     assert report["mean_acceptance_length"] >= 1 and report["speedup"] > 0
     assert json.loads((out / "training.json").read_text()) == report
-    card = (out / "README.md").read_text()
-    assert f"| {report['agreement']:,} |" in card and "first 2 layers" in card
-    assert str(tmp_path) not in (out / "training.json").read_text() + card
+    page = (out / "README.md").read_text()
+    assert f"| {report['agreement']:,} |" in page and "first 2 layers" in page
+    assert "curve.png" in page and (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path) not in (out / "training.json").read_text() + page
+
+
+def test_without_matplotlib_there_is_no_picture(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(card, "find_spec", lambda _: None)
+    train_adapter(settings(target, text, tmp_path / "a", steps=1))
+    assert "curve.png" not in (tmp_path / "a" / "README.md").read_text()
+    assert not (tmp_path / "a" / "curve.png").exists()
 
 
 def test_the_expected_length_is_that_of_decoding() -> None:
