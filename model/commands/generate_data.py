@@ -62,4 +62,4 @@ def generate_data(
         f"dropped {counts.near_duplicates} near-duplicates, {counts.loops} loops and {counts.unfit} prompts of no use."
     )
     if counts.texts < texts:
-        typer.echo(f"That is fewer than {texts}: {'the time' if minutes else 'the prompts'} ended before.", err=True)
+        typer.echo(f"That is fewer than {texts}: no prompts, no time or nothing worth keeping was left.", err=True)

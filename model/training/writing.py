@@ -7,6 +7,7 @@ sampled in the next.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from .teacher import Teacher
 ASKING: dict[str, Any] = {"temperature": 1.0, "top_k": 200}
 ANSWERING: dict[str, Any] = {"temperature": 0.8, "top_k": 0}
 QUESTION_TOKENS = 96
+BARREN_GROUPS = 8
 LOOPING_SHARE = 0.2
 """A text of which a larger share loops is dropped."""
 RUN_OF_WORDS = 4
@@ -112,17 +114,22 @@ class Seen:
 
 
 class Prompt(NamedTuple):
-    """What the target goes on from: a conversation that waits for an answer, or, without messages, a text."""
+    """What the target goes on from: a conversation that waits for an answer, or, without messages, a text.
 
+    ``number`` counts all prompts of a file, those that came to nothing included.
+    """
+
+    number: int
     tokens: list[int]
     messages: list[Message] | None = None
 
     def record(self, answer: list[int], tokenizer: Any) -> dict[str, Any]:
         """The whole, as a line of the file."""
         if self.messages is None:
-            return {"text": tokenizer.decode([*self.tokens, *answer], skip_special_tokens=True)}
+            text = tokenizer.decode([*self.tokens, *answer], skip_special_tokens=True)
+            return {"text": text, "number": self.number}
         content = tokenizer.decode(answer, skip_special_tokens=True)
-        return {"messages": [*self.messages, {"role": "assistant", "content": content}]}
+        return {"messages": [*self.messages, {"role": "assistant", "content": content}], "number": self.number}
 
 
 class Prompts:
@@ -151,13 +158,14 @@ class Prompts:
         count = self.settings.at_once
         if self.template is None:
             places = torch.randint(len(self.text) - self.text_tokens + 1, (count,)).tolist()
-            return [Prompt(self.text[at : at + self.text_tokens].tolist()) for at in places]
+            rows = [self.text[at : at + self.text_tokens].tolist() for at in places]
+            return [Prompt(number, row) for number, row in enumerate(rows, first)]
         if not self.settings.prompts:
-            asked = [[{"role": "user", "content": question}] for question in self._ask(teacher)]
-            waiting = [("a question", messages) for messages in asked]
+            waiting = [("a question", [{"role": "user", "content": asked}]) for asked in self._ask(teacher)]
         elif not (waiting := self.conversations[first : first + count]):
             return None
-        return [prompt for place, messages in waiting if (prompt := self._open(messages, place)) is not None]
+        opened = (self._open(number, messages, place) for number, (place, messages) in enumerate(waiting, first))
+        return [prompt for prompt in opened if prompt is not None]
 
     def _ask(self, teacher: Teacher) -> Iterator[str]:
         """Questions that the target thinks of when a user's turn begins."""
@@ -175,7 +183,7 @@ class Prompts:
             else:
                 yield question
 
-    def _open(self, messages: list[Message], place: str) -> Prompt | None:
+    def _open(self, number: int, messages: list[Message], place: str) -> Prompt | None:
         """The conversation up to its last answer; None where the context has no room for that."""
         assert self.template is not None
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -184,13 +192,13 @@ class Prompts:
         if len(tokens) + self.settings.max_new_tokens > self.target.config.context_length:
             self.counts.unfit += 1
             return None
-        return Prompt(tokens, messages)
+        return Prompt(number, tokens, messages)
 
 
 def write_data(settings: WritingSettings, progress: ProgressReport = lambda *_: None) -> Counts:
-    """Have the target write texts into ``settings.out``, group after group.
+    """Have the target write texts into ``settings.out``, group after group, each in one piece.
 
-    Every line has its prompt's ``number``: an interrupted run goes on behind the last one.
+    It ends early where there are no more prompts, no more time, or nothing to keep in eight groups on end.
 
     Raises:
         KangarooError: settings or files that cannot be used.
@@ -200,51 +208,50 @@ def write_data(settings: WritingSettings, progress: ProgressReport = lambda *_: 
     prompts = Prompts(settings, target, counts)
     number = _take_stock(settings.out, prompts)
     teacher = Teacher(target.folder, resolve_device(settings.device), torch.bfloat16)
-    end = None if settings.minutes is None else began + settings.minutes * 60
-    longest = 0.0
-    while counts.texts < settings.texts:
+    end = math.inf if settings.minutes is None else began + settings.minutes * 60
+    longest, barren = 0.0, 0
+    while counts.texts < settings.texts and barren < BARREN_GROUPS:
         now = time.perf_counter()
-        if counts.texts and end is not None and now + longest > end:
+        if longest and now + longest > end:
             break
         torch.manual_seed(settings.seed + 7919 * number)
         drawn = prompts.draw(number, teacher)
         if drawn is None:
             break
         sampling = ANSWERING if number // settings.at_once % 2 else {}
-        lines = list(_answered(drawn, number, sampling, teacher, prompts))[: settings.texts - counts.texts]
+        lines = list(_answered(drawn, sampling, teacher, prompts))
         with settings.out.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
-        number += settings.at_once
-        counts.texts += len(lines)
+        number, barren = number + settings.at_once, 0 if lines else barren + 1
         longest = max(longest, time.perf_counter() - now)
         counts.seconds = time.perf_counter() - began
         progress("writing", counts.texts, settings.texts, f"{counts.tokens / counts.seconds:.0f} tokens/s")
     return counts
 
 
-def _answered(
-    drawn: list[Prompt], number: int, sampling: dict[str, Any], teacher: Teacher, prompts: Prompts
-) -> Iterator[str]:
-    """A line for each prompt whose continuation is worth keeping."""
+def _answered(drawn: list[Prompt], sampling: dict[str, Any], teacher: Teacher, prompts: Prompts) -> Iterator[str]:
+    """A line for each prompt whose continuation is worth keeping, until there are enough texts."""
     settings, target, counts = prompts.settings, prompts.target, prompts.counts
     if not drawn:
         return
     answers = teacher.write([prompt.tokens for prompt in drawn], settings.max_new_tokens, target.ends, **sampling)
-    for index, (prompt, answer) in enumerate(zip(drawn, answers, strict=True), number):
+    for prompt, answer in zip(drawn, answers, strict=True):
+        if counts.texts == settings.texts:
+            return
         if not answer:
             counts.unfit += 1
         elif looping_tokens(answer) > LOOPING_SHARE * len(answer):
             counts.loops += 1
         else:
-            counts.tokens += len(answer)
-            yield json.dumps(prompt.record(answer, target.tokenizer) | {"number": index}, ensure_ascii=False) + "\n"
+            counts.texts, counts.tokens = counts.texts + 1, counts.tokens + len(answer)
+            yield json.dumps(prompt.record(answer, target.tokenizer), ensure_ascii=False) + "\n"
 
 
 def _take_stock(out: Path, prompts: Prompts) -> int:
     """Count an earlier run's texts, remember its prompts, and drop a line that was cut short.
 
     Returns:
-        The number of the next prompt.
+        The number of the first prompt of the next group.
 
     Raises:
         KangarooError: the file was not written here.
@@ -266,4 +273,5 @@ def _take_stock(out: Path, prompts: Prompts) -> int:
         prompts.counts.texts += 1
     if len(whole) < len(content):
         out.write_bytes(whole)
-    return number
+    group = prompts.settings.at_once
+    return -(-number // group) * group

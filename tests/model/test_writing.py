@@ -122,6 +122,22 @@ def test_loops_and_near_duplicates_are_dropped(target: Path, tmp_path: Path, mon
     assert [turn["content"] for turn in line["messages"]] == ["GH", "OPQ"]
 
 
+def test_a_target_that_only_loops_is_given_up(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Teacher, "write", lambda _self, rows, *_, **__: [[30, 31] * 30 for _ in rows])
+    (tmp_path / "a.txt").write_text("ABCDEFGH")
+    counts = write_data(settings(target, tmp_path / "d.jsonl", prompts=(tmp_path / "a.txt",)))
+    assert (counts.texts, counts.loops) == (0, writing.BARREN_GROUPS * 4)
+
+
+def test_no_prompt_is_answered_twice(target: Path, tmp_path: Path) -> None:
+    """The second is too long for the context; the run is stopped behind the first group."""
+    questions = ["abc", "d" * 120, "efg", "hij", "klm", "nop"]
+    few = settings(target, tmp_path / "d.jsonl", prompts=(prompts(tmp_path, questions),), texts=2)
+    assert write_data(few).unfit == 1
+    write_data(replace(few, texts=9))
+    assert [line["number"] for line in lines(few.out)] == [0, 2, 4, 5]
+
+
 def test_what_counts_as_seen() -> None:
     seen = Seen()
     assert seen.is_new("How do I bake bread with little time at home?")
