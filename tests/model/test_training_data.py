@@ -92,7 +92,10 @@ def test_records_that_are_refused(content: str, words: str, tmp_path: Path) -> N
             "{{ raise_exception('roles must alternate') }}",
             "line 1: the model's chat template refuses it .roles must al",
         ),
-        ("{{ messages | length }}" + CHAT_TEMPLATE, "changes the earlier turns"),
+        (
+            CHAT_TEMPLATE.replace("content }}", "content if loop.last else message.content[:2] }}"),
+            "changes the earlier",
+        ),
         (CHAT_TEMPLATE.replace("%}<A>{", "%}<A>think{"), "puts other tokens before an answer"),
     ],
 )
