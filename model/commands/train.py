@@ -1,6 +1,8 @@
 """``kangaroo train``: train an adapter for a model."""
 
+import math
 import shlex
+import time
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,6 +98,8 @@ def train(
 
     After Ctrl-C, the same command goes on. More --steps, or --minutes again, train a finished adapter on.
     """
+    began = time.perf_counter()  # the imports take their time, too
+
     from ..training.settings import TrainingSettings
     from ..training.trainer import train_adapter
     from .show import show_training, training_bars
@@ -122,7 +126,7 @@ def train(
     )
     try:
         with training_bars() as progress:
-            report = train_adapter(settings, progress)
+            report = train_adapter(settings, progress, began + 60 * minutes if minutes else math.inf)
     except KeyboardInterrupt as stopped:
         where = str(stopped) or "stopped outside of the steps; what an earlier run kept is still there"
         typer.echo(f"{where}. The same command goes on from there.", err=True)

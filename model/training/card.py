@@ -39,7 +39,7 @@ FIGURES = {
     "mean_acceptance_length": "mean acceptance length, measured in greedy decoding",
     "plain_tokens_per_second": "tokens/s, plain decoding",
     "kangaroo_tokens_per_second": "tokens/s, Kangaroo",
-    "speedup": "median speedup over plain decoding, on the machine of the training",
+    "speedup": "speedup over plain decoding, on the machine of the training",
 }
 
 
