@@ -297,8 +297,10 @@ def test_a_loss_that_is_no_number_ends_the_run(
 
 @pytest.mark.parametrize("limits", [{}, {"minutes": 60.0}])
 def test_a_deadline_ends_everything(limits: dict[str, float], target: Path, text: Path, tmp_path: Path) -> None:
-    now = time.perf_counter()
-    past = train_adapter(settings(target, text, tmp_path / "past", **limits), deadline=now)
+    now, told = time.perf_counter(), list[str]()
+    run = settings(target, text, tmp_path / "past", held_out=(text,), **limits)
+    past = train_adapter(run, lambda stage, *_: told.append(stage), deadline=now)
+    assert told == ["training", "scoring"]  # of 64 held-out windows, one
     assert past["steps"] == 1 and "agreement" in past and "speedup" not in past
     assert train_adapter(settings(target, text, tmp_path / "far"), deadline=now + 3600)["steps"] == 12
 

@@ -130,12 +130,12 @@ def test_a_target_that_only_loops_is_given_up(target: Path, tmp_path: Path, monk
 
 
 def test_no_prompt_is_answered_twice(target: Path, tmp_path: Path) -> None:
-    """The second is too long for the context; the run is stopped behind the first group."""
-    questions = ["abc", "d" * 120, "efg", "hij", "klm", "nop"]
+    """Three are too long for the context; the run is extended after the second group, whose rest was not needed."""
+    questions = ["abc", *["d" * 120] * 3, "efg", "hij", "klm", "nop", "qab"]
     few = settings(target, tmp_path / "d.jsonl", prompts=(prompts(tmp_path, questions),), texts=2)
-    assert write_data(few).unfit == 1
+    assert write_data(few).unfit == 3
     write_data(replace(few, texts=9))
-    assert [line["number"] for line in lines(few.out)] == [0, 2, 4, 5]
+    assert [line["number"] for line in lines(few.out)] == [0, 4, 8]
 
 
 def test_what_counts_as_seen() -> None:
