@@ -113,8 +113,18 @@ CHAT_TEMPLATE = """@{% for message in messages -%}
 """Writes ``@S:be kind;U:hi;A:`` for a conversation whose answer comes next; ``@`` stands for the first token."""
 
 
-def make_tokenizer(folder: Path, vocab_size: int = 67, chat_template: str | None = None) -> Path:
-    """A character tokenizer beside a checkpoint: token 0 is unknown, then come the printable characters from '0' on."""
+TURN_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role[:1] | upper }}>{{ message.content }}@{% endfor %}"
+    "{% if add_generation_prompt %}<A>{% endif %}"
+)
+"""Ends every turn by the end token: ``<U>question@<A>answer@``."""
+
+
+def make_tokenizer(folder: Path, vocab_size: int = 67, **more: str) -> Path:
+    """A character tokenizer beside a checkpoint: token 0 is unknown, then come the printable characters from '0' on.
+
+    ``more`` goes to the tokenizer, such as ``chat_template`` and ``eos_token``.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -122,6 +132,5 @@ def make_tokenizer(folder: Path, vocab_size: int = 67, chat_template: str | None
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    settings = {"unk_token": "<unk>", "chat_template": chat_template}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **more).save_pretrained(folder)
     return folder

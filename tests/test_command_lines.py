@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kangaroo_kernels import KangarooError
 from kangaroo_kernels.model import demo, load
-from kangaroo_kernels.model.commands import calibrate, chat, cli, export, generate, info, train
+from kangaroo_kernels.model.commands import calibrate, chat, cli, export, generate, generate_data, info, train
 from kangaroo_kernels.model.commands import demo as demo_command
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -69,7 +69,6 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     },
     ("cli", "train"): {
         "exit_layer": COUNT,
-        "generated_windows": COUNT,
         "steps": COUNT,
         "minutes": DURATION,
         "batch_size": COUNT,
@@ -77,6 +76,15 @@ NUMBERS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
         "sequence_length": COUNT,
         "num_attention_heads": COUNT,
         "learning_rate": DURATION,
+        "total_variation": SHARE,
+        "vocabulary": COUNT,
+        "seed": SEED,
+    },
+    ("cli", "generate_data"): {
+        "texts": COUNT,
+        "max_new_tokens": COUNT,
+        "at_once": COUNT,
+        "minutes": DURATION,
         "seed": SEED,
     },
     ("cli", "calibrate"): {"max_new_tokens": COUNT},
@@ -93,6 +101,7 @@ BEFORE = {
     ("cli", "generate"): "generate --model demo --prompt A",
     ("cli", "chat"): "chat --model demo",
     ("cli", "train"): "train --model demo --data README.md --exit-layer 4 --out OUT",
+    ("cli", "generate_data"): "generate-data --model demo --prompts README.md --out OUT.jsonl",
     ("cli", "calibrate"): "calibrate --model demo --adapter ADAPTER --prompts PROMPTS",
     ("cli", "export"): "export --model demo --out OUT",
     ("cli", "info"): "info --model demo --adapter ADAPTER",
@@ -104,7 +113,9 @@ def commands() -> dict[tuple[str, str], Callable[..., Any]]:
     """Every function of a tool or of the package's command that takes options."""
     names = [path.stem for path in TOOLS.glob("*.py") if "import typer" in path.read_text()]
     modules = {name: import_module(name) for name in names}
-    modules |= {each.__name__: each for each in (demo_command, generate, chat, train, calibrate, export, info)}
+    modules |= {
+        each.__name__: each for each in (demo_command, generate, chat, generate_data, train, calibrate, export, info)
+    }
     return {
         ("cli" if holder.__name__.startswith("kangaroo") else module, name): function
         for module, holder in modules.items()

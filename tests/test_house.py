@@ -32,7 +32,8 @@ ROOMS = (
     ("session",),
     ("kangaroo",),
     ("integrations",),
-    ("evaluation", "training"),
+    ("evaluation",),
+    ("training",),
     ("commands",),
 )
 """Modules and folders of model/. Each may import those of a line above its own, never of the same line."""
@@ -41,6 +42,8 @@ RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "gguf"}
 TERMINAL = {"typer", "rich", "pynvml"}
 FOR_THE_TERMINAL = {"commands", "evaluation", "training"}
+OPTIONAL = {"matplotlib"}
+"""What ``training`` uses where it is installed."""
 
 
 class Import(NamedTuple):
@@ -252,6 +255,7 @@ def test_no_module_of_the_model_imports_itself_by_a_detour() -> None:
 @pytest.mark.parametrize("path", modules(MODEL), ids=show)
 def test_model_uses_few_libraries(path: Path) -> None:
     allowed = LIBRARIES | {"kangaroo_kernels"} | (TERMINAL if room_of(path) in FOR_THE_TERMINAL else set())
+    allowed |= OPTIONAL if room_of(path) == "training" else set()
     assert {top(name) for name in names_in(path) if is_library(name)} <= allowed
 
 
@@ -350,7 +354,8 @@ def requirements(table: str) -> dict[str, set[SpecifierSet]]:
 def test_libraries_are_declared() -> None:
     """What model/ imports stands in ``pyproject.toml``."""
     names = {top(name) for path in modules(MODEL) + modules(KERNELS) for name in names_in(path) if is_library(name)}
-    known = {name.replace("-", "_") for name in requirements("dependencies")}
+    assert requirements("plots").keys() >= OPTIONAL
+    known = {name.replace("-", "_") for name in requirements("dependencies")} | OPTIONAL
     assert names - {"kangaroo_kernels", "pynvml"} <= known  # nvidia-ml-py's own name for itself
 
 

@@ -63,7 +63,13 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         return original(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, place in {"train_tokenizer": 0, "encode": 1, "TrainingSettings": "data", "calibrate": 1}.items():
+        for name, place in {
+            "train_tokenizer": 0,
+            "encode": 1,
+            "WritingSettings": "prompts",
+            "TrainingSettings": "data",
+            "calibrate": 1,
+        }.items():
             patch.setattr(train_demo, name, partial(noting, name, place, getattr(train_demo, name)))
         # the steps end it, not the time, however slow the machine is
         command = ["--preset", "smoke", "--minutes", "60", "--device", "cpu", "--out", str(out)]
@@ -89,9 +95,7 @@ def test_the_record_is_complete(smoke: dict[str, Any]) -> None:
     record, target, adapter = (read(out / part / "training.json") for part in ("", "target", "adapter"))
     assert record["command"] == "python tools/train_demo.py --preset smoke --minutes 60"
     assert record["machine"]["versions"]["torch"] == torch.__version__
-    assert {"bits_per_character", "top1_accuracy", "top1_agreement_text", "top1_agreement_self_generated"} == set(
-        record["held_out"]
-    )
+    assert {"bits_per_character", "top1_accuracy", *train_demo.SCORES} == set(record["held_out"])
     assert TargetRecipe(**target["recipe"]) == SMOKE.target
     curve = target["curve"]
     assert len(curve) == train_demo.PROBES and curve[-1]["step"] == target["steps"] == SMOKE.target_steps
@@ -109,7 +113,9 @@ def test_nothing_learns_from_held_out_files(smoke: dict[str, Any]) -> None:
     assert len(held_out) >= 2
     assert given["train_tokenizer"] and not any(document.held_out for document in given["train_tokenizer"])
     assert given["encode"] == [document for document in documents if not document.held_out]
-    assert given["TrainingSettings"] and not held_out.keys() & set(given["TrainingSettings"])
+    own, *texts = given["TrainingSettings"]
+    assert own.name == train_demo.OWN_TEXTS and texts and not held_out.keys() & set(texts)
+    assert given["WritingSettings"] and not held_out.keys() & set(given["WritingSettings"])
     assert given["calibrate"]
     for prompt in given["calibrate"]:
         assert not any(prompt in text for text in held_out.values())
@@ -185,6 +191,7 @@ def test_the_bundled_pair_was_made_so() -> None:
     assert (DEMO.target_by - DEMO.encoded_by) * DEMO.minutes == pytest.approx(target["minutes"])
     assert (DEMO.adapter_by - DEMO.target_by) * DEMO.minutes == pytest.approx(adapter["settings"]["minutes"])
     assert DEMO.adapter.items() <= adapter["settings"].items()
+    assert DEMO.own_texts == adapter["settings"]["generated_windows"]
     held_out = [Document(name, f"before\n{prompt}\nafter") for name, prompt in pair.prompts().items()]
     assert all(document.held_out for document in held_out)
     assert train_demo.held_out_prompts(DEMO, held_out) == pair.prompts()

@@ -18,6 +18,7 @@ class Preset:
 
     Attributes:
         adapter: settings of its training, by the names of ``TrainingSettings``.
+        own_texts: how many texts the target writes for it, and ``own_at_once``, how many of them side by side.
         minutes: the time of a run, unless the caller says otherwise.
         within_minutes: every stage ends by its share of the minutes, whatever the ones before took. Otherwise the
             minutes are for training alone, and other work takes its time.
@@ -39,6 +40,8 @@ class Preset:
     needs_gpu: bool = False
     sources: Callable[[], list[Document]] = installed_documents
     sample: float = math.inf
+    own_texts: int = 2048
+    own_at_once: int = 64
     held_out_tokens: int = 1 << 19
     target_steps: float = math.inf
     prompts: int | None = 64
@@ -57,8 +60,8 @@ DEMO = Preset(
         "batch_size": 8,
         "reuse": 8,
         "sequence_length": 256,
-        "generated_windows": 704,
     },
+    own_texts=704,
     calibration=Calibration(),
     minutes=85.0,
     within_minutes=False,
@@ -92,9 +95,9 @@ LARGE = Preset(
         "learning_rate": 8e-3,
         "batch_size": 64,
         "sequence_length": 256,
-        "generated_windows": 4096,
-        "generated_at_once": 1024,
     },
+    own_texts=4096,
+    own_at_once=1024,
     calibration=Calibration(lengths=(4, 3, 6, 2), thresholds=(0.6, 0.4, 0.8), max_new_tokens=96, finalists=0),
     minutes=8.0,
     needs_gpu=True,
@@ -110,7 +113,8 @@ SMOKE = Preset(
         batch_tokens=512,
         pass_tokens=256,
     ),
-    adapter={"exit_layer": 1, "sequence_length": 32, "generated_windows": 16, "steps": 30},
+    adapter={"exit_layer": 1, "sequence_length": 32, "steps": 30},
+    own_texts=16,
     calibration=Calibration(lengths=(3,), thresholds=(0.2, 0.6), max_new_tokens=16, finalists=0),
     minutes=0.5,
     sources=partial(installed_documents, packages=("asyncio", "unittest")),

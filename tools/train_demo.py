@@ -35,13 +35,18 @@ from kangaroo_kernels.model.commands.show import training_bars
 from kangaroo_kernels.model.demo import bundled_pair
 from kangaroo_kernels.model.evaluation.calibrate import calibrate, write_defaults
 from kangaroo_kernels.model.load import resolve_device
-from kangaroo_kernels.model.training.checkpoint import write_atomically
+from kangaroo_kernels.model.training.checkpoint import STATE_FILE, write_atomically
 from kangaroo_kernels.model.training.settings import ProgressReport, TrainingSettings
 from kangaroo_kernels.model.training.trainer import train_adapter
+from kangaroo_kernels.model.training.writing import WritingSettings, write_data
 
 NAME = "train_demo"
 RUN_FILE = "run.json"
 TARGET_STATE = "target_state.pt"
+SCORES = ("agreement", "expected_acceptance_length", "mean_acceptance_length")
+OWN_TEXTS = "own_texts.jsonl"
+WRITING_SHARE = 0.35
+"""Of the adapter's time, the most that the target writes for."""
 HELD_OUT_FILES = 64
 """Of which the adapter's agreement is measured, at most."""
 PROBES = 24
@@ -157,24 +162,41 @@ def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, h
 
 
 def train_its_adapter(run: Run, seen: list[Document], held_out: list[Document]) -> None:
-    """Train the adapter, half of it on what the target writes itself."""
-    preset = run.preset
-    files, measured = (
-        tuple(document.file for document in documents if document.file is not None)
-        for documents in (beginning(seen, preset.sample), held_out)
+    """Train the adapter, half of it on what the target writes itself when it continues the other half."""
+    preset, own = run.preset, run.out / OWN_TEXTS
+    length = preset.adapter["sequence_length"]
+    files = _files(beginning(seen, preset.sample))
+    end = run.deadline(preset.adapter_by)
+    left = (end - time.perf_counter()) / 60
+    writing = WritingSettings(
+        model=str(run.out / "target"),
+        out=own,
+        texts=preset.own_texts,
+        prompts=files,
+        max_new_tokens=length - length // 4,
+        at_once=preset.own_at_once,
+        minutes=max(WRITING_SHARE * left, 1e-3) if math.isfinite(left) else None,
+        device=str(run.device),
     )
+    write_data(writing, run.report)
+    as_much = beginning(seen, len(own.read_text(encoding="utf-8")))
     minutes = (preset.adapter_by - preset.target_by) * run.minutes
     settings = TrainingSettings(
         model=str(run.out / "target"),
-        data=files,
-        held_out=measured[:HELD_OUT_FILES],
+        data=(own, *_files(as_much)),
+        held_out=_files(held_out)[:HELD_OUT_FILES],
         out=run.out / "adapter",
-        self_generated=True,
         minutes=None if "steps" in preset.adapter else minutes,
         device=str(run.device),
         **preset.adapter,
     )
-    train_adapter(settings, run.report, run.deadline(preset.adapter_by))
+    train_adapter(settings, run.report, end)
+    for leftover in (own, run.out / "adapter" / STATE_FILE):
+        leftover.unlink()
+
+
+def _files(documents: list[Document]) -> tuple[Path, ...]:
+    return tuple(document.file for document in documents if document.file is not None)
 
 
 def round_weights(file: Path) -> None:
@@ -229,7 +251,7 @@ def train_pair(run: Run) -> dict[str, Any]:
             "held_out_files": len(held_out),
             "held_out_tokens": len(valid),
         },
-        "held_out": target["held_out"] | {key: value for key, value in adapter.items() if key.startswith("top1")},
+        "held_out": target["held_out"] | {key: value for key, value in adapter.items() if key in SCORES},
     }
     write_json(out / "training.json", record)
     (out / RUN_FILE).unlink()

@@ -1,5 +1,8 @@
 """What the ``kangaroo`` command draws in a terminal: text coloured by origin, tables and progress bars."""
 
+import math
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +25,9 @@ from .facts import Environment, Footprint
 PROMPT_STYLE, DRAFTED_STYLE, TARGET_STYLE = "dim", "green", "bold yellow"
 PROMPT_LINES = 4
 BAR_WIDTH = 40
+LOG_SECONDS = 10.0
+SLOWEST_STEP = 3600.0
+"""Seconds over which a bar looks back for its speed; one step of a stage may take minutes."""
 ENDINGS = {
     "length": "the wanted length was reached",
     "stop": "the text came to its end",
@@ -148,9 +154,12 @@ def show_footprint(console: Console, cost: Footprint) -> None:
 
 def show_training(console: Console, out: Path, report: Mapping[str, Any]) -> None:
     """The figures of a training report."""
-    figures = {name.replace("_", " "): f"{value:,.4g}" for name, value in report.items() if isinstance(value, float)}
-    figures |= {name: f"{value:,}" for name, value in report.items() if isinstance(value, int)}
-    _show_facts(console, f"adapter in {out}", figures)
+    shown = {
+        name: f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+        for name, value in report.items()
+        if isinstance(value, int | float)
+    }
+    _show_facts(console, f"adapter in {out}", {name.replace("_", " "): value for name, value in shown.items()})
 
 
 def _show_facts(console: Console, title: str, facts: Mapping[str, str]) -> None:
@@ -185,10 +194,16 @@ def show_rows(console: Console, rows: Sequence[Mapping[str, float]]) -> None:
 
 @contextmanager
 def training_bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """A bar on stderr for each stage of a training: call it with ``(stage, done, total, note)``."""
+    """What a long work is doing, on stderr: call it with ``(stage, done, total, note)``.
+
+    A terminal gets a bar for each stage, with the time it has left; anything else gets a line now and then.
+    """
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Log()
+        return
     columns = (*Bars.get_default_columns(), TextColumn("{task.fields[note]}"))
-    with Bars(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Bars(*columns, console=console, speed_estimate_period=SLOWEST_STEP) as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int, note: str) -> None:
@@ -197,3 +212,22 @@ def training_bars() -> Iterator[Callable[[str, int, int, str], None]]:
             bars.update(tasks[stage], completed=done, note=note)
 
         yield show
+
+
+class Log:
+    """Lines on stderr: the first and the last of each stage, and one every ten seconds between."""
+
+    def __init__(self) -> None:
+        self.began: dict[str, tuple[float, int]] = {}
+        self.said_at = -math.inf
+
+    def __call__(self, stage: str, done: int, total: int, note: str) -> None:
+        """Take what ``training_bars`` takes."""
+        now, is_new = time.perf_counter(), stage not in self.began
+        began, first = self.began.setdefault(stage, (now, done))
+        if not is_new and done < total and now - self.said_at < LOG_SECONDS:
+            return
+        self.said_at = now
+        left = f"{(now - began) * (total - done) / (done - first):.0f} s left" if first < done < total else ""
+        said = ", ".join(part for part in (f"{stage} {done / total:.0%}", note, left) if part)
+        print(said, file=sys.stderr, flush=True)

@@ -1,6 +1,9 @@
 """``kangaroo train``: train an adapter for a model."""
 
-from collections.abc import Container, Iterable
+import math
+import shlex
+import time
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,20 +11,23 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from .options import TRAINING, Device, Json, Model, examples, print_json
+from .options import INTERRUPTED, TRAINING, Device, Json, Model, examples, print_json
 
 EXAMPLES = examples(
     "train --model my-llama --data *.txt --exit-layer 2 --out my-adapter",
-    "train --model my-llama --data *.txt --exit-layer 2 --out my-adapter --self-generated --steps 5000",
+    "train --model my-llama --data my-data.jsonl --exit-layer 2 --out my-adapter --minutes 30",
 )
+FILE_OPTIONS = {"--data", "--held-out", "--prompts"}
+POOR_AGREEMENT = 0.25
+"""Below this, drafts are wrong so often that nobody should use the adapter without having looked."""
 
 
 class FileLists(TyperCommand):
-    """A command whose ``--data`` and ``--held-out`` take every file up to the next option, as from a shell's ``*``."""
+    """A command whose options in ``FILE_OPTIONS`` take every file up to the next option, as from a shell's ``*``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse with those options repeated before each file."""
-        return super().parse_args(ctx, list(repeat_options(args, {"--data", "--held-out"})))
+        return super().parse_args(ctx, list(repeat_options(args, FILE_OPTIONS)))
 
 
 def repeat_options(arguments: Iterable[str], names: Container[str]) -> Iterable[str]:
@@ -39,45 +45,61 @@ def repeat_options(arguments: Iterable[str], names: Container[str]) -> Iterable[
 
 def train(
     model: Model,
-    data: Annotated[list[Path], typer.Option(help="UTF-8 text files to train on.", metavar="FILES...")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="Text files, and .json or .jsonl files of conversations or texts.", metavar="FILES..."),
+    ],
     exit_layer: Annotated[int, typer.Option(help="How many of the model's layers run before the adapter.")],
-    out: Annotated[Path, typer.Option(help="The adapter's folder; a run that was stopped goes on from there.")],
+    out: Annotated[
+        Path, typer.Option(help="The adapter's folder; a run in it that was stopped, or is to be longer, goes on.")
+    ],
     held_out: Annotated[
         list[Path] | None,
-        typer.Option(help="Text files to measure on; by default the end of the data.", metavar="FILES..."),
+        typer.Option(help="Files to measure on; by default the end of the data.", metavar="FILES..."),
     ] = None,
-    as_json: Json = False,
-    self_generated: Annotated[
-        bool,
-        typer.Option(
-            "--self-generated", help="Train on the model's own continuations of the text.", rich_help_panel=TRAINING
-        ),
-    ] = False,
-    generated_windows: Annotated[
-        int, typer.Option(help="How many continuations the model writes.", rich_help_panel=TRAINING)
-    ] = 2048,
-    steps: Annotated[int, typer.Option(help="Training steps.", rich_help_panel=TRAINING)] = 1000,
     minutes: Annotated[
-        float | None, typer.Option(help="Train for this long, whatever --steps says.", rich_help_panel=TRAINING)
+        float | None, typer.Option(help="End within this time, loading and scoring included.", rich_help_panel=TRAINING)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="The last step; by default 2000, or none with --minutes.", rich_help_panel=TRAINING),
+    ] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="An adapter to begin with: a folder or hub name.", rich_help_panel=TRAINING)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per step.", rich_help_panel=TRAINING)] = 16,
     reuse: Annotated[
         int, typer.Option(help="How many steps use a window; 4 to 8 suit a slow machine.", rich_help_panel=TRAINING)
-    ] = 1,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per window.", rich_help_panel=TRAINING)] = 256,
+    ] = 4,
+    sequence_length: Annotated[int, typer.Option(help="The most tokens per window.", rich_help_panel=TRAINING)] = 256,
     num_attention_heads: Annotated[
         int | None, typer.Option(help="The adapter's heads; by default as the model's.", rich_help_panel=TRAINING)
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="The highest rate of the run.", rich_help_panel=TRAINING)] = 3e-3,
-    seed: Annotated[int, typer.Option(help="The seed of windows and samples.", rich_help_panel=TRAINING)] = 0,
+    learning_rate: Annotated[float, typer.Option(help="The highest rate of the run.", rich_help_panel=TRAINING)] = 2e-2,
+    total_variation: Annotated[
+        float,
+        typer.Option(
+            help="The share of total variation in the loss, beside cross-entropy; 0 to 1.", rich_help_panel=TRAINING
+        ),
+    ] = 0.0,
+    vocabulary: Annotated[
+        int, typer.Option(help="How many of the most frequent tokens the loss tells apart.", rich_help_panel=TRAINING)
+    ] = 8192,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Keep the model's states of all data on disk.", rich_help_panel=TRAINING)
+    ] = False,
+    seed: Annotated[int, typer.Option(help="The seed of the order of the data.", rich_help_panel=TRAINING)] = 0,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
-    """Train an adapter for a model, on text files or on the model's own continuations of them.
+    """Train an adapter for a model, on conversations or texts; best on its own, which generate-data writes.
 
-    Reports how often drafter and model agree on held-out text.
+    Reports how often drafter and model agree on held-out data, and what the adapter is worth there.
 
-    After Ctrl-C, the same command goes on from the last checkpoint.
+    After Ctrl-C, the same command goes on. More --steps, or --minutes again, train a finished adapter on.
     """
+    began = time.perf_counter()  # the imports take their time, too
+
     from ..training.settings import TrainingSettings
     from ..training.trainer import train_adapter
     from .show import show_training, training_bars
@@ -87,22 +109,45 @@ def train(
         data=tuple(data),
         exit_layer=exit_layer,
         out=out,
-        self_generated=self_generated,
         held_out=tuple(held_out or ()),
         minutes=minutes,
         steps=steps,
+        start_from=start_from,
         batch_size=batch_size,
         reuse=reuse,
         sequence_length=sequence_length,
-        generated_windows=generated_windows,
         num_attention_heads=num_attention_heads,
         learning_rate=learning_rate,
+        total_variation=total_variation,
+        vocabulary=vocabulary,
+        cache=cache,
         seed=seed,
         device=device,
     )
-    with training_bars() as progress:
-        report = train_adapter(settings, progress)
+    try:
+        with training_bars() as progress:
+            report = train_adapter(settings, progress, began + 60 * minutes if minutes else math.inf)
+    except KeyboardInterrupt as stopped:
+        where = str(stopped) or "stopped outside of the steps; what an earlier run kept is still there"
+        typer.echo(f"{where}. The same command goes on from there.", err=True)
+        raise typer.Exit(INTERRUPTED) from stopped
     if as_json:
         print_json(report)
-    else:
-        show_training(Console(), out, report)
+        return
+    show_training(Console(), out, report)
+    if warning := warn(report):
+        typer.echo(warning, err=True)
+    use = shlex.join(["kangaroo", "generate", "--model", model, "--adapter", str(out), "--compare", "--prompt", "..."])
+    typer.echo(f"Use it: {use}")
+
+
+def warn(report: Mapping[str, Any]) -> str:
+    """What a user of a poor adapter should know; empty for a good one."""
+    if report["agreement"] < POOR_AGREEMENT:
+        return (
+            f"This adapter agrees with the model on {report['agreement']:.0%} of the held-out tokens, too few to be of "
+            "use. Train it on with more --steps or --minutes, or on more data."
+        )
+    if report.get("speedup", 1) < 1:
+        return f"On the held-out prompts, decoding is slower with this adapter ({report['speedup']:.2f}x plain)."
+    return ""

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import KangarooError
+from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, parse_config
+from ..target.hub import find_folder
 from .settings import TrainingSettings
 
 
@@ -92,6 +95,23 @@ def adapter_config_values(target_values: dict[str, Any], settings: TrainingSetti
         "exit_layer": settings.exit_layer,
         **own_heads,
     }
+
+
+def read_weights(name_or_path: str, config: LlamaConfig) -> dict[str, Tensor]:
+    """An adapter's weights by name, float32, for a run to begin with.
+
+    Raises:
+        KangarooError: a folder without weights, or weights that do not fit the adapter that is to be trained.
+    """
+    folder = find_folder(name_or_path, "adapter")
+    weights = {name: tensor.float() for name, tensor in read_tensors(folder)}
+    wanted = {name: tensor.shape for name, tensor in TrainableAdapter(config, 1).state_dict().items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != wanted:
+        raise KangarooError(
+            f"start_from: the adapter in {folder} has other tensors than the one to be trained; it must be made for "
+            "this model, with the same --num-attention-heads."
+        )
+    return weights
 
 
 def save_adapter(out: Path, values: dict[str, Any], adapter: TrainableAdapter, dtype: torch.dtype) -> None:

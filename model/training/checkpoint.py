@@ -1,6 +1,10 @@
-"""What a training run keeps in its folder, so that it can go on after it was stopped."""
+"""What a training run keeps in its folder, so that it can go on after it was stopped, or be extended."""
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,8 @@ from ..errors import KangarooError
 from .settings import TrainingSettings
 
 STATE_FILE = "training_state.pt"
-GENERATED_FILE = "self_generated.pt"
+REPORT_FILE = "training.json"
+"""Written when all is done, scoring included."""
 
 
 def write_atomically(path: Path, content: Any) -> None:
@@ -21,25 +26,50 @@ def write_atomically(path: Path, content: Any) -> None:
 
 
 def read_state(settings: TrainingSettings) -> dict[str, Any] | None:
-    """The state of the stopped run in ``settings.out``; None where a new one may begin.
+    """The state of the run in ``settings.out``; None where a new one may begin.
 
     Raises:
-        KangarooError: the folder is a file, holds a run with other settings, or holds a finished adapter.
+        KangarooError: the folder is a file, holds a run of other settings, one that is through, or an adapter alone.
     """
     out = settings.out
     if out.exists() and not out.is_dir():
         raise KangarooError(f"{out} is a file; give a folder for the adapter.")
-    if (out / STATE_FILE).exists():
-        saved: dict[str, Any] = torch.load(out / STATE_FILE, weights_only=True)
-        if saved["fingerprint"] != settings.fingerprint():
-            raise KangarooError(f"{out} holds a stopped run with other settings; finish it or take a new folder.")
-        return saved
-    if (out / "config.json").exists():
-        raise KangarooError(f"{out} already holds an adapter; take a new folder.")
-    return None
+    if not (out / STATE_FILE).exists():
+        if (out / "config.json").exists():
+            raise KangarooError(
+                f"{out} holds an adapter and no state of its training; take a new folder, and --start-from {out} to "
+                "begin with its weights."
+            )
+        return None
+    saved: dict[str, Any] = torch.load(out / STATE_FILE, weights_only=True)
+    if saved["fingerprint"] != settings.fingerprint():
+        raise KangarooError(
+            f"{out} holds a run of other settings; only --steps, --minutes, --held-out, --cache and --device may "
+            "change. Give its settings to go on, or take a new folder."
+        )
+    if (out / REPORT_FILE).exists() and saved["step"] >= settings.last_step:
+        raise KangarooError(f"{out} already holds an adapter of {saved['step']} steps; raise --steps to train it on.")
+    return saved
 
 
-def drop_state(out: Path) -> None:
-    """Remove what only a stopped run needs."""
-    for leftover in (STATE_FILE, GENERATED_FILE):
-        (out / leftover).unlink(missing_ok=True)
+@contextmanager
+def stop_between_steps() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that a step is never cut in two; a second Ctrl-C is the usual interruption.
+
+    Outside of the main thread, where signals do not arrive, the event stays unset.
+    """
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(*_: Any) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

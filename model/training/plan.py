@@ -1,20 +1,54 @@
-"""What a run reads before its work: the target's and the adapter's configurations, the text, a stopped run's state."""
+"""What a run reads before its work: the target's and the adapter's configurations, the data, an earlier run's state."""
 
+import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from ..drafters.adapter import check_exit_layer
 from ..errors import KangarooError
 from ..load import open_model
 from ..named import find_pair
 from ..target.config import LlamaConfig, parse_config
-from .adapter_module import adapter_config_values
+from .adapter_module import adapter_config_values, read_weights
 from .checkpoint import read_state
-from .data import read_corpus
+from .data import Corpus, read_corpus
 from .settings import TrainingSettings
+from .teacher import bytes_per_token
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """A target before its weights.
+
+    Attributes:
+        path: its folder or GGUF file.
+        values: its configuration in transformers' terms.
+        config: the same, validated.
+        tokenizer: transformers' own.
+        ends: the tokens that end its texts.
+    """
+
+    path: Path
+    values: dict[str, Any]
+    config: LlamaConfig
+    tokenizer: Any
+    ends: set[int]
+
+
+def find_target(model: str) -> TargetFiles:
+    """Read a checkpoint's configuration and its tokenizer.
+
+    Raises:
+        KangarooError: a checkpoint that cannot be used, or one without a tokenizer.
+    """
+    checkpoint = open_model(find_pair(model, None)[0])
+    tokenizer = checkpoint.tokenizer()
+    if tokenizer is None:
+        raise KangarooError(f"{checkpoint.path} holds no tokenizer; training on text needs one.")
+    ends = {*checkpoint.config.eos_token_ids, tokenizer.eos_token_id} - {None}
+    return TargetFiles(checkpoint.path, checkpoint.values, checkpoint.config, tokenizer, ends)
 
 
 @dataclass(frozen=True)
@@ -22,22 +56,26 @@ class Plan:
     """What a run works with; all of it was checked, and nothing was written yet.
 
     Attributes:
-        folder: the target's.
-        target: its configuration.
+        target: the model's files.
         values: the adapter's ``config.json``.
         config: the same, parsed.
-        tokens: ``[N]`` int64, to train on.
-        held_out: ``[N]`` int64, to measure on.
-        saved: the state of the stopped run that goes on; None for a new run.
+        corpus: the windows to learn from and to measure on.
+        saved: the state of the run that goes on; None for a new run.
+        weights: what a new run begins with, by name; None for weights of its own.
+        fingerprint: of the settings and of the windows to learn from.
+        cache: the folder that keeps the target's states; None keeps a part of them in memory.
+        cache_bytes: what all of them take.
     """
 
-    folder: Path
-    target: LlamaConfig
+    target: TargetFiles
     values: dict[str, Any]
     config: LlamaConfig
-    tokens: Tensor
-    held_out: Tensor
+    corpus: Corpus
     saved: dict[str, Any] | None
+    weights: dict[str, Any] | None
+    fingerprint: int
+    cache: Path | None
+    cache_bytes: int
 
 
 def read_plan(settings: TrainingSettings) -> Plan:
@@ -46,19 +84,35 @@ def read_plan(settings: TrainingSettings) -> Plan:
     Raises:
         KangarooError: for settings, files or folders that cannot be used.
     """
-    checkpoint = open_model(find_pair(settings.model, None)[0])
-    folder, target = checkpoint.path, checkpoint.config
-    if folder.is_file():
-        raise KangarooError(f"{folder} is a GGUF file; training reads folders, with safetensors or pytorch_model.bin.")
-    check_exit_layer(settings.exit_layer, target)
-    values = adapter_config_values(checkpoint.values, settings)
+    target = find_target(settings.model)
+    check_exit_layer(settings.exit_layer, target.config)
+    values = adapter_config_values(target.values, settings)
     config = parse_config(values)
     if settings.sequence_length > config.context_length:
         raise KangarooError(
             f"sequence_length is {settings.sequence_length}, the model's context holds {config.context_length}."
         )
-    tokenizer = checkpoint.tokenizer()
-    if tokenizer is None:
-        raise KangarooError(f"{folder} holds no tokenizer; training on text needs one.")
-    tokens, held_out = read_corpus(settings, tokenizer)
-    return Plan(folder, target, values, config, tokens, held_out, read_state(settings))
+    saved = read_state(settings)
+    weights = None if settings.start_from is None else read_weights(settings.start_from, config)
+    corpus = read_corpus(settings, target.tokenizer, target.ends)
+    fingerprint = zlib.crc32(settings.fingerprint().encode())
+    for window in corpus.windows:
+        fingerprint = zlib.crc32(window.tokens.numpy().tobytes(), fingerprint)
+    if saved is not None and saved["corpus"] != fingerprint:
+        raise KangarooError(f"the data has changed since the run in {settings.out} began; take a new folder.")
+    cache, size = None, sum(len(window.tokens) for window in corpus.windows) * bytes_per_token(config.hidden_size)
+    if settings.cache:
+        cache = settings.out / f"states-{fingerprint:08x}"
+        check_room(settings.out, 0 if cache.exists() else size)
+    return Plan(target, values, config, corpus, saved, weights, fingerprint, cache, size)
+
+
+def check_room(out: Path, size: int) -> None:
+    """Raise where the disk has fewer bytes left."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise KangarooError(
+            f"the states take {size / 1e9:.2g} GB, and the disk of {out} has {free / 1e9:.2g} GB left; leave --cache "
+            "out, or give less data."
+        )

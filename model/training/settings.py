@@ -12,30 +12,35 @@ from ..errors import KangarooError
 ProgressReport = Callable[[str, int, int, str], None]
 """How training tells what it is doing: ``(stage, done, total, note)``, after every step."""
 
+STEPS = 2000
+"""The length of a run where neither steps nor minutes say another."""
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
     """Every setting of an adapter's training.
 
     Attributes:
-        model: the target's folder or hub name (not a GGUF file), or ``demo``: the bundled pair's.
-        data: text files.
+        model: the target, as for ``Kangaroo.from_pretrained``.
+        data: text files, and ``.json`` and ``.jsonl`` files of conversations or texts (``records.py``).
         exit_layer: how many of the target's layers run before the adapter.
-        out: the adapter's folder; a run that was stopped goes on from the state in it.
-        self_generated: half of every batch is the target's own continuations of the text.
-        held_out: text files to measure on; without them, the last 3 % of the data.
-        minutes: time for the steps; None runs exactly ``steps`` of them.
-        steps: the number of steps where ``minutes`` is None.
+        out: the adapter's folder. A run that lies in it, stopped or finished, goes on to the new limits.
+        held_out: files to measure on; without them, the last 3 % of the data.
+        minutes: within which the command ends, loading and scoring included; None sets no limit.
+        steps: the last step, counted from the run's beginning; None sets no limit where there are ``minutes``, and
+            otherwise means 2,000.
         batch_size: windows per step.
-        reuse: how many steps use a window on average. The target's pass costs more than the adapter's, so a slow
-            machine learns faster from 4 to 8; the latest ``64 * batch_size`` windows then stay in memory.
-        sequence_length: tokens per window.
-        generated_windows: how many windows the target writes.
-        generated_at_once: how many of them side by side; a GPU writes a thousand as fast as one.
+        reuse: how many steps use a window on average before it makes room for others. The target's pass costs more
+            than the adapter's step, so a slow machine learns faster from 4 to 8.
+        sequence_length: the most tokens per window.
         num_attention_heads: of the adapter (as many key-value heads); None takes the target's numbers.
         learning_rate: of Muon (matrices) and AdamW (norms) at its height; it warms up over 2 % of the run and falls to
             zero in a straight line.
-        seed: of the windows and the sampling.
+        total_variation: the share of the total variation distance in the loss; the rest is cross-entropy.
+        vocabulary: how many tokens, the data's most frequent ones, the loss tells apart; all others are one class.
+        start_from: an adapter's folder, whose weights a new run begins with.
+        cache: keep the target's states of all data on disk, in ``out``, instead of a part of them in memory.
+        seed: of the windows' order and of what is drawn.
         device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
 
     Raises:
@@ -46,17 +51,18 @@ class TrainingSettings:
     data: tuple[Path, ...]
     exit_layer: int
     out: Path
-    self_generated: bool = False
     held_out: tuple[Path, ...] = ()
     minutes: float | None = None
-    steps: int = 1000
+    steps: int | None = None
     batch_size: int = 16
-    reuse: int = 1
+    reuse: int = 4
     sequence_length: int = 256
-    generated_windows: int = 2048
-    generated_at_once: int = 64
     num_attention_heads: int | None = None
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-2
+    total_variation: float = 0.0
+    vocabulary: int = 8192
+    start_from: str | None = None
+    cache: bool = False
     seed: int = 0
     device: str | None = None
 
@@ -66,28 +72,41 @@ class TrainingSettings:
             ("batch_size", 1),
             ("reuse", 1),
             ("sequence_length", 8),
-            ("generated_windows", 1),
-            ("generated_at_once", 1),
+            ("num_attention_heads", 1),
+            ("vocabulary", 1),
             ("seed", 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
+            optional = name in ("steps", "num_attention_heads")
+            if not (optional and value is None) and (not isinstance(value, int) or value < low):
                 raise KangarooError(f"{name} is {value!r}; it must be a whole number of at least {low}.")
-        heads = self.num_attention_heads
-        if heads is not None and (not isinstance(heads, int) or heads < 1):
-            raise KangarooError(f"num_attention_heads is {heads!r}; it must be a whole number of at least 1.")
         if not 0 < self.learning_rate < 1:
             raise KangarooError(f"learning_rate is {self.learning_rate!r}; it must be above 0 and below 1.")
-        if self.minutes is not None and not 0 < self.minutes < math.inf:
-            raise KangarooError(f"minutes is {self.minutes!r}; it must be a finite number above 0.")
+        if not 0 <= self.total_variation <= 1:
+            raise KangarooError(f"total_variation is {self.total_variation!r}; it must be a number from 0 to 1.")
+        check_minutes(self.minutes)
         if not self.data:
-            raise KangarooError("no data files were given; give at least one text file.")
+            raise KangarooError("no data files were given; give at least one.")
+
+    @property
+    def last_step(self) -> float:
+        """Where the run ends, if no time ends it before; infinite where only time does."""
+        return self.steps or (STEPS if self.minutes is None else math.inf)
 
     def summary(self) -> dict[str, Any]:
-        """The settings as they go into a record, with the number of files in place of their paths."""
+        """The settings as they go into a record, without the paths of this machine."""
         paths = {"model": Path(self.model).name, "data": len(self.data), "held_out": len(self.held_out)}
+        if self.start_from is not None:
+            paths["start_from"] = Path(self.start_from).name
         return {name: value for name, value in asdict(self).items() if name not in ("out", "device")} | paths
 
     def fingerprint(self) -> str:
-        """What must be the same for a stopped run to go on."""
-        return json.dumps({**asdict(self), "out": "", "device": ""}, default=str, sort_keys=True)
+        """What must be the same for a run to go on: all that changes a step's lesson, and no limit."""
+        free = dict.fromkeys(("out", "device", "held_out", "minutes", "steps", "cache"), "")
+        return json.dumps({**asdict(self), **free}, default=str, sort_keys=True)
+
+
+def check_minutes(minutes: float | None) -> None:
+    """Raise unless the minutes are None or a time."""
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise KangarooError(f"minutes is {minutes!r}; it must be a finite number above 0.")

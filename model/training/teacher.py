@@ -1,46 +1,72 @@
-"""The frozen target: its hidden states and logits for windows of text, and the windows that it writes itself.
+"""The frozen target, through transformers: its states for windows of text, and the texts that it writes itself."""
 
-The target runs through transformers, a batch of windows at a time; a hook takes the exit layer's hidden states as they
-pass.
-"""
-
-import math
-import time
-from collections import deque
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from .checkpoint import GENERATED_FILE, write_atomically
-from .data import random_windows
-from .settings import ProgressReport, TrainingSettings
+from ..errors import KangarooError, reason
+from .losses import in_chunks
+
+
+class Lesson(NamedTuple):
+    """What an adapter learns from a window of T tokens.
+
+    Attributes:
+        exit_hidden: ``[T, hidden]`` bf16, the exit layer's states, which the adapter reads.
+        final: ``[T, hidden]`` bf16, the input of the head; the head makes the target's distribution of it again.
+        log_total: ``[T]`` float32, the logarithm of that softmax's denominator, over the whole vocabulary.
+    """
+
+    exit_hidden: Tensor
+    final: Tensor
+    log_total: Tensor
+
+
+def bytes_per_token(hidden_size: int) -> int:
+    """Of a lesson: two states in bf16, and a number."""
+    return 2 * 2 * hidden_size + 4
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Matrix products in bf16."""
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 class Teacher:
-    """The frozen target, giving the exit layer's hidden states and the final logits of a batch in one pass.
+    """The frozen target.
 
-    ``dtype`` is that of the weights and of what lies between the layers: the one in which the runtime will decode.
+    Args:
+        path: its folder, or its GGUF file.
+        device: where it lives.
+        dtype: of the weights and of what lies between the layers.
+        exit_layer: whose input a lesson has; None for a target that only writes.
     """
 
-    def __init__(self, folder: Path, exit_layer: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, exit_layer: int | None = None
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        where = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                where[0], dtype=dtype, trust_remote_code=False, **where[1]
+            )
+        except ImportError as error:
+            raise KangarooError(f"transformers reads {path} with a package that is missing: {reason(error)}") from error
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = device
         self._exit_hidden = torch.empty(0)
-        self.model.model.layers[exit_layer].register_forward_pre_hook(self._keep, with_kwargs=True)
+        if exit_layer is not None:
+            self.model.model.layers[exit_layer].register_forward_pre_hook(self._keep, with_kwargs=True)
 
     def _keep(self, _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         self._exit_hidden = args[0] if args else kwargs["hidden_states"]
-
-    @torch.no_grad()
-    def __call__(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, T]`` tokens to exit hidden states ``[B, T, hidden]`` and logits ``[B, T, V]``, both float32."""
-        logits = self.model(input_ids=windows.to(self.device), use_cache=False).logits
-        return self._exit_hidden.float(), logits.float()
 
     @property
     def head(self) -> Tensor:
@@ -49,63 +75,47 @@ class Teacher:
         return weight
 
     @torch.no_grad()
-    def continue_text(self, prompts: Tensor, length: int, sample: bool) -> Tensor:
-        """``[B, P]`` prompts to ``[B, length]`` windows, written on without stopping at an end-of-text token."""
-        settings: dict[str, Any] = (
-            {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}
-        )
-        written: Tensor = self.model.generate(
-            prompts.to(self.device),
-            attention_mask=torch.ones_like(prompts, device=self.device),
-            max_new_tokens=length - prompts.shape[1],
-            min_new_tokens=length - prompts.shape[1],
-            pad_token_id=0,
+    def lessons(self, rows: Sequence[Tensor]) -> list[Lesson]:
+        """A lesson for each row of tokens, ``[T]`` of any lengths, in one pass.
+
+        Shorter rows are padded at their end, where a causal model's earlier states do not see it.
+        """
+        with autocast(self.device):
+            padded = pad_sequence(list(rows), batch_first=True).to(self.device)
+            final = self.model.model(input_ids=padded, use_cache=False).last_hidden_state.bfloat16()
+        head, exit_hidden, lessons = self.head.bfloat16(), self._exit_hidden.bfloat16(), []
+        for index, row in enumerate(rows):
+            own, shallow = final[index, : len(row)].clone(), exit_hidden[index, : len(row)].clone()
+            totals = [F.linear(own[part], head).float().logsumexp(-1) for part in in_chunks(own)]
+            lessons.append(Lesson(shallow, own, torch.cat(totals)))
+        return lessons
+
+    @torch.no_grad()
+    def write(
+        self, prompts: Sequence[Sequence[int]], most: int, stops: Collection[int], **sampling: Any
+    ) -> list[list[int]]:
+        """New tokens for each prompt, side by side, up to ``most`` of them or a stop token, which is left out.
+
+        Args:
+            prompts: of any lengths; they are padded at their beginning and the padding is masked.
+            most: new tokens.
+            stops: the tokens that end a text.
+            sampling: transformers' own settings; none of them means greedy.
+        """
+        longest = max(map(len, prompts))
+        padded = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        end = list(stops) or None
+        written = self.model.generate(
+            padded,
+            attention_mask=mask.to(self.device),
+            max_new_tokens=most,
+            eos_token_id=end,
+            pad_token_id=end[0] if end else 0,
+            do_sample=bool(sampling),
             cache_implementation="static",  # a growing cache is copied at every step
             disable_compile=True,  # on a GPU a static cache would have it compiled: minutes for seconds of work
-            **settings,
+            **sampling,
         )
-        return written.cpu()
-
-
-class Lessons:
-    """The target's outputs for the latest ``capacity`` windows, kept so that several steps can learn from them."""
-
-    def __init__(self, capacity: int) -> None:
-        self.kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=capacity)
-
-    def draw(
-        self, exit_hidden: Tensor, logits: Tensor, count: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Keep the windows of a batch and draw ``count`` of all; a batch of ``count`` windows comes back as it is."""
-        if len(exit_hidden) == count:
-            return exit_hidden, logits
-        self.kept.extend(zip(exit_hidden.bfloat16(), logits.bfloat16(), strict=True))
-        drawn = [self.kept[index] for index in torch.randint(len(self.kept), (count,), generator=generator).tolist()]
-        return torch.stack([pair[0] for pair in drawn]).float(), torch.stack([pair[1] for pair in drawn]).float()
-
-
-def generate_windows(
-    teacher: Teacher,
-    tokens: Tensor,
-    settings: TrainingSettings,
-    progress: ProgressReport,
-    deadline: float = math.inf,
-) -> Tensor:
-    """The target's continuations of random places in the text: ``[generated_windows, sequence_length]``.
-
-    A quarter of each window is the text's; the rest is greedy and sampled by turns. Groups are kept in ``out`` as they
-    come, so that a stopped run can go on. After ``deadline`` only a first group is begun, so there may be fewer.
-    """
-    path = settings.out / GENERATED_FILE
-    done = list(torch.load(path, weights_only=True)) if path.exists() else []
-    group = settings.generated_at_once
-    while (written := sum(map(len, done))) < settings.generated_windows:
-        if done and time.perf_counter() > deadline:
-            break
-        generator = torch.Generator().manual_seed(settings.seed + 1 + len(done))
-        prompts = random_windows(tokens, group, max(1, settings.sequence_length // 4), generator)
-        torch.manual_seed(settings.seed + 1 + len(done))
-        done.append(teacher.continue_text(prompts, settings.sequence_length, sample=len(done) % 2 == 1))
-        write_atomically(path, done)
-        progress("generating", written + group, settings.generated_windows, "")
-    return torch.cat(done)[: settings.generated_windows]
+        texts = written[:, longest:].tolist()
+        return [text[: next((at for at, token in enumerate(text) if token in stops), len(text))] for text in texts]

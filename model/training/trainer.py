@@ -1,7 +1,7 @@
-"""Train an adapter: soft cross-entropy against the target's own distribution (arXiv 2404.18911, section 3.1).
+"""Train an adapter to guess what its target would write.
 
-The target is frozen. With ``self_generated`` half of the windows are the target's own continuations of the text, made
-alternately greedily and by sampling: what the drafter will meet when decoding.
+The target is frozen. A run shuffles its windows once and walks through them; every step draws a batch from the latest
+ones, whose lessons are kept (``states.py``).
 """
 
 import json
@@ -11,161 +11,186 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..errors import KangarooError
 from ..load import resolve_device, resolve_dtype
 from .adapter_module import TrainableAdapter, save_adapter
-from .checkpoint import STATE_FILE, drop_state, write_atomically
-from .data import random_windows
+from .card import write_card
+from .checkpoint import REPORT_FILE, STATE_FILE, stop_between_steps, write_atomically
+from .losses import DraftLoss
 from .optimizers import Optimizers, rise_and_fall
 from .plan import Plan, read_plan
+from .scores import decode_held_out, score_held_out
 from .settings import ProgressReport, TrainingSettings
-from .teacher import Lessons, Teacher, generate_windows
+from .states import Lessons
+from .teacher import Teacher, autocast
 
 CHECKPOINT_SECONDS = 60.0
-HELD_OUT_WINDOWS = 64
-GENERATING_SHARE = 0.35
-"""The largest share of the time until a deadline that the target may write for before the steps begin."""
+SCORING_SHARE = 0.15
+"""Of the minutes, kept for scoring."""
+CURVE_POINTS = 100
 
 
 class AdapterTraining:
     """An adapter between two steps of its training.
 
     Attributes:
-        pool: windows that the target wrote, ``[N, T]``, or None.
         step: how many steps were made.
+        positions: on how many positions the adapter learned in them, each counted as often as it was used.
         elapsed: seconds that they took.
-        curve: the mean loss of every stretch between two checkpoints.
+        losses: the loss of every step.
     """
 
-    def __init__(self, settings: TrainingSettings, teacher: Teacher, plan: Plan, pool: Tensor | None) -> None:
-        self.settings, self.teacher, self.tokens, self.pool = settings, teacher, plan.tokens, pool
+    def __init__(self, settings: TrainingSettings, teacher: Teacher, plan: Plan) -> None:
+        self.settings, self.teacher, self.plan = settings, teacher, plan
+        windows = plan.corpus.windows
+        self.lessons = Lessons(teacher, windows, plan.cache)
         torch.manual_seed(settings.seed)
         self.adapter = TrainableAdapter(plan.config, settings.sequence_length).to(teacher.device)
-        self.adapter.norm.load_state_dict(teacher.model.model.norm.state_dict())
+        if plan.weights is not None:
+            self.adapter.load_state_dict(plan.weights)
+        else:
+            self.adapter.norm.load_state_dict(teacher.model.model.norm.state_dict())
         matrices = [parameter for parameter in self.adapter.parameters() if parameter.ndim == 2]
         self.optimizers = Optimizers(self.adapter, matrices, (settings.learning_rate, settings.learning_rate))
-        self.lessons = Lessons(64 * settings.batch_size)
+        counts = torch.bincount(torch.cat([window.tokens for window in windows]), minlength=len(teacher.head))
+        self.loss = DraftLoss(teacher.head, counts, settings.vocabulary, settings.total_variation)
+        self.step, self.positions, self.elapsed = 0, 0, 0.0
         self.losses: list[float] = []
-        self.step, self.elapsed = 0, 0.0
-        self.curve: list[dict[str, float]] = []
+        self._unread: list[Tensor] = []
         if plan.saved is not None:
             self.adapter.load_state_dict(plan.saved["adapter"])
             self.optimizers.load_state_dict(plan.saved["optimizers"])
-            self.step, self.elapsed, self.curve = (plan.saved[name] for name in ("step", "elapsed", "curve"))
+            self.step, self.positions, self.elapsed, self.losses = (
+                plan.saved[name] for name in ("step", "positions", "elapsed", "losses")
+            )
 
-    def update(self, share: float) -> float:
-        """Make one step, after ``share`` of the run has passed; return its loss."""
-        settings = self.settings
-        generator = torch.Generator().manual_seed(settings.seed + 7919 * (self.step + 1))
-        fresh = max(1, settings.batch_size // settings.reuse)
-        own = 0 if self.pool is None else (fresh + self.step % 2) // 2
-        batch = random_windows(self.tokens, fresh - own, settings.sequence_length, generator)
-        if self.pool is not None:
-            batch = torch.cat((batch, self.pool[torch.randint(len(self.pool), (own,), generator=generator)]))
-        with _autocast(self.teacher.device):
-            exit_hidden, logits = self.lessons.draw(*self.teacher(batch), settings.batch_size, generator)
-            guesses = F.linear(self.adapter(exit_hidden), self.teacher.head)
-        loss = F.cross_entropy(guesses.float().flatten(0, 1), logits.softmax(-1).flatten(0, 1))
-        loss.backward()
+    def drawn(self, generator: torch.Generator) -> list[int]:
+        """The windows of the next step: any of the latest that were reached, of which there are more at every step."""
+        settings, count = self.settings, len(self.plan.corpus.windows)
+        newest = settings.batch_size + self.step * settings.batch_size // settings.reuse
+        oldest = max(0, newest - self.lessons.capacity)
+        return (torch.randint(oldest, newest, (settings.batch_size,), generator=generator) % count).tolist()
+
+    def update(self, share: float) -> None:
+        """Make one step, after ``share`` of the run has passed. On a GPU nothing waits for it."""
+        generator = torch.Generator().manual_seed(self.settings.seed + 7919 * (self.step + 1))
+        batch = self.lessons.batch(self.drawn(generator))
+        with autocast(self.teacher.device):
+            guesses = self.adapter(batch.exit_hidden.float()).flatten(0, 1)[batch.places]
+        loss, gradient = self.loss.backward(guesses, batch.final, batch.log_total, generator)
+        guesses.backward(gradient)
         self.optimizers.step(rise_and_fall(share))
-        self.losses.append(loss.item())
+        self._unread.append(loss)
+        self.positions += len(batch.places)
         self.step += 1
+
+    def latest_loss(self) -> float:
+        """The loss of the last step; it waits for a GPU.
+
+        Raises:
+            KangarooError: it is no number any more.
+        """
+        if self._unread:
+            self.losses += torch.stack(self._unread).tolist()
+            self._unread.clear()
+            if not math.isfinite(self.losses[-1]):
+                raise KangarooError(f"the loss is {self.losses[-1]} at step {self.step}; take a lower learning_rate.")
         return self.losses[-1]
 
     def checkpoint(self) -> None:
-        """Add a point to the curve and keep what a stopped run needs to go on."""
-        self.curve.append({"step": self.step, "loss": round(sum(self.losses) / len(self.losses), 4)})
-        self.losses.clear()
+        """Keep what a stopped run needs to go on."""
+        self.latest_loss()
         state = {
             "fingerprint": self.settings.fingerprint(),
+            "corpus": self.plan.fingerprint,
             "adapter": self.adapter.state_dict(),
             "optimizers": self.optimizers.state_dict(),
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "curve": self.curve,
-        }
+        } | {name: getattr(self, name) for name in ("step", "positions", "elapsed", "losses")}
         write_atomically(self.settings.out / STATE_FILE, state)
 
 
 def run_steps(training: AdapterTraining, progress: ProgressReport, deadline: float) -> None:
-    """Make steps until they or the time are over; one step is always made."""
-    settings = training.settings
-    began = time.perf_counter() - training.elapsed
-    saved_at = time.perf_counter()
-    steps = settings.steps if settings.minutes is None else math.inf
-    seconds = min(math.inf if settings.minutes is None else settings.minutes * 60, max(deadline - began, 1e-3))
-    while True:
-        share = max(training.step / steps, (time.perf_counter() - began) / seconds)
-        if share >= 1 and training.step:
-            return
-        loss = training.update(share)
-        note = f"step {training.step}, loss {loss:.3f}"
-        if math.isfinite(steps):
-            progress("training", training.step, settings.steps, note)
-        else:
-            progress("training", int(min(time.perf_counter() - began, seconds)), math.ceil(seconds), note)
-        if time.perf_counter() - saved_at > CHECKPOINT_SECONDS:
-            saved_at = time.perf_counter()
-            training.elapsed = saved_at - began
-            training.checkpoint()
+    """Make steps until they or the time are over, and keep the state; one step is always made.
 
-
-def agreement(teacher: Teacher, adapter: TrainableAdapter, windows: Tensor, batch_size: int) -> float:
-    """The share of positions where drafter and target rank the same token first."""
-    same = 0
-    with torch.no_grad(), _autocast(teacher.device):
-        for batch in windows.split(batch_size):
-            exit_hidden, logits = teacher(batch)
-            guesses = F.linear(adapter(exit_hidden), teacher.head)
-            same += int((guesses.argmax(-1) == logits.argmax(-1)).sum())
-    return same / windows.numel()
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16)
+    Raises:
+        KeyboardInterrupt: Ctrl-C came, and the state was kept.
+    """
+    last, first = training.settings.last_step, training.step
+    began = saved_at = told_at = time.perf_counter()
+    before, seconds = training.elapsed, max(deadline - began, 1e-3)
+    loss = math.nan
+    with stop_between_steps() as stopped:
+        while True:
+            now = time.perf_counter()
+            training.elapsed = before + now - began
+            share = max(training.step / last, training.elapsed / (before + seconds))
+            if training.step > first or first >= last:
+                if first == training.step or math.isnan(loss) or now - told_at > 1:
+                    told_at, loss = now, training.latest_loss()
+                progress("training", int(1000 * min(share, 1)), 1000, f"step {training.step}, loss {loss:.3f}")
+                if share >= 1:
+                    break
+                if now - saved_at > CHECKPOINT_SECONDS or stopped.is_set():
+                    saved_at = now
+                    training.checkpoint()
+                if stopped.is_set():
+                    raise KeyboardInterrupt(f"{training.settings.out} keeps the run after step {training.step}")
+            training.update(share)
+    training.checkpoint()
 
 
 def train_adapter(
     settings: TrainingSettings, progress: ProgressReport = lambda *_: None, deadline: float = math.inf
 ) -> dict[str, Any]:
-    """Train an adapter and write it to ``settings.out``.
+    """Train an adapter and write it to ``settings.out``, with a report and a model card.
 
     Args:
         settings: every setting.
         progress: is told after every step.
-        deadline: when the steps end at the latest, as ``time.perf_counter`` counts, loading and writing text before
-            them included; one step is always made. The learning rate falls towards the limit that comes first.
+        deadline: when all ends at the latest, as ``time.perf_counter`` counts; one step is always made. The learning
+            rate falls towards the limit that comes first.
 
     Returns:
-        A report: settings, steps, tokens seen, the loss over time, and the top-1 agreement on held-out text.
+        The report, which is also the folder's ``training.json``: settings, steps, the loss over time, and the scores on
+        held-out data (``scores.py``).
 
     Raises:
         KangarooError: before any work, for settings, files or folders that cannot be used.
+        KeyboardInterrupt: Ctrl-C came; the same settings go on from the step that was reached.
     """
-    device, length = resolve_device(settings.device), settings.sequence_length
+    began = time.perf_counter()
+    deadline = min(deadline, math.inf if settings.minutes is None else began + settings.minutes * 60)
+    device = resolve_device(settings.device)
     plan = read_plan(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
-    teacher = Teacher(plan.folder, settings.exit_layer, device, resolve_dtype(None, device, plan.target.dtype))
-    valid = {"text": random_windows(plan.held_out, HELD_OUT_WINDOWS, length, torch.Generator().manual_seed(1))}
-    pool: Tensor | None = None
-    if settings.self_generated:
-        now = time.perf_counter()
-        pool = generate_windows(teacher, plan.tokens, settings, progress, now + GENERATING_SHARE * (deadline - now))
-        torch.manual_seed(settings.seed)
-        valid["self_generated"] = teacher.continue_text(valid["text"][:, : length // 4], length, sample=False)
-    training = AdapterTraining(settings, teacher, plan, pool)
-    run_steps(training, progress, deadline)
+    if plan.cache is not None:
+        progress("states", 0, 1, f"{plan.cache_bytes / 1e9:.2g} GB in {plan.cache}")
+    dtype = resolve_dtype(None, device, plan.target.config.dtype)
+    teacher = Teacher(plan.target.path, device, dtype, settings.exit_layer)
+    training = AdapterTraining(settings, teacher, plan)
+    reserve = SCORING_SHARE * (deadline - began) if math.isfinite(deadline) else 0.0
+    run_steps(training, progress, deadline - reserve)
+    save_adapter(settings.out, plan.values, training.adapter, plan.target.config.dtype)
     report = {
         "settings": settings.summary(),
         "steps": training.step,
-        "tokens": training.step * settings.batch_size * length,
+        "positions": training.positions,
+        "training_seconds": round(training.elapsed, 1),
         "parameters": sum(parameter.numel() for parameter in training.adapter.parameters()),
-        "curve": training.curve,
+        "curve": curve(training.losses),
     }
-    for name, windows in valid.items():
-        report[f"top1_agreement_{name}"] = agreement(teacher, training.adapter, windows, settings.batch_size)
-    save_adapter(settings.out, plan.values, training.adapter, plan.target.dtype)
-    (settings.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-    drop_state(settings.out)
+    report |= score_held_out(teacher, training.adapter, plan.corpus.held_out, progress, deadline - reserve / 2)
+    del teacher, training  # the runtime loads the target anew
+    report |= decode_held_out(plan, settings, progress, deadline)
+    write_card(settings, report)
+    (settings.out / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def curve(losses: list[float]) -> list[dict[str, float]]:
+    """The mean loss of up to a hundred stretches of equal length, each by its last step."""
+    stride = -(-len(losses) // CURVE_POINTS)
+    parts = [losses[start : start + stride] for start in range(0, len(losses), stride)]
+    ends = [min((index + 1) * stride, len(losses)) for index in range(len(parts))]
+    return [{"step": end, "loss": round(sum(part) / len(part), 4)} for end, part in zip(ends, parts, strict=True)]

@@ -2,9 +2,11 @@
 
 import io
 import json
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +16,9 @@ from conftest import Pair
 from pairs import make_target, make_tokenizer
 
 from kangaroo_kernels import Kangaroo, __version__
-from kangaroo_kernels.model.commands import cli, options, train
+from kangaroo_kernels.model.commands import cli, options, show, train
 from kangaroo_kernels.model.evaluation import compare
+from kangaroo_kernels.model.training import trainer
 
 PROMPT = "ABCabc"
 COMMAND = [sys.executable, "-c", "from kangaroo_kernels.model.commands.cli import main; main()"]
@@ -77,7 +80,9 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(Kangaroo, "progress", interrupted)
 
 
-@pytest.mark.parametrize("command", ["", "demo", "generate", "chat", "train", "calibrate", "export", "info"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "generate", "chat", "generate-data", "train", "calibrate", "export", "info"]
+)
 def test_help_shows_an_example(run: Run, command: str) -> None:
     code, out, err = run(*command.split(), "--help")
     assert (code, err) == (0, "")
@@ -288,37 +293,60 @@ def test_info_as_table_and_as_json(run: Run, pair: Pair) -> None:
     assert run("info", "--adapter", pair.adapter).code == 2
 
 
-def test_export_says_how_its_folder_is_used(run: Run, pair: Pair, tmp_path: Path) -> None:
-    arguments = ["export", "--model", pair.target, "--adapter", pair.adapter]
-    code, out, err = run(*arguments, "--out", tmp_path / "drafter")
-    assert (code, err) == (0, "")
-    settings = json.loads(out.partition("--speculative-config '")[2].partition("'")[0])
-    assert settings == {"method": "draft_model", "model": str(tmp_path / "drafter"), "num_speculative_tokens": 6}
-    code, out, err = run(*arguments, "--out", tmp_path / "whole", "--transformers")
-    assert (code, err) == (0, "")
-    assert f"custom_generate='{tmp_path / 'whole'}', trust_remote_code=True" in out
-    code, out, err = run(*arguments, "--out", tmp_path / "whole")
-    assert (code, out) == (2, "")
-    assert err == f"kangaroo: {tmp_path / 'whole'} is not empty; give a new folder.\n"
-
-
-def test_train_writes_an_adapter_that_generates(run: Run, pair: Pair, tmp_path: Path) -> None:
-    data = [tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "held.txt"]
-    for file in data:
+def test_data_and_an_adapter_that_generates(run: Run, pair: Pair, tmp_path: Path) -> None:
+    """The recipe: the model writes data, an adapter learns from it and from a text, and decodes."""
+    text, data, held_out, out = (tmp_path / name for name in ("a.txt", "d.jsonl", "held.txt", "my adapter"))
+    for file in (text, held_out):
         file.write_text("ABCDEFGHIJKLMNOPQRSTUVWXYZ" * 20)
-    files = ["--data", data[0], data[1], "--held-out", data[2]]
-    size = ["--steps", 2, "--batch-size", 2, "--sequence-length", 16]
-    out = tmp_path / "adapter"
-    trained = run("train", "--model", pair.target, *files, "--exit-layer", 2, "--out", out, *size, "--json")
-    report = json.loads(trained.out)
+    few = ["--texts", 4, "--max-new-tokens", 12, "--at-once", 4]
+    written = run("generate-data", "--model", pair.target, "--out", data, "--prompts", text, held_out, *few)
+    assert written.code == 0 and f"{data} holds 4 texts; this run wrote 48 tokens in " in written.out
+    assert "writing 100%" in written.err  # there is no terminal
+    files = ["--data", data, text, "--held-out", held_out]
+    limits = ["--steps", 2, "--batch-size", 2, "--sequence-length", 16]
+    command = ["train", "--model", pair.target, *files, "--exit-layer", 2, "--out", out, *limits]
+    trained = run(*command)
     assert trained.code == 0
-    assert report["settings"]["data"] == 2
-    assert report["settings"]["held_out"] == 1
-    arguments = ["generate", "--model", pair.target, "--adapter", out, "--max-new-tokens", 8, "--prompt", "A"]
-    assert run(*arguments, "--compare").code == 0
-    again = run("train", "--model", pair.target, *files, "--exit-layer", 2, "--out", out, *size)
-    assert again.code == 2
-    assert "already holds an adapter" in again.err
+    assert "training 50%, step 1, loss " in trained.err and "training 100%, step 2, loss " in trained.err
+    use = shlex.split(trained.out.splitlines()[-1].removeprefix("Use it: kangaroo "))
+    assert run(*use, "--max-new-tokens", 8, "--prompt", "A").code == 0
+    again = run(*command)
+    assert again.code == 2 and "already holds an adapter of 2 steps; raise --steps" in again.err
+    longer = run(*command, "--steps", 3, "--json")
+    assert json.loads(longer.out)["settings"]["data"] == 2 and json.loads(longer.out)["steps"] == 3
+
+
+def test_a_poor_adapter_is_not_saved_without_a_word() -> None:
+    assert "agrees with the model on 4% of the held-out tokens" in train.warn({"agreement": 0.04, "speedup": 1.1})
+    assert "slower with this adapter (0.90x plain)" in train.warn({"agreement": 0.5, "speedup": 0.9})
+    assert train.warn({"agreement": 0.5, "speedup": 1.1}) == train.warn({"agreement": 0.5}) == ""
+
+
+def test_a_stopped_training_says_where(run: Run, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = trainer.AdapterTraining.update
+    monkeypatch.setattr(
+        trainer.AdapterTraining, "update", lambda *given: signal.raise_signal(signal.SIGINT) or update(*given)
+    )
+    (tmp_path / "a.txt").write_text("ABCDEFGHIJKLMNOPQRSTUVWXYZ" * 20)
+    out = tmp_path / "adapter"
+    stopped = run("train", "--model", pair.target, "--data", tmp_path / "a.txt", "--exit-layer", 2, "--out", out)
+    assert stopped.code == 130
+    assert f"{out} keeps the run after step 1. The same command goes on from there." in stopped.err
+
+
+def test_a_log_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first line of a stage, the last one, and one whenever ten seconds have passed."""
+    clock = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    log = show.Log()
+    for done in range(2, 9):
+        log("training", done, 8, f"step {done}")
+        clock += 4
+    assert capsys.readouterr().err.splitlines() == [
+        "training 25%, step 2",
+        "training 62%, step 5, 12 s left",
+        "training 100%, step 8",
+    ]
 
 
 def test_options_are_repeated_for_each_file() -> None:

@@ -1,0 +1,92 @@
+"""A conversation as tokens, through the target's chat template, and which of them the assistant writes."""
+
+from typing import Any, NamedTuple
+
+from ..errors import KangarooError
+from .records import Message
+
+
+class Text(NamedTuple):
+    """A text's tokens.
+
+    Attributes:
+        tokens: all of them.
+        written: of each token, whether the model would write it; it only reads the others.
+    """
+
+    tokens: list[int]
+    written: list[bool]
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: transformers' own.
+        ends: the tokens that end a turn.
+
+    Raises:
+        KangarooError: the tokenizer has no template.
+    """
+
+    def __init__(self, tokenizer: Any, ends: set[int]) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise KangarooError(
+                "this model's tokenizer has no chat template, which conversations need; give texts instead, to "
+                "generate-data with --prompts."
+            )
+        self.tokenizer, self.ends = tokenizer, ends
+
+    def render(self, messages: list[Message], place: str, answering: bool = False) -> list[int]:
+        """The tokens of some turns; ``answering`` adds what the template puts before an answer.
+
+        Raises:
+            KangarooError: the template refuses the turns, with its own words.
+        """
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=answering, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # a template may raise anything
+            raise KangarooError(f"{place}: the model's chat template refuses it ({str(error).strip()}).") from error
+        return list(ids)
+
+    def read(self, messages: list[Message], place: str) -> Text:
+        """A conversation's tokens; every answer counts as written, up to the token that ends its turn.
+
+        The template is asked again for each beginning of the conversation. A template that renders a beginning in
+        another way than within the whole would have the adapter learn from texts that decoding never sees.
+
+        Raises:
+            KangarooError: such a template, one that refuses the turns, or no answer among them.
+        """
+        tokens = self.render(messages, place)
+        written = [False] * len(tokens)
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:index], place, answering=True)
+            through = self.render(messages[: index + 1], place)
+            if tokens[: len(through)] != through or through[: len(before)] != before:
+                raise KangarooError(
+                    f"{place}: the model's chat template changes the earlier turns when later ones follow, or puts "
+                    "other tokens before an answer than decoding does; give conversations of one answer."
+                )
+            end = next((at + 1 for at in range(len(before), len(through)) if through[at] in self.ends), len(through))
+            written[len(before) : end] = [True] * (end - len(before))
+        if not any(written):
+            raise KangarooError(f"{place}: the conversation has no answer to learn from.")
+        return Text(tokens, written)
+
+    def open_turn(self) -> tuple[list[int], str]:
+        """The tokens before a user's first words, and the text that follows the last of them.
+
+        Raises:
+            KangarooError: the template does not show the user's words.
+        """
+        mark = "KANGAROO"
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
+        before, found, after = text.partition(mark)
+        if not found:
+            raise KangarooError("this model's chat template does not show the user's words; give --prompts.")
+        return list(self.tokenizer(before, add_special_tokens=False)["input_ids"]), after

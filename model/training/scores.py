@@ -1,0 +1,133 @@
+"""How good an adapter is on held-out data: by agreement, by the acceptance length that follows, and by decoding."""
+
+import time
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..drafters.protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
+from ..kangaroo import Kangaroo
+from ..results import DecodeStats
+from .adapter_module import TrainableAdapter
+from .data import Window
+from .losses import in_chunks
+from .plan import Plan
+from .settings import ProgressReport, TrainingSettings
+from .teacher import Teacher, autocast
+
+DECODED = 8
+"""Held-out prompts that are continued, at most."""
+NEW_TOKENS = 64
+
+
+def expected_acceptance_length(agrees: list[list[bool]], confidences: list[list[float]]) -> float:
+    """The mean acceptance length of greedy decoding that writes these windows, at the paper's draft settings.
+
+    Args:
+        agrees: for each window, by position: whether the drafter's first choice is the target's.
+        confidences: the drafter's probability of its choice, likewise.
+
+    A step drafts until the first unsure draft, which still counts, and keeps the drafts up to the first wrong one.
+    """
+    steps = tokens = 0
+    for agree, confidence in zip(agrees, confidences, strict=True):
+        at = 0
+        while at < len(agree):
+            taken = 0
+            while taken < PAPER_NUM_SPECULATIVE_TOKENS and at + taken < len(agree) and agree[at + taken]:
+                taken += 1
+                if confidence[at + taken - 1] < PAPER_DRAFT_CONFIDENCE_THRESHOLD:
+                    break
+            steps, tokens, at = steps + 1, tokens + taken + 1, at + taken + 1
+    return tokens / steps if steps else 0.0
+
+
+@torch.no_grad()
+def score_held_out(
+    teacher: Teacher, adapter: TrainableAdapter, windows: list[Window], progress: ProgressReport, deadline: float
+) -> dict[str, float]:
+    """Agreement and expected acceptance length on held-out windows, at the positions that the target would write.
+
+    After the deadline no more windows are looked at; one always is.
+    """
+    agrees, confidences = [], []
+    for done, window in enumerate(windows, 1):
+        (lesson,) = teacher.lessons([window.tokens])
+        with autocast(teacher.device):
+            guesses = adapter(lesson.exit_hidden[None].float())[0]
+        places = window.learned.nonzero()[:, 0].to(teacher.device)
+        agree, confidence = _judge(teacher.head.float(), guesses[places].float(), lesson.final[places].float())
+        agrees.append(agree)
+        confidences.append(confidence)
+        progress("scoring", done, len(windows), "")
+        if time.perf_counter() > deadline:
+            break
+    right, count = (sum(map(of, agrees)) for of in (sum, len))
+    return {
+        "agreement": round(right / count, 4),
+        "expected_acceptance_length": round(expected_acceptance_length(agrees, confidences), 3),
+    }
+
+
+def _judge(head: Tensor, guesses: Tensor, final: Tensor) -> tuple[list[bool], list[float]]:
+    """Whether both rank the same token first, and the guess's probability; ``[P, hidden]`` each.
+
+    All is float32: bf16's logits are equal so often that a share of the agreement would be chance.
+    """
+    agree: list[bool] = []
+    confidence: list[float] = []
+    for part in in_chunks(guesses):
+        probability, choice = F.linear(guesses[part], head).softmax(-1).max(-1)
+        agree += (choice == F.linear(final[part], head).argmax(-1)).tolist()
+        confidence += probability.tolist()
+    return agree, confidence
+
+
+def decode_held_out(
+    plan: Plan, settings: TrainingSettings, progress: ProgressReport, deadline: float
+) -> dict[str, float]:
+    """What greedy decoding measures on held-out prompts, by the runtime with the adapter that was just written.
+
+    A prompt is what stands before a window's first answer, or a text's first quarter. The deadline ends decoding within
+    a step, and where it leaves no time to begin, there are no figures.
+    """
+    if time.perf_counter() > deadline:
+        return {}
+    kangaroo = Kangaroo.from_pretrained(plan.target.path, settings.out, device=settings.device)
+    windows = plan.corpus.held_out[:DECODED]
+    plain, drafted = list[DecodeStats](), list[DecodeStats]()
+    for done, window in enumerate(windows, 1):
+        first = int(window.learned.float().argmax())  # the position before the first written token
+        prompt = window.tokens[: first + 1 if first else max(1, len(window.tokens) // 4)].tolist()
+        if done == 1:
+            kangaroo.generate(prompt, max_new_tokens=4)  # what a first text needs is not its speed
+        half = (time.perf_counter() + deadline) / 2
+        plain.append(_decode(kangaroo, prompt, half, plain=True))
+        drafted.append(_decode(kangaroo, prompt, deadline, plain=False))
+        progress("decoding", done, len(windows), "")
+        if time.perf_counter() > deadline:
+            break
+    steps, tokens = (sum(getattr(stats, name) for stats in drafted) for name in ("verification_steps", "new_tokens"))
+    if not steps:  # every prompt fills the context
+        return {}
+    speeds = [
+        sum(stats.new_tokens for stats in texts) / max(sum(stats.decode_seconds for stats in texts), 1e-9)
+        for texts in (plain, drafted)
+    ]
+    return {
+        "mean_acceptance_length": round(tokens / steps, 3),
+        "plain_tokens_per_second": round(speeds[0], 1),
+        "kangaroo_tokens_per_second": round(speeds[1], 1),
+        "speedup": round(speeds[1] / speeds[0], 3),
+    }
+
+
+def _decode(kangaroo: Kangaroo, prompt: list[int], deadline: float, plain: bool) -> DecodeStats:
+    """The counts and times of a greedy text, which the deadline may cut short; one step is always made."""
+    stats = DecodeStats()
+    for step in kangaroo.progress(prompt, max_new_tokens=NEW_TOKENS, plain=plain):
+        stats = step.generation.stats
+        if time.perf_counter() > deadline:
+            break
+    return stats

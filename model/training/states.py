@@ -1,0 +1,91 @@
+"""The target's lessons for the windows of a run: made when a step first asks for one, then kept for the next steps."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .checkpoint import write_atomically
+from .data import Window
+from .teacher import Lesson, Teacher, bytes_per_token
+
+ROOM = {"cpu": 1_500_000_000, "cuda": 8_000_000_000}
+"""Bytes of lessons that stay in memory; SmolLM2-135M's take 2.3 kB a token."""
+AT_ONCE = 16
+"""Windows in a pass of the target. They are always the same ones, so a lesson made again has the same bits."""
+
+
+class Batch(NamedTuple):
+    """Some windows' lessons side by side.
+
+    Attributes:
+        exit_hidden: ``[B, T, hidden]`` bf16, shorter windows padded at their end.
+        places: ``[P]`` int64, the learned positions among the ``B * T``.
+        final: ``[P, hidden]`` bf16, the target's states at them.
+        log_total: ``[P]`` float32, as in ``Lesson``.
+    """
+
+    exit_hidden: Tensor
+    places: Tensor
+    final: Tensor
+    log_total: Tensor
+
+
+class Lessons:
+    """The lessons of some windows.
+
+    Args:
+        teacher: makes them.
+        windows: theirs.
+        folder: keeps all of them on disk; None keeps the latest ones in memory.
+
+    Attributes:
+        capacity: how many of the windows may stay.
+    """
+
+    def __init__(self, teacher: Teacher, windows: list[Window], folder: Path | None = None) -> None:
+        self.teacher, self.windows, self.folder = teacher, windows, folder
+        self.kept: dict[int, Lesson] = {}
+        longest = max(len(window.tokens) for window in windows)
+        room = ROOM[teacher.device.type] // (longest * bytes_per_token(teacher.head.shape[1])) - AT_ONCE
+        self.capacity = len(windows) if folder else min(len(windows), max(room, AT_ONCE))
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __getitem__(self, index: int) -> Lesson:
+        if self.folder and (file := self._file(index)).exists():
+            return Lesson(*(part.to(self.teacher.device) for part in torch.load(file, weights_only=True)))
+        if index not in self.kept:
+            self._make(index // AT_ONCE * AT_ONCE)
+        return self.kept[index]
+
+    def _make(self, first: int) -> None:
+        """Lessons for the windows from ``first`` on; in memory the oldest go."""
+        tokens = [window.tokens for window in self.windows[first : first + AT_ONCE]]
+        made = dict(enumerate(self.teacher.lessons(tokens), first))
+        if self.folder:
+            for index, lesson in made.items():
+                write_atomically(self._file(index), tuple(part.cpu() for part in lesson))
+            self.kept = made
+            return
+        for index in [*self.kept][: max(0, len(self.kept) - self.capacity)]:
+            del self.kept[index]
+        self.kept |= made
+
+    def _file(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{index:07d}.pt"
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The lessons of some windows; nothing here waits for a GPU."""
+        lessons = [self[index] for index in indices]
+        exit_hidden = pad_sequence([lesson.exit_hidden for lesson in lessons], batch_first=True)
+        width, device = exit_hidden.shape[1], exit_hidden.device
+        learned = [self.windows[index].learned.nonzero()[:, 0] for index in indices]
+        flat = torch.cat([row * width + at for row, at in enumerate(learned)])
+        places = [at.to(device, non_blocking=True) for at in learned]
+        final = torch.cat([lesson.final[at] for lesson, at in zip(lessons, places, strict=True)])
+        log_total = torch.cat([lesson.log_total[at] for lesson, at in zip(lessons, places, strict=True)])
+        return Batch(exit_hidden, flat.to(device, non_blocking=True), final, log_total)

@@ -1,0 +1,277 @@
+"""Data by the target itself: it answers prompts, its own ones where it is given none, or continues texts.
+
+An adapter has to foresee its target, so the target's own text is the best to learn from. An instruct model needs no
+data set at all: continuing the user's turn of its chat template, it asks questions like those that it was tuned on
+(as Magpie does, arXiv 2406.08464). The texts are written side by side in groups; answers are greedy in one group and
+sampled in the next.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import KangarooError
+from ..evaluation.loops import looping_tokens
+from ..load import resolve_device
+from .conversations import ChatTemplate
+from .data import join_texts
+from .plan import TargetFiles, find_target
+from .records import Message, read_records
+from .settings import ProgressReport, check_minutes
+from .teacher import Teacher
+
+ASKING: dict[str, Any] = {"temperature": 1.0, "top_k": 200}
+ANSWERING: dict[str, Any] = {"temperature": 0.8, "top_k": 0}
+QUESTION_TOKENS = 96
+BARREN_GROUPS = 8
+LOOPING_SHARE = 0.2
+"""A text of which a larger share loops is dropped."""
+RUN_OF_WORDS = 4
+SEEN_SHARE = 0.7
+"""A prompt is a near-duplicate if this share of its runs of four words stood in earlier prompts."""
+
+
+@dataclass(frozen=True)
+class WritingSettings:
+    """Every setting of generated data.
+
+    Attributes:
+        model: the target's folder or hub name, or ``demo``: the bundled pair's.
+        out: the ``.jsonl`` file; texts that it holds already count, and a stopped run goes on behind them.
+        texts: how many it is to hold.
+        prompts: files of conversations, whose last answers are written anew, and of texts, from which random places are
+            continued; without any the target writes its own prompts.
+        max_new_tokens: of an answer.
+        at_once: texts side by side. More make more tokens a second, and a longer wait for the slowest of a group.
+        minutes: after which no group is begun; None sets no limit.
+        seed: of everything drawn.
+        device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
+
+    Raises:
+        KangarooError: a value that cannot be used.
+    """
+
+    model: str
+    out: Path
+    texts: int = 1000
+    prompts: tuple[Path, ...] = ()
+    max_new_tokens: int = 256
+    at_once: int = 96
+    minutes: float | None = None
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low in (("texts", 1), ("max_new_tokens", 1), ("at_once", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                raise KangarooError(f"{name} is {value!r}; it must be a whole number of at least {low}.")
+        check_minutes(self.minutes)
+        if self.out.suffix != ".jsonl":
+            raise KangarooError(f"{self.out} must end in .jsonl, so that kangaroo train knows its form.")
+
+
+@dataclass
+class Counts:
+    """What came of a run.
+
+    Attributes:
+        texts: in the file, earlier ones included.
+        tokens: that the target wrote in this run's texts.
+        near_duplicates: own prompts dropped for their likeness to earlier ones.
+        unfit: prompts dropped for being empty or unanswered, without an end, or too long for the context.
+        loops: texts dropped for saying the same again and again.
+        seconds: of writing.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    near_duplicates: int = 0
+    unfit: int = 0
+    loops: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Seen:
+    """The runs of four words of all prompts so far."""
+
+    runs: set[tuple[str, ...]] = field(default_factory=set)
+
+    def is_new(self, prompt: str) -> bool:
+        """Whether most of it has not been there; it is there from now on."""
+        words = prompt.lower().split()
+        own = {tuple(words[at : at + RUN_OF_WORDS]) for at in range(max(1, len(words) - RUN_OF_WORDS + 1))}
+        new = len(own & self.runs) < SEEN_SHARE * len(own)
+        self.runs |= own
+        return new
+
+
+class Prompt(NamedTuple):
+    """What the target goes on from: a conversation that waits for an answer, or, without messages, a text.
+
+    ``number`` counts all prompts of a file, those that came to nothing included.
+    """
+
+    number: int
+    tokens: list[int]
+    messages: list[Message] | None = None
+
+    def record(self, answer: list[int], tokenizer: Any) -> dict[str, Any]:
+        """The whole, as a line of the file."""
+        if self.messages is None:
+            text = tokenizer.decode([*self.tokens, *answer], skip_special_tokens=True)
+            return {"text": text, "number": self.number}
+        content = tokenizer.decode(answer, skip_special_tokens=True)
+        return {"messages": [*self.messages, {"role": "assistant", "content": content}], "number": self.number}
+
+
+class Prompts:
+    """Where prompts come from: files, or the target itself."""
+
+    def __init__(self, settings: WritingSettings, target: TargetFiles, counts: Counts) -> None:
+        self.settings, self.target, self.counts, self.seen = settings, target, counts, Seen()
+        self.conversations: list[tuple[str, list[Message]]] = []
+        texts: list[str] = []
+        for file in settings.prompts:
+            for place, content in read_records(file):
+                if isinstance(content, str):
+                    texts.append(content)
+                else:
+                    self.conversations.append((place, content))
+        if texts and self.conversations:
+            raise KangarooError("the prompts are partly conversations, partly texts; give files of one kind.")
+        self.text = torch.tensor(join_texts(texts, target.tokenizer).tokens)
+        self.text_tokens = max(1, settings.max_new_tokens // 3)
+        if texts and len(self.text) < self.text_tokens:
+            raise KangarooError(f"the prompts have {len(self.text)} tokens in all; one takes {self.text_tokens}.")
+        self.template = None if texts else ChatTemplate(target.tokenizer, target.ends)
+
+    def draw(self, first: int, teacher: Teacher) -> list[Prompt] | None:
+        """Up to ``at_once`` prompts, the first of which has the number ``first``; None where there are no more."""
+        count = self.settings.at_once
+        if self.template is None:
+            places = torch.randint(len(self.text) - self.text_tokens + 1, (count,)).tolist()
+            rows = [self.text[at : at + self.text_tokens].tolist() for at in places]
+            return [Prompt(number, row) for number, row in enumerate(rows, first)]
+        if not self.settings.prompts:
+            waiting = [("a question", [{"role": "user", "content": asked}]) for asked in self._ask(teacher)]
+        elif not (waiting := self.conversations[first : first + count]):
+            return None
+        opened = (self._open(number, messages, place) for number, (place, messages) in enumerate(waiting, first))
+        return [prompt for prompt in opened if prompt is not None]
+
+    def _ask(self, teacher: Teacher) -> Iterator[str]:
+        """Questions that the target thinks of when a user's turn begins."""
+        assert self.template is not None
+        before, after = self.template.open_turn()
+        prompts = [before] * self.settings.at_once
+        for tokens in teacher.write(prompts, QUESTION_TOKENS, self.target.ends, **ASKING):
+            question = self.target.tokenizer.decode(tokens, skip_special_tokens=True)
+            question, ended, _ = question.partition(after) if after else (question, "", "")
+            question = question.strip()
+            if not question or (len(tokens) == QUESTION_TOKENS and not ended):
+                self.counts.unfit += 1
+            elif not self.seen.is_new(question):
+                self.counts.near_duplicates += 1
+            else:
+                yield question
+
+    def _open(self, number: int, messages: list[Message], place: str) -> Prompt | None:
+        """The conversation up to its last answer; None where the context has no room for that."""
+        assert self.template is not None
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        messages = messages[: answers[-1]] if answers else messages
+        tokens = self.template.render(messages, place, answering=True)
+        if len(tokens) + self.settings.max_new_tokens > self.target.config.context_length:
+            self.counts.unfit += 1
+            return None
+        return Prompt(number, tokens, messages)
+
+
+def write_data(settings: WritingSettings, progress: ProgressReport = lambda *_: None) -> Counts:
+    """Have the target write texts into ``settings.out``, group after group, each in one piece.
+
+    It ends early where there are no more prompts, no more time, or nothing to keep in eight groups on end.
+
+    Raises:
+        KangarooError: settings or files that cannot be used.
+    """
+    began = time.perf_counter()
+    target, counts = find_target(settings.model), Counts()
+    prompts = Prompts(settings, target, counts)
+    number = _take_stock(settings.out, prompts)
+    teacher = Teacher(target.path, resolve_device(settings.device), torch.bfloat16)
+    end = math.inf if settings.minutes is None else began + settings.minutes * 60
+    longest, barren = 0.0, 0
+    while counts.texts < settings.texts and barren < BARREN_GROUPS:
+        now = time.perf_counter()
+        if longest and now + longest > end:
+            break
+        torch.manual_seed(settings.seed + 7919 * number)
+        drawn = prompts.draw(number, teacher)
+        if drawn is None:
+            break
+        sampling = ANSWERING if number // settings.at_once % 2 else {}
+        lines = list(_answered(drawn, sampling, teacher, prompts))
+        with settings.out.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+        number, barren = number + settings.at_once, 0 if lines else barren + 1
+        longest = max(longest, time.perf_counter() - now)
+        counts.seconds = time.perf_counter() - began
+        progress("writing", counts.texts, settings.texts, f"{counts.tokens / counts.seconds:.0f} tokens/s")
+    return counts
+
+
+def _answered(drawn: list[Prompt], sampling: dict[str, Any], teacher: Teacher, prompts: Prompts) -> Iterator[str]:
+    """A line for each prompt whose continuation is worth keeping, until there are enough texts."""
+    settings, target, counts = prompts.settings, prompts.target, prompts.counts
+    if not drawn:
+        return
+    answers = teacher.write([prompt.tokens for prompt in drawn], settings.max_new_tokens, target.ends, **sampling)
+    for prompt, answer in zip(drawn, answers, strict=True):
+        if counts.texts == settings.texts:
+            return
+        if not answer:
+            counts.unfit += 1
+        elif looping_tokens(answer) > LOOPING_SHARE * len(answer):
+            counts.loops += 1
+        else:
+            counts.texts, counts.tokens = counts.texts + 1, counts.tokens + len(answer)
+            yield json.dumps(prompt.record(answer, target.tokenizer), ensure_ascii=False) + "\n"
+
+
+def _take_stock(out: Path, prompts: Prompts) -> int:
+    """Count an earlier run's texts, remember its prompts, and drop a line that was cut short.
+
+    Returns:
+        The number of the first prompt of the next group.
+
+    Raises:
+        KangarooError: the file was not written here.
+    """
+    if not out.exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return 0
+    content = out.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    number = 0
+    for line in whole.splitlines():
+        try:
+            record = json.loads(line)
+            number = int(record["number"]) + 1
+        except (ValueError, KeyError, TypeError) as error:
+            raise KangarooError(f"{out} holds lines that were not written here; take a new file.") from error
+        if "messages" in record:
+            prompts.seen.is_new(next((turn["content"] for turn in record["messages"] if turn["role"] == "user"), ""))
+        prompts.counts.texts += 1
+    if len(whole) < len(content):
+        out.write_bytes(whole)
+    group = prompts.settings.at_once
+    return -(-number // group) * group

@@ -1,0 +1,104 @@
+"""Data for training: what counts as the model's own writing, and what a file must look like."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pairs import TURN_TEMPLATE, make_tokenizer
+
+from kangaroo_kernels import KangarooError
+from kangaroo_kernels.model.text import load_tokenizer
+from kangaroo_kernels.model.training.data import Window, read_windows
+
+OPENAI = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cde"}] * 2}
+SHAREGPT = {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "cde"}] * 2}
+
+
+def tokenizer(folder: Path, **more: str) -> Any:
+    return load_tokenizer(make_tokenizer(folder, **{"eos_token": "@", "chat_template": TURN_TEMPLATE} | more))
+
+
+def read(folder: Path, content: str, name: str = "data.jsonl", length: int = 100, **more: str) -> list[Window]:
+    file = folder / name
+    file.write_text(content)
+    chosen = tokenizer(folder, **more)
+    return read_windows((file,), chosen, {chosen.eos_token_id}, length)
+
+
+def foretold(window: Window, tokens: Any) -> str:
+    """The text that the learned positions of a window foretell."""
+    following = window.tokens.roll(-1)[window.learned]
+    return str(tokens.decode(following.tolist()))
+
+
+@pytest.mark.parametrize("record", [OPENAI, SHAREGPT], ids=["messages", "conversations"])
+@pytest.mark.parametrize("form", ["lines", "list"])
+def test_only_answers_are_learned(record: dict[str, Any], form: str, tmp_path: Path) -> None:
+    content = (
+        json.dumps(record) + "\n\n" + json.dumps(record) if form == "lines" else json.dumps([record, record], indent=1)
+    )
+    windows = read(tmp_path, content, name="data.jsonl" if form == "lines" else "data.json")
+    assert len(windows) == 2
+    for window in windows:
+        assert tokenizer(tmp_path).decode(window.tokens.tolist()) == "<U>ab@<A>cde@<U>ab@<A>cde@"
+        assert foretold(window, tokenizer(tmp_path)) == "cde@cde@"
+
+
+def test_what_follows_the_end_of_a_turn_is_not_learned(tmp_path: Path) -> None:
+    (window,) = read(tmp_path, json.dumps(OPENAI), chat_template=TURN_TEMPLATE.replace("@{% endfor", "@=={% endfor"))
+    assert foretold(window, tokenizer(tmp_path)) == "cde@cde@"
+
+
+def test_long_conversations_are_cut_and_windows_without_an_answer_dropped(tmp_path: Path) -> None:
+    record = {"messages": [{"role": "user", "content": "a" * 20}, {"role": "assistant", "content": "bc"}]}
+    windows = read(tmp_path, json.dumps(record), length=8)
+    assert [len(window.tokens) for window in windows] == [6]  # the first 24 tokens hold the question alone
+    assert "".join(foretold(window, tokenizer(tmp_path)) for window in windows) == "bc@"
+
+
+def test_texts_are_joined_by_the_end_of_text(tmp_path: Path) -> None:
+    windows = read(tmp_path, '{"text": "abcdef"}\n{"text": "ghij"}', length=8)
+    assert [tokenizer(tmp_path).decode(window.tokens.tolist()) for window in windows] == ["abcdef@g", "hij"]
+    assert windows[0].learned.all()
+    (plain,) = read(tmp_path, "abc", name="a.txt")
+    assert tokenizer(tmp_path).decode(plain.tokens.tolist()) == "abc"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"text": "a"}\nnot json', r"line 2: no JSON"),
+        ('{"text": "a"}\n\n{"question": "a"}', r"line 3: no text and no conversation"),
+        ('{"text": "a"}\n[1]', r"line 2: no text"),
+        ('{"messages": []}', r"line 1: no text and no conversation"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', r'line 1: turn 1 must be \{"role": "...", "content"'),
+        ('{"conversations": [{"from": "human"}]}', r'line 1: turn 1 must be \{"from": "...", "value"'),
+        ('[{"text": "a"},\n {"text": 3}]', r"record 2: no text"),
+        ('[{"text": "a"},\n nonsense]', r"line 2: no JSON"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', r"line 1: the conversation has no answer"),
+    ],
+)
+def test_records_that_are_refused(content: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(KangarooError, match=rf"data.jsonl, {words}"):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("", "no chat template"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "line 1: the model's chat template refuses it .roles must al",
+        ),
+        (
+            TURN_TEMPLATE.replace("content }}", "content if loop.last else message.content[:2] }}"),
+            "changes the earlier",
+        ),
+        (TURN_TEMPLATE.replace("%}<A>{", "%}<A>think{"), "puts other tokens before an answer"),
+    ],
+)
+def test_templates_that_are_refused(template: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(KangarooError, match=words):
+        read(tmp_path, json.dumps(OPENAI), chat_template=template)
