@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Json, Model, Seed, examples, print_json
+from .options import SAMPLING, Device, Json, Model, examples, print_json
 
 EXAMPLES = examples(
     "generate-data --model my-chat-model --out my-data.jsonl --texts 2000",
@@ -28,7 +28,7 @@ def generate_data(
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 256,
     at_once: Annotated[int, typer.Option(help="Texts written side by side.")] = 96,
     minutes: Annotated[float | None, typer.Option(help="End within this time.")] = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="The same seed writes the same texts.", rich_help_panel=SAMPLING)] = 0,
     device: Device = None,
     as_json: Json = False,
 ) -> None:

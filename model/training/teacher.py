@@ -52,11 +52,9 @@ class Teacher:
     ) -> None:
         from transformers import AutoModelForCausalLM
 
-        where = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+        folder, how = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                where[0], dtype=dtype, trust_remote_code=False, **where[1]
-            )
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **how)
         except ImportError as error:
             raise KangarooError(f"transformers reads {path} with a package that is missing: {reason(error)}") from error
         self.model = model.to(device).eval().requires_grad_(False)
