@@ -35,7 +35,7 @@ def config_of(shape: ModelShape, dtype: torch.dtype) -> LlamaConfig:
     """A model's sizes as the runtime reads them; no token ends its text."""
     heads = shape.heads, shape.kv_heads, shape.head_dim
     sizes = shape.vocab_size, shape.hidden, shape.inner, shape.layers, *heads
-    off = dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), False)
+    off = dict.fromkeys(("tie_word_embeddings", "qkv_bias", "output_bias", "mlp_bias"), False)
     return LlamaConfig(*sizes, 1e-5, CONTEXT, **off, rope=RopeConfig(), eos_token_ids=(), dtype=dtype)
 
 

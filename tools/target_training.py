@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kangaroo_kernels.model.errors import KangarooError
-from kangaroo_kernels.model.training.data import random_windows
 from kangaroo_kernels.model.training.optimizers import Optimizers
 from kangaroo_kernels.model.training.settings import ProgressReport
 
@@ -151,7 +150,8 @@ class TargetTraining:
 
     def windows(self, count: int, length: int) -> Tensor:
         """``[count, length + 1]`` int64, from random places of the tokens."""
-        return random_windows(self.tokens, count, length + 1, self.generator).long()
+        starts = torch.randint(len(self.tokens) - length, (count, 1), generator=self.generator)
+        return self.tokens[starts + torch.arange(length + 1)].long()
 
     def add_gradients(self, batch: Tensor, weight: float) -> Tensor:
         """One forward and backward pass of ``[B, T + 1]`` tokens; ``weight`` times the mean loss, on the device."""
