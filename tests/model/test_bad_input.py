@@ -459,7 +459,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "temperature": (-0.1, -1, 101, 1e9, True, None, *NOT_A_NUMBER),
     "top_k": (0, -1, *NOT_WHOLE),
     "top_p": (0, 0.0, -0.5, 1.5, True, *NOT_A_NUMBER),
-    "seed": (-1, 2**64, None, *NOT_WHOLE),
+    "seed": (-1, 2**64, *NOT_WHOLE),
     "num_speculative_tokens": (0, -1, 16, 10**9, *NOT_WHOLE),
     "draft_confidence_threshold": (-0.1, 1.1, *NOT_A_NUMBER),
     "acceptance": ("coupld", "", "Coupled", None, True, ["coupled"]),

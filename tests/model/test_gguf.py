@@ -19,8 +19,7 @@ from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.target.checkpoint import open_folder
 from kangaroo_kernels.model.target.gguf import open_gguf
 from kangaroo_kernels.model.target.gguf_file import GGUFFile
-from kangaroo_kernels.model.training.settings import TrainingSettings
-from kangaroo_kernels.model.training.trainer import train_adapter
+from kangaroo_kernels.model.training.teacher import Teacher
 
 PROMPT = [7, 3, 66, 0, 1, 20, 41, 5, 13, 13, 60]
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -261,10 +260,12 @@ def test_tensors_are_read_one_at_a_time(file: Path) -> None:
     assert len(seen) == 21
 
 
-def test_training_needs_a_folder(file: Path, tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("AB" * 500)
-    settings = TrainingSettings(model=str(file), data=(tmp_path / "text",), exit_layer=1, out=tmp_path / "out")
-    refuse(lambda: train_adapter(settings), str(file), "GGUF", "folder")
+def test_training_reads_the_same_target(file: Path) -> None:
+    """Its teacher is transformers' model of the file, whose states are the runtime's."""
+    kangaroo, teacher = Kangaroo.from_pretrained(file, device="cpu"), Teacher(file, torch.device("cpu"))
+    with torch.no_grad():
+        logits = teacher.model(torch.tensor([TOKENS])).logits[0]
+    torch.testing.assert_close(kangaroo.logits(TOKENS), logits, rtol=0, atol=1e-4)
 
 
 def test_which_file(file: Path, tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def test_what_lies_in_the_buffers_does_not_matter(host, resident):
         with torch.inference_mode():
             for buffer in session.memory.runner._buffers.values():
                 buffer.fill_(float("nan") if buffer.is_floating_point() else 2**30)
+        session.memory.forget()
 
 
 def test_the_adapter_has_seen_what_the_host_loop_shows_it(host, resident):

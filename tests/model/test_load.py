@@ -101,4 +101,4 @@ def test_repr_says_what_was_loaded(pair: Pair) -> None:
     said = repr(pair.load(device="cpu"))
     for word in (str(pair.target), "4 layers", "hidden size 48", "67 tokens", "KangarooDrafter", "float32 on cpu"):
         assert word in said
-    assert "no drafter" in repr(Kangaroo.from_pretrained(pair.target))
+    assert "PromptLookup" in repr(Kangaroo.from_pretrained(pair.target))

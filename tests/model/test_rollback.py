@@ -51,7 +51,7 @@ class PaperDrafter(KangarooDrafter):
         self.target, self.first_layer = paper, 1
         self.script: list[tuple[int, float]] = []
 
-    def guess(self, exit_hidden, text, chooser, position):
+    def guess(self, exit_hidden, text, chooser, position, drafted=()):
         text.memory.cache.write(position, exit_hidden[:, 0].tolist())
         token, confidence = self.script.pop(0)
         return Top1(torch.tensor([token]), torch.tensor([confidence])), None
