@@ -32,12 +32,15 @@ class Block(NamedTuple):
 
 
 class Home(NamedTuple):
-    """A column: two stacks with their captions, and what is written below them."""
+    """A column: title and subtitle, two stacks with their captions, and its ``FACTS``."""
 
     title: str
     subtitle: str
-    stacks: tuple[tuple[str, list[Block]], tuple[str, list[Block]]]
-    facts: tuple[str, str, str, str]
+    stacks: dict[str, list[Block]]
+    weights: str
+    cache: str
+    shallow: str
+    stops: str
 
 
 def gigabytes(parameters: int) -> str:
@@ -45,12 +48,10 @@ def gigabytes(parameters: int) -> str:
     return f"{parameters * BYTES / 1e9:.2f} GB"
 
 
-def stack(embedding: str, shallow: str, deep: tuple[str, str, int], head: str, zeros: bool = False) -> list[Block]:
-    """Embedding, the first layers, what follows them, and the head, each of a kind."""
-    label, kind, height = deep
-    blocks = [Block("embedding", embedding, 28), Block(f"layers 0-{EXIT_LAYER - 1}", shallow, 36)]
-    blocks.append(Block(label, kind, height))
-    return [*blocks, *([Block("zero MLP", "copy", 24)] if zeros else []), Block("head", head, 28)]
+def stack(kind: str, deep: Block, *more: Block) -> list[Block]:
+    """Embedding, the first layers, what follows them, and the head; all but what follows are of a kind."""
+    ends = Block("embedding", kind, 28), Block(f"layers 0-{EXIT_LAYER - 1}", kind, 36)
+    return [*ends, deep, *more, Block("head", kind, 28)]
 
 
 def homes(shape: ModelShape) -> list[Home]:
@@ -62,38 +63,19 @@ def homes(shape: ModelShape) -> list[Home]:
     target = shape.layers * (attention + mlp) + ends + shape.hidden
     adapter = attention + shape.hidden
     cache = 2 * shape.kv_heads * shape.head_dim * BYTES // 1024
-    deep = (f"layers {EXIT_LAYER}-{shape.layers - 1}", "target", 112)
-    own, once = stack("target", "target", deep, "target"), ("adapter", "adapter", 24)
-    borrowed = stack("shared", "shared", once, "shared")
-    idle = [block._replace(kind="copy") for block in own]
-    exported = stack("copy", "copy", once, "copy", zeros=True)
-    here, anew = f"{cache} KiB", f"{(EXIT_LAYER + 1) * cache} KiB"
+    own = stack("target", Block(f"layers {EXIT_LAYER}-{shape.layers - 1}", "target", 112))
+    once = Block("adapter", "adapter", 24)
+    beside = {"target": own, "drafter": stack("shared", once)}
+    inside = {"its model": [block._replace(kind="copy") for block in own], "this runtime": [*own[:3], once, own[3]]}
+    exported = {"target": own, "drafter": stack("copy", once, Block("zero MLP", "copy", 24))}
+    small, full = gigabytes(adapter), gigabytes(target + adapter)
     whole = gigabytes(EXIT_LAYER * (attention + mlp) + adapter + mlp + ends)
+    here, anew = f"{cache} KiB", f"{(EXIT_LAYER + 1) * cache} KiB"
     return [
-        Home(
-            "this runtime",
-            "Kangaroo.generate",
-            (("target", own), ("drafter", borrowed)),
-            (gigabytes(adapter), here, "once", "yes"),
-        ),
-        Home(
-            "transformers",
-            "assistant(model, adapter)",
-            (("target", own), ("drafter", borrowed)),
-            (gigabytes(adapter), anew, "twice", "yes"),
-        ),
-        Home(
-            "transformers",
-            "custom_generate",
-            (("its model", idle), ("this runtime", [*own[:3], Block(*once), own[3]])),
-            (gigabytes(target + adapter), here, "once", "yes"),
-        ),
-        Home(
-            "vLLM, SGLang",
-            "kangaroo export",
-            (("target", own), ("drafter", exported)),
-            (whole, anew, "twice", "no, a fixed length"),
-        ),
+        Home("this runtime", "Kangaroo.generate", beside, small, here, "once", "yes"),
+        Home("transformers", "assistant(model, adapter)", beside, small, anew, "twice", "yes"),
+        Home("transformers", "custom_generate", inside, full, here, "once", "yes"),
+        Home("vLLM, SGLang", "kangaroo export", exported, whole, anew, "twice", "no, a fixed length"),
     ]
 
 
@@ -112,12 +94,6 @@ def draw_rectangle(x: float, y: float, width: float, height: float, kind: str) -
     return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" fill="{FILLS[kind]}"{dashes}/>'
 
 
-def draw_block(x: float, y: float, block: Block) -> str:
-    """A part of a stack with its label."""
-    label = write(x + 46, y + block.height / 2 + 4, block.label, 'text-anchor="middle" stroke="none"')
-    return draw_rectangle(x, y, 92, block.height, block.kind) + label
-
-
 def draw(columns: list[Home]) -> str:
     """The whole picture."""
     bottom = TOP + 28 + 36 + 112 + 24 + 28 + 40
@@ -132,15 +108,19 @@ def draw(columns: list[Home]) -> str:
         x = LEFT + index * COLUMN
         parts.append(write(x + 10, 36, home.title, 'font-size="17" font-weight="bold"'))
         parts.append(write(x + 10, 56, home.subtitle, 'font-family="monospace"'))
-        for side, (caption, blocks) in enumerate(home.stacks):
+        for side, (caption, blocks) in enumerate(home.stacks.items()):
             y = TOP
             parts.append(write(x + 56 + side * 104, TOP - 10, caption, 'text-anchor="middle" fill="#5b6773"'))
             parts.append('<g stroke="#5b6773">')
             for block in blocks:
-                parts.append(draw_block(x + 10 + side * 104, y, block))
+                left, label = x + 10 + side * 104, 'text-anchor="middle" stroke="none"'
+                parts.append(
+                    draw_rectangle(left, y, 92, block.height, block.kind)
+                    + write(left + 46, y + block.height / 2 + 4, block.label, label)
+                )
                 y += block.height + 4
             parts.append("</g>")
-        parts += [write(x + 10, bottom + 44 * row + 8, fact, 'font-size="15"') for row, fact in enumerate(home.facts)]
+        parts += [write(x + 10, bottom + 44 * row + 8, fact, 'font-size="15"') for row, fact in enumerate(home[3:])]
     for row, (fact, more) in enumerate(zip(FACTS, CONTINUED, strict=True)):
         y = bottom + 44 * row
         parts.append(f'<path d="M12 {y - 18}H{width - 12}" stroke="#d5dbe1"/>')
