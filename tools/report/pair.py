@@ -24,19 +24,12 @@ OWN_SHARE = 0.6
 
 
 class Decoded(NamedTuple):
-    """A prompt that plain decoding and Kangaroo went through.
-
-    Attributes:
-        name: of the prompt.
-        prompt: its tokens.
-        new: the tokens of plain decoding.
-        speed: Kangaroo's tokens a second.
-    """
+    """A prompt that plain decoding and Kangaroo went through."""
 
     name: str
     prompt: list[int]
-    new: list[int]
-    speed: float
+    new: list[int]  # tokens of plain decoding
+    speed: float  # Kangaroo's tokens a second
 
 
 def run(job: Job) -> None:
