@@ -34,7 +34,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from command import INCOMPLETE, INTERRUPTED, refuse, require_time
-from report.job import ROOT, Job, one_line, write_json
+from report.job import ROOT, Job, write_json
 from report.page import complaints, page, state_of
 from report.parts import ENVIRONMENT, FIRST, PAIR, PARTS, Part, choose
 from report.runner import GRACE, read_json, run_part
@@ -48,7 +48,7 @@ LEAST_SECONDS = 3.0
 """With less than this nothing is started: importing takes so long."""
 
 RESERVE = 12.0
-"""Seconds for the picture, and for a last part that has to be ended."""
+"""Seconds for the page, and for a last part that has to be ended."""
 
 
 def commit() -> str:
@@ -107,25 +107,13 @@ def measure(parts: Sequence[Part], plan: Job) -> int:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         interrupted = True
-    wrong = [*complaints(ran), *write_report(report, plan.folder)]
+    write_json(file, report)
+    (plan.folder / "report.md").write_text(page(report), encoding="utf-8")
+    wrong = list(complaints(ran))
     for sentence in wrong:
         typer.echo(f"{NAME}: {sentence}", err=True)
     typer.echo(f"{time.monotonic() - began:.0f} s; wrote {plan.folder / 'report.md'}", err=True)
     return INTERRUPTED if interrupted else INCOMPLETE if wrong else 0
-
-
-def write_report(report: dict[str, Any], folder: Path) -> list[str]:
-    """Write JSON, the picture and Markdown; why there is no picture, as a sentence."""
-    write_json(folder / "report.json", report)
-    pictures, trouble = list[str](), list[str]()
-    try:
-        from report.plots import draw  # noqa: PLC0415 (what is measured must not hang on a plotting library)
-
-        pictures = draw(report, folder)
-    except Exception as error:  # a figure that no axis takes: the page is worth more
-        trouble = [f"no picture: {one_line(error)}."]
-    (folder / "report.md").write_text(page(report, pictures), encoding="utf-8")
-    return trouble
 
 
 def main(

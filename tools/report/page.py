@@ -99,8 +99,8 @@ def beside_plain(cells: Sequence[Values], plain: Sequence[Values], ceiling: floa
 # ---- the page
 
 
-def page(report: Values, pictures: Sequence[str] = ()) -> str:
-    """The whole report; ``pictures`` are the parts that have one."""
+def page(report: Values) -> str:
+    """The whole report."""
     parts: Mapping[str, Values] = report["parts"]
     text = [f"# {report['gpu'] or 'CPU'}", *([f"**{SMOKE_LABEL}**"] if report["smoke"] else [])]
     text.append(f"`{report['command']}`, {report['date']}, commit {report['commit']}.")
@@ -114,9 +114,7 @@ def page(report: Values, pictures: Sequence[str] = ()) -> str:
     about: dict[str, Values] = {name: parts.get(name, {}) for name in ("environment", "pair", "timeline")}
     text += [*environment(about["environment"]), *tests(parts)]
     text += [*kernels(parts.get("kernels", {}).get("cells", ()), report["smoke"]), *decoding(parts, report["smoke"])]
-    text += [*pair(about["pair"], report["smoke"]), *timeline(about["timeline"])]
-    if "timeline" in pictures:
-        text.append(f"![An iteration{f' ({SMOKE_LABEL})' if report['smoke'] else ''}](timeline.png)")
+    text += [*pair(about["pair"], report["smoke"]), *timeline(about["timeline"], report["smoke"])]
     return "\n\n".join(text) + "\n"
 
 
@@ -187,9 +185,9 @@ def decoding(parts: Mapping[str, Values], smoke: bool) -> Iterator[str]:
         yield table(beside_plain(cells, cells, ceiling), *where, *columns, *more)
     if steps := found.get("steps"):
         yield "Steps that make so many drafts, whatever their confidence, verification included."
-        columns = ("drafts a step", "drafts", 0), ("drafting", "drafting", ""), ("us a step", "us_per_step", 1)
+        made = ("drafts a step", "drafts", 0), ("drafting", "drafting", ""), ("us a step", "us_per_step", 1)
         pays = ("pays from, tokens a step", "pays_from", 2)
-        yield table(beside_plain(steps, cells, None), *where, *columns, pays)
+        yield table(beside_plain(steps, cells, None), *where, *made, pays)
 
 
 def pair(found: Values, smoke: bool) -> Iterator[str]:
@@ -217,7 +215,7 @@ def pair(found: Values, smoke: bool) -> Iterator[str]:
         yield table(cells, ("prompt", "prompt", ""), ("way", "way", ""), *speeds, *same)
 
 
-def timeline(found: Values) -> Iterator[str]:
+def timeline(found: Values, smoke: bool) -> Iterator[str]:
     """One iteration, stage by stage."""
     if not found.get("stages"):
         return
@@ -228,3 +226,5 @@ def timeline(found: Values) -> Iterator[str]:
         "iterations. The picture is the one of median length."
     )
     yield table(found["stages"], *STAGE_COLUMNS)
+    if "picture" in found:
+        yield f"![An iteration{f' ({SMOKE_LABEL})' if smoke else ''}]({found['picture']})"

@@ -1,17 +1,14 @@
 """The picture of one iteration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
 mpl.use("Agg")  # no screen is needed
 
 import matplotlib.pyplot as plt
-from iteration_profile import PREFIX, Event, StageRun
-
-from .page import SMOKE_LABEL
+from iteration_profile import PREFIX, StageRun
 
 STAGES = {"draft": "#1f4e79", "draft/shallow": "#5b92bb", "draft/step": "#1f4e79", "verify": "#b5542b"}
 OTHER = "#777777"
@@ -35,15 +32,3 @@ def iteration(stages: Sequence[StageRun], path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=9)  # the picture itself says where and what it is
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
-
-
-def draw(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Draw the timeline where there is one: the names of the parts that have a picture, ``<part>.png``."""
-    line = report["parts"].get("timeline", {})
-    if not line.get("median"):
-        return []
-    stages = [StageRun(**stage | {"events": [Event(*each) for each in stage["events"]]}) for stage in line["median"]]
-    where = SMOKE_LABEL if report["smoke"] else report["gpu"]
-    about = f"{where}, one iteration of {line['model']}, random weights, {line['drafts']} drafts"
-    iteration(stages, folder / "timeline.png", about)
-    return ["timeline"]

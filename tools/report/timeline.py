@@ -1,13 +1,14 @@
-"""Iterations of Kangaroo stage by stage, as ``iteration_profile.py`` sees them, and the median one kernel by kernel."""
+"""Iterations of Kangaroo stage by stage, as ``iteration_profile.py`` sees them, and a picture of the median one."""
 
-from dataclasses import asdict
-
+import torch
 from iteration_profile import median_of, profile_iterations, stage_bytes, stage_rows
 from random_model import random_kangaroo, random_prompt
 
 from .job import Job
+from .page import SMOKE_LABEL
+from .plots import iteration
 
-CONTEXT, ITERATIONS, DRAFTS = 2048, 20, 2
+CONTEXT, ITERATIONS, DRAFTS, PICTURE = 2048, 20, 2, "timeline.png"
 
 
 def run(job: Job) -> None:
@@ -24,5 +25,8 @@ def run(job: Job) -> None:
         graphs=profiled.graphs,
         iterations=len(profiled.iterations),
         stages=[row._asdict() for row in stage_rows(profiled, stage_bytes(kangaroo, profiled.length))],
-        median=[asdict(stage) for stage in median_of(profiled.iterations)],
     )
+    where = SMOKE_LABEL if job.smoke else torch.cuda.get_device_name()
+    about = f"{where}, one iteration of {shape.name}, random weights, {DRAFTS} drafts"
+    iteration(median_of(profiled.iterations), job.folder / PICTURE, about)
+    job.note(picture=PICTURE)
