@@ -24,6 +24,10 @@ def table(rows: Iterable[Values], *columns: tuple[str, str, int | str]) -> str:
     """A table whose columns are a head, the key of a row's value, and how it is ``shown``."""
     lines = [[head for head, _, _ in columns], ["---" if how == "" else "---:" for _, _, how in columns]]
     lines += [[shown(row.get(key), how) for _, key, how in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        for index, (width, (_, _, how)) in enumerate(zip(widths, columns, strict=True)):
+            line[index] = line[index].ljust(width) if how == "" else line[index].rjust(width)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -184,7 +188,10 @@ def decoding(parts: Mapping[str, Values], smoke: bool) -> Iterator[str]:
         more = ("of the ceiling", "share", "%"), ("tokens a step", "mean_acceptance_length", 2)
         yield table(beside_plain(cells, cells, ceiling), *where, *columns, *more)
     if steps := found.get("steps"):
-        yield "Steps that make so many drafts, whatever their confidence, verification included."
+        yield (
+            "Steps that make so many drafts, whatever their confidence, verification included. A step pays from as "
+            "many tokens as there are plain steps in its time."
+        )
         made = ("drafts a step", "drafts", 0), ("drafting", "drafting", ""), ("us a step", "us_per_step", 1)
         pays = ("pays from, tokens a step", "pays_from", 2)
         yield table(beside_plain(steps, cells, None), *where, *made, pays)
