@@ -97,20 +97,22 @@ def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, h
     def scores(count: int) -> dict[str, float]:
         return evaluate(training.model, tokenizer, held_out[:count], recipe.context, recipe.pass_tokens)
 
-    step, share, note, curve = 0, 0.0, "", list[dict[str, float]]()
+    step, share, curve, before = 0, 0.0, list[dict[str, float]](), None
     began = time.perf_counter()
     seconds = max(run.deadline(preset.target_by) - began, 1e-3)
     while step == 0 or share < 1:
         loss = training.update(share)
         step += 1
+        # the loss of the step before: waiting for this one would leave the GPU idle meanwhile
+        note = f"step {step}" if before is None else f"step {step}, loss {float(before):.3f}"
+        before = loss
         passed = time.perf_counter() - began
         share = max(passed / seconds, step / preset.target_steps)
-        run.report("target", int(1000 * min(share, 1)), 1000, f"step {step}{note}")  # waits for no loss
+        run.report("target", int(1000 * min(share, 1)), 1000, note)
         if share * PROBES >= len(curve) + 1 or share >= 1:
             point = {"step": step, "minutes": passed / 60, "train_loss": float(loss)}
             point |= scores(preset.held_out_tokens // 16)
             curve.append({name: round(value, 4) for name, value in point.items()})
-            note = f", loss {point['train_loss']:.3f}"
     training.save(run.out / "target")
     record = {
         "recipe": asdict(recipe),
