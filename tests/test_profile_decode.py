@@ -22,7 +22,6 @@ from iteration_profile import (
     by_order,
     by_ranges,
     launched_events,
-    mark_skipped,
     profile_iterations,
     stage_bytes,
     stage_rows,
@@ -95,47 +94,25 @@ def test_other_kernels_are_no_replay():
             by_order(trace, like if count else [])
 
 
-def drafted_iteration() -> list[StageRun]:
+def test_the_table_adds_up():
+    """Drafts that were not made have kernels, which return at once; they read nothing."""
     names = ["draft/shallow", "draft/step"] * 3 + ["draft/shallow", "verify", "accept", "commit"]
-    return [
+    iteration = [
         StageRun(f"kangaroo/{name}", 10.0 * place, 10, events=[Event("k", 10.0 * place + 4, 6)])
         for place, name in enumerate(names)
     ]
-
-
-@pytest.mark.parametrize(("drafted", "shallow", "steps"), [(1, [0, 0, 1, 1], [0, 1, 1]), (3, [0] * 4, [0] * 3)])
-def test_drafts_that_were_not_made_are_marked(drafted, shallow, steps):
-    """The shallow layers run once more than there are drafts: on the newest token, too."""
-    marked = mark_skipped(drafted_iteration(), drafted)
-    for name, wanted in (("shallow", shallow), ("step", steps)):
-        assert [stage.skipped for stage in marked if stage.name.endswith(name)] == [bool(each) for each in wanted]
-    assert not any(stage.skipped for stage in marked if "draft" not in stage.name)
-
-
-def test_the_table_adds_up():
-    iterations = [mark_skipped(drafted_iteration(), 1), mark_skipped(drafted_iteration(), 3)]
     commits = [Commit([1], 0, drafted, 0, stopped=False) for drafted in (1, 3)]
     moved = {"kangaroo/draft/shallow": 3000, "kangaroo/draft/step": 5000, "kangaroo/verify": 70000}
-    rows = {row.stage: row for row in stage_rows(Profile(iterations, commits, 9, {}, graphs=False), moved)}
-    assert list(rows) == [
-        *("draft/shallow", "draft/step", "draft/step, skipped", "draft/shallow, skipped"),
-        *("verify", "accept", "commit", "iteration"),
-    ]
-    assert (rows["draft/step"].runs, rows["draft/step, skipped"].runs) == (2, 1)
-    assert rows["draft/step"].bytes_moved == 2 * 5000
-    assert rows["draft/step, skipped"].bytes_moved is None
+    rows = {row.stage: row for row in stage_rows(Profile([iteration] * 2, commits, 9, {}, graphs=False), moved)}
+    assert list(rows) == ["draft/shallow", "draft/step", "verify", "accept", "commit", "iteration"]
+    assert rows["draft/step"] == ("draft/step", 3, 30, 12, 3, 2 * 5000, 10 / 30)
+    assert rows["draft/shallow"].bytes_moved == 3 * 3000  # on the newest token, too
     assert rows["verify"] == ("verify", 1, 10, 4, 1, 70000, 7)
     assert rows["accept"].gigabytes_per_second is None
     assert rows["iteration"] == ("iteration", 1, 100, 40, 10, 3 * 3000 + 2 * 5000 + 70000, 0.89)
-
-
-def test_one_stage_may_be_all_drafts():
-    iteration = [StageRun("kangaroo/draft", 0, 10), StageRun("kangaroo/verify", 10, 10)]
-    commits = [Commit([1], 0, drafted, 0, stopped=False) for drafted in (1, 3)]
-    moved = {"kangaroo/draft/shallow": 3000, "kangaroo/draft/step": 5000, "kangaroo/verify": 70000}
-    rows = stage_rows(Profile([iteration] * 2, commits, 9, {}, graphs=False), moved)
-    assert rows[0].bytes_moved == 3000 + 2 * 8000  # a run of the shallow layers more than drafts
-    assert rows[-1].bytes_moved == 19000 + 70000
+    together = [StageRun("kangaroo/draft", 0, 10), StageRun("kangaroo/verify", 10, 10)]
+    rows = stage_rows(Profile([together] * 2, commits, 9, {}, graphs=False), moved)
+    assert [row.bytes_moved for row in rows] == [19000, 70000, 89000], "one stage may be all drafts"
 
 
 def test_ranges_cost_nothing_while_nobody_looks():
@@ -172,7 +149,6 @@ def test_a_decode_is_seen_stage_by_stage(pair, resident, plain):
         drafting = [] if plain else ["draft/shallow", "draft/step"] * made + ["draft/shallow"]
         end = ["commit"] if resident or not plain else []
         assert names == [*drafting, "verify", *(["accept"] if end else []), *end]
-        assert sum(stage.name.endswith("step") and not stage.skipped for stage in iteration) == commit.drafted
         for before, after in pairwise(iteration):
             assert after.start == pytest.approx(before.start + before.us)
         verify = next(stage for stage in iteration if stage.name.endswith("verify"))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import train_demo
 from demo_corpus import Document
-from presets import DEMO, LARGE, PRESETS, SMOKE, Preset
-from target_training import TargetRecipe, TargetTraining, target_config
-from transformers import LlamaForCausalLM
+from presets import DEMO, PRESETS, SMOKE, Preset
+from target_training import TargetRecipe, TargetTraining
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.demo import DemoPair, bundled_pair
@@ -79,19 +77,10 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"out": out, "given": given}
 
 
-def test_the_pair_decodes_losslessly(smoke: dict[str, Any]) -> None:
-    prompts, kangaroo = DemoPair(smoke["out"]).prompts(), load(smoke["out"])
-    assert len(prompts) == SMOKE.prompts and kangaroo.drafter.first_layer == SMOKE.adapter["exit_layer"]
-    for prompt in prompts.values():
-        for sampling in ({}, {"temperature": 0.8, "seed": 3}):
-            settings: dict[str, Any] = {"max_new_tokens": 40, "draft_confidence_threshold": 0.05, **sampling}
-            drafted = kangaroo.generate(prompt, **settings)
-            assert drafted.tokens == kangaroo.generate(prompt, plain=True, **settings).tokens
-            assert drafted.stats.drafted > 0
-
-
 def test_the_record_is_complete(smoke: dict[str, Any]) -> None:
     out = smoke["out"]
+    assert len(DemoPair(out).prompts()) == SMOKE.prompts
+    assert load(out).drafter.first_layer == SMOKE.adapter["exit_layer"]
     record, target, adapter = (read(out / part / "training.json") for part in ("", "target", "adapter"))
     assert record["command"] == "python tools/train_demo.py --preset smoke --minutes 60"
     assert record["machine"]["versions"]["torch"] == torch.__version__
@@ -134,41 +123,30 @@ def test_without_time_every_stage_does_its_least(few: Preset, tmp_path: Path) ->
 
 
 def test_a_stopped_run_goes_on(few: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    preset = replace(few, within_minutes=False)
     made: list[str] = []
     update, learn = TargetTraining.update, train_demo.train_adapter
     monkeypatch.setattr(TargetTraining, "update", lambda *given: made.append("update") or update(*given))
+    file = tmp_path / "adapter" / "model.safetensors"
 
     def learn_small_weights(*given: Any) -> None:
         made.append("adapter")
         learn(*given)
-        weights = load_file(file)
-        save_file({name: weight * 1e-5 for name, weight in weights.items()}, file)
+        save_file({name: weight * 1e-5 for name, weight in load_file(file).items()}, file)
 
-    file = tmp_path / "adapter" / "model.safetensors"
+    def stop(stage: str, *_: Any) -> None:
+        if stage == "training":
+            raise KeyboardInterrupt
+
     monkeypatch.setattr(train_demo, "train_adapter", learn_small_weights)
-
-    def stop_at(stage: str, note: str) -> Callable[..., None]:
-        def report(now: str, _done: int, _total: int, about: str) -> None:
-            if (now, note) == (stage, about[: len(note)]):
-                raise KeyboardInterrupt
-
-        return report
-
     with pytest.raises(KeyboardInterrupt):
-        train(preset, tmp_path, 60, stop_at("target", "step 5"))  # the last checkpoint was at 4
+        train(few, tmp_path, 60, stop)
     with pytest.raises(KangarooError, match="other settings"):
-        train_demo.train_pair(train_demo.Run(preset, tmp_path, 60, CPU, {"preset": "theirs"}, lambda *_: None))
-    with pytest.raises(KeyboardInterrupt):
-        train(preset, tmp_path, 60, stop_at("training", "step 5"))
-    assert made == ["update"] * (5 + 4) + ["adapter"]
-    curve = read(tmp_path / "target" / "training.json")["curve"]
-    assert [point["step"] for point in curve] == [*range(1, 9)]
-    train(preset, tmp_path, 60)
-    assert made[10:] == ["adapter"]
+        train_demo.train_pair(train_demo.Run(few, tmp_path, 60, CPU, {"preset": "theirs"}, lambda *_: None))
+    train(few, tmp_path, 60)
+    assert made == ["update"] * 8 + ["adapter"] * 2
     for name, weight in load_file(file).items():
         assert torch.equal(weight.half().to(weight.dtype), weight), name  # fp16 holds what bf16 does
-    assert not list(tmp_path.rglob("*.pt")) and not (tmp_path / train_demo.RUN_FILE).exists()
+    assert not (tmp_path / train_demo.RUN_FILE).exists()
 
 
 # ---- the presets
@@ -181,27 +159,16 @@ def test_presets_are_sound(preset: Preset) -> None:
     settings = TrainingSettings(model="", data=(Path(),), out=Path(), **preset.adapter)
     assert 0 < settings.exit_layer < recipe.num_hidden_layers
     assert settings.sequence_length <= recipe.short_context
-    assert 0 <= preset.encoded_by < preset.target_by < preset.adapter_by <= 1
+    assert train_demo.ENCODED_BY < preset.target_by < preset.adapter_by < train_demo.CALIBRATED_BY
 
 
 def test_the_bundled_pair_was_made_so() -> None:
     pair = bundled_pair()
     target, adapter = (read(folder / "training.json") for folder in (pair.target, pair.adapter))
     assert DEMO.target == TargetRecipe(**target["recipe"])
-    assert (DEMO.target_by - DEMO.encoded_by) * DEMO.minutes == pytest.approx(target["minutes"])
+    assert DEMO.target_by * DEMO.minutes == pytest.approx(target["minutes"])
     assert (DEMO.adapter_by - DEMO.target_by) * DEMO.minutes == pytest.approx(adapter["settings"]["minutes"])
     assert DEMO.adapter.items() <= adapter["settings"].items()
     assert DEMO.own_texts == adapter["settings"]["generated_windows"]
-    held_out = [Document(name, f"before\n{prompt}\nafter") for name, prompt in pair.prompts().items()]
-    assert all(document.held_out for document in held_out)
-    assert train_demo.held_out_prompts(DEMO, held_out) == pair.prompts()
-    with pytest.raises(KangarooError, match=f"no prompt from {held_out[0].path}"):
-        train_demo.held_out_prompts(DEMO, held_out[1:])
-
-
-def test_large_is_as_large_as_it_says() -> None:
-    recipe = LARGE.target
-    with torch.device("meta"):
-        model = LlamaForCausalLM(target_config(recipe, SimpleNamespace(bos_token_id=0, eos_token_id=0)))
-    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == 268
-    assert recipe.short_context == recipe.context and recipe.batch_tokens % recipe.pass_tokens == 0  # one shape
+    assert DEMO.prompts == len(pair.prompts())
+    assert all(Document(name, "").held_out for name in pair.prompts())

@@ -1,162 +1,51 @@
-"""Draw where a drafter can live and what it costs there: the picture of docs/engines.md.
+"""Write the bytes into the picture of docs/engines.md: where a drafter can live, and what it costs there.
 
 python tools/draw_engines.py --out docs/img/engines.svg
 
-The bytes are computed from the shapes of Vicuna-7B with an adapter behind layer 2, in bfloat16; none is measured.
+The bytes are computed from the shapes of Vicuna-7B with an adapter behind layer 2, in bfloat16; none is measured. The
+picture itself is drawn by hand; a text in it whose ``id`` is a figure's name is replaced.
 """
 
+import re
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 
 from kangaroo_kernels.workloads import MODELS, ModelShape
 
 SHAPE, EXIT_LAYER, BYTES = MODELS[0], 2, 2
-COLUMN, LEFT, TOP = 240, 140, 96
-FILLS = {"target": "#c9d6e8", "shared": "none", "adapter": "#7cc48d", "copy": "#f2b279"}
-LEGEND = {
-    "target": "the target's weights",
-    "shared": "the same weights, shared",
-    "adapter": "the adapter",
-    "copy": "weights that are there a second time, or zero",
-}
+PICTURE = Path(__file__).resolve().parent.parent / "docs" / "img" / "engines.svg"
 
 
-class Block(NamedTuple):
-    """A part of a stack: its label, its kind in ``FILLS``, and its height."""
-
-    label: str
-    kind: str
-    height: int
-
-
-class Home(NamedTuple):
-    """A column: two stacks with their captions, and what is written below them."""
-
-    title: str
-    subtitle: str
-    stacks: tuple[tuple[str, list[Block]], tuple[str, list[Block]]]
-    facts: tuple[str, str, str, str]
-
-
-def gigabytes(parameters: int) -> str:
-    """Their bytes, for people."""
-    return f"{parameters * BYTES / 1e9:.2f} GB"
-
-
-def stack(embedding: str, shallow: str, deep: tuple[str, str, int], head: str, zeros: bool = False) -> list[Block]:
-    """Embedding, the first layers, what follows them, and the head, each of a kind."""
-    label, kind, height = deep
-    blocks = [Block("embedding", embedding, 28), Block(f"layers 0-{EXIT_LAYER - 1}", shallow, 36)]
-    blocks.append(Block(label, kind, height))
-    return [*blocks, *([Block("zero MLP", "copy", 24)] if zeros else []), Block("head", head, 28)]
-
-
-def homes(shape: ModelShape) -> list[Home]:
-    """The columns, with bytes computed from a model's shape; the adapter has the target's heads."""
+def figures(shape: ModelShape) -> dict[str, str]:
+    """What each home takes beside the target, by the names in the picture; the adapter has the target's heads."""
     rows = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     attention = shape.hidden * (rows + shape.heads * shape.head_dim) + shape.hidden
     mlp = 3 * shape.hidden * shape.inner + shape.hidden
     ends = 2 * shape.vocab_size * shape.hidden
     target = shape.layers * (attention + mlp) + ends + shape.hidden
     adapter = attention + shape.hidden
-    cache = 2 * shape.kv_heads * shape.head_dim * BYTES // 1024
-    deep = (f"layers {EXIT_LAYER}-{shape.layers - 1}", "target", 112)
-    own, once = stack("target", "target", deep, "target"), ("adapter", "adapter", 24)
-    borrowed = stack("shared", "shared", once, "shared")
-    idle = [block._replace(kind="copy") for block in own]
-    exported = stack("copy", "copy", once, "copy", zeros=True)
-    here, anew = f"{cache} KiB", f"{(EXIT_LAYER + 1) * cache} KiB"
-    whole = gigabytes(EXIT_LAYER * (attention + mlp) + adapter + mlp + ends)
-    return [
-        Home(
-            "this runtime",
-            "Kangaroo.generate",
-            (("target", own), ("drafter", borrowed)),
-            (gigabytes(adapter), here, "once", "yes"),
-        ),
-        Home(
-            "transformers",
-            "assistant(model, adapter)",
-            (("target", own), ("drafter", borrowed)),
-            (gigabytes(adapter), anew, "twice", "yes"),
-        ),
-        Home(
-            "transformers",
-            "custom_generate",
-            (("its model", idle), ("this runtime", [*own[:3], Block(*once), own[3]])),
-            (gigabytes(target + adapter), here, "once", "yes"),
-        ),
-        Home(
-            "vLLM, SGLang",
-            "kangaroo export",
-            (("target", own), ("drafter", exported)),
-            (whole, anew, "twice", "no, a fixed length"),
-        ),
-    ]
+    weights = {
+        "runtime": adapter,
+        "assistant": adapter,
+        "custom_generate": target + adapter,
+        "export": EXIT_LAYER * (attention + mlp) + adapter + mlp + ends,
+    }
+    layer = 2 * shape.kv_heads * shape.head_dim * BYTES // 1024  # of the cache, a token
+    found = {f"{home}-weights": f"{parameters * BYTES / 1e9:.2f} GB" for home, parameters in weights.items()}
+    own = ("runtime", "custom_generate")  # they share the first layers' cache
+    return found | {f"{home}-cache": f"{layer if home in own else (EXIT_LAYER + 1) * layer} KiB" for home in weights}
 
 
-FACTS = ("weights beside the", "cache beside the", "layers before the", "stops when unsure")
-CONTINUED = ("target's", "target's, a token", "exit run", "")
-
-
-def write(x: float, y: float, text: str, style: str = "") -> str:
-    """A line of text."""
-    return f'<text x="{x:g}" y="{y:g}"{" " if style else ""}{style}>{text}</text>'
-
-
-def draw_rectangle(x: float, y: float, width: float, height: float, kind: str) -> str:
-    """A rectangle of a kind; shared ones are dashed."""
-    dashes = ' stroke-dasharray="4 3"' if kind == "shared" else ""
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" fill="{FILLS[kind]}"{dashes}/>'
-
-
-def draw_block(x: float, y: float, block: Block) -> str:
-    """A part of a stack with its label."""
-    label = write(x + 46, y + block.height / 2 + 4, block.label, 'text-anchor="middle" stroke="none"')
-    return draw_rectangle(x, y, 92, block.height, block.kind) + label
-
-
-def draw(columns: list[Home]) -> str:
-    """The whole picture."""
-    bottom = TOP + 28 + 36 + 112 + 24 + 28 + 40
-    width, height = LEFT + len(columns) * COLUMN, bottom + 44 * len(FACTS) + 44
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="Helvetica, Arial, '
-        'sans-serif" font-size="13" fill="#1c2733">',
-        "<title>One drafter and its four homes: what is shared, and what it costs</title>",
-        f'<rect width="{width}" height="{height}" rx="8" fill="#ffffff"/>',
-    ]
-    for index, home in enumerate(columns):
-        x = LEFT + index * COLUMN
-        parts.append(write(x + 10, 36, home.title, 'font-size="17" font-weight="bold"'))
-        parts.append(write(x + 10, 56, home.subtitle, 'font-family="monospace"'))
-        for side, (caption, blocks) in enumerate(home.stacks):
-            y = TOP
-            parts.append(write(x + 56 + side * 104, TOP - 10, caption, 'text-anchor="middle" fill="#5b6773"'))
-            parts.append('<g stroke="#5b6773">')
-            for block in blocks:
-                parts.append(draw_block(x + 10 + side * 104, y, block))
-                y += block.height + 4
-            parts.append("</g>")
-        parts += [write(x + 10, bottom + 44 * row + 8, fact, 'font-size="15"') for row, fact in enumerate(home.facts)]
-    for row, (fact, more) in enumerate(zip(FACTS, CONTINUED, strict=True)):
-        y = bottom + 44 * row
-        parts.append(f'<path d="M12 {y - 18}H{width - 12}" stroke="#d5dbe1"/>')
-        parts += [write(14, y, fact, 'fill="#5b6773"'), write(14, y + 16, more, 'fill="#5b6773"')]
-    x = 14
-    for kind, meaning in LEGEND.items():
-        parts.append(f'<g stroke="#5b6773">{draw_rectangle(x, height - 34, 22, 14, kind)}</g>')
-        parts.append(write(x + 30, height - 22, meaning))
-        x += 60 + 7 * len(meaning)
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def main(out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("docs/img/engines.svg")) -> None:
-    """Write the picture."""
+def main(out: Annotated[Path, typer.Option(help="The picture to write.")] = PICTURE) -> None:
+    """Write the picture with its figures."""
+    picture = PICTURE.read_text(encoding="utf-8")
+    for name, figure in figures(SHAPE).items():
+        picture, count = re.subn(rf'(<text id="{name}"[^>]*>)[^<]*', rf"\g<1>{figure}", picture)
+        assert count == 1, name
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(draw(homes(SHAPE)), encoding="utf-8")
+    out.write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python tools/gpu_report.py --minutes 9
     python tools/gpu_report.py --only decode,baselines --minutes 4
     python tools/gpu_report.py --pair runs/large
+    python tools/gpu_report.py --first --minutes 4.5
     python tools/gpu_report.py --smoke --out build/report
 
 In this order: versions and the card's measured bandwidth, the GPU's tests, bit-equality at real shapes,
@@ -10,8 +11,9 @@ microbenchmarks, decode speeds beside transformers, and one iteration kernel by 
 its own within its share of the time; what one does not use, the next ones have. A part that fails or hangs is told of,
 and the others go on.
 
-``--pair`` measures a trained pair instead, on held-out prompts: acceptance, speed, whether the tokens are plain
-decoding's, and the same prompts in transformers.
+``--first`` is for the first minutes on a card: is it right, and how fast at the first model's shape? It prints what it
+found, and every part says how many kernels Triton compiled. ``--pair`` measures a trained pair instead, on held-out
+prompts: acceptance, speed, whether the tokens are plain decoding's, and the same prompts in transformers.
 
 It writes ``report.json``, ``report.md`` and a picture of the timeline to ``bench/results/<GPU>/``. Parts that are not
 run again keep what they had there, with their own date and commit. ``--smoke`` runs everything at tiny size on the CPU;
@@ -32,9 +34,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from command import INCOMPLETE, INTERRUPTED, refuse, require_time
-from report.job import ROOT, Job, one_line, write_json
+from report.job import ROOT, Job, write_json
 from report.page import complaints, page, state_of
-from report.parts import ENVIRONMENT, PAIR, PARTS, Part, choose
+from report.parts import ENVIRONMENT, FIRST, PAIR, PARTS, Part, choose
 from report.runner import GRACE, read_json, run_part
 
 from kangaroo_kernels import KangarooError, launch_config
@@ -46,7 +48,7 @@ LEAST_SECONDS = 3.0
 """With less than this nothing is started: importing takes so long."""
 
 RESERVE = 12.0
-"""Seconds for the picture, and for a last part that has to be ended."""
+"""Seconds for the page, and for a last part that has to be ended."""
 
 
 def commit() -> str:
@@ -71,7 +73,7 @@ def digest_of_sources(root: Path = ROOT) -> str:
     return digest.hexdigest()[:12]
 
 
-def measure(command: str, parts: Sequence[Part], plan: Job) -> int:
+def measure(parts: Sequence[Part], plan: Job) -> int:
     """Run the parts one after the other and write the report: an exit code. What there is stays written.
 
     A folder that cannot be written is refused.
@@ -81,7 +83,7 @@ def measure(command: str, parts: Sequence[Part], plan: Job) -> int:
         plan.folder.mkdir(parents=True, exist_ok=True)
         file.touch()
     except OSError as error:
-        refuse(command, f"{plan.folder} cannot be written: {error.strerror}.")
+        refuse(NAME, f"{plan.folder} cannot be written: {error.strerror}.")
     line, now = shlex.join(["python", *sys.argv]), datetime.now(timezone.utc)
     where = {"commit": commit(), "date": now.strftime("%Y-%m-%d %H:%M UTC"), "command": line}
     about = {"gpu": None if plan.smoke else torch.cuda.get_device_name(), "smoke": plan.smoke}
@@ -105,31 +107,13 @@ def measure(command: str, parts: Sequence[Part], plan: Job) -> int:
                 raise KeyboardInterrupt
     except KeyboardInterrupt:
         interrupted = True
-    wrong = [*complaints(ran), *write_report(report, plan.folder)]
+    write_json(file, report)
+    (plan.folder / "report.md").write_text(page(report), encoding="utf-8")
+    wrong = list(complaints(ran))
     for sentence in wrong:
-        typer.echo(f"{command}: {sentence}", err=True)
+        typer.echo(f"{NAME}: {sentence}", err=True)
     typer.echo(f"{time.monotonic() - began:.0f} s; wrote {plan.folder / 'report.md'}", err=True)
     return INTERRUPTED if interrupted else INCOMPLETE if wrong else 0
-
-
-def write_report(report: dict[str, Any], folder: Path) -> list[str]:
-    """Write JSON, the picture and Markdown; why there is no picture, as a sentence."""
-    write_json(folder / "report.json", report)
-    pictures, trouble = list[str](), list[str]()
-    try:
-        from report.plots import draw  # noqa: PLC0415 (what is measured must not hang on a plotting library)
-
-        pictures = draw(report, folder)
-    except Exception as error:  # a figure that no axis takes: the page is worth more
-        trouble = [f"no picture: {one_line(error)}."]
-    (folder / "report.md").write_text(page(report, pictures), encoding="utf-8")
-    return trouble
-
-
-def require_device(command: str, smoke: bool) -> None:
-    """Refuse where there is no GPU to measure."""
-    if not smoke and not torch.cuda.is_available():
-        refuse(command, "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.")
 
 
 def main(
@@ -141,14 +125,17 @@ def main(
     pair: Annotated[
         Path | None, typer.Option(help="Measure a trained pair: a folder with target/, adapter/ and prompts.json.")
     ] = None,
+    first: Annotated[bool, typer.Option("--first", help="Check and measure this GPU within minutes.")] = False,
     out: Annotated[Path | None, typer.Option(help="The folder to write; by default bench/results/<GPU>/.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Every part at tiny size on the CPU; needs --out.")] = False,
 ) -> None:
     """Measure this library on this GPU and write a report."""
     require_time(NAME, "--minutes", minutes)
     parts = choose(only)
+    if first and (only is not None or pair is not None):
+        refuse(NAME, "--first has parts of its own; leave --only and --pair out.")
     if only is None:
-        parts = list(PARTS) if pair is None else [ENVIRONMENT, PAIR]
+        parts = list(FIRST if first else PARTS) if pair is None else [ENVIRONMENT, PAIR]
     if (PAIR in parts) != (pair is not None):
         refuse(NAME, "the part pair needs --pair DIR, and --pair DIR the part pair; --only has one without the other.")
     try:
@@ -157,12 +144,16 @@ def main(
         refuse(NAME, f"{error} tools/train_demo.py writes such a pair.")
     if smoke and out is None:
         refuse(NAME, "--smoke needs --out, a folder to write: its figures do not belong into bench/results.")
-    require_device(NAME, smoke)
+    if not smoke and not torch.cuda.is_available():
+        refuse(NAME, "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.")
     if out is None:
         name = launch_config.file_name(torch.cuda.get_device_name()).removesuffix(".json")
         out = ROOT / "bench" / "results" / name
     out = out.resolve()
-    raise typer.Exit(measure(NAME, parts, Job(out / "report.json", out, 60 * minutes, smoke, pair=pair)))
+    status = measure(parts, Job(out / "report.json", out, 60 * minutes, smoke, brief=first, pair=pair))
+    if first:
+        typer.echo((out / "report.md").read_text(encoding="utf-8"))
+    raise typer.Exit(status)
 
 
 if __name__ == "__main__":

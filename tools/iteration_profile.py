@@ -8,7 +8,6 @@ come in the order in which a launched iteration had them, and take their stages 
 import json
 import math
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,7 +50,6 @@ class StageRun:
     name: str
     start: float
     us: float
-    skipped: bool = False  # a draft that was not made: its kernels returned at once
     events: list[Event] = field(default_factory=list)
 
 
@@ -130,16 +128,6 @@ def by_order(trace: dict[str, Any], like: Iteration) -> list[Iteration]:
     return found
 
 
-def mark_skipped(iteration: Iteration, drafted: int) -> Iteration:
-    """The same with the stages of drafts that were not made marked as skipped."""
-    marked, seen = [], Counter[str]()
-    made = {SHALLOW: drafted + 1, STEP: drafted}  # the shallow layers run on the newest token and on every draft
-    for stage in iteration:
-        marked.append(replace(stage, skipped=seen[stage.name] >= made.get(stage.name, math.inf)))
-        seen[stage.name] += 1
-    return marked
-
-
 # ---- making one
 
 
@@ -208,9 +196,6 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
         iterations = by_ranges(trace, on_gpu, last_stage)
     if len(iterations) != len(commits):
         raise ProfileError(f"{len(iterations)} iterations were seen, {len(commits)} committed.")
-    if resident:
-        pairs = zip(iterations, commits, strict=True)
-        iterations = [mark_skipped(iteration, commit.drafted) for iteration, commit in pairs]
     return Profile(iterations, commits, length, trace, graphs)
 
 
@@ -242,33 +227,31 @@ class Row(NamedTuple):
     """A stage, over all iterations that were looked at; times and counts are an iteration's mean."""
 
     stage: str
-    runs: float
+    runs: float  # those too whose kernels returned at once, since the draft was not to be made
     us: float  # with the gaps
     gap_us: float  # between its events and before them
     launches: float  # kernels, or operations on a CPU
-    bytes_moved: float | None  # that it must read; None for the small ones and what was skipped
+    bytes_moved: float | None  # that it must read; None for the small ones
     gigabytes_per_second: float | None  # those bytes over its time
 
 
 def stage_rows(profiled: Profile, bytes_of: dict[str, int]) -> list[Row]:
     """The table: a row a stage in the order of the decode, then one for the whole iteration."""
     count = len(profiled.iterations)
-    if SHALLOW in bytes_of:  # all of a step's drafts may be one stage
-        drafted = sum(commit.drafted for commit in profiled.commits) / count
-        together = bytes_of[SHALLOW] + drafted * (bytes_of[SHALLOW] + bytes_of[STEP])
-        bytes_of = {**bytes_of, PREFIX + "draft": round(together)}
-    runs: dict[tuple[str, bool], list[StageRun]] = {}
-    for stage in (stage for iteration in profiled.iterations for stage in iteration):
-        runs.setdefault((stage.name, stage.skipped), []).append(stage)
+    drafted = sum(commit.drafted for commit in profiled.commits) / count
+    made = {SHALLOW: drafted + 1, STEP: drafted}  # the shallow layers run on the newest token and on every draft
+    moved = {name: size * made.get(name, 1.0) for name, size in bytes_of.items()}
+    if SHALLOW in moved:
+        moved[PREFIX + "draft"] = moved[SHALLOW] + moved[STEP]  # all of a step's drafts may be one stage
+    everything = [stage for iteration in profiled.iterations for stage in iteration]
+    stages: dict[str, list[StageRun]] = {}
+    for stage in everything:
+        stages.setdefault(stage.name, []).append(stage)
 
-    def row(name: str, stages: Sequence[StageRun], moved: float | None, runs: float) -> Row:
+    def row(name: str, runs: float, stages: Sequence[StageRun], moved: float | None) -> Row:
         events = [event for stage in stages for event in stage.events]
         us, busy = (sum(each.us for each in some) / count for some in (stages, events))
         return Row(name, runs, us, us - busy, len(events) / count, moved, moved / us / 1e3 if moved and us else None)
 
-    rows = []
-    for (name, skipped), stages in runs.items():
-        moved = None if skipped or name not in bytes_of else bytes_of[name] * len(stages) / count
-        rows.append(row(name.removeprefix(PREFIX) + ", skipped" * skipped, stages, moved, len(stages) / count))
-    everything = [stage for iteration in profiled.iterations for stage in iteration]
-    return [*rows, row("iteration", everything, sum(each.bytes_moved or 0 for each in rows), 1.0)]
+    rows = [row(name.removeprefix(PREFIX), len(some) / count, some, moved.get(name)) for name, some in stages.items()]
+    return [*rows, row("iteration", 1.0, everything, sum(each.bytes_moved or 0 for each in rows))]

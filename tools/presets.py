@@ -19,24 +19,19 @@ class Preset:
     Attributes:
         adapter: settings of its training, by the names of ``TrainingSettings``.
         own_texts: how many texts the target writes for it, and ``own_at_once``, how many of them side by side.
-        minutes: the time of a run, unless the caller says otherwise.
-        within_minutes: every stage ends by its share of the minutes, whatever the ones before took. Otherwise the
-            minutes are for training alone, and other work takes its time.
-        needs_gpu: whether a CPU must be asked for by name.
-        sources: reads what there is to learn from.
-        sample: tokenizer and adapter learn from the beginning of it, so many characters.
+        minutes: the time of a whole run, unless the caller says otherwise.
+        sample: tokenizer and adapter learn from the beginning of the sources, so many characters.
         held_out_tokens: on which the target is measured.
         target_steps: where the target's training ends if its time does not end it before.
-        prompts: how many held-out ones go with the pair; None keeps those of the bundled pair.
-        prompt_characters: of a prompt, at least.
-        encoded_by: the shares of the minutes at which encoding, the target and the adapter end.
+        prompts: how many held-out ones go with the pair, of ``prompt_characters`` at least.
+        target_by: the share of the minutes at which the target's training ends, whatever was before it; likewise
+            ``adapter_by``, behind which is the calibration.
     """
 
     target: TargetRecipe
     adapter: Mapping[str, Any]
     calibration: Calibration
     minutes: float
-    within_minutes: bool = True
     needs_gpu: bool = False
     sources: Callable[[], list[Document]] = installed_documents
     sample: float = math.inf
@@ -44,9 +39,8 @@ class Preset:
     own_at_once: int = 64
     held_out_tokens: int = 1 << 19
     target_steps: float = math.inf
-    prompts: int | None = 64
+    prompts: int = 64
     prompt_characters: int = 1200
-    encoded_by: float = 0.12
     target_by: float = 0.69
     adapter_by: float = 0.90
 
@@ -63,14 +57,12 @@ DEMO = Preset(
     },
     own_texts=704,
     calibration=Calibration(),
-    minutes=85.0,
-    within_minutes=False,
+    minutes=90.0,
     sources=stdlib_documents,
-    prompts=None,
+    prompts=8,
     prompt_characters=480,
-    encoded_by=0.0,
-    target_by=72 / 85,
-    adapter_by=1.0,
+    target_by=72 / 90,
+    adapter_by=85 / 90,
 )
 
 LARGE = Preset(

@@ -18,9 +18,8 @@ from command import refuse
 from gpu_measure import measure_ceiling
 from iteration_profile import Profile, ProfileError, median_of, profile_iterations, room_for, stage_bytes, stage_rows
 from random_model import exit_layer_of, random_drafter, random_prompt, random_target
+from report.page import STAGE_COLUMNS, table
 from report.plots import iteration
-from rich.console import Console
-from rich.table import Table
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.launch_config import chained
@@ -51,23 +50,17 @@ def bundled_prompt(kangaroo: Kangaroo, context: int) -> list[int]:
     return (tokens * (context // len(tokens) + 1))[:context]
 
 
-def show(profiled: Profile, kangaroo: Kangaroo, console: Console) -> None:
-    """Print the table."""
+def show(profiled: Profile, kangaroo: Kangaroo) -> None:
+    """Print the table of a decode by ``kangaroo``; for plain decoding that is one without a drafter."""
     device, rows = kangaroo.target.device, stage_rows(profiled, stage_bytes(kangaroo, profiled.length))
     ceiling = measure_ceiling(device).read if device.type == "cuda" else None
-    table = Table("stage")
-    for header in ("runs", "us", "gaps us", "launches" if ceiling else "operations", "MB", "GB/s", "of ceiling"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        moved, speed = row.bytes_moved and row.bytes_moved / 1e6, row.gigabytes_per_second
-        figures = (row.runs, row.us, row.gap_us, row.launches, moved, speed)
-        share = f"{speed / ceiling:.1%}" if speed and ceiling else ""
-        table.add_row(row.stage, *(f"{each:.1f}" if each else "" for each in figures), share)
-    console.print(table)
+    shares = [row.gigabytes_per_second / ceiling if row.gigabytes_per_second and ceiling else None for row in rows]
+    figures = [row._asdict() | {"share": share} for row, share in zip(rows, shares, strict=True)]
+    typer.echo(table(figures, *STAGE_COLUMNS, ("of the ceiling", "share", "%")))
     tokens = sum(len(commit.tokens) for commit in profiled.commits) / len(profiled.commits)
-    console.print(f"{tokens:.2f} tokens an iteration; means over {len(profiled.iterations)}, context {profiled.length}")
+    typer.echo(f"{tokens:.2f} tokens an iteration; means over {len(profiled.iterations)}, context {profiled.length}")
     if ceiling:
-        console.print(f"the memory reads {ceiling:.0f} GB/s at most, measured here")
+        typer.echo(f"the memory reads {ceiling:.0f} GB/s at most, measured here")
 
 
 def decode_under_ranges(kangaroo: Kangaroo, prompt: Sequence[int], plain: bool) -> None:
@@ -127,10 +120,9 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     (out / "trace.json").write_text(json.dumps(profiled.trace), encoding="utf-8")
     iteration(median_of(profiled.iterations), out / "iteration.png", f"One iteration of {title}")
-    console = Console(width=max(100, Console().width), highlight=False)
-    console.print(title)
-    show(profiled, kangaroo, console)
-    console.print(f"wrote {out / 'trace.json'}, {out / 'iteration.png'}")
+    typer.echo(title)
+    show(profiled, Kangaroo(kangaroo.target) if plain else kangaroo)
+    typer.echo(f"wrote {out / 'trace.json'}, {out / 'iteration.png'}")
     return None
 
 

@@ -7,7 +7,6 @@ every layer: nothing overflows, and nothing is zeros, which can run faster than 
 from dataclasses import replace
 
 import torch
-from synthetic import Trace, with_synthetic_acceptance
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo
@@ -123,13 +122,8 @@ def random_kangaroo(
     return Kangaroo(target, random_drafter(target, exit_layer_of(shape)))
 
 
-def sharing_weights(
-    kangaroo: Kangaroo, *, trace: Trace | None = None, graphs: bool = True, persistent: bool = False
-) -> Kangaroo:
-    """Another decoder on the same target's weights, with caches and graphs of its own.
-
-    A ``trace`` (``synthetic.py``) says what becomes of its drafts, instead of the weights.
-    """
+def sharing_weights(kangaroo: Kangaroo, *, graphs: bool = True, persistent: bool = False) -> Kangaroo:
+    """Another decoder on the same target's weights, with caches and graphs of its own."""
     assert kangaroo.drafter is not None
-    target = kangaroo.target if trace is None else with_synthetic_acceptance(kangaroo.target, trace)
-    return Kangaroo(target, random_drafter(target, kangaroo.drafter.first_layer, persistent=persistent), graphs=graphs)
+    drafter = random_drafter(kangaroo.target, kangaroo.drafter.first_layer, persistent=persistent)
+    return Kangaroo(kangaroo.target, drafter, graphs=graphs)

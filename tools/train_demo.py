@@ -5,12 +5,12 @@
     python tools/train_demo.py --preset demo
 
 ``large`` takes one GPU and the Python sources installed on the machine; ``smoke`` runs the same code in seconds on a
-CPU; ``demo`` takes an hour and a half on two CPU cores and Python 3.11's standard library. A stopped run goes on with
-the same command. The folder that comes out is laid out as ``model/demo_pair``, with the records of the training.
+CPU; ``demo`` takes an hour and a half on two CPU cores and the standard library. The same command goes on behind the
+last stage (target, adapter) that a stopped run has finished. The folder that comes out is laid out as
+``model/demo_pair``, with the records of the training.
 """
 
 import json
-import math
 import shlex
 import time
 from dataclasses import asdict, dataclass, field
@@ -32,27 +32,23 @@ from transformers import PreTrainedTokenizerFast
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.commands.facts import environment
 from kangaroo_kernels.model.commands.show import training_bars
-from kangaroo_kernels.model.demo import bundled_pair
 from kangaroo_kernels.model.evaluation.calibrate import calibrate, write_defaults
 from kangaroo_kernels.model.load import resolve_device
-from kangaroo_kernels.model.training.checkpoint import STATE_FILE, write_atomically
+from kangaroo_kernels.model.training.checkpoint import STATE_FILE
 from kangaroo_kernels.model.training.settings import ProgressReport, TrainingSettings
 from kangaroo_kernels.model.training.trainer import train_adapter
 from kangaroo_kernels.model.training.writing import WritingSettings, write_data
 
-NAME = "train_demo"
-RUN_FILE = "run.json"
-TARGET_STATE = "target_state.pt"
+NAME, RUN_FILE, RECORD, OWN_TEXTS = "train_demo", "run.json", "training.json", "own_texts.jsonl"
 SCORES = ("agreement", "expected_acceptance_length", "mean_acceptance_length")
-OWN_TEXTS = "own_texts.jsonl"
 WRITING_SHARE = 0.35
 """Of the adapter's time, the most that the target writes for."""
 HELD_OUT_FILES = 64
 """Of which the adapter's agreement is measured, at most."""
 PROBES = 24
 """How often the target is measured on the way, on a sixteenth of the held-out tokens."""
-CALIBRATED_BY = 0.98
-"""The share of the minutes at which the calibration ends."""
+ENCODED_BY, CALIBRATED_BY = 0.12, 0.98
+"""The shares of the minutes at which encoding and calibration end."""
 PRACTICE = 6
 """Prompts of training files that the defaults are found on."""
 
@@ -90,23 +86,8 @@ class Run:
             raise KangarooError(f"{self.out} is a file or not empty; give a new folder with --out.")
 
     def deadline(self, share: float) -> float:
-        """When this share of the minutes has passed; never, where the run need not end within them."""
-        return self.began + share * self.minutes * 60 if self.preset.within_minutes else math.inf
-
-
-def held_out_prompts(preset: Preset, held_out: list[Document]) -> dict[str, str]:
-    """The prompts that go with the pair, by the paths of their documents.
-
-    Raises:
-        KangarooError: a prompt of the bundled pair is not in a held-out document of this Python.
-    """
-    if preset.prompts is not None:
-        return cut_prompts(held_out, preset.prompts, preset.prompt_characters)
-    prompts, texts = bundled_pair().prompts(), {document.path: document.text for document in held_out}
-    missing = [name for name, prompt in prompts.items() if prompt not in texts.get(name, "")]
-    if missing:
-        raise KangarooError(f"the standard library here has other held-out sources: no prompt from {missing[0]}.")
-    return prompts
+        """When this share of the minutes has passed, on ``time.perf_counter``'s scale."""
+        return self.began + share * self.minutes * 60
 
 
 def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, held_out: Tensor) -> None:
@@ -115,39 +96,28 @@ def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, h
     Args:
         tokens: ``[N]`` int32 to train on, and ``held_out`` to measure on; both lie on the run's device.
     """
-    preset, recipe, state = run.preset, run.preset.target, run.out / TARGET_STATE
+    preset, recipe = run.preset, run.preset.target
     training = TargetTraining(recipe, tokenizer, tokens, run.device)
-    parts = {"model": training.model, "optimizers": training.optimizers}
 
     def scores(count: int) -> dict[str, float]:
         return evaluate(training.model, tokenizer, held_out[:count], recipe.context, recipe.pass_tokens)
 
-    step, share, passed, losses, curve = 0, 0.0, 0.0, list[Tensor](), list[dict[str, float]]()
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        step, share, passed, curve = (saved[name] for name in ("step", "share", "passed", "curve"))
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        training.generator.manual_seed(recipe.seed + step)
-    began = time.perf_counter() - passed
-    own = (preset.target_by - preset.encoded_by) * run.minutes * 60
-    seconds = max(run.deadline(preset.target_by) - began if preset.within_minutes else own, 1e-3)
+    step, share, curve, before = 0, 0.0, list[dict[str, float]](), None
+    began = time.perf_counter()
+    seconds = max(run.deadline(preset.target_by) - began, 1e-3)
     while step == 0 or share < 1:
-        losses.append(training.update(share))
+        loss = training.update(share)
         step += 1
         # the loss of the step before: waiting for this one would leave the GPU idle meanwhile
-        note = f"step {step}, loss {float(losses[-2]):.3f}" if len(losses) > 1 else f"step {step}"
+        note = f"step {step}" if before is None else f"step {step}, loss {float(before):.3f}"
+        before = loss
         passed = time.perf_counter() - began
         share = max(passed / seconds, step / preset.target_steps)
         run.report("target", int(1000 * min(share, 1)), 1000, note)
         if share * PROBES >= len(curve) + 1 or share >= 1:
-            point = {"step": step, "minutes": passed / 60, "train_loss": float(torch.stack(losses).mean())}
+            point = {"step": step, "minutes": passed / 60, "train_loss": float(loss)}
             point |= scores(preset.held_out_tokens // 16)
             curve.append({name: round(value, 4) for name, value in point.items()})
-            losses.clear()
-            if not preset.within_minutes:
-                at = {"step": step, "share": share, "passed": time.perf_counter() - began, "curve": curve}
-                write_atomically(state, at | {name: part.state_dict() for name, part in parts.items()})
     training.save(run.out / "target")
     record = {
         "recipe": asdict(recipe),
@@ -157,52 +127,49 @@ def train_target(run: Run, tokenizer: PreTrainedTokenizerFast, tokens: Tensor, h
         "curve": curve,
         "held_out": scores(preset.held_out_tokens),
     }
-    write_json(run.out / "target" / "training.json", record)
-    state.unlink(missing_ok=True)
+    write_json(run.out / "target" / RECORD, record)
 
 
 def train_its_adapter(run: Run, seen: list[Document], held_out: list[Document]) -> None:
-    """Train the adapter, half of it on what the target writes itself when it continues the other half."""
-    preset, own = run.preset, run.out / OWN_TEXTS
+    """Train the adapter, half of it on what the target writes itself when it continues the other half.
+
+    Its weights fit bf16 and fp16, as the target's. Where it is stopped, the writer's file and the trainer's own
+    checkpoints go on.
+    """
+    preset, out, own, end = run.preset, run.out / "adapter", run.out / OWN_TEXTS, run.deadline(run.preset.adapter_by)
     length = preset.adapter["sequence_length"]
-    files = _files(beginning(seen, preset.sample))
-    end = run.deadline(preset.adapter_by)
-    left = (end - time.perf_counter()) / 60
-    writing = WritingSettings(
-        model=str(run.out / "target"),
-        out=own,
-        texts=preset.own_texts,
-        prompts=files,
-        max_new_tokens=length - length // 4,
-        at_once=preset.own_at_once,
-        minutes=max(WRITING_SHARE * left, 1e-3) if math.isfinite(left) else None,
-        device=str(run.device),
-    )
-    write_data(writing, run.report)
-    as_much = beginning(seen, len(own.read_text(encoding="utf-8")))
-    minutes = (preset.adapter_by - preset.target_by) * run.minutes
-    settings = TrainingSettings(
-        model=str(run.out / "target"),
-        data=(own, *_files(as_much)),
-        held_out=_files(held_out)[:HELD_OUT_FILES],
-        out=run.out / "adapter",
-        minutes=None if "steps" in preset.adapter else minutes,
-        device=str(run.device),
-        **preset.adapter,
-    )
-    train_adapter(settings, run.report, end)
-    for leftover in (own, run.out / "adapter" / STATE_FILE):
-        leftover.unlink()
+    if not (out / RECORD).exists():
+        writing = WritingSettings(
+            model=str(run.out / "target"),
+            out=own,
+            texts=preset.own_texts,
+            prompts=_files(beginning(seen, preset.sample)),
+            max_new_tokens=length - length // 4,
+            at_once=preset.own_at_once,
+            minutes=max(WRITING_SHARE * (end - time.perf_counter()) / 60, 1e-3),
+            device=str(run.device),
+        )
+        write_data(writing, run.report)
+        as_much = beginning(seen, len(own.read_text(encoding="utf-8")))
+        settings = TrainingSettings(
+            model=str(run.out / "target"),
+            data=(own, *_files(as_much)),
+            held_out=_files(held_out)[:HELD_OUT_FILES],
+            out=out,
+            minutes=None if "steps" in preset.adapter else (preset.adapter_by - preset.target_by) * run.minutes,
+            device=str(run.device),
+            **preset.adapter,
+        )
+        train_adapter(settings, run.report, end)
+    for leftover in (own, out / STATE_FILE):
+        leftover.unlink(missing_ok=True)
+    weights = load_file(out / "model.safetensors")
+    rounded = {name: exact_in_both_halves(weight).contiguous() for name, weight in weights.items()}
+    save_file(rounded, out / "model.safetensors", metadata={"format": "pt"})
 
 
 def _files(documents: list[Document]) -> tuple[Path, ...]:
     return tuple(document.file for document in documents if document.file is not None)
-
-
-def round_weights(file: Path) -> None:
-    """Round the weights of a checkpoint to numbers that bf16 and fp16 both hold, as the target's are."""
-    rounded = {name: exact_in_both_halves(weight).contiguous() for name, weight in load_file(file).items()}
-    save_file(rounded, file, metadata={"format": "pt"})
 
 
 def train_pair(run: Run) -> dict[str, Any]:
@@ -218,7 +185,7 @@ def train_pair(run: Run) -> dict[str, Any]:
     documents = preset.sources()
     seen = [document for document in documents if not document.held_out]
     held_out = [document for document in documents if document.held_out]
-    prompts = held_out_prompts(preset, held_out)
+    prompts = cut_prompts(held_out, preset.prompts, preset.prompt_characters)
     practice = cut_prompts(seen, PRACTICE, preset.prompt_characters)
     if not prompts or not practice:
         raise KangarooError(f"only {len(seen)} sources are installed here, {len(held_out)} of them held out.")
@@ -230,17 +197,15 @@ def train_pair(run: Run) -> dict[str, Any]:
     tokenizer.save_pretrained(out / "target")
     run.report("tokenizer", 1, 1, "")
     valid = encode(tokenizer, beginning(held_out, 8 * preset.held_out_tokens)).to(run.device)
-    tokens = encode(tokenizer, seen, run.deadline(preset.encoded_by), run.report).to(run.device)
-    if not (out / "target" / "training.json").exists():
+    tokens = encode(tokenizer, seen, run.deadline(ENCODED_BY), run.report).to(run.device)
+    if not (out / "target" / RECORD).exists():
         train_target(run, tokenizer, tokens, valid)
-    if not (out / "adapter" / "training.json").exists():
-        train_its_adapter(run, seen, held_out)
-    round_weights(out / "adapter" / "model.safetensors")
+    train_its_adapter(run, seen, held_out)
     kangaroo = Kangaroo.from_pretrained(out / "target", out / "adapter", device=run.device)
     end = run.deadline(CALIBRATED_BY)
     if rows := calibrate(kangaroo, list(practice.values()), preset.calibration, end, run.report):
         write_defaults(out / "adapter", rows)
-    target, adapter = (json.loads((out / part / "training.json").read_text()) for part in ("target", "adapter"))
+    target, adapter = (json.loads((out / part / RECORD).read_text()) for part in ("target", "adapter"))
     here = environment()
     record = {
         **run.about,
@@ -253,7 +218,7 @@ def train_pair(run: Run) -> dict[str, Any]:
         },
         "held_out": target["held_out"] | {key: value for key, value in adapter.items() if key in SCORES},
     }
-    write_json(out / "training.json", record)
+    write_json(out / RECORD, record)
     (out / RUN_FILE).unlink()
     return record
 

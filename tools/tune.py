@@ -11,11 +11,10 @@ rules for other shapes.
 """
 
 import json
-import math
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -25,6 +24,7 @@ import torch
 import typer
 from command import INCOMPLETE, INTERRUPTED, refuse, require_time
 from gpu_card import Card, read_card
+from report.job import write_json
 from right import ALLOWED, first_rows, launcher, relative_error, row_operands, same_bits, written
 
 from kangaroo_kernels import launch_config
@@ -35,12 +35,13 @@ from kangaroo_kernels.workloads import MODELS, ModelShape, Settings, Workload, w
 
 NAME = "tune"
 CHECKED_ROWS, TIMED_ROWS = (1, 5, 16), (1, 8)
+"""Timed are a drafting step's row and a verification's."""
 CACHE_LENGTH = 4096
 """Positions that attention is tuned for."""
 
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), range(2, 9)
 TIE = 0.01
-"""Times within this share are equal: who ties at one row is told apart at eight."""
+"""Times within this share are equal, and the default stays."""
 
 # ---- what is tuned
 
@@ -96,9 +97,9 @@ def find_candidates(case: Case, card: Card) -> list[LaunchConfig]:
         for block_n in (BLOCKS if default.block_n else (0,))
     ]
 
-    def unlike(candidate: LaunchConfig) -> tuple[bool, float]:
-        steps = abs(math.log2(candidate.block_n / default.block_n)) if default.block_n else 0.0
-        return candidate.num_warps != default.num_warps, steps + abs(candidate.num_stages - default.num_stages)
+    def unlike(candidate: LaunchConfig) -> tuple[bool, int]:
+        doublings = abs(candidate.block_n.bit_length() - default.block_n.bit_length())
+        return candidate.num_warps != default.num_warps, doublings + abs(candidate.num_stages - default.num_stages)
 
     return [default, *sorted((candidate for candidate in candidates if candidate != default), key=unlike)]
 
@@ -146,8 +147,8 @@ class Workbench:
                 return False
         return True
 
-    def time(self, case: Case, config: LaunchConfig) -> tuple[float, ...]:
-        """Microseconds of a call at each of ``TIMED_ROWS``, over all sets in turns."""
+    def time(self, case: Case, config: LaunchConfig) -> float:
+        """Microseconds of a call at each of ``TIMED_ROWS`` together, over all sets in turns."""
         sets, times = self.sets(case), []
         least_us = case.workload.bytes_moved(MAX_ROWS, CACHE_LENGTH, case.dtype.itemsize) / gm.FASTEST_READ
         repetitions = gm.repetitions_for(len(sets), least_us)
@@ -156,54 +157,50 @@ class Workbench:
             calls = [partial(launcher(case.op), *positional, **named) for positional, named in some]
             with configured_by(lambda *_: config):
                 times.append(gm.time_graph(calls, repetitions).p50)
-        return tuple(times)
+        return sum(times)
 
 
 # ---- the search
 
 
-class Trial(NamedTuple):
-    """A candidate and the microseconds of its call at each of ``TIMED_ROWS``."""
-
-    config: LaunchConfig
-    us: tuple[float, ...]
-
-
+@dataclass
 class Found:
-    """What is known of a case: its default, the fastest that is right, and how many others were tried to what end.
+    """What is known of a case.
 
-    ``best`` is None where the default itself does not serve: there is nothing to hold the others against.
+    Attributes:
+        default: the architecture's configuration, against which the others are held.
+        us: microseconds of those that are right, over all of ``TIMED_ROWS``.
+        counts: how many were tried to what end.
     """
 
-    def __init__(self) -> None:
-        self.default: Trial | None = None
-        self.best: Trial | None = None
-        self.counts = Counter[str]()
+    default: LaunchConfig
+    us: dict[LaunchConfig, float] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def best(self) -> LaunchConfig | None:
+        """The fastest; the default where none is faster by more than ``TIE``; None where the default does not serve."""
+        if self.default not in self.us:
+            return None
+        best = min(self.us, key=lambda config: self.us[config])
+        return best if self.us[best] < (1 - TIE) * self.us[self.default] else self.default
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
-        if self.default is None or self.best is None:
+        if self.best is None:
             return f"nothing ({counts})"
-        default, best = (f"{tuple(each.config)} {each.us[0]:.1f} us" for each in (self.default, self.best))
-        return f"{default} -> {best}, {self.default.us[0] / self.best.us[0] - 1:+.1%} ({counts})"
+        default, best = (f"{tuple(each)} {self.us[each]:.1f} us" for each in (self.default, self.best))
+        return f"{default} -> {best}, {self.us[self.default] / self.us[self.best] - 1:+.1%} ({counts})"
 
 
-def faster(one: Trial, other: Trial) -> bool:
-    """Whether it is at one row by more than ``TIE``, or within it at one row and by more at eight."""
-    ratios = [mine / theirs for mine, theirs in zip(one.us, other.us, strict=True)]
-    return ratios[0] < 1 - TIE or (ratios[0] <= 1 + TIE and ratios[1] < 1 - TIE)
-
-
-def attempt(bench: Workbench, case: Case, config: LaunchConfig, default: LaunchConfig, found: Found) -> None:
+def attempt(bench: Workbench, case: Case, config: LaunchConfig, found: Found) -> None:
     """Check a candidate and time it."""
     found.counts["tried"] += 1
     try:
-        if not bench.is_right(case, config, default):
+        if bench.is_right(case, config, found.default):
+            found.us[config] = bench.time(case, config)
+        else:
             found.counts["rejected"] += 1
-            return
-        trial = Trial(config, bench.time(case, config))
-        found.default = found.default or trial
-        found.best = trial if found.best is None or faster(trial, found.best) else found.best
     except Exception as error:  # compilers, drivers and launches have many ways to refuse
         found.counts[f"failed by {type(error).__name__}"] += 1
 
@@ -221,7 +218,7 @@ def search(
             if time.monotonic() - began >= seconds:
                 return
             if turn < len(configs) and (not turn or found[case].best):
-                attempt(bench, case, configs[turn], configs[0], found.setdefault(case, Found()))
+                attempt(bench, case, configs[turn], found.setdefault(case, Found(configs[0])))
 
 
 # ---- the file
@@ -247,17 +244,6 @@ def read_rules(path: Path) -> Rules:
     return rules
 
 
-def write_rules(path: Path, rules: Rules) -> None:
-    """Write a file, one rule a line, whole or not at all."""
-    blocks = (
-        f"  {json.dumps(op)}: [\n" + ",\n".join(f"    {json.dumps(rule)}" for rule in lines) + "\n  ]"
-        for op, lines in rules.items()
-    )
-    partial_file = path.with_suffix(".partial")
-    partial_file.write_text("{\n" + ",\n".join(blocks) + "\n}\n", encoding="utf-8")
-    os.replace(partial_file, path)
-
-
 def main(
     minutes: Annotated[float, typer.Option(help="The time limit.")] = 8.0,
     out: Annotated[Path | None, typer.Option(help="The file to write; by default the GPU's own of configs/.")] = None,
@@ -280,13 +266,13 @@ def main(
             search(candidates, Workbench(device, card), 60 * minutes, found)
     except KeyboardInterrupt:
         interrupted = True
-    won = {case: None if each.best == each.default else each.best.config for case, each in found.items() if each.best}
+    won = {case: None if each.best == each.default else each.best for case, each in found.items() if each.best}
     rules = merge_rules(existing, won)
     for case in candidates:
         typer.echo(f"{case}: {found.get(case, 'not reached; more --minutes may')}")
     try:
         if rules != existing:
-            write_rules(path, rules)
+            write_json(path, rules)
     except OSError as error:
         refuse(NAME, f"{path} cannot be written: {error.strerror}.")
     count = sum(config is not None for config in won.values())

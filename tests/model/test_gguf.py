@@ -264,8 +264,8 @@ def test_training_reads_the_same_target(file: Path) -> None:
     """Its teacher is transformers' model of the file, whose states are the runtime's."""
     kangaroo, teacher = Kangaroo.from_pretrained(file, device="cpu"), Teacher(file, torch.device("cpu"))
     with torch.no_grad():
-        logits = teacher.model(torch.tensor([TOKENS])).logits[0]
-    torch.testing.assert_close(kangaroo.logits(TOKENS), logits, rtol=0, atol=1e-4)
+        logits = teacher.model(torch.tensor([PROMPT])).logits[0]
+    torch.testing.assert_close(kangaroo.logits(PROMPT), logits, rtol=0, atol=1e-4)
 
 
 def test_which_file(file: Path, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 ``python -O fill.py NAME FOLDER``, NAME being a model's: every operation at its shapes; whole iterations, plain and
 Kangaroo's, in every way to launch. ``loops``: the persistent loop at the sizes of its tests, and the yardstick's
-streams. ``kernel-tests``, ``model-tests``, ``decodes`` and ``parts``: what ``first.py`` runs; the last three with
-``STANDIN=compute``. ``parts`` goes through the branches that a GPU takes, at a tiny shape; its times mean nothing.
+streams. ``kernel-tests``, ``model-tests``, ``decodes`` and ``parts``: what ``gpu_report.py --first`` runs; the last
+three with ``STANDIN=compute``. ``parts`` goes through the branches that a GPU takes, at a tiny shape; its times mean
+nothing.
 """
 
 import sys
@@ -29,7 +30,6 @@ from report.page import cells_of
 from report.parts import CHOSEN
 from right import launcher
 from steps import META, STEPS
-from synthetic import paper_trace
 from triton.runtime import cache
 
 from kangaroo_kernels.launch_config import chained
@@ -142,11 +142,11 @@ def decodes() -> None:
 
 def parts(folder: Path) -> None:
     """``environment`` and ``decode`` as a GPU has them."""
-    ceiling, trace = gm.Ceiling(4300.0, 4000.0, 1 << 30, gm.STREAMS[0]), paper_trace(4)
+    ceiling = gm.Ceiling(4300.0, 4000.0, 1 << 30, gm.STREAMS[0])
     put(Job, device=CPU, dtype=BFLOAT16, models=(TINY._replace(layers=3),))
     put(environment, read_card=lambda device: CARD, snapshot=lambda device: {})
     put(environment, measure_ceiling=lambda device: ceiling)
-    put(decoding, NEW_TOKENS=4, STEP_TOKENS=4, paper_trace=lambda: trace)
+    put(decoding, NEW_TOKENS=4, STEP_TOKENS=4)
     for part in (environment, decoding):
         job = Job(folder / f"{part.__name__}.json", folder, 600, brief=True)
         part.run(job)

@@ -2,21 +2,16 @@
 
     python tools/gpu_kit/prepare.py
 
-The GPU's machine has another Python than this one, and Triton's cache is keyed by the digest of Triton's own files, its
-library for that Python included: the digest is read off that wheel. The kernels are compiled here with the same version
-for this Python, in ``/tmp/kcache``, since Triton's cache holds absolute paths, and stripped to what a launch needs.
+The kernels are compiled for sm_90 by the Triton of the GPU's machine, whatever its Python, in ``/tmp/kcache``, since
+Triton's cache holds absolute paths, and stripped to what a launch needs. ``sitecustomize.py`` makes Triton find them.
 Nothing is done where neither the sources nor the kit changed; where a kernel changed, that one is compiled.
 """
 
-import hashlib
 import os
-import pkgutil
 import shutil
 import subprocess
 import sys
 import tarfile
-import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,7 +28,7 @@ from gpu_report import commit, digest_of_sources
 from report.job import write_json
 from report.runner import read_json
 
-PYTHON, TRITON = "312", "3.6.0"
+TRITON = "3.6.0"
 """Of the GPU's machine."""
 
 DEV, BUILD, CACHE = ROOT / ".dev", ROOT / "build" / "gpu", Path("/tmp/kcache")
@@ -49,50 +44,16 @@ def run(*command: Any, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout.strip()
 
 
-def pip(*command: Any) -> None:
-    """pip, or the end."""
-    status, said = run("-m", "pip", "--disable-pip-version-check", "--quiet", *command)
-    if status:
-        refuse("prepare", f"fetching Triton failed: {said[-1500:]}")
-
-
-def digest(data: bytes) -> str:
-    """As Triton has it."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def key_of(wheel: Path, triton: Path) -> str:
-    """``triton.runtime.cache.triton_key()`` as it is where that wheel is installed; ``triton`` has its Python files."""
-    with zipfile.ZipFile(wheel) as archive:
-
-        def parts(folder: str) -> Iterator[str]:
-            for module in pkgutil.iter_modules([str(triton / folder)]):
-                path = f"{folder}/{module.name}"
-                yield digest(archive.read(f"triton/{path}/__init__.py" if module.ispkg else f"triton/{path}.py"))
-                if module.ispkg:
-                    yield from parts(path)
-
-        found = [digest(archive.read("triton/runtime/cache.py")), *parts("compiler"), *parts("backends")]
-        found += [digest(archive.read("triton/_C/libtriton.so")), *parts("language")]
-        source = archive.read("triton/__init__.py").decode()
-    return source.split("__version__ = ")[1].split("\n")[0].strip("'\"") + "-".join(found)
-
-
-def wheel() -> Path:
-    """The wheel for the GPU's Python, fetched once."""
-    folder, pattern = BUILD / "wheels", f"triton-{TRITON}-cp{PYTHON}-*.whl"
-    if not list(folder.glob(pattern)):
-        which = ("--no-deps", "--only-binary=:all:", f"--python-version={PYTHON}", "-d", folder, f"triton=={TRITON}")
-        pip("download", *which)
-    return next(folder.glob(pattern))
-
-
 def triton_here() -> Path:
     """A folder with that Triton for this Python: the Makefile's, or one of its own."""
     for folder in (ROOT / ".venv/triton-3.6", BUILD / "triton"):
         if (folder / f"triton-{TRITON}.dist-info").is_dir():
             return folder
-    pip("install", "--no-deps", "--target", BUILD / "triton", f"triton=={TRITON}")
+    status, said = run(
+        "-m", "pip", "install", "--quiet", "--no-deps", "--target", BUILD / "triton", f"triton=={TRITON}"
+    )
+    if status:
+        refuse("prepare", f"fetching Triton failed: {said[-1500:]}")
     return BUILD / "triton"
 
 
@@ -134,14 +95,13 @@ def main() -> None:
     file, carried = DEV / "key.json", DEV / "kcache.tgz"
     DEV.mkdir(exist_ok=True)
     shutil.copy(KIT / "sitecustomize.py", DEV)
-    installed = triton_here()
-    key = key_of(wheel(), installed / "triton")
-    told = {"triton": TRITON, "key": key, "sources": digest_of_sources()}
+    BUILD.mkdir(parents=True, exist_ok=True)
+    told = {"triton": TRITON, "sources": digest_of_sources()}
     same = carried.is_file() and (told | {"complete": True}).items() <= read_json(file).items()
     told["commit"] = commit()
     write_json(file, told | {"complete": same})
     if not same:
-        complete = compile_all(installed)
+        complete = compile_all(triton_here())
         print(f"{pack()} kernels, of {sum(1 for _ in CACHE.iterdir())} in {CACHE}")
         write_json(file, told | {"complete": complete})
     print(f"{carried}: {carried.stat().st_size / 2**20:.2f} MiB{', nothing changed' if same else ''}")

@@ -11,7 +11,8 @@ device there, and the clock runs from there to the end. ``pair.py`` measures a t
 import gc
 import time
 import warnings
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -93,23 +94,20 @@ def timed(model: Any, prompt: list[int], tokens: int, way: str, job: Job) -> tup
 
 def run(job: Job) -> None:
     """Eager for every model, then the compiled way, whose compilations take long, the shortest context first."""
-    job.note(settled=SETTLED)
     contexts, tokens = contexts_of(job), 6 if job.smoke else NEW_TOKENS
     for way, some in ((EAGER, contexts), (COMPILED, contexts[:1]), (COMPILED, contexts[1:])):
         for shape in job.models:
-            models: list[Any] = []
+            model = lru_cache(partial(transformers_model, shape, job))
 
-            def measure(shape: ModelShape, context: int, way: str, models: list[Any]) -> dict[str, Any]:
-                if not models:
-                    models.append(transformers_model(shape, job))
+            def measure(context: int, shape: ModelShape, way: str, model: Callable[[], Any]) -> dict[str, Any]:
                 for _ in range(2):  # the first warms up
-                    _, speed = timed(models[0], random_prompt(shape, context), tokens, way, job)
+                    _, speed = timed(model(), random_prompt(shape, context), tokens, way, job)
                 return {"tokens_per_second": speed, "new_tokens": tokens}
 
             for context in some:
                 entry = {"model": shape.name, "context": context, "way": way}
-                job.cell("cells", entry, partial(measure, shape, context, way, models))
-            models.clear()
+                job.cell("cells", entry, partial(measure, context, shape, way, model))
+            model.cache_clear()
             torch.compiler.reset()
             gc.collect()
             job.free()

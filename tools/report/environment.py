@@ -21,16 +21,10 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), "cuda": torch.version.cuda, **packages}
 
 
-def key_in_use() -> str:
-    """Under which digest Triton looks for kernels: its own, or that of carried ones (``gpu_kit/sitecustomize.py``)."""
-    if not getattr(cache, "adopted", False):
-        return "Triton's own"
-    return "carried, and Triton's own" if cache.own_key() == cache.triton_key() else "carried, adopted"
-
-
 def run(job: Job) -> None:
     """Versions first, then the card and its memory's ceilings, which launch and compile."""
-    job.note(versions=versions(), cpu_count=os.cpu_count(), gpu=None, triton_key=key_in_use())
+    job.note(versions=versions(), cpu_count=os.cpu_count(), gpu=None)
+    job.note(triton_key="carried" if getattr(cache, "adopted", False) else "Triton's own")  # gpu_kit/sitecustomize.py
     if job.smoke:
         return
     folder = launch_config.configs_folder()

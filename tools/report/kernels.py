@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from .job import ROOT, Job, one_line
+from .job import ROOT, Job
+from .tests import Counter
 
 SMOKE = ("-k", "M1 and (gate_up or attention)")
 BRIEF = ("-k", "Vicuna-7B and not (M16 or eager or compiled or attention or sample_head)")
@@ -22,35 +23,29 @@ def rank(item: Any) -> tuple[int, bool, int]:
     return LATER.get(values["way"], 0), values["rows"] not in FIRST_ROWS, values["rows"]
 
 
-class Collector:
+class Collector(Counter):
     """A pytest plugin that orders the benchmarks, keeps what they found, and ends the session when the time is over."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.selected = job, 0
+        super().__init__(job)
         self.cells: list[dict[str, Any]] = []
-        self.failures: list[dict[str, str]] = []
 
     @pytest.hookimpl(trylast=True)  # behind what deselects
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Put the most telling ones first; those of a rank stay in the file's own order."""
         items.sort(key=rank)
-        self.selected = len(items)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
-        """Note a benchmark that has just run: its result or its failure."""
+        """Note the result of a benchmark that has just run."""
         report = yield
-        if call.when == "call":
-            if call.excinfo is None:
-                benchmark = item.funcargs["benchmark"]
-                raw = {"us": {"p50": 1e6 * benchmark.stats.stats.median}}  # of a CPU, which has no ceiling
-                self.cells.append(raw | benchmark.extra_info)
-            else:
-                self.failures.append({"test": item.name, "reason": one_line(call.excinfo.value)})
-            left = self.selected - len(self.cells) - len(self.failures)
-            self.job.note(cells=self.cells, failures=self.failures, not_run=left, doing=item.name)
-            if self.job.left <= 0:
-                item.session.shouldstop = "no time left"
+        if call.when == "call" and call.excinfo is None:
+            benchmark = item.funcargs["benchmark"]
+            raw = {"us": {"p50": 1e6 * benchmark.stats.stats.median}}  # of a CPU, which has no ceiling
+            self.cells.append(raw | benchmark.extra_info)
+            self.job.note(cells=self.cells)
+        if self.job.left <= 0:
+            item.session.shouldstop = "no time left"
         return report
 
 
@@ -62,5 +57,5 @@ def run(job: Job) -> None:
     collector = Collector(job)
     status = pytest.main(chosen, plugins=[collector])
     job.note(exit_status=int(status))
-    if not collector.cells and not collector.failures:
+    if not collector.collected:
         raise RuntimeError(f"pytest ran no benchmark and ended with {int(status)}.")

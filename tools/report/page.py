@@ -1,25 +1,37 @@
-"""The report as Markdown: what went wrong first, then what every part found. ``page.md.jinja`` has its text."""
+"""The report as Markdown: what went wrong first, then what every part found."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-import jinja2
 
 Values = Mapping[str, Any]
 SMOKE_LABEL = "smoke, CPU: no figure is about a GPU"
+STAGE_COLUMNS: tuple[tuple[str, str, int | str], ...] = (
+    *(("stage", "stage", ""), ("runs", "runs", 1), ("us", "us", 1), ("of them gaps", "gap_us", 1)),
+    *(("launches", "launches", 1), ("bytes", "bytes_moved", 0), ("GB/s", "gigabytes_per_second", 0)),
+)
+"""Of ``iteration_profile.Row``; on a CPU launches are operations."""
 CELL_KEYS = ("model", "prompt", "context", "way", "drafts", "drafting")
 
 
-def number(value: Any, digits: int = 0) -> str:
-    """A figure, or a dash where there is none."""
-    return f"{value:,.{digits}f}" if isinstance(value, int | float) else "-"
+def shown(value: Any, how: int | str) -> str:
+    """A text (``how`` is ""), a share ("%") or a number with so many digits; a dash where there is none."""
+    if how == "" or not isinstance(value, int | float):
+        return "-" if value is None or how != "" else str(value).replace("|", r"\|")  # a bar would end the column
+    return f"{100 * value:,.1f} %" if how == "%" else f"{value:,.{how}f}"
 
 
-def percent(value: Any) -> str:
-    """A share, or a dash."""
-    return f"{number(100 * value, 1)} %" if isinstance(value, int | float) else "-"
+def table(rows: Iterable[Values], *columns: tuple[str, str, int | str]) -> str:
+    """A table whose columns are a head, the key of a row's value, and how it is ``shown``."""
+    lines = [[head for head, _, _ in columns], ["---" if how == "" else "---:" for _, _, how in columns]]
+    lines += [[shown(row.get(key), how) for _, key, how in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        for index, (width, (_, _, how)) in enumerate(zip(widths, columns, strict=True)):
+            line[index] = line[index].ljust(width) if how == "" else line[index].rjust(width)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- what a part found
 
 
 def cells_of(piece: Values) -> list[Values]:
@@ -52,20 +64,19 @@ def state_of(piece: Values) -> str:
     return f"{piece['status']}" + (f", {left_out} not reached" if left_out else "")
 
 
-def kernel_rows(cells: Sequence[Values]) -> list[dict[str, Any]]:
+def kernel_rows(cells: Sequence[Values]) -> Iterator[Values]:
     """A row a kernel and shape: its cells at 1 and 8 rows, and how many times longer every other way takes at 1."""
     groups: dict[tuple[str, str], dict[Any, Values]] = {}
     for cell in cells:
         detail = {"attention": f" {cell['length']}", "linear_residual": f" {cell['role']}"}.get(cell["op"], "")
         way = "kernel" if cell["way"] == "reference" else cell["way"]
         groups.setdefault((cell["model"], cell["op"] + detail), {})[way, cell["rows"]] = cell
-    rows = []
     for (model, op), found in groups.items():
-        one, eight = found.get(("kernel", 1), {}), found.get(("kernel", 8), {})
-        others = [found.get((way, 1)) for way in ("chained", "eager", "compiled")]
-        ratios = [other["us"]["p50"] / one["us"]["p50"] if other and one else None for other in others]
-        rows.append({"model": model, "op": op, "one": one, "eight": eight, "ratios": ratios})
-    return rows
+        us = {key: cell["us"]["p50"] for key, cell in found.items()}
+        one, ways = us.get(("kernel", 1)), ("chained", "eager", "compiled")
+        ratios = {way: us[way, 1] / one for way in ways if one and (way, 1) in us}
+        named = {"model": model, "op": op, "one": one, "eight": us.get(("kernel", 8))}
+        yield {**found.get(("kernel", 1), {}), **named, **ratios}
 
 
 def decode_cells(parts: Mapping[str, Values]) -> list[Values]:
@@ -73,37 +84,154 @@ def decode_cells(parts: Mapping[str, Values]) -> list[Values]:
     return [cell for name in ("decode", "baselines") for cell in parts.get(name, {}).get("cells", ())]
 
 
-def decode_rows(cells: Sequence[Values], ceiling: float | None) -> list[dict[str, Any]]:
-    """The cells with their speed over plain decoding and, of a plain one, the share of the measured bandwidth."""
-    known = {(cell["model"], cell["context"], cell["way"]): cell.get("tokens_per_second") for cell in cells}
-    rows = []
+def beside_plain(cells: Sequence[Values], plain: Sequence[Values], ceiling: float | None) -> Iterator[Values]:
+    """The cells beside plain decoding of that model and context: how many times as fast, and how many times as long.
+
+    Of a plain one there is the share of the measured bandwidth ``ceiling``, in GB/s, too.
+    """
+    known = {(cell["model"], cell["context"]): cell for cell in plain if cell["way"] == "plain"}
     for cell in cells:
-        speed, plain = cell.get("tokens_per_second"), known.get((cell["model"], cell["context"], "plain"))
-        moved = cell.get("bytes_per_token")
-        share = speed * moved / 1e9 / ceiling if speed and moved and ceiling else None
-        rows.append({**cell, "gain": speed / plain if speed and plain else None, "share": share})
-    return rows
+        other, added = known.get((cell["model"], cell["context"]), {}), dict[str, float]()
+        for key, name in (("tokens_per_second", "gain"), ("us_per_step", "pays_from")):
+            if cell.get(key) and other.get(key):
+                added[name] = cell[key] / other[key]
+        if ceiling and cell.get("tokens_per_second") and "bytes_per_token" in cell:
+            added["share"] = cell["tokens_per_second"] * cell["bytes_per_token"] / 1e9 / ceiling
+        yield {**cell, **added}
 
 
-def page(report: Values, pictures: Sequence[str] = ()) -> str:
-    """The whole report; ``pictures`` are the parts that have one."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.ChainableUndefined,
-        finalize=lambda value: value.replace("|", r"\|") if isinstance(value, str) else value,  # it would end a column
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
-    environment.filters |= {"number": number, "percent": percent, "state": state_of}
+# ---- the page
+
+
+def page(report: Values) -> str:
+    """The whole report."""
     parts: Mapping[str, Values] = report["parts"]
-    text = environment.get_template("page.md.jinja").render(
-        report=report,
-        parts=parts,
-        pictures=pictures,
-        label=SMOKE_LABEL,
-        wrong=list(complaints(parts)),
-        kernels=kernel_rows(parts.get("kernels", {}).get("cells", ())),
-        decodes=decode_rows(decode_cells(parts), parts.get("environment", {}).get("ceiling", {}).get("read")),
+    text = [f"# {report['gpu'] or 'CPU'}", *([f"**{SMOKE_LABEL}**"] if report["smoke"] else [])]
+    text.append(f"`{report['command']}`, {report['date']}, commit {report['commit']}.")
+    if wrong := list(complaints(parts)):
+        text += ["What went wrong:", "\n".join(f"- {sentence}" for sentence in wrong)]
+    ran = [{"part": name, "state": state_of(piece), **piece} for name, piece in parts.items()]
+    columns = ("part", "part", ""), ("state", "state", ""), ("seconds", "seconds", 0)
+    text.append(
+        table(ran, *columns, ("kernels compiled", "compiled", 0), ("date", "date", ""), ("commit", "commit", ""))
     )
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +\n", "\n", text)).rstrip() + "\n"
+    about: dict[str, Values] = {name: parts.get(name, {}) for name in ("environment", "pair", "timeline")}
+    text += [*environment(about["environment"]), *tests(parts)]
+    text += [*kernels(parts.get("kernels", {}).get("cells", ()), report["smoke"]), *decoding(parts, report["smoke"])]
+    text += [*pair(about["pair"], report["smoke"]), *timeline(about["timeline"], report["smoke"])]
+    return "\n\n".join(text) + "\n"
+
+
+def environment(found: Values) -> Iterator[str]:
+    """The machine and the versions."""
+    if "versions" not in found:
+        return
+    rows = {"CPU": f"{found['cpu_count']} cores"}
+    rows["versions"] = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+    rows["compiled kernels are looked for under"] = f"the key that is {found.get('triton_key')}"
+    if gpu := found.get("gpu"):
+        l2 = gpu["l2_bytes"] // 2**20
+        rows["GPU"] = f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {l2} MiB"
+        rows["launch configurations"] = ", ".join(found.get("launch_configs", ()))
+    if card := found.get("card"):
+        clocks = f"SM {shown(card['sm_mhz_max'], 0)} MHz, memory {shown(card['memory_mhz_max'], 0)} MHz"
+        rows["driver"] = str(card["driver"])
+        rows["highest clocks, power limit"] = f"{clocks}, {shown(card['power_limit_w'], 0)} W"
+    if ceiling := found.get("ceiling"):
+        rows["memory, measured"] = f"read {ceiling['read']:,.0f} GB/s; copied, read and written {ceiling['copy']:,.0f}"
+    yield "## Environment"
+    yield table([{"what": what, "it": it} for what, it in rows.items()], ("what", "what", ""), ("it is", "it", ""))
+
+
+def tests(parts: Mapping[str, Values]) -> Iterator[str]:
+    """How many tests passed, and what they measured."""
+    if some := {name: piece for name, piece in parts.items() if "ran" in piece}:
+        yield "## Tests"
+        counts = "passed", "failed", "skipped", "not_run", "collected"
+        columns = [(count.replace("_", " "), count, 0) for count in counts]
+        rows = [{"part": name, **piece} for name, piece in some.items()]
+        yield table(rows, ("part", "part", ""), *columns, ("command", "ran", ""))
+    noted = [each for piece in some.values() for each in piece.get("noted", ()) if each.get("us_a_launch")]
+    yield from (f"{each['test']}: {each['us_a_launch']:.1f} us a launch." for each in noted)
+
+
+def kernels(cells: Sequence[Values], smoke: bool) -> Iterator[str]:
+    """The microbenchmarks."""
+    if not cells:
+        return
+    yield "## Kernels"
+    where = "The PyTorch references at small shapes, float32." if smoke else "Medians on the device, bfloat16."
+    yield f"{where} GB/s are the bytes that must move over the time, for one row."
+    columns = ("model", "model", ""), ("operation", "op", ""), ("us, 1 row", "one", 1)
+    speeds = ("GB/s", "gigabytes_per_second", 0), ("of the ceiling", "share_of_ceiling", "%")
+    others = [(f"{way} / ours", way, 2) for way in ("chained", "eager", "compiled")]
+    yield table(kernel_rows(cells), *columns, *speeds, ("us, 8 rows", "eight", 1), *others)
+
+
+def decoding(parts: Mapping[str, Values], smoke: bool) -> Iterator[str]:
+    """Decode speeds, and steps by their number of drafts."""
+    cells, found = decode_cells(parts), parts.get("decode", {})
+    ceiling = parts.get("environment", {}).get("ceiling", {}).get("read")
+    if cells or found.get("steps"):
+        yield "## Decoding"
+        yield (
+            "Tokens a second of the steps at batch 1, prefill left out, random weights, medians. Of the ceiling: the "
+            "bytes that a plain step must read over its time, and the card's measured read speed. Kangaroo is at its "
+            "worst: random weights draft once a step, and next to nothing is accepted. Of transformers the first "
+            "tokens are left out, too: the compiled way records its graphs anew in every call."
+        )
+        if smoke:
+            yield "In a smoke run nothing is compiled, and plain and Kangaroo run on the same references in every way."
+    where = ("model", "model", ""), ("context", "context", 0)
+    if cells:
+        columns = ("way", "way", ""), ("tokens/s", "tokens_per_second", 1), ("x plain", "gain", 2)
+        more = ("of the ceiling", "share", "%"), ("tokens a step", "mean_acceptance_length", 2)
+        yield table(beside_plain(cells, cells, ceiling), *where, *columns, *more)
+    if steps := found.get("steps"):
+        yield (
+            "Steps that make so many drafts, whatever their confidence, verification included. A step pays from as "
+            "many tokens as there are plain steps in its time."
+        )
+        made = ("drafts a step", "drafts", 0), ("drafting", "drafting", ""), ("us a step", "us_per_step", 1)
+        pays = ("pays from, tokens a step", "pays_from", 2)
+        yield table(beside_plain(steps, cells, None), *where, *made, pays)
+
+
+def pair(found: Values, smoke: bool) -> Iterator[str]:
+    """A trained pair, plain and Kangaroo, then transformers."""
+    if not found.get("total"):
+        return
+    yield "## A trained pair"
+    yield (
+        f"`{found['name']}`: {found['layers']} layers of {found['hidden']}, exit layer {found['exit_layer']}, at most "
+        f"{found['num_speculative_tokens']} drafts, threshold {found['draft_confidence_threshold']}, {found['dtype']}, "
+        "greedy, on held-out prompts; tokens a second without prefill, medians."
+    )
+    rows = [{**row, "same": "yes" if row["identical"] else "NO"} for row in [*found["prompts"], found["total"]]]
+    speeds = ("plain", "plain_tokens_per_second", 1), ("Kangaroo", "kangaroo_tokens_per_second", 1)
+    more = ("mean acceptance length", "mean_acceptance_length", 2), ("drafts accepted", "draft_acceptance_rate", "%")
+    yield table(rows, ("prompt", "name", ""), *speeds, ("x plain", "speedup", 2), *more, ("same tokens", "same", ""))
+    if cells := [cell for cell in found.get("cells", ()) if cell.get("new_tokens")]:
+        compiled = " In a smoke run nothing is compiled." if smoke else ""
+        yield (
+            "The same target and prompts in transformers' `generate`: tokens a second without the prefill and the "
+            f"first tokens. Its text may differ from ours by rounding.{compiled}"
+        )
+        speeds = ("tokens/s", "tokens_per_second", 1), ("Kangaroo / it", "kangaroo_speedup", 2)
+        same = ("same tokens until a difference", "agreeing_tokens", 0), ("of", "new_tokens", 0)
+        yield table(cells, ("prompt", "prompt", ""), ("way", "way", ""), *speeds, *same)
+
+
+def timeline(found: Values, smoke: bool) -> Iterator[str]:
+    """One iteration, stage by stage."""
+    if not found.get("stages"):
+        return
+    yield "## An iteration"
+    yield (
+        f"{found['model']}, context {found['context']}, {found['drafts']} drafts a step, random weights, "
+        f"{'replayed graphs' if found['graphs'] else 'launched one by one'}; means over {found['iterations']} "
+        "iterations. The picture is the one of median length."
+    )
+    yield table(found["stages"], *STAGE_COLUMNS)
+    if "picture" in found:
+        yield f"![An iteration{f' ({SMOKE_LABEL})' if smoke else ''}]({found['picture']})"

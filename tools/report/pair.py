@@ -4,7 +4,7 @@ Then the same prompts with the pair's target in transformers' ``generate``, as `
 a user would pick instead. In a low precision its text may differ from ours by rounding; how many tokens agree is noted.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product, takewhile
 from typing import Any, NamedTuple
 
@@ -24,19 +24,12 @@ OWN_SHARE = 0.6
 
 
 class Decoded(NamedTuple):
-    """A prompt that plain decoding and Kangaroo went through.
-
-    Attributes:
-        name: of the prompt.
-        prompt: its tokens.
-        new: the tokens of plain decoding.
-        speed: Kangaroo's tokens a second.
-    """
+    """A prompt that plain decoding and Kangaroo went through."""
 
     name: str
     prompt: list[int]
-    new: list[int]
-    speed: float
+    new: list[int]  # tokens of plain decoding
+    speed: float  # Kangaroo's tokens a second
 
 
 def run(job: Job) -> None:
@@ -78,14 +71,15 @@ def beside_transformers(job: Job, pair: DemoPair, kangaroo: Kangaroo, decoded: l
 
     The longest text comes first: ``generate`` keeps the length of its static cache from then on, and compiles once.
     """
-    models: list[Any] = []
+
+    @lru_cache
+    def model() -> Any:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(pair.target, dtype=kangaroo.target.dtype)
+        return loaded.to(job.device).eval()
 
     def cell(text: Decoded, way: str) -> dict[str, Any]:
-        if not models:
-            model: Any = AutoModelForCausalLM.from_pretrained(pair.target, dtype=kangaroo.target.dtype)
-            models.append(model.to(job.device).eval())
         for _ in range(2):  # the first warms up
-            tokens, speed = baselines.timed(models[0], text.prompt, len(text.new), way, job)
+            tokens, speed = baselines.timed(model(), text.prompt, len(text.new), way, job)
         return {
             "tokens_per_second": speed,
             "kangaroo_speedup": text.speed / speed if speed else None,

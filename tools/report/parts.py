@@ -60,7 +60,7 @@ FIRST = (
     KERNELS._replace(share=45),
     DECODE._replace(share=60),
 )
-"""The first minutes on a card (``gpu_kit/first.py``): is it right, and how fast at the first model's shape."""
+"""The first minutes on a card (``gpu_report.py --first``): is it right, and how fast at the first model's shape."""
 
 
 def choose(only: str | None) -> list[Part]:

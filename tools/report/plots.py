@@ -1,20 +1,17 @@
 """The picture of one iteration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
 mpl.use("Agg")  # no screen is needed
 
 import matplotlib.pyplot as plt
-from iteration_profile import PREFIX, Event, StageRun
-
-from .page import SMOKE_LABEL
+from iteration_profile import PREFIX, StageRun
 
 STAGES = {"draft": "#1f4e79", "draft/shallow": "#5b92bb", "draft/step": "#1f4e79", "verify": "#b5542b"}
-OTHER, SKIPPED = "#777777", "#c4c4c4"
+OTHER = "#777777"
 WIDTH, DPI = 9.0, 130
 
 
@@ -28,22 +25,10 @@ def iteration(stages: Sequence[StageRun], path: Path, title: str) -> None:
         lane, colour = lanes.index(name), STAGES.get(name, OTHER)
         axes.broken_barh([(stage.start - begin, stage.us)], (lane - 0.4, 0.8), color=colour, alpha=0.15, linewidth=0)
         events = [(event.start - begin, event.us) for event in stage.events]
-        axes.broken_barh(events, (lane - 0.3, 0.6), color=SKIPPED if stage.skipped else colour, linewidth=0)
+        axes.broken_barh(events, (lane - 0.3, 0.6), color=colour, linewidth=0)
     axes.set(yticks=range(len(lanes)), yticklabels=lanes, xlabel="microseconds", xlim=(0, None))
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)  # the picture itself says where and what it is
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
-
-
-def draw(report: Mapping[str, Any], folder: Path) -> list[str]:
-    """Draw the timeline where there is one: the names of the parts that have a picture, ``<part>.png``."""
-    line = report["parts"].get("timeline", {})
-    if not line.get("median"):
-        return []
-    stages = [StageRun(**stage | {"events": [Event(*each) for each in stage["events"]]}) for stage in line["median"]]
-    where = SMOKE_LABEL if report["smoke"] else report["gpu"]
-    about = f"{where}, one iteration of {line['model']}, random weights, synthetic acceptance"
-    iteration(stages, folder / "timeline.png", about)
-    return ["timeline"]

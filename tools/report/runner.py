@@ -9,13 +9,15 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .job import ROOT, Job
-from .parts import Part
+from . import tests
+from .job import ROOT, Job, log_compilations
+from .parts import FIRST, PAIR, PARTS, Part
 
-WORKER = (sys.executable, "-m", "report.worker")
+WORKER = (sys.executable, "-m", "report.runner")
 GRACE = 8.0
 """Seconds that a part has beyond its limit, and then again to write what it found after it was interrupted."""
 
@@ -98,3 +100,22 @@ def _wait(process: "subprocess.Popen[bytes]", seconds: float) -> str:
 def _signal(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
     with suppress(ProcessLookupError):  # it is over, and so are its children
         os.killpg(process.pid, number)
+
+
+def work(name: str, told: str) -> None:
+    """Run a part in this process; ``told`` has the attributes of its ``Job`` as JSON."""
+    # the runner's interrupt must arrive, also where the report was started with Ctrl-C ignored (nohup, a shell's "&")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    given = json.loads(told)
+    paths = {key: Path(given[key]) for key in ("piece", "folder", "pair") if given[key]}
+    job = Job(**given | paths)
+    log_compilations()
+    part = next(part for part in (FIRST if job.brief else (*PARTS, PAIR)) if part.name == name)
+    if part.tests:
+        tests.run(job, part)
+    else:
+        import_module(f"report.{name}").run(job)
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])

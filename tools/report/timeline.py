@@ -1,29 +1,32 @@
-"""Iterations of Kangaroo stage by stage, as ``iteration_profile.py`` sees them, and the median one kernel by kernel."""
+"""Iterations of Kangaroo stage by stage, as ``iteration_profile.py`` sees them, and a picture of the median one."""
 
-from dataclasses import asdict
-
+import torch
 from iteration_profile import median_of, profile_iterations, stage_bytes, stage_rows
-from random_model import random_kangaroo, random_prompt, sharing_weights
-from synthetic import MAX_DRAFTS, paper_trace
+from random_model import random_kangaroo, random_prompt
 
 from .job import Job
+from .page import SMOKE_LABEL
+from .plots import iteration
 
-CONTEXT, ITERATIONS = 2048, 20
+CONTEXT, ITERATIONS, DRAFTS, PICTURE = 2048, 20, 2, "timeline.png"
 
 
 def run(job: Job) -> None:
-    """Synthetic acceptance at the first model's shape; in a smoke run on the references, which take milliseconds."""
+    """At the first model's shape, always the same number of drafts; a smoke run takes the references."""
     shape = job.models[0]
     kangaroo = random_kangaroo(shape, job.device, job.dtype, references=job.smoke)
-    kangaroo = sharing_weights(kangaroo, trace=paper_trace())
     prompt = random_prompt(shape, 20 if job.smoke else CONTEXT)
-    profiled = profile_iterations(kangaroo, prompt, 4 if job.smoke else ITERATIONS)
+    forced = {"num_speculative_tokens": DRAFTS, "draft_confidence_threshold": 0.0}
+    profiled = profile_iterations(kangaroo, prompt, 4 if job.smoke else ITERATIONS, **forced)
     job.note(
         model=shape.name,
         context=profiled.length,
-        max_drafts=MAX_DRAFTS,
+        drafts=DRAFTS,
         graphs=profiled.graphs,
         iterations=len(profiled.iterations),
         stages=[row._asdict() for row in stage_rows(profiled, stage_bytes(kangaroo, profiled.length))],
-        median=[asdict(stage) for stage in median_of(profiled.iterations)],
     )
+    where = SMOKE_LABEL if job.smoke else torch.cuda.get_device_name()
+    about = f"{where}, one iteration of {shape.name}, random weights, {DRAFTS} drafts"
+    iteration(median_of(profiled.iterations), job.folder / PICTURE, about)
+    job.note(picture=PICTURE)
