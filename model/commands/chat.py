@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = examples(
     "chat",
+    "chat --temperature 0.2 --top-p 0.9 --repetition-penalty 1.1  # small models loop without it",
     "chat --model my-llama --adapter my-adapter --system 'You answer in one sentence.' --temperature 0.7",
     "chat < questions.txt > answers.txt",
 )
@@ -56,7 +57,7 @@ Ctrl-C stops an answer; what was written of it stays."""
 def chat(
     model: Model = SMOLLM2,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 512,
     plain: Annotated[bool, typer.Option("--plain", help="Decode without drafting.")] = False,
     color: Annotated[
         bool, typer.Option("--color", help="Colour each token by its origin: drafted, or the target's own.")
