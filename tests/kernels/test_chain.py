@@ -116,7 +116,7 @@ for run, architecture, on, names in runs:
                     each.launch()
                 rows += [(step.drafting, launch) for launch in launches[before:]]
     found[run] = [
-        (launch.kernel, drafting, launch.code.spill_stores + launch.code.stack_bytes, launch.code.operations)
+        (launch.kernel, drafting, launch.code.spills + launch.code.stack_bytes, launch.code.operations)
         for drafting, launch in {launch.binary: (drafting, launch) for drafting, launch in rows}.values()
     ]
 print(json.dumps(found))
@@ -136,7 +136,7 @@ Compiled = list[tuple[str, bool, int, list[str]]]
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Compiled]:
-    """Kernels of every step: name, whether under a drafting step's flag, bytes of spills, operations."""
+    """Kernels of every step: name, whether under a drafting step's flag, spills and bytes of stack, operations."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tools"), environment.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", COMPILE]
