@@ -69,10 +69,7 @@ def main(
     dtype: Dtypes = None,
     step: StepNames = None,
 ) -> None:
-    """Compile every kernel here and at another commit and say which became the same machine code; no GPU is needed.
-
-    Ends with 1 where one differs.
-    """
+    """Say which kernels become the same machine code here and at another commit; ends with 1 where one does not."""
     shapes, architectures, dtypes, steps = select(NAME, model, arch, dtype, step)
     wanted: dict[str, Any] = {"architectures": architectures, "dtypes": dtypes}
     wanted |= {"models": [each.name for each in shapes], "steps": [each.name for each in steps]}
