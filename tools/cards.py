@@ -25,7 +25,7 @@ class Card(NamedTuple):
     """A GPU.
 
     Attributes:
-        name: in a column's head.
+        name: in a report.
         architecture: 80 for sm_80.
         sms: streaming multiprocessors.
         sm_shared: bytes that an SM has for its programs; one program may have all of them but the system's.

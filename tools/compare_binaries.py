@@ -10,6 +10,7 @@ kernels and files and line numbers do not count; instructions with their encodin
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,19 +32,14 @@ ENCODED = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/.*$|^\s*/\* 0x[0-9a-f]{16} \*/\s*$"
 """Lines of a listing that hold an instruction or the second half of its encoding; no name of a kernel or file."""
 
 
-Binaries = dict[str, set[tuple[str, ...]]]
-"""The different binaries of each case: a model, architecture, dtype, step, operation and kernel."""
-
-
 def read(cubin: str, dynamic_shared: int, warps: int) -> tuple[str, ...]:
     """What counts of what ``machine_code.py`` printed: instructions, registers, stack, shared memory, warps."""
     listing = listing_of(bytes.fromhex(cubin))
-    lines = [line.strip() for line in ENCODED.findall(listing)]
-    return (*lines, *RESOURCES.findall(listing)[0], str(dynamic_shared), str(warps))
+    return (*map(str.strip, ENCODED.findall(listing)), *RESOURCES.findall(listing)[0], str(dynamic_shared), str(warps))
 
 
-def binaries_of(tree: Path, wanted: dict[str, Any]) -> Binaries:
-    """Compile the steps of the commit that lies in ``tree``, by its own launchers, in a process of its own.
+def binaries_of(tree: Path, wanted: dict[str, Any]) -> dict[str, set[tuple[str, ...]]]:
+    """The different binaries of each case in the commit that lies in ``tree``, compiled in a process of its own.
 
     Raises:
         subprocess.CalledProcessError: they do not compile; its ``stderr`` says why.
@@ -61,9 +57,9 @@ def export(commit: str, folder: Path) -> None:
     Raises:
         subprocess.CalledProcessError: there is no such commit, or it has neither.
     """
-    archive = ["git", "archive", "--format=tar", commit, "kangaroo_kernels", "tools"]
-    files = subprocess.run(archive, cwd=ROOT, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "-x", "-C", str(folder)], input=files, check=True)
+    archive = ["git", "archive", "-o", f"{folder}/tree.tar", commit, "kangaroo_kernels", "tools"]
+    subprocess.run(archive, cwd=ROOT, capture_output=True, check=True)
+    shutil.unpack_archive(folder / "tree.tar", folder, filter="data")
 
 
 def main(
@@ -73,16 +69,10 @@ def main(
     dtype: Dtypes = None,
     step: StepNames = None,
 ) -> None:
-    """Compile every kernel here and at another commit and say which became the same machine code.
-
-    Ends with 1 where one differs. No GPU is needed.
-    """
-    chosen = select(NAME, model, arch, dtype, step)
-    wanted: dict[str, Any] = {
-        "models": [each.name for each in chosen.shapes],
-        "steps": [each.name for each in chosen.steps],
-    }
-    wanted |= {"architectures": chosen.architectures, "dtypes": chosen.dtypes}
+    """Say which kernels become the same machine code here and at another commit; ends with 1 where one does not."""
+    shapes, architectures, dtypes, steps = select(NAME, model, arch, dtype, step)
+    wanted: dict[str, Any] = {"architectures": architectures, "dtypes": dtypes}
+    wanted |= {"models": [each.name for each in shapes], "steps": [each.name for each in steps]}
     with tempfile.TemporaryDirectory() as folder:
         try:
             export(commit, Path(folder))
@@ -92,14 +82,14 @@ def main(
             theirs, ours = binaries_of(Path(folder), wanted), binaries_of(ROOT, wanted)
         except subprocess.CalledProcessError as error:
             refuse(NAME, f"the kernels do not compile: {error.stderr.strip().splitlines()[-1]}")
-    words = {case: "identical" if theirs.get(case) == some else "different" for case, some in ours.items()}
-    words |= {case: "only here" for case in ours if case not in theirs}
-    words |= {case: "only there" for case in theirs if case not in ours}
-    for case, said in words.items():
-        typer.echo(f"{case}: {said}")
-    same = sum(said == "identical" for said in words.values())
-    typer.echo(f"Triton {triton.__version__}: {len(words)} cases, {same} identical, {len(words) - same} not")
-    raise typer.Exit(INCOMPLETE if same < len(words) else 0)
+    cases, same = ours | theirs, 0
+    for case in cases:
+        here, there = ours.get(case), theirs.get(case)
+        same += here == there
+        otherwise = "only here" if not there else "only there" if not here else "different"
+        typer.echo(f"{case}: {'identical' if here == there else otherwise}")
+    typer.echo(f"Triton {triton.__version__}: {len(cases)} cases, {same} identical, {len(cases) - same} not")
+    raise typer.Exit(INCOMPLETE if same < len(cases) else 0)
 
 
 if __name__ == "__main__":

@@ -111,15 +111,9 @@ def layouts_of_sums(ttgir: str) -> dict[str, list[str]]:
     alias = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
 
     def lines(location: str) -> Iterator[str]:
-        """``loc(..)``, which is an alias, a line, a name in front of another, or a call and where it was made."""
-        location = alias.get(location, location).removeprefix("loc(")
-        if call := re.match(r"callsite\((\S+) at (\S+?)\)", location):
-            for each in call.groups():
-                yield from lines(each)
-        elif line := re.match(r'"[^"]*?([^"/]+)":(\d+):', location):
-            yield ":".join(line.groups())
-        elif named := re.match(r'"[^"]*"\((\S+?)\)', location):
-            yield from lines(named[1])
+        """Of a location, which is a line, an alias, a name in front of one, or a call and where it was made."""
+        for file, line, other in re.findall(r'"[^"]*?([^"/]+)":(\d+):|(#loc\d*)', location):
+            yield from lines(alias[other]) if other else (f"{file}:{line}",)
 
     product = r"(?:tt\.dot|ttng\.warp_group_dot) .*? : (.*) loc\((.*)\)$"
     total = r'"tt\.reduce".*\n.*\n.*arith\.addf.*\n.*\n *\}\) : (.*) loc\((.*)\)$'
@@ -138,25 +132,20 @@ def compile_only(architecture: int) -> Iterator[list[CompiledLaunch]]:
     Triton's driver, its ``JITFunction`` and the launch configurations are as before afterwards.
     """
     launches: list[CompiledLaunch] = []
-    kernels: set[Any] = set()
     run, active = JITFunction.run, driver._active  # driver.active would look for a GPU
 
     def compile_and_record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        kernels.add(kernel)
         bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        if callable(grid):
-            grid = grid(bound)
-        metadata = compiled.metadata
         launches.append(
             CompiledLaunch(
                 kernel=kernel.fn.__name__,
                 architecture=architecture,
                 grid=(*grid, 1, 1)[:3],
-                num_warps=metadata.num_warps,
-                num_stages=metadata.num_stages,
+                num_warps=compiled.metadata.num_warps,
+                num_stages=compiled.metadata.num_stages,
                 constants={param.name: bound[param.name] for param in kernel.params if param.is_constexpr},
-                dynamic_shared=metadata.shared,
+                dynamic_shared=compiled.metadata.shared,
                 binary=compiled.hash,
                 ttgir=compiled.asm["ttgir"],
                 cubin=compiled.asm["cubin"],
@@ -167,14 +156,11 @@ def compile_only(architecture: int) -> Iterator[list[CompiledLaunch]]:
     def shipped(op: str, n: int, k: int, dtype: torch.dtype) -> LaunchConfig:
         return pick((f"sm_{architecture}.json",), op, n, k, str(dtype).removeprefix("torch."))
 
-    stand_in = CompileOnly(architecture)
     JITFunction.run = compile_and_record
-    driver.set_active(stand_in)
+    driver.set_active(CompileOnly(architecture))
     try:
         with configured_by(shipped):
             yield launches
     finally:
         JITFunction.run = run
         driver._active = active
-        for kernel in kernels:
-            kernel.device_caches.pop(stand_in.get_current_device(), None)

@@ -2,17 +2,16 @@
 
     python tools/kernel_report.py [--model NAME] [--arch 80|90] [--dtype bfloat16] [--variants] [--json]
 
-A row a kernel, model and architecture: registers, spills, stack, shared memory, how the weight is loaded, bytes, and
-how the work fills the card. Every row is what a launcher launched, compiled with the Triton that Python imports
-(``PYTHONPATH=.venv/triton-3.6`` for the older one). Nothing is measured: the floor is bytes over a bandwidth that
-others measured on the card.
+A line for each kernel: ``--help`` says what its columns mean. Every launch is one that a launcher made, compiled with
+the Triton that Python imports (``PYTHONPATH=.venv/triton-3.6`` for the older one). Nothing is measured.
 """
 
 import json
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -20,10 +19,8 @@ import typer
 from cards import ARCHITECTURES, cards_of
 from command import refuse
 from compiled import CompiledLaunch, compile_only, layouts_of_sums
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from steps import META, STEPS, Call, Step
 from triton import knobs
 
@@ -33,11 +30,7 @@ from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings
 
 NAME = Path(__file__).stem
-TABLE_WIDTH = 200
-"""Columns that the table may take; a narrower terminal breaks its lines rather than losing figures."""
-
 DTYPES = ("bfloat16", "float16", "float32")
-PERSISTENT = "draft_loop_kernel"
 LENGTH = 4096
 """Tokens of the text, those in flight included."""
 
@@ -54,7 +47,7 @@ def tile_of(launch: CompiledLaunch) -> int:
     if launch.kernel == "attention_kernel":
         return int(2 * TILE_BYTES.value * size["HEAD_DIM"])
     matrices = 2 if launch.kernel == "gate_up_kernel" else 1
-    rows = size["HEAD_N"] if launch.kernel == PERSISTENT else size.get("BLOCK_N", 0)  # the head's tile is read most
+    rows = size.get("HEAD_N", size.get("BLOCK_N", 0))  # a persistent kernel reads the head's tile most
     return int(matrices * rows * K_STEP_BYTES.value)
 
 
@@ -77,7 +70,7 @@ def row_of(step: Step, of: Call, launch: CompiledLaunch, launches: int, shape: M
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,  # that the pipeliner was given
         "registers": code.registers,  # a thread
-        "spills": code.spill_stores + code.spill_loads,  # instructions
+        "spills": code.spills,  # instructions
         "stack_bytes": code.stack_bytes,  # a thread
         "shared_bytes": code.static_shared + launch.dynamic_shared,  # a program; sm_90 adds the system's kilobyte
         "tensor_cores": code.tensor_cores,  # the instruction that drives them, or None
@@ -107,97 +100,70 @@ def rows_of(step: Step, shape: ModelShape, settings: Settings, launches: list[Co
 
 # ---- what is shown
 
-
-def counted(widths: Mapping[int, int]) -> str:
-    """``12x16`` for twelve loads of 16 bytes, the widest first."""
-    return " ".join(f"{count}x{width}" for width, count in sorted(widths.items(), reverse=True))
+LINE = "{:<27} {:>6} {:>4} {:>6} {:>5} {:>5} {:>8} {:>6} {:>11}  {}"
+HEADER = ("launches, kernel, matrix", "grid", "regs", "spills", "KB", "waves", "in flight", "MB", "floor us", "copies")
 
 
-def in_loops(row: Row, kind: str) -> str:
-    """The copies or loads of the loops that stream."""
-    return " / ".join(dict.fromkeys(filter(None, (counted(loop[kind]) for loop in row["loops"]))))
+def cells(row: Row) -> tuple[Any, ...]:
+    """What stands under ``HEADER`` of a kernel."""
+
+    def loads(kind: str) -> str:
+        """``12x16`` for twelve loads of 16 bytes; the loops that stream are parted by a stroke."""
+        loops = (" ".join(f"{count}x{width}" for width, count in loop[kind].items()) for loop in row["loops"])
+        return " / ".join(dict.fromkeys(filter(None, loops)))
+
+    streams, moved, plain = row["tile_bytes"], row["bytes_moved"], loads("loads")
+    return (
+        f" {row['launches']} x {row['kernel'].removesuffix('_kernel')} {row['matrix']}",
+        "x".join(str(count) for count in row["grid"] if count != 1) or "1",
+        row["registers"],
+        f"{row['spills']}+{row['stack_bytes']}",
+        f"{row['shared_bytes'] / 1024:.1f}",
+        f"{row['waves']:.2f}",
+        f"{row['bytes_in_flight'] / 1024:.1f}/{row['bytes_needed'] / 1024:.0f}" if streams else "",
+        f"{moved / 1e6:.1f}" if moved else "",
+        "/".join(f"{time:.1f}" for time in row["floor_us"].values()),
+        f"{loads('copies')}{plain and f' plain {plain}'}".lstrip(),
+    )
 
 
-def kilobytes(count: int | None) -> str:
-    """Empty for None."""
-    return "" if count is None else f"{count / 1024:.1f}"
-
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "rows": lambda row: str(row["rows"]),
-    "grid": lambda row: " x ".join(str(count) for count in row["grid"] if count != 1) or "1",
-    "warps,\nstages": lambda row: f"{row['num_warps']}, {row['num_stages']}",
-    "regis-\nters": lambda row: str(row["registers"]),
-    "spills,\nstack": lambda row: f"{row['spills']}, {row['stack_bytes']}",
-    "shared\nKB": lambda row: kilobytes(row["shared_bytes"]),
-    "copies in\nthe loop": lambda row: in_loops(row, "copies"),
-    "loads in\nthe loop": lambda row: in_loops(row, "loads"),
-    "tensor\ncores": lambda row: row["tensor_cores"] or "",
-    "waves": lambda row: f"{row['waves']:.2f}",
-    "KB under\nway": lambda row: kilobytes(row["bytes_in_flight"]),
-    "of": lambda row: kilobytes(row["bytes_needed"]),
-    "MB": lambda row: f"{row['bytes_moved'] / 1e6:.1f}" if row["bytes_moved"] else "",
-    "floor us": lambda row: ", ".join(f"{card} {time:.1f}" for card, time in row["floor_us"].items()),
-}
-
-
-def show(rows: Sequence[Row]) -> None:
+def show(rows: list[Row]) -> None:
     """Print a table for each model, architecture and dtype."""
-    console = Console(width=max(Console().width, TABLE_WIDTH))
-    facts = ("model", "architecture", "dtype")
-    for title in dict.fromkeys(tuple(row[fact] for fact in facts) for row in rows):
-        mine = [row for row in rows if tuple(row[fact] for fact in facts) == title]
-        console.print(f"\n[bold]{', '.join(title)}, Triton {triton.__version__}[/]", highlight=False)
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column("kernel", no_wrap=True)
-        for header in COLUMNS:
-            table.add_column(header, justify="right", no_wrap=True)
-        for step in dict.fromkeys(row["step"] for row in mine):
-            its = [row for row in mine if row["step"] == step]
-            launches = sum(row["launches"] for row in its if row["rows"] == its[0]["rows"])
-            table.add_row(f"[bold]{step}[/], {launches} launch{'es' * (launches > 1)}")
+    for title, table in groupby(rows, itemgetter("model", "architecture", "dtype")):
+        typer.secho(f"\n{', '.join(title)}, Triton {triton.__version__}\n{LINE.format(*HEADER)}", bold=True)
+        for (step, count), kernels in groupby(table, itemgetter("step", "rows")):
+            its = list(kernels)
+            typer.echo(f"{step}, M = {count}, launches: {sum(row['launches'] for row in its)}")
             for row in its:
-                name = f"  {row['launches']} x {row['kernel'].removesuffix('_kernel')} {row['matrix']}"
-                table.add_row(name, *(cell(row) for cell in COLUMNS.values()))
-        console.print(table)
+                typer.echo(LINE.format(*cells(row)).rstrip())
 
 
 # ---- the command
 
-Models = Annotated[
-    list[str] | None, typer.Option(help="A model's name or a part of it; may be repeated. Default: all.")
-]
+Models = Annotated[list[str] | None, typer.Option(help="A part of a model's name; may be repeated. Default: all.")]
 Archs = Annotated[list[int] | None, typer.Option(help="80 or 90; may be repeated. Default: both.")]
 Dtypes = Annotated[list[str] | None, typer.Option(help=f"{', '.join(DTYPES)}; may be repeated. Default: the first.")]
 StepNames = Annotated[list[str] | None, typer.Option(help="A step's name, and only that one; may be repeated.")]
 
 
-class Selection(NamedTuple):
-    """What a command compiles."""
-
-    shapes: list[ModelShape]
-    architectures: list[int]
-    dtypes: list[str]
-    steps: list[Step]
-
-
-def select(command: str, model: Models, arch: Archs, dtype: Dtypes, step: StepNames) -> Selection:
-    """What the options name, all where they name nothing; nonsense is refused."""
+def select(
+    command: str, model: Models, arch: Archs, dtype: Dtypes, step: StepNames, rows: list[int] | None = None
+) -> tuple[list[ModelShape], list[int], list[str], list[Step]]:
+    """The models, architectures, dtypes and steps that options name, all where they name none; refuses nonsense."""
     shapes = [shape for shape in MODELS if not model or any(part.lower() in shape.name.lower() for part in model)]
     if not shapes:
-        known = ", ".join(shape.name for shape in MODELS)
+        known = ", ".join(each.name for each in MODELS)
         refuse(command, f"no model is called {' or '.join(model or ())}; there are {known}.")
     steps = {each.name: each for each in STEPS}
-    given = (("arch", arch, ARCHITECTURES), ("dtype", dtype, DTYPES), ("step", step, steps))
+    counts = range(1, MAX_ROWS + 1)
+    given = (("arch", arch, ARCHITECTURES), ("dtype", dtype, DTYPES), ("step", step, steps), ("rows", rows, counts))
     for option, values, allowed in given:
         for value in values or ():
             if value not in allowed:
                 refuse(command, f"--{option} is {value}; it must be one of {', '.join(map(str, allowed))}.")
     if knobs.runtime.interpret:
         refuse(command, "TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it.")
-    return Selection(
-        shapes, arch or list(ARCHITECTURES), dtype or ["bfloat16"], [steps[name] for name in step or steps]
-    )
+    return shapes, arch or list(ARCHITECTURES), dtype or ["bfloat16"], [steps[name] for name in step or steps]
 
 
 def main(
@@ -205,37 +171,35 @@ def main(
     arch: Archs = None,
     dtype: Dtypes = None,
     rows: Annotated[list[int] | None, typer.Option(help="Tokens in flight, 1 to 16; may be repeated.")] = None,
-    variants: Annotated[
-        bool, typer.Option("--variants", help="Also drafting steps, short texts and paged caches.")
-    ] = False,
+    variants: Annotated[bool, typer.Option("--variants", help="Also drafting, short texts, paged caches.")] = False,
     step: StepNames = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects instead.")] = False,
 ) -> None:
     """Compile every kernel at the shapes of real models and show what it became; no GPU is needed.
 
-    Floor: bytes that must move over a bandwidth that others measured on the
-    card; no measurement of this code. Waves: programs over those that the card
-    holds at once. KB under way: tiles that an SM waits for at once, and how
-    many keep the fastest card's memory busy.
+    regs: registers a thread. spills: instructions that spill + bytes of a
+    thread's stack. KB: shared memory a program. waves: programs over those
+    that the card holds at once. in flight: KB that an SM waits for at once /
+    KB that keep the fastest card's memory busy. MB: bytes that must move.
+    floor us: these bytes over a bandwidth that others measured on the card
+    (A100, or H100 and H200); no measurement of this code. copies: those to
+    shared memory in an iteration of a streaming loop, count x bytes, and
+    plain loads, which nothing hides.
     """
-    counts = rows or [8]
-    if not all(1 <= count <= MAX_ROWS for count in counts):
-        refuse(NAME, f"rows are {', '.join(map(str, counts))}; they must be 1 to {MAX_ROWS}.")
-    chosen = select(NAME, model, arch, dtype, step)
+    shapes, architectures, dtypes, steps = select(NAME, model, arch, dtype, step, rows)
     jobs = [
         (each, shape, Settings(count, each.length or LENGTH, getattr(torch, name), META))
-        for shape in chosen.shapes
-        for name in chosen.dtypes
-        for each in chosen.steps
+        for shape in shapes
+        for name in dtypes
+        for each in steps
         if step or variants or not each.variant
-        for count in ((1,) if each.drafting else counts)
+        for count in ((1,) if each.drafting else rows or [8])
     ]
-    console, found = Console(stderr=True), list[Row]()
+    found = list[Row]()
     try:
-        for architecture in chosen.architectures:
+        for architecture in architectures:
             with compile_only(architecture) as launches:
-                quiet = not console.is_terminal
-                for job in track(jobs, f"sm_{architecture}", console=console, transient=True, disable=quiet):
+                for job in track(jobs, f"sm_{architecture}", console=Console(stderr=True), transient=True):
                     found += rows_of(*job, launches)
     except (OSError, subprocess.CalledProcessError) as error:
         refuse(NAME, f"Triton's cuobjdump does not run here: {error}.")

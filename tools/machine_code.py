@@ -6,11 +6,11 @@ compile as JSON. So it takes nothing but names that both have: steps and launche
 
 import json
 import sys
-from collections.abc import Iterator
 from importlib import import_module
+from itertools import product
 
 import torch
-from compiled import CompiledLaunch, compile_only
+from compiled import compile_only
 from steps import META, STEPS
 
 from kangaroo_kernels.workloads import MODELS, Settings
@@ -18,35 +18,26 @@ from kangaroo_kernels.workloads import MODELS, Settings
 ROWS, LENGTH = 8, 4096
 """Tokens in flight, of which no binary depends on the number, and of the text."""
 
-Binary = tuple[str, int, int]
-"""The machine code in hexadecimal digits, the dynamic shared memory in bytes, the warps."""
 
-
-def launches_of(
-    architecture: int, steps: list[str], models: list[str], dtypes: list[str]
-) -> Iterator[tuple[str, CompiledLaunch]]:
-    """Every launch for an architecture with the case that it belongs to."""
-    chosen = [(shape, step) for shape in MODELS for step in STEPS if shape.name in models and step.name in steps]
-    with compile_only(architecture) as launches:
-        for dtype in dtypes:
-            for shape, step in chosen:
+def compile_all(
+    architectures: list[int], steps: list[str], models: list[str], dtypes: list[str]
+) -> dict[str, list[tuple[str, int, int]]]:
+    """Each case's different binaries: machine code in hexadecimal digits, bytes of dynamic shared memory, warps."""
+    found: dict[str, set[tuple[str, int, int]]] = {}
+    shapes = [shape for shape in MODELS if shape.name in models]
+    chosen = [step for step in STEPS if step.name in steps]
+    for architecture in architectures:
+        with compile_only(architecture) as launches:
+            for dtype, shape, step in product(dtypes, shapes, chosen):
                 settings = Settings(1 if step.drafting else ROWS, step.length or LENGTH, getattr(torch, dtype), META)
                 for each in step.calls(shape, settings):
-                    before = len(launches)
+                    launches.clear()
                     getattr(import_module(f"kangaroo_kernels.{each.op}"), each.op)(*each.args, **each.kwargs)
                     what = f"{shape.name}, sm_{architecture}, {dtype}, {step.name}: {each.op} {each.role}".strip()
-                    yield from ((f"{what}, {launch.kernel}", launch) for launch in launches[before:])
-
-
-def compile_all(architectures: list[int], **chosen: list[str]) -> dict[str, list[Binary]]:
-    """``{case: the different binaries that it launches}``."""
-    found: dict[str, list[Binary]] = {}
-    for architecture in architectures:
-        for case, launch in launches_of(architecture, **chosen):
-            binary = (launch.cubin.hex(), launch.dynamic_shared, launch.num_warps)
-            if binary not in found.setdefault(case, []):
-                found[case].append(binary)
-    return found
+                    for launch in launches:
+                        binary = (launch.cubin.hex(), launch.dynamic_shared, launch.num_warps)
+                        found.setdefault(f"{what}, {launch.kernel}", set()).add(binary)
+    return {case: list(binaries) for case, binaries in found.items()}
 
 
 if __name__ == "__main__":

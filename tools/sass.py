@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from typing import NamedTuple
 
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
@@ -14,8 +13,6 @@ WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
 COPY, LOAD = "LDGSTS", "LDG"
 """From global memory to shared memory asynchronously (PTX's ``cp.async``), and to a register."""
-
-TENSOR_CORES = ("HGMMA", "HMMA")
 
 
 class Instruction(NamedTuple):
@@ -57,8 +54,7 @@ class MachineCode(NamedTuple):
         registers: a thread.
         stack_bytes: of a thread's stack frame.
         static_shared: bytes; on sm_90 they include the kilobyte that the system takes.
-        spill_stores: stores to local memory.
-        spill_loads: loads from it.
+        spills: stores to local memory and loads from it.
         tensor_cores: the instruction that drives them, or None.
         loops: the innermost ones that copy asynchronously, in the order of addresses; where none does, the one that
             loads most.
@@ -68,16 +64,10 @@ class MachineCode(NamedTuple):
     registers: int
     stack_bytes: int
     static_shared: int
-    spill_stores: int
-    spill_loads: int
+    spills: int
     tensor_cores: str | None
     loops: tuple[Loop, ...]
     operations: tuple[str, ...]
-
-
-def widths_of(code: Iterable[Instruction], base: str) -> Counter[int]:
-    """How many ``base`` instructions there are of each width."""
-    return Counter(each.width for each in code if each.base == base)
 
 
 def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
@@ -104,7 +94,8 @@ def read_loop(loop: list[Instruction]) -> Loop:
     waits = [each.operands for each in loop if each.base == "DEPBAR" and each.operands.startswith("SB0")]
     left = [int(each.rpartition(",")[2], 16) for each in waits]
     depth = (min(left) + groups) / groups if groups and left else 0.0
-    return Loop(widths_of(loop, COPY), widths_of(loop, LOAD), depth)
+    copies, loads = (Counter(each.width for each in loop if each.base == base) for base in (COPY, LOAD))
+    return Loop(copies, loads, depth)
 
 
 def read_machine_code(listing: str) -> MachineCode:
@@ -115,9 +106,7 @@ def read_machine_code(listing: str) -> MachineCode:
     """
     resources, found = RESOURCES.findall(listing), INSTRUCTION.findall(listing)
     if len(resources) != 1 or not found:
-        raise ValueError(
-            f"the listing holds {len(resources)} kernels and {len(found)} instructions; give it one kernel's."
-        )
+        raise ValueError(f"{len(resources)} kernels and {len(found)} instructions are listed; give it one kernel's.")
     code = [Instruction(int(address, 16), operation, operands.strip()) for address, operation, operands in found]
     registers, stack, shared = map(int, resources[0])
     loops = [read_loop(loop) for loop in innermost_loops(code)]
@@ -127,9 +116,8 @@ def read_machine_code(listing: str) -> MachineCode:
         registers=registers,
         stack_bytes=stack,
         static_shared=shared,
-        spill_stores=bases["STL"],
-        spill_loads=bases["LDL"],
-        tensor_cores=next((name for name in TENSOR_CORES if name in bases), None),
+        spills=bases["STL"] + bases["LDL"],
+        tensor_cores=next((name for name in ("HGMMA", "HMMA") if name in bases), None),
         loops=tuple([each for each in loops if each.copies] or most),
         operations=tuple(each.operation for each in code),
     )

@@ -31,7 +31,10 @@ def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(size, dtype=dtype, device=META)
 
 
-DRAFTING = {"active": empty(1, dtype=torch.int32)}
+LAYER, ATTENTION_BLOCK = 5, 3
+"""Operations of a layer, and of its first half, which is all of an adapter."""
+
+DRAFTING: dict[str, Any] = {"active": empty(1, dtype=torch.int32)}
 """The flag of a drafting step."""
 
 
@@ -85,17 +88,10 @@ def call(shape: ModelShape, settings: Settings, op: str, role: str, **more: Any)
     return Call(op, role, args, kwargs | more, workload.bytes_moved(*settings[:2], settings.dtype.itemsize))
 
 
-def attention_block(shape: ModelShape, settings: Settings, **more: Any) -> Calls:
-    """The first half of a layer, which is all of an adapter."""
-    for op, role in (("qkv_rope", "qkv"), ("attention", "kv"), ("linear_residual", "output")):
-        yield call(shape, settings, op, role, **more)
-
-
-def layer(shape: ModelShape, settings: Settings, **more: Any) -> Calls:
-    """A whole layer."""
-    yield from attention_block(shape, settings, **more)
-    for op, role in (("gate_up", "gate_up"), ("linear_residual", "down")):
-        yield call(shape, settings, op, role, **more)
+def layer(shape: ModelShape, settings: Settings, operations: int = LAYER, **more: Any) -> Calls:
+    """The first ``operations`` of a layer."""
+    for each in workloads(shape)[:operations]:
+        yield call(shape, settings, each.op, each.role, **more)
 
 
 def paged_layer(shape: ModelShape, settings: Settings) -> Calls:
@@ -103,9 +99,8 @@ def paged_layer(shape: ModelShape, settings: Settings) -> Calls:
     count = -(-settings.length // CACHE_BLOCK)
     blocks = empty(count, shape.kv_heads, CACHE_BLOCK, shape.head_dim, dtype=settings.dtype)
     cache = (shape.kv_heads, settings.length, shape.head_dim)
-    for each in attention_block(shape, settings, block_table=empty(count, dtype=torch.int32)):
-        if each.op != "linear_residual":
-            yield each._replace(args=tuple(blocks if given.shape == cache else given for given in each.args))
+    for each in layer(shape, settings, 2, block_table=empty(count, dtype=torch.int32)):
+        yield each._replace(args=tuple(blocks if given.shape == cache else given for given in each.args))
 
 
 def head(
@@ -133,26 +128,21 @@ def draft_step(shape: ModelShape, settings: Settings) -> Calls:
     """The shallow layers, the adapter and the head."""
     for _ in range(DRAFT_LAYERS):
         yield from layer(shape, settings, **DRAFTING)
-    yield from attention_block(shape, settings, **DRAFTING)
+    yield from layer(shape, settings, ATTENTION_BLOCK, **DRAFTING)
     yield from head(shape, settings, "top1_head", drafting=True)
-
-
-def block_of(qkv: Call, attention: Call, output: Call) -> AttentionBlock:
-    """The operands of an attention block's three calls."""
-    _, norm, weight, table, k_cache, v_cache, _ = qkv.args
-    scale = attention.kwargs["scale"]
-    return AttentionBlock(norm, weight, output.args[1], k_cache, v_cache, table, EPS, scale)
 
 
 def draft_loop(
     shape: ModelShape, settings: Settings, layers: int = DRAFT_LAYERS, most: int = 6, sampled: bool = False
 ) -> Calls:
     """The drafting loop of one launch, its bytes those of one draft."""
-    whole, adapter = list(layer(shape, settings)), list(attention_block(shape, settings))
+    qkv, attention, output, gate_up, down = whole = list(layer(shape, settings))
     top = call(shape, settings, "top1_head", "head")
-    (_, norm, table), (_, mlp_norm, gate_up), (_, down, _) = top.args, whole[3].args, whole[4].args
-    each = Layer(block_of(*whole[:3]), mlp_norm, gate_up, down)
-    model = DraftModel((each,) * layers, block_of(*adapter), norm, table, EPS, table)
+    _, norm, weight, phases, k_cache, v_cache, _ = qkv.args
+    block = AttentionBlock(norm, weight, output.args[1], k_cache, v_cache, phases, EPS, attention.kwargs["scale"])
+    each = Layer(block, gate_up.args[1], gate_up.args[2], down.args[1])
+    _, norm, table = top.args
+    model = DraftModel((each,) * layers, block, norm, table, EPS, table)
     architecture = driver.active.get_current_target().arch
     config = launch_config("draft_loop", shape.vocab_size, shape.hidden, norm)
     loop = DraftLoop(model, most, programs=config.programs_per_sm * cards_of(architecture)[0].sms)
@@ -160,16 +150,15 @@ def draft_loop(
     rows = empty(most + 2, shape.hidden, dtype=settings.dtype)
     numbers = {"threshold": empty(1), "seed": empty(1, dtype=torch.int64), "prepared": loop}
     numbers |= {"temperature": empty(1)} if sampled else {}
-    moved = sum(each.bytes_moved or 0 for each in (*whole * layers, *adapter, top))
+    moved = sum(each.bytes_moved or 0 for each in (*whole * layers, *whole[:ATTENTION_BLOCK], top))
     yield Call("draft_loop", "", (model, flags, positions, rows[:1], rows), numbers, moved)
 
 
-top1_head, filtered_head = partial(head, op="top1_head"), partial(head, filtered=True)
 STEPS = (
     Step("layer", layer),
-    Step("top-1 head", top1_head),
+    Step("top-1 head", partial(head, op="top1_head")),
     Step("sampling head", head),
-    Step("filtered head", filtered_head),
+    Step("filtered head", partial(head, filtered=True)),
     Step("accept", partial(ending, op="accept")),
     Step("commit", partial(ending, op="commit")),
     Step("layer, short text", layer, length=SHORT_TEXT, variant=True),
@@ -177,7 +166,7 @@ STEPS = (
     Step("draft step", draft_step, drafting=True, variant=True),
     Step("draft step, short text", draft_step, length=SHORT_TEXT, drafting=True, variant=True),
     Step("sampling draft head", partial(head, drafting=True), drafting=True, variant=True),
-    Step("filtered draft head", partial(filtered_head, drafting=True), drafting=True, variant=True),
+    Step("filtered draft head", partial(head, filtered=True, drafting=True), drafting=True, variant=True),
     Step("draft loop", draft_loop, drafting=True, variant=True),
     Step("draft loop, 4 layers", partial(draft_loop, layers=4, most=15), drafting=True, variant=True),
     Step("sampling draft loop", partial(draft_loop, sampled=True), drafting=True, variant=True),

@@ -1,21 +1,17 @@
 """Programmatic dependent launch: who asks for it, and that a chained kernel waits before it touches anything."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiling import ROOT, printed_by
 
 from kangaroo_kernels import launch_config
 from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.shared import chain as chain_module
 from kangaroo_kernels.shared.chain import chain
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 META, CPU = torch.zeros(1, device="meta"), torch.zeros(1)
 ON, OFF = {"CHAINED": True, "launch_pdl": True}, {"CHAINED": False}
 
@@ -116,7 +112,7 @@ for run, architecture, on, names in runs:
                     each.launch()
                 rows += [(step.drafting, launch) for launch in launches[before:]]
     found[run] = [
-        (launch.kernel, drafting, launch.code.spill_stores + launch.code.stack_bytes, launch.code.operations)
+        (launch.kernel, drafting, launch.code.spills + launch.code.stack_bytes, launch.code.operations)
         for drafting, launch in {launch.binary: (drafting, launch) for drafting, launch in rows}.values()
     ]
 print(json.dumps(found))
@@ -136,13 +132,8 @@ Compiled = list[tuple[str, bool, int, list[str]]]
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Compiled]:
-    """Kernels of every step: name, whether under a drafting step's flag, bytes of spills, operations."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tools"), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """Kernels of every step: name, whether under a drafting step's flag, spills and bytes of stack, operations."""
+    return printed_by("-c", COMPILE)
 
 
 def first(operations: list[str], *wanted: str) -> int:

@@ -4,18 +4,12 @@ Every kernel is compiled for both architectures at the shapes of real models; no
 of its own, for here Triton interprets.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from compiling import ROOT, printed_by
 
 COMPILE = """
 import json
@@ -103,12 +97,7 @@ class Kernel(NamedTuple):
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tools"), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-c", COMPILE]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [Kernel(name, [*map(tuple, code)], [*map(tuple, tiles)]) for name, code, tiles in json.loads(done.stdout)]
+    return [Kernel(name, [*map(tuple, code)], [*map(tuple, tiles)]) for name, code, tiles in printed_by("-c", COMPILE)]
 
 
 @pytest.fixture(scope="module")
