@@ -13,6 +13,7 @@ No clock, limit or mode of the card is ever set; ``gpu_card.snapshot`` records t
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -150,11 +151,6 @@ def read_stream(source: Tensor, stream: Stream, multiprocessors: int) -> Tensor:
     return sums
 
 
-def wrapped_sum(values: Tensor) -> int:
-    """The sum of int32 ``values`` modulo 2^32."""
-    return int(values.sum(dtype=torch.int64)) % (1 << 32)
-
-
 class Ceiling(NamedTuple):
     """What a card's memory gives, in 10^9 bytes a second."""
 
@@ -175,12 +171,13 @@ def measure_ceiling(device: torch.device) -> Ceiling:
     unit = 4 * max(stream.chunk for stream in STREAMS) * 8  # every chunk divides it, and its halves
     buffer_bytes = min(4 << 30, max(16 * card.l2_bytes, 1 << 30), free_bytes // 2) // unit * unit
     source = torch.empty(buffer_bytes // 4, dtype=torch.int32, device=device).random_()
-    wanted, repetitions = wrapped_sum(source), repetitions_for(1, buffer_bytes / FASTEST_READ)
+    wanted, repetitions = source.sum(), repetitions_for(1, buffer_bytes / FASTEST_READ)
 
     def measure(stream: Stream, rounds: int) -> float:
-        if wrapped_sum(read_stream(source, stream, card.multiprocessors)) != wanted:
+        read = partial(read_stream, source, stream, card.multiprocessors)
+        if int(read().sum() - wanted) % (1 << 32):  # a program's sum wraps around
             raise RuntimeError(f"the stream {stream} did not read every integer once.")
-        return time_graph([lambda: read_stream(source, stream, card.multiprocessors)], repetitions, rounds).p50
+        return time_graph([read], repetitions, rounds).p50
 
     fastest = min(STREAMS, key=lambda stream: measure(stream, 5))
     read_us, (first, second) = measure(fastest, ROUNDS), source.chunk(2)
