@@ -9,12 +9,11 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.contract import MAX_ROWS
@@ -37,20 +36,18 @@ class Event(NamedTuple):
     start: float
     us: float
 
-    @property
-    def end(self) -> float:
-        """When it ended."""
-        return self.start + self.us
 
-
-@dataclass(frozen=True)
-class StageRun:
+class StageRun(NamedTuple):
     """A stage of one iteration, from the end of the stage before to the end of its own last event."""
 
     name: str
     start: float
-    us: float
-    events: list[Event] = field(default_factory=list)
+    events: Sequence[Event] = ()
+
+    @property
+    def us(self) -> float:
+        """How long it took, with the gaps; nothing without events."""
+        return self.events[-1].start + self.events[-1].us - self.start if self.events else 0.0
 
 
 Iteration = list[StageRun]
@@ -78,7 +75,7 @@ def launched_events(trace: dict[str, Any], on_gpu: bool) -> list[tuple[Event, fl
             found.append((event, launched.get(each["args"]["correlation"], -math.inf)))
         elif event.start >= end:
             found.append((event, event.start))
-            end = event.end
+            end = event.start + event.us
     return found
 
 
@@ -93,7 +90,7 @@ def by_ranges(trace: dict[str, Any], on_gpu: bool, last_stage: str) -> list[Iter
         if each["name"].startswith(PREFIX):
             first, last = each["ts"], each["ts"] + each["dur"]
             events = [event for event, launch in launched if first <= launch <= last]
-            current.append(StageRun(each["name"], first, each["dur"], events=events))
+            current.append(StageRun(each["name"], first, events))
             if each["name"] == last_stage:
                 found.append(joined(current))
                 current = []
@@ -106,9 +103,8 @@ def joined(iteration: Iteration) -> Iteration:
     """The same without seams: a stage begins where the one before it ended, so a gap counts to the stage behind it."""
     stages, end = [], next((event.start for stage in iteration for event in stage.events), iteration[0].start)
     for stage in iteration:
-        last = stage.events[-1].end if stage.events else end
-        stages.append(replace(stage, start=end, us=last - end))
-        end = last
+        stages.append(stage._replace(start=end))
+        end += stages[-1].us
     return stages
 
 
@@ -124,7 +120,7 @@ def by_order(trace: dict[str, Any], like: Iteration) -> list[Iteration]:
         raise ProfileError(f"the replayed graph's {len(kernels)} kernels are not a launched iteration's {len(names)}.")
     following, found = iter(kernels), []
     for _ in range(len(kernels) // len(names)):
-        found.append(joined([replace(stage, events=[next(following) for _ in stage.events]) for stage in like]))
+        found.append(joined([stage._replace(events=[next(following) for _ in stage.events]) for stage in like]))
     return found
 
 
@@ -158,8 +154,7 @@ def traced(kangaroo: Kangaroo, prompt: Sequence[int], count: int, settings: dict
     commits = [next(steps).commit, next(steps).commit]  # compiled, captured, and the prefill done
     if on_gpu:
         torch.cuda.synchronize()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, acc_events=True) as profiler:  # torch 2.11 warns of what is not kept without
+    with profile(acc_events=True) as profiler:  # torch 2.11 warns of what is not kept without
         commits += [next(steps).commit for _ in range(count)]
         if on_gpu:
             torch.cuda.synchronize()
@@ -223,20 +218,14 @@ def stage_bytes(kangaroo: Kangaroo, length: int) -> dict[str, int]:
     return found | {PREFIX + "verify": sum(layers[exit_layer:]) + head}
 
 
-class Row(NamedTuple):
-    """A stage, over all iterations that were looked at; times and counts are an iteration's mean."""
+def stage_rows(profiled: Profile, bytes_of: dict[str, int]) -> list[dict[str, Any]]:
+    """The table: a row a stage in the order of the decode, then one for the whole iteration.
 
-    stage: str
-    runs: float  # those too whose kernels returned at once, since the draft was not to be made
-    us: float  # with the gaps
-    gap_us: float  # between its events and before them
-    launches: float  # kernels, or operations on a CPU
-    bytes_moved: float | None  # that it must read; None for the small ones
-    gigabytes_per_second: float | None  # those bytes over its time
-
-
-def stage_rows(profiled: Profile, bytes_of: dict[str, int]) -> list[Row]:
-    """The table: a row a stage in the order of the decode, then one for the whole iteration."""
+    Times, counts and bytes are an iteration's mean. ``runs`` has those too whose kernels returned at once, since the
+    draft was not to be made; ``us`` the gaps, and ``gap_us`` those between its events and before them; ``launches``
+    kernels, or operations on a CPU; ``bytes_moved`` what it must read (None for small stages), and
+    ``gigabytes_per_second`` that over its time.
+    """
     count = len(profiled.iterations)
     drafted = sum(commit.drafted for commit in profiled.commits) / count
     made = {SHALLOW: drafted + 1, STEP: drafted}  # the shallow layers run on the newest token and on every draft
@@ -248,10 +237,12 @@ def stage_rows(profiled: Profile, bytes_of: dict[str, int]) -> list[Row]:
     for stage in everything:
         stages.setdefault(stage.name, []).append(stage)
 
-    def row(name: str, runs: float, stages: Sequence[StageRun], moved: float | None) -> Row:
+    def row(name: str, stages: Sequence[StageRun], runs: float, moved: float | None) -> dict[str, Any]:
         events = [event for stage in stages for event in stage.events]
         us, busy = (sum(each.us for each in some) / count for some in (stages, events))
-        return Row(name, runs, us, us - busy, len(events) / count, moved, moved / us / 1e3 if moved and us else None)
+        speed = moved / us / 1e3 if moved and us else None
+        found = {"stage": name, "runs": runs, "us": us, "gap_us": us - busy, "launches": len(events) / count}
+        return found | {"bytes_moved": moved, "gigabytes_per_second": speed}
 
-    rows = [row(name.removeprefix(PREFIX), len(some) / count, some, moved.get(name)) for name, some in stages.items()]
-    return [*rows, row("iteration", 1.0, everything, sum(each.bytes_moved or 0 for each in rows))]
+    rows = [row(name.removeprefix(PREFIX), some, len(some) / count, moved.get(name)) for name, some in stages.items()]
+    return [*rows, row("iteration", everything, 1.0, sum(each["bytes_moved"] or 0 for each in rows))]
