@@ -2,19 +2,15 @@
 
 import math
 import os
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+from unittest.mock import Mock, patch
 
 import gpu_card
 import gpu_measure as gm
 import pynvml
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from right import first_results, first_rows, reference, relative_error, same_bits, written
 
 from kangaroo_kernels.workloads import TINY, Settings, workloads
@@ -24,17 +20,14 @@ ROWS, LENGTH = 5, 40
 
 
 def test_the_card_is_asked_and_what_it_does_not_say_is_none(monkeypatch):
-    def refuses(*arguments):
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    for name in [name for name in vars(pynvml) if name.startswith("nvmlDeviceGet")]:
-        monkeypatch.setattr(pynvml, name, refuses)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", lambda card, kind: 1980 if kind == 1 else 3201)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda card: 312_500)
-    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
+    refuses = Mock(side_effect=pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED))
+    says = dict.fromkeys((name for name in vars(pynvml) if name.startswith("nvmlDeviceGet")), refuses)
+    says["nvmlDeviceGetClockInfo"] = lambda card, kind: 1980 if kind == 1 else 3201
+    says |= {"nvmlDeviceGetPowerUsage": lambda card: 312_500, "nvmlSystemGetDriverVersion": lambda: "580.1"}
     monkeypatch.setattr(gpu_card, "_nvml_handle", lambda device: "handle")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    taken = gpu_card.snapshot(torch.device("cuda", 0))
+    with patch.multiple(pynvml, **says):
+        taken = gpu_card.snapshot(torch.device("cuda", 0))
     said = {"name": "a card", "driver": "580.1", "sm_mhz": 1980, "memory_mhz": 3201, "power_w": 312.5}
     assert taken == dict.fromkeys(taken) | said
 
@@ -108,18 +101,18 @@ def test_every_output_counts(name):
 @pytest.mark.parametrize("place", range(3))
 def test_an_output_that_a_kernel_leaves_unwritten_is_seen(place):
     """Whatever lay there before, even the right values, is poisoned."""
-    workload = WORKLOADS["qkv_rope qkv"]
-    arguments = arguments_of(workload)
+    arguments = arguments_of(WORKLOADS["qkv_rope qkv"])
     reference("qkv_rope")(*arguments[0], **arguments[1])  # the caches hold the right rows already
 
     def forgetful(*positional, out=None, **named):
         before = [cache.clone() for cache in positional[4:6]]
         result = reference("qkv_rope")(*positional, **named)
-        if place and out is not None:
-            positional[3 + place].copy_(before[place - 1])
         if out is None:
             return result
-        return out if place == 0 else out.copy_(result)
+        if place:
+            positional[3 + place].copy_(before[place - 1])
+            out.copy_(result)
+        return out
 
     got = written("qkv_rope", forgetful, arguments)
     assert [bool(tensor.isnan().any()) for tensor in got] == [index == place for index in range(3)]

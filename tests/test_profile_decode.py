@@ -1,23 +1,18 @@
 """The profiler of decodes: a trace becomes stages, and the command shows them."""
 
 import json
-import sys
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
-
-import pytest
-import torch
-from drafters import on_the_device
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import iteration_profile as ip
 import profile_decode
-from iteration_profile import Event, Profile, ProfileError, StageRun, by_order, by_ranges, stage_bytes, stage_rows
+import pytest
+import torch
+from drafters import on_the_device
+from iteration_profile import Event, Profile, StageRun, by_order, by_ranges, stage_bytes, stage_rows
+from typer.testing import CliRunner
 
-from kangaroo_kernels import Kangaroo
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.commands.facts import footprint
 from kangaroo_kernels.model.results import Commit
 from kangaroo_kernels.model.spans import NOTHING, span
@@ -55,7 +50,7 @@ def test_operations_within_operations_count_once():
     spans = (("mm", 0, 9), ("fill", 3, 2), ("add", 9, 4))
     trace = {"traceEvents": [complete("cpu_op", *each) for each in spans]}
     assert [event.name for event, _ in ip.launched_events(trace, on_gpu=False)] == ["mm", "add"]
-    with pytest.raises(ProfileError, match=f"no range {COMMIT}"):
+    with pytest.raises(KangarooError, match=f"no range {COMMIT}"):
         by_ranges(trace, on_gpu=False, last_stage=COMMIT)
 
 
@@ -80,7 +75,7 @@ def test_other_kernels_are_no_replay():
     more["traceEvents"].append(complete("kernel", "d", 9000, 1, correlation=0))
     next(each for each in other["traceEvents"] if each["name"] == "b")["name"] = "d"
     for trace, count in ((more, 7), (other, 3), ({"traceEvents": []}, 0)):
-        with pytest.raises(ProfileError, match=f"graph's {count} kernels are not a launched iteration's"):
+        with pytest.raises(KangarooError, match=f"graph's {count} kernels are not a launched iteration's"):
             by_order(trace, like if count else [])
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.profiler import profile
 
-from kangaroo_kernels import Kangaroo
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.results import Commit
@@ -23,10 +23,6 @@ from kangaroo_kernels.model.target.config import LlamaConfig
 
 PREFIX = "kangaroo/"
 SHALLOW, STEP = PREFIX + "draft/shallow", PREFIX + "draft/step"
-
-
-class ProfileError(RuntimeError):
-    """A trace that does not hold what it should."""
 
 
 class Event(NamedTuple):
@@ -83,7 +79,7 @@ def by_ranges(trace: dict[str, Any], on_gpu: bool, last_stage: str) -> list[Iter
     """The whole iterations of a trace whose every event was launched within a range.
 
     Raises:
-        ProfileError: there is none.
+        KangarooError: there is none.
     """
     launched, found, current = launched_events(trace, on_gpu), list[Iteration](), Iteration()
     for each in events_of(trace, "user_annotation"):
@@ -95,7 +91,7 @@ def by_ranges(trace: dict[str, Any], on_gpu: bool, last_stage: str) -> list[Iter
                 found.append(joined(current))
                 current = []
     if not found:
-        raise ProfileError(f"the trace shows no whole iteration: no range {last_stage}.")
+        raise KangarooError(f"the trace shows no whole iteration: no range {last_stage}.")
     return found
 
 
@@ -112,12 +108,12 @@ def by_order(trace: dict[str, Any], like: Iteration) -> list[Iteration]:
     """The iterations of a trace of replayed graphs, each with the kernels of ``like`` in their order.
 
     Raises:
-        ProfileError: other kernels than those.
+        KangarooError: other kernels than those.
     """
     kernels = [event for event, _ in launched_events(trace, on_gpu=True)]
     names = [event.name for stage in like for event in stage.events]
     if not names or [event.name for event in kernels] != names * (len(kernels) // len(names)):
-        raise ProfileError(f"the replayed graph's {len(kernels)} kernels are not a launched iteration's {len(names)}.")
+        raise KangarooError(f"the replayed graph's {len(kernels)} kernels are not a launched iteration's {len(names)}.")
     following, found = iter(kernels), []
     for _ in range(len(kernels) // len(names)):
         found.append(joined([stage._replace(events=[next(following) for _ in stage.events]) for stage in like]))
@@ -173,7 +169,7 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
     On a GPU the iterations are looked at as they run in production, as replayed graphs, unless the instance has none.
 
     Raises:
-        ProfileError: a profiler that may not see this device, or a text that ended too soon.
+        KangarooError: a profiler that may not see this device, or a text that ended too soon.
     """
     on_gpu, resident = kangaroo.target.device.type == "cuda", kangaroo.target.backend.resident
     last_stage = PREFIX + ("commit" if resident or not settings.get("plain") else "verify")
@@ -182,7 +178,7 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
         kangaroo.generate(prompt, max_new_tokens=64, **settings)  # compiles; captures
         trace, commits, length = traced(kangaroo, prompt, count, settings)
     except StopIteration:
-        raise ProfileError("the text ended before enough iterations ran; give another prompt.") from None
+        raise KangarooError("the text ended before enough iterations ran; give another prompt.") from None
     if graphs:
         launcher = Kangaroo(kangaroo.target, kangaroo.drafter, kangaroo.tokenizer, graphs=False)
         like = by_ranges(traced(launcher, prompt, 2, settings)[0], on_gpu, last_stage)[-1]
@@ -190,7 +186,7 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
     else:
         iterations = by_ranges(trace, on_gpu, last_stage)
     if len(iterations) != len(commits):
-        raise ProfileError(f"{len(iterations)} iterations were seen, {len(commits)} committed.")
+        raise KangarooError(f"{len(iterations)} iterations were seen, {len(commits)} committed.")
     return Profile(iterations, commits, length, trace, graphs)
 
 

@@ -17,7 +17,7 @@ import torch
 import typer
 from command import refuse
 from gpu_measure import measure_ceiling
-from iteration_profile import Profile, ProfileError, median_of, profile_iterations, room_for, stage_bytes, stage_rows
+from iteration_profile import Profile, median_of, profile_iterations, room_for, stage_bytes, stage_rows
 from random_model import exit_layer_of, random_drafter, random_prompt, random_target
 from report.page import STAGE_COLUMNS, table
 from report.plots import iteration
@@ -107,7 +107,7 @@ def main(
         if nvtx:
             return decode_under_ranges(kangaroo, prompt, plain)
         profiled = profile_iterations(kangaroo, prompt, ITERATIONS, plain=plain)
-    except (KangarooError, ProfileError) as error:
+    except KangarooError as error:
         refuse(NAME, str(error))
     launched = "CUDA graphs replayed" if profiled.graphs else "kernels launched one by one"
     if kangaroo.target.device.type == "cpu":

@@ -15,6 +15,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -80,11 +81,8 @@ def find_cases(models: Sequence[ModelShape], dtype: torch.dtype = torch.bfloat16
 
     for workload in (workload for model in models for workload in workloads(model)):
         positional, named = workload.make(Settings(1, CACHE_LENGTH, dtype, torch.device("meta")))
-        try:
-            with configured_by(partial(note, workload)):
-                launcher(workload.op)(*positional, **named)
-        except _AskedError:
-            pass
+        with suppress(_AskedError), configured_by(partial(note, workload)):
+            launcher(workload.op)(*positional, **named)
     return list(cases.values())
 
 
@@ -103,10 +101,9 @@ def find_candidates(case: Case, card: Card) -> list[LaunchConfig]:
 # ---- on the card
 
 
-def fixed_bits(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def fixed_bits(results: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """What no configuration may change: of a head (which gives tokens) the tokens, else everything."""
-    tokens = [result for result in results if not result.is_floating_point()]
-    return tokens or list(results)
+    return [result for result in results if not result.is_floating_point()] or results
 
 
 @dataclass(frozen=True)
