@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,15 +176,18 @@ def test_a_part_that_ends_badly_takes_nothing_along(ending, code, kept, said, co
 def test_the_commit_is_the_sources(tmp_path, monkeypatch):
     """Without git there is a digest of the sources, by name and content, or the commit that was carried with it."""
     monkeypatch.setattr(gpu_report, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_report, "digest_of_sources", partial(gpu_report.digest_of_sources, tmp_path))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    digests = set()
-    for name, content in (("tools/a.py", "1"), ("tools/a.py", "2"), ("tools/b.py", "2"), (".dev/key.json", "{}")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-        digests.add(digest := gpu_report.digest_of_sources(tmp_path))
+    sources, key, digests = tmp_path / "tools", tmp_path / ".dev" / "key.json", set()
+    for name, content in (("a.py", "1"), ("a.py", "2"), ("b.py", "2")):
+        shutil.rmtree(sources, ignore_errors=True)
+        sources.mkdir()
+        (sources / name).write_text(content)
+        digests.add(digest := gpu_report.digest_of_sources())
     assert len(digests) == 3
     assert gpu_report.commit() == f"unknown, sources {digest}"
-    (tmp_path / name).write_text(json.dumps({"sources": digest, "commit": "c"}))
+    key.parent.mkdir()
+    key.write_text(json.dumps({"sources": digest, "commit": "c"}))
     assert gpu_report.commit() == "c"
 
 

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -135,9 +136,7 @@ class Stream(NamedTuple):
         return 32 * self.num_warps * 4 * self.loads
 
 
-STREAMS = tuple(
-    Stream(warps, loads, programs) for warps in (4, 8) for loads in (4, 8, 16) for programs in (0, 4, 8, 16)
-)
+STREAMS = tuple(Stream(*values) for values in product((4, 8), (4, 8, 16), (0, 4, 8, 16)))
 
 
 def read_stream(source: Tensor, stream: Stream, multiprocessors: int) -> Tensor:

@@ -85,9 +85,7 @@ def iterations(shape: ModelShape, on: bool) -> None:
                     iteration.run(reach)
 
 
-def empty(
-    *shape: int, generator: Any = None, dtype: Any = None, device: Any = None, scale: float = 1.0
-) -> torch.Tensor:
+def empty(*shape: int, dtype: Any = None, device: Any = None, **how: Any) -> torch.Tensor:
     """In the place of random numbers: memory that nobody has touched."""
     return torch.empty(*shape, dtype=dtype, device=device)
 
@@ -97,7 +95,8 @@ def loops() -> None:
     source = torch.empty((1 << 30) - (1 << 20), dtype=torch.int32, device=META)
     for each in gm.STREAMS:
         gm.read_stream(source, each, multiprocessors=132)
-    tests, draft_steps = import_module("test_zz_one_kernel"), import_module("draft_steps")
+    tests: Any = import_module("test_zz_one_kernel")
+    draft_steps: Any = import_module("draft_steps")
     draft_steps.drawer = lambda seed, dtype, device: partial(empty, dtype=dtype, device=device)
     for hidden, inner, vocab, heads in tests.SIZES.values():
         draft_steps.HIDDEN, draft_steps.INNER, draft_steps.VOCAB = hidden, inner, vocab
@@ -113,7 +112,7 @@ def tests(*chosen: str) -> None:
     """Lead them through their launches: asserts are compiled away, and nothing holds."""
     ways = ["-W", "ignore", "--assert=plain", "-p", "no:cacheprovider", "-q", "--tb=no", "--no-header", "-r", "N"]
     if not standin.COMPUTING:  # on memory that nobody has touched
-        torch.randn = empty
+        vars(torch)["randn"] = empty
     pytest.main(["-m", "gpu", *ways, "--continue-on-collection-errors", *chosen], plugins=[standin])
 
 
@@ -129,9 +128,7 @@ def main(what: str) -> None:
     """Do the work of that name."""
     began = time.monotonic()
     if not getattr(cache, "adopted", False):
-        sys.exit(
-            "sitecustomize.py was not run, or this is another Triton than the GPU's: nothing of it would be found."
-        )
+        sys.exit("sitecustomize.py was not run, or this is not the GPU's Triton: nothing of it would be found.")
     works: dict[str, Callable[[], None]] = {shape.name: partial(model, shape) for shape in MODELS}
     works |= {"loops": loops, "decodes": decodes}
     chosen = f"({CHOSEN}) and not thousand"
