@@ -135,8 +135,7 @@ def main(
     if not smoke and not torch.cuda.is_available():
         refuse(NAME, "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.")
     if out is None:
-        name = launch_config.file_name(torch.cuda.get_device_name()).removesuffix(".json")
-        out = ROOT / "bench" / "results" / name
+        out = ROOT / "bench/results" / launch_config.file_name(torch.cuda.get_device_name()).removesuffix(".json")
     out = out.resolve()
     status = measure(parts, Job(out / "report.json", out, 60 * minutes, smoke, brief=first, pair=pair))
     if first:

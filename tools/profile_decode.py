@@ -18,7 +18,7 @@ import typer
 from command import refuse
 from gpu_measure import measure_ceiling
 from iteration_profile import Profile, median_of, profile_iterations, room_for, stage_bytes, stage_rows
-from random_model import exit_layer_of, random_drafter, random_prompt, random_target
+from random_model import random_kangaroo, random_prompt, sharing_weights
 from report.page import STAGE_COLUMNS, table
 from report.plots import iteration
 
@@ -77,8 +77,8 @@ def load(shape: str | None, graphs: bool) -> Kangaroo:
     """The bundled pair, or random weights at a model's shape, which need a GPU."""
     if shape is None:
         return Kangaroo.from_pretrained(DEMO_MODEL, graphs=graphs)
-    target = random_target(SHAPES[shape], torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
-    return Kangaroo(target, random_drafter(target, exit_layer_of(SHAPES[shape])), graphs=graphs)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return sharing_weights(random_kangaroo(SHAPES[shape], device, torch.bfloat16), graphs=graphs)
 
 
 def main(

@@ -5,9 +5,7 @@
 Every operation is tried at every shape of ``workloads.MODELS``, in bfloat16. A candidate is timed only if it gives the
 bits of the architecture's default on fresh random inputs of 1, 5 and 16 rows (of a head the tokens: a confidence is
 summed tile by tile), and if these are within the error budget of the reference in float64: nothing that
-``docs/kernels.md`` fixes can change. What does not compile or launch is skipped and counted. Candidates like the
-default come first, and every shape takes its turn. A rule is written where one beat the default; the file keeps its
-rules for other shapes.
+``docs/kernels.md`` fixes can change. Every shape takes its turn. A rule is written where one beat the default.
 """
 
 import json

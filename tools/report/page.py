@@ -113,9 +113,8 @@ def page(report: Values) -> str:
         text += ["What went wrong:", "\n".join(f"- {sentence}" for sentence in wrong)]
     ran = [{"part": name, "state": state_of(piece), **piece} for name, piece in parts.items()]
     columns = ("part", "part", ""), ("state", "state", ""), ("seconds", "seconds", 0)
-    text.append(
-        table(ran, *columns, ("kernels compiled", "compiled", 0), ("date", "date", ""), ("commit", "commit", ""))
-    )
+    more = ("kernels compiled", "compiled", 0), ("date", "date", ""), ("commit", "commit", "")
+    text.append(table(ran, *columns, *more))
     found: dict[str, Values] = {name: parts.get(name, {}) for name in ("environment", "kernels", "pair", "timeline")}
     text += [*environment(found["environment"]), *tests(parts), *kernels(found["kernels"].get("cells", ()))]
     text += [*decoding(parts), *pair(found["pair"]), *timeline(found["timeline"])]
@@ -145,8 +144,8 @@ def tests(parts: Mapping[str, Values]) -> Iterator[str]:
     rows = [{"part": name, **piece} for name, piece in parts.items() if "ran" in piece]
     if rows:
         yield "## Tests"
-        counts = "passed", "failed", "skipped", "not_run", "collected"
-        columns = [(count.replace("_", " "), count, 0) for count in counts]
+        counts = "passed", "failed", "skipped", "not run", "collected"
+        columns = [(count, count.replace(" ", "_"), 0) for count in counts]
         yield table(rows, ("part", "part", ""), *columns, ("command", "ran", ""))
     noted = [each for row in rows for each in row.get("noted", ()) if each.get("us_a_launch")]
     yield from (f"{each['test']}: {each['us_a_launch']:.1f} us a launch." for each in noted)
