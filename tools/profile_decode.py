@@ -39,8 +39,6 @@ nsys profile -t cuda,nvtx --cuda-graph-trace=node -c cudaProfilerApi -o kangaroo
 
 ncu --profile-from-start off -k regex:gate_up_kernel -c 4 --set full -o gate_up python tools/profile_decode.py \
 --nvtx --no-graphs
-
-Ranges: kangaroo/draft/shallow, kangaroo/draft/step, kangaroo/verify, kangaroo/accept, kangaroo/commit.
 """
 
 

@@ -49,9 +49,7 @@ def triton_here() -> Path:
     for folder in (ROOT / ".venv/triton-3.6", BUILD / "triton"):
         if (folder / f"triton-{TRITON}.dist-info").is_dir():
             return folder
-    status, said = run(
-        "-m", "pip", "install", "--quiet", "--no-deps", "--target", BUILD / "triton", f"triton=={TRITON}"
-    )
+    status, said = run("-m", "pip", "install", "-q", "--no-deps", "--target", BUILD / "triton", f"triton=={TRITON}")
     if status:
         refuse("prepare", f"fetching Triton failed: {said[-1500:]}")
     return BUILD / "triton"
