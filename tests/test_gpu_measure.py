@@ -2,32 +2,15 @@
 
 import math
 import os
-import sys
-from pathlib import Path
+from unittest.mock import Mock, patch
 
+import gpu_card
+import gpu_measure as gm
+import pynvml
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-
-import gpu_card
-import gpu_measure
-import pynvml
-from gpu_card import read_card, snapshot
-from gpu_measure import (
-    OVERFLOW,
-    STREAMS,
-    Replays,
-    measure_ceiling,
-    quantiles,
-    read_stream,
-    repetitions_for,
-    sets_needed,
-    time_graph,
-    wrapped_sum,
-)
 from right import first_results, first_rows, reference, relative_error, same_bits, written
 
 from kangaroo_kernels.workloads import TINY, Settings, workloads
@@ -37,17 +20,14 @@ ROWS, LENGTH = 5, 40
 
 
 def test_the_card_is_asked_and_what_it_does_not_say_is_none(monkeypatch):
-    def refuses(*arguments):
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    for name in [name for name in vars(pynvml) if name.startswith("nvmlDeviceGet")]:
-        monkeypatch.setattr(pynvml, name, refuses)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", lambda card, kind: 1980 if kind == 1 else 3201)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda card: 312_500)
-    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
+    refuses = Mock(side_effect=pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED))
+    says = dict.fromkeys((name for name in vars(pynvml) if name.startswith("nvmlDeviceGet")), refuses)
+    says["nvmlDeviceGetClockInfo"] = lambda card, kind: 1980 if kind == 1 else 3201
+    says |= {"nvmlDeviceGetPowerUsage": lambda card: 312_500, "nvmlSystemGetDriverVersion": lambda: "580.1"}
     monkeypatch.setattr(gpu_card, "_nvml_handle", lambda device: "handle")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    taken = snapshot(torch.device("cuda", 0))
+    with patch.multiple(pynvml, **says):
+        taken = gpu_card.snapshot(torch.device("cuda", 0))
     said = {"name": "a card", "driver": "580.1", "sm_mhz": 1980, "memory_mhz": 3201, "power_w": 312.5}
     assert taken == dict.fromkeys(taken) | said
 
@@ -56,38 +36,37 @@ def test_the_card_is_asked_and_what_it_does_not_say_is_none(monkeypatch):
 
 
 def test_quantiles():
-    assert quantiles([index * 1e-6 for index in (5, 1, 2, 11, 4, 3, 6, 9, 8, 7, 10)]) == pytest.approx((3, 6, 9))
+    assert gm.quantiles([index * 1e-6 for index in (5, 1, 2, 11, 4, 3, 6, 9, 8, 7, 10)]) == pytest.approx((3, 6, 9))
 
 
 @given(st.integers(1, 1 << 32), st.integers(1, 1 << 28))
 def test_sets_overflow_the_l2(set_bytes, l2_bytes):
     """And no more of them than it takes, within half of the free memory."""
-    sets = sets_needed(set_bytes, l2_bytes, 1 << 60)
+    sets = gm.sets_needed(set_bytes, l2_bytes, 1 << 60)
     assert sets >= 2
-    assert sets * set_bytes > OVERFLOW * l2_bytes
-    assert sets == 2 or (sets - 1) * set_bytes <= OVERFLOW * l2_bytes
-    assert sets_needed(set_bytes, l2_bytes, 4 * set_bytes) == 2
+    assert sets * set_bytes > gm.OVERFLOW * l2_bytes
+    assert sets == 2 or (sets - 1) * set_bytes <= gm.OVERFLOW * l2_bytes
+    assert gm.sets_needed(set_bytes, l2_bytes, 4 * set_bytes) == 2
 
 
 @given(st.integers(1, 2000), st.floats(0, 1e4))
 def test_every_set_is_repeated_equally_often_and_a_replay_is_long(sets, least_us):
-    repetitions, call_us = repetitions_for(sets, least_us), max(least_us, gpu_measure.LEAST_US)
+    repetitions, call_us = gm.repetitions_for(sets, least_us), max(least_us, gm.LEAST_US)
     assert repetitions % sets == 0
-    assert repetitions * call_us >= gpu_measure.REPLAY_US * (1 - 1e-9)
-    assert repetitions == sets or (repetitions - sets) * call_us < gpu_measure.REPLAY_US * (1 + 1e-9)
+    assert repetitions * call_us >= gm.REPLAY_US * (1 - 1e-9)
+    assert repetitions == sets or (repetitions - sets) * call_us < gm.REPLAY_US * (1 + 1e-9)
 
 
 # ---- the yardstick
 
 
-@pytest.mark.parametrize("stream", STREAMS[::5], ids=str)
+@pytest.mark.parametrize("stream", gm.STREAMS[::5], ids=str)
 def test_the_stream_reads_every_integer_once(stream, device):
     values = torch.randint(-999, 999, (5 * stream.chunk,), dtype=torch.int32, device=device)
     values[:: stream.chunk // 7] = 99_999
     for place in (0, stream.chunk - 1, len(values) - 1):  # none is left out, none is read twice
         values[place] += 1
-        assert int(read_stream(values, stream, multiprocessors=1).sum()) == int(values.sum())
-    assert wrapped_sum(torch.tensor([2**31 - 1, 1, 5], dtype=torch.int32)) == 2**31 + 5
+        assert int(gm.read_stream(values, stream, multiprocessors=1).sum()) == int(values.sum())
 
 
 # ---- right before fast
@@ -122,18 +101,18 @@ def test_every_output_counts(name):
 @pytest.mark.parametrize("place", range(3))
 def test_an_output_that_a_kernel_leaves_unwritten_is_seen(place):
     """Whatever lay there before, even the right values, is poisoned."""
-    workload = WORKLOADS["qkv_rope qkv"]
-    arguments = arguments_of(workload)
+    arguments = arguments_of(WORKLOADS["qkv_rope qkv"])
     reference("qkv_rope")(*arguments[0], **arguments[1])  # the caches hold the right rows already
 
     def forgetful(*positional, out=None, **named):
         before = [cache.clone() for cache in positional[4:6]]
         result = reference("qkv_rope")(*positional, **named)
-        if place and out is not None:
-            positional[3 + place].copy_(before[place - 1])
         if out is None:
             return result
-        return out if place == 0 else out.copy_(result)
+        if place:
+            positional[3 + place].copy_(before[place - 1])
+            out.copy_(result)
+        return out
 
     got = written("qkv_rope", forgetful, arguments)
     assert [bool(tensor.isnan().any()) for tensor in got] == [index == place for index in range(3)]
@@ -183,7 +162,7 @@ def test_calls_take_turns_in_the_graph(device):
         order.append(index)
         values[index] += 1
 
-    replays = Replays([lambda index=index: call(index) for index in range(3)], 6)
+    replays = gm.Replays([lambda index=index: call(index) for index in range(3)], 6)
     assert order == [0, 1, 2, 0, 1, 2, 0, 1, 2]  # once each before the capture
     before = values.tolist()
     assert replays.seconds() > 0
@@ -194,7 +173,7 @@ def test_calls_take_turns_in_the_graph(device):
 @pytest.mark.gpu
 def test_time_grows_with_the_bytes(device):
     small, large = (torch.randn(size, device=device) for size in (1 << 24, 1 << 27))
-    one, eight = (time_graph([lambda x=x: x.mul_(1.0)], 20, 10) for x in (small, large))
+    one, eight = (gm.time_graph([lambda x=x: x.mul_(1.0)], 20, 10) for x in (small, large))
     assert 0 < one.p20 <= one.p50 <= one.p80
     assert 4 < eight.p50 / one.p50 < 16
 
@@ -202,7 +181,7 @@ def test_time_grows_with_the_bytes(device):
 @ALONE
 @pytest.mark.gpu
 def test_the_ceiling_is_plausible(device):
-    ceiling = measure_ceiling(device)
-    assert ceiling.stream in STREAMS
-    assert ceiling.buffer_bytes >= 8 * read_card(device).l2_bytes
+    ceiling = gm.measure_ceiling(device)
+    assert ceiling.stream in gm.STREAMS
+    assert ceiling.buffer_bytes >= 8 * gpu_card.read_card(device).l2_bytes
     assert 0.7 < ceiling.read / ceiling.copy < 2

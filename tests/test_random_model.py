@@ -1,12 +1,6 @@
 """What figures with random weights rest on: models near real ones' numbers."""
 
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-
 from random_model import random_target
 
 from kangaroo_kernels.model.backend import REFERENCES

@@ -4,21 +4,19 @@ import math
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from torch.nn import functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-
 import demo_corpus
+import pytest
 import target_training
+import torch
 from demo_corpus import Document, cut_prompts, installed_documents, stdlib_documents
 from presets import SMOKE
 from target_training import TargetRecipe, TargetTraining, encode, evaluate, train_tokenizer
+from torch.nn import functional as F
 
 from kangaroo_kernels import Kangaroo
 
@@ -29,45 +27,36 @@ TINY = replace(SMOKE.target, num_hidden_layers=2, context=32, short_context=16, 
 
 
 def code(seed: str, lines: int = 30) -> str:
-    return "def begin():\n" + "".join(
-        f"    value_{seed}_of_line_{'abcdefghij'[n % 10]} = {seed}_{'x' * n}\n" for n in range(lines)
-    )
+    values = (f"    value_{seed}_of_line_{'abcdefghij'[n % 10]} = {seed}_{'x' * n}\n" for n in range(lines))
+    return "def begin():\n" + "".join(values)
 
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A standard library in the place of this machine's, with an empty folder of packages in it."""
-    folder = tmp_path / "lib"
-    (folder / "site-packages").mkdir(parents=True)
-    monkeypatch.setattr("sysconfig.get_path", lambda _: str(folder))
-    monkeypatch.setattr(sys, "path", [str(folder / "site-packages")])
-    return folder
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
+    return tmp_path
 
 
 def test_what_is_read(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    contents = {
-        "a.py": code("same").encode(),
-        "b.py": code("same").encode(),
-        "json/c.py": code("other").encode(),
-        "encodings/table.py": code("table").encode(),
-        "site-packages/torch/d.py": code("package").encode(),
-        "broken.py": b"\xff" * 400,
-        "numbers.py": b"table = [" + b"0x12, " * 200 + b"]",
-    }
-    for name, content in contents.items():
+    """Neither tables nor what cannot be read, no text twice, and in an order that the paths' hashes fix."""
+    texts = {name: code(name[0]) for name in ("a.py", "json/c.py", "encodings/t.py", "site-packages/torch/d.py")}
+    texts |= {"b.py": code("a"), "numbers.py": "table = [" + "0x12, " * 200 + "]"}
+    for name, text in texts.items():
         (library / name).parent.mkdir(exist_ok=True)
-        (library / name).write_bytes(content)
+        (library / name).write_text(text)
+    (library / "broken.py").write_bytes(b"\xff" * 400)
     (library / "link.py").symlink_to(library / "nowhere")
     found = {document.path: document for document in stdlib_documents()}
     assert {name for name in found if name.endswith(".py")} == {"a.py", "b.py", "json/c.py"}
     assert found["a.py"].file == library / "a.py" and found["pydoc_data/topics/while"].file is None
     assert [document.path for document in installed_documents(("json",))] == ["json/c.py"]
     installed = installed_documents()
-    assert sorted(document.text for document in installed) == sorted(map(code, ("same", "other", "package")))
     assert {"json/c.py", "site-packages/torch/d.py"} < {document.path for document in installed}
-    assert all(document.text == document.file.read_text() for document in installed)
-    by_hash = sorted(installed, key=lambda document: sha256(document.path.encode()).digest())
-    assert installed == by_hash
+    assert sorted(document.text for document in installed) == sorted(map(code, "ajs"))
+    assert installed == sorted(installed, key=lambda document: sha256(document.path.encode()).digest())
     monkeypatch.setattr(demo_corpus, "MAX_CHARS", len(installed[0].text) + 1)
     assert installed_documents() == installed[:2]
 
@@ -83,6 +72,7 @@ def test_near_copies_are_not_held_out(library: Path) -> None:
 
 
 def test_prompts() -> None:
+    """They begin with a definition and end between lines with much behind them; two are enough, one a file."""
     body = "".join(f"    line_{'abcdefghij'[n % 10]} = compute(value)\n" for n in range(40))
     texts = {
         "long.py": "import os\n\n\nclass First:\n" + body + "\n\n\n\ndef second():\n" + body,
@@ -169,17 +159,14 @@ def test_evaluation(tokenizer: Any) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at it itself
 @pytest.mark.parametrize("works", [True, False])
 def test_layers_compile_once_or_run_as_they_are(works: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs: list[int] = []
-    calls: list[int] = []
+    graphs, calls = list[int](), list[int]()
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
         graphs.append(1)
-        if not works:
-            raise RuntimeError("no compiler found")
+        assert works, "no compiler found"
         return lambda *inputs: calls.append(1) or graph.forward(*inputs)
 
-    compile_with = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **given: compile_with(function, backend=backend, **given))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch._dynamo.reset()
     trained = training(tokenizer)
     trained.compile_layers()

@@ -2,24 +2,20 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-
 import train_demo
 from demo_corpus import Document
 from presets import DEMO, PRESETS, SMOKE, Preset
+from safetensors.torch import load_file, save_file
 from target_training import TargetRecipe, TargetTraining
+from typer.testing import CliRunner
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.demo import DemoPair, bundled_pair
@@ -50,31 +46,23 @@ def train(preset: Preset, out: Path, minutes: float, report: Callable[..., None]
     return train_demo.train_pair(train_demo.Run(preset, out, minutes, CPU, {"preset": "ours"}, report))
 
 
+GIVEN = {"train_tokenizer": 0, "encode": 1, "WritingSettings": "prompts", "TrainingSettings": "data", "calibrate": 1}
+"""What learns, and where it is told what from."""
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One run of the smoke preset by its command, and what each of its stages was given to learn from."""
     out = tmp_path_factory.mktemp("runs") / "smoke"
-    given: dict[str, Any] = {}
-
-    def noting(name: str, place: int | str, original: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        given[name] = arguments[place] if isinstance(place, int) else named[place]
-        return original(*arguments, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, place in {
-            "train_tokenizer": 0,
-            "encode": 1,
-            "WritingSettings": "prompts",
-            "TrainingSettings": "data",
-            "calibrate": 1,
-        }.items():
-            patch.setattr(train_demo, name, partial(noting, name, place, getattr(train_demo, name)))
-        # the steps end it, not the time, however slow the machine is
-        command = ["--preset", "smoke", "--minutes", "60", "--device", "cpu", "--out", str(out)]
+    # the steps end it, not the time, however slow the machine is
+    command = ["--preset", "smoke", "--minutes", "60", "--device", "cpu", "--out", str(out)]
+    spies = {name: Mock(wraps=getattr(train_demo, name)) for name in GIVEN}
+    with patch.multiple(train_demo, **spies):
         result = CliRunner().invoke(train_demo.app, command)
     assert result.exit_code == 0, result.output
     assert f"python tools/gpu_report.py --pair {out}" in result.output
-    return {"out": out, "given": given}
+    last = {name: dict(enumerate(spy.call_args.args)) | spy.call_args.kwargs for name, spy in spies.items()}
+    return {"out": out, "given": {name: last[name][place] for name, place in GIVEN.items()}}
 
 
 def test_the_record_is_complete(smoke: dict[str, Any]) -> None:
@@ -86,14 +74,13 @@ def test_the_record_is_complete(smoke: dict[str, Any]) -> None:
     assert record["machine"]["versions"]["torch"] == torch.__version__
     assert {"bits_per_character", "top1_accuracy", *train_demo.SCORES} == set(record["held_out"])
     assert TargetRecipe(**target["recipe"]) == SMOKE.target
-    curve = target["curve"]
-    assert len(curve) == train_demo.PROBES and curve[-1]["step"] == target["steps"] == SMOKE.target_steps
-    assert curve[-1]["bits_per_character"] < curve[0]["bits_per_character"] - 0.3  # it learns
+    first, *_, last = curve = target["curve"]
+    assert len(curve) == train_demo.PROBES and last["step"] == target["steps"] == SMOKE.target_steps
+    assert last["bits_per_character"] < first["bits_per_character"] - 0.3  # it learns
     assert adapter["steps"] == SMOKE.adapter["steps"]
-    values = read(out / "adapter" / "config.json")
-    assert values["num_speculative_tokens"] == read(out / "adapter" / "calibration.json")[0]["num_speculative_tokens"]
-    for file in out.rglob("*.json"):
-        assert str(out) not in file.read_text()
+    values, (defaults, *_) = read(out / "adapter" / "config.json"), read(out / "adapter" / "calibration.json")
+    assert values["num_speculative_tokens"] == defaults["num_speculative_tokens"]
+    assert not any(str(out) in file.read_text() for file in out.rglob("*.json"))
 
 
 def test_nothing_learns_from_held_out_files(smoke: dict[str, Any]) -> None:

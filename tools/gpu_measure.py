@@ -13,6 +13,8 @@ No clock, limit or mode of the card is ever set; ``gpu_card.snapshot`` records t
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -134,9 +136,7 @@ class Stream(NamedTuple):
         return 32 * self.num_warps * 4 * self.loads
 
 
-STREAMS = tuple(
-    Stream(warps, loads, programs) for warps in (4, 8) for loads in (4, 8, 16) for programs in (0, 4, 8, 16)
-)
+STREAMS = tuple(Stream(*values) for values in product((4, 8), (4, 8, 16), (0, 4, 8, 16)))
 
 
 def read_stream(source: Tensor, stream: Stream, multiprocessors: int) -> Tensor:
@@ -148,11 +148,6 @@ def read_stream(source: Tensor, stream: Stream, multiprocessors: int) -> Tensor:
     sizes = {"BLOCK": stream.chunk // stream.loads, "LOADS": stream.loads, "num_warps": stream.num_warps}
     read_stream_kernel[(programs,)](source, sums, source.numel(), **sizes)
     return sums
-
-
-def wrapped_sum(values: Tensor) -> int:
-    """The sum of int32 ``values`` modulo 2^32."""
-    return int(values.sum(dtype=torch.int64)) % (1 << 32)
 
 
 class Ceiling(NamedTuple):
@@ -175,12 +170,13 @@ def measure_ceiling(device: torch.device) -> Ceiling:
     unit = 4 * max(stream.chunk for stream in STREAMS) * 8  # every chunk divides it, and its halves
     buffer_bytes = min(4 << 30, max(16 * card.l2_bytes, 1 << 30), free_bytes // 2) // unit * unit
     source = torch.empty(buffer_bytes // 4, dtype=torch.int32, device=device).random_()
-    wanted, repetitions = wrapped_sum(source), repetitions_for(1, buffer_bytes / FASTEST_READ)
+    wanted, repetitions = source.sum(), repetitions_for(1, buffer_bytes / FASTEST_READ)
 
     def measure(stream: Stream, rounds: int) -> float:
-        if wrapped_sum(read_stream(source, stream, card.multiprocessors)) != wanted:
+        read = partial(read_stream, source, stream, card.multiprocessors)
+        if int(read().sum() - wanted) % (1 << 32):  # a program's sum wraps around
             raise RuntimeError(f"the stream {stream} did not read every integer once.")
-        return time_graph([lambda: read_stream(source, stream, card.multiprocessors)], repetitions, rounds).p50
+        return time_graph([read], repetitions, rounds).p50
 
     fastest = min(STREAMS, key=lambda stream: measure(stream, 5))
     read_us, (first, second) = measure(fastest, ROUNDS), source.chunk(2)

@@ -1,23 +1,12 @@
 """Everything worth knowing about this library on a GPU, from one command within a given time.
 
     python tools/gpu_report.py --minutes 9
-    python tools/gpu_report.py --only decode,baselines --minutes 4
-    python tools/gpu_report.py --pair runs/large
-    python tools/gpu_report.py --first --minutes 4.5
     python tools/gpu_report.py --smoke --out build/report
 
-In this order: versions and the card's measured bandwidth, the GPU's tests, bit-equality at real shapes,
-microbenchmarks, decode speeds beside transformers, and one iteration kernel by kernel. Every part runs in a process of
-its own within its share of the time; what one does not use, the next ones have. A part that fails or hangs is told of,
-and the others go on.
-
-``--first`` is for the first minutes on a card: is it right, and how fast at the first model's shape? It prints what it
-found, and every part says how many kernels Triton compiled. ``--pair`` measures a trained pair instead, on held-out
-prompts: acceptance, speed, whether the tokens are plain decoding's, and the same prompts in transformers.
-
-It writes ``report.json``, ``report.md`` and a picture of the timeline to ``bench/results/<GPU>/``. Parts that are not
-run again keep what they had there, with their own date and commit. ``--smoke`` runs everything at tiny size on the CPU;
-no figure of it is about a GPU.
+Every part (``report/parts.py``) runs in a process of its own within its share of the time; what one does not use, the
+next ones have. A part that fails or hangs is told of, and the others go on. ``report.json``, ``report.md`` and a
+picture of the timeline are written to ``bench/results/<GPU>/``. Parts that are not run again keep what they had there,
+with their own date and commit.
 """
 
 import hashlib
@@ -44,11 +33,8 @@ from kangaroo_kernels.model.demo import DemoPair
 
 NAME = "gpu_report"
 SOURCES = ("kangaroo_kernels", "model", "tools", "tests")
-LEAST_SECONDS = 3.0
-"""With less than this nothing is started: importing takes so long."""
-
-RESERVE = 12.0
-"""Seconds for the page, and for a last part that has to be ended."""
+LEAST_SECONDS, RESERVE = 3.0, 12.0
+"""With less nothing is started, for importing takes so long; for the page, and a last part that has to be ended."""
 
 
 def commit() -> str:
@@ -84,8 +70,8 @@ def measure(parts: Sequence[Part], plan: Job) -> int:
         file.touch()
     except OSError as error:
         refuse(NAME, f"{plan.folder} cannot be written: {error.strerror}.")
-    line, now = shlex.join(["python", *sys.argv]), datetime.now(timezone.utc)
-    where = {"commit": commit(), "date": now.strftime("%Y-%m-%d %H:%M UTC"), "command": line}
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    where = {"commit": commit(), "date": date, "command": shlex.join(["python", *sys.argv])}
     about = {"gpu": None if plan.smoke else torch.cuda.get_device_name(), "smoke": plan.smoke}
     earlier = read_json(file)
     found: dict[str, Any] = earlier.get("parts", {}) if about.items() <= earlier.items() else {}
@@ -125,7 +111,9 @@ def main(
     pair: Annotated[
         Path | None, typer.Option(help="Measure a trained pair: a folder with target/, adapter/ and prompts.json.")
     ] = None,
-    first: Annotated[bool, typer.Option("--first", help="Check and measure this GPU within minutes.")] = False,
+    first: Annotated[
+        bool, typer.Option("--first", help="For a card's first minutes: is it right, how fast is one model's shape?")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="The folder to write; by default bench/results/<GPU>/.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Every part at tiny size on the CPU; needs --out.")] = False,
 ) -> None:
@@ -147,8 +135,7 @@ def main(
     if not smoke and not torch.cuda.is_available():
         refuse(NAME, "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.")
     if out is None:
-        name = launch_config.file_name(torch.cuda.get_device_name()).removesuffix(".json")
-        out = ROOT / "bench" / "results" / name
+        out = ROOT / "bench/results" / launch_config.file_name(torch.cuda.get_device_name()).removesuffix(".json")
     out = out.resolve()
     status = measure(parts, Job(out / "report.json", out, 60 * minutes, smoke, brief=first, pair=pair))
     if first:

@@ -9,14 +9,13 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
-from kangaroo_kernels import Kangaroo
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.results import Commit
@@ -26,10 +25,6 @@ PREFIX = "kangaroo/"
 SHALLOW, STEP = PREFIX + "draft/shallow", PREFIX + "draft/step"
 
 
-class ProfileError(RuntimeError):
-    """A trace that does not hold what it should."""
-
-
 class Event(NamedTuple):
     """A kernel, or an operation on a CPU; times are microseconds, from the trace's zero."""
 
@@ -37,20 +32,18 @@ class Event(NamedTuple):
     start: float
     us: float
 
-    @property
-    def end(self) -> float:
-        """When it ended."""
-        return self.start + self.us
 
-
-@dataclass(frozen=True)
-class StageRun:
+class StageRun(NamedTuple):
     """A stage of one iteration, from the end of the stage before to the end of its own last event."""
 
     name: str
     start: float
-    us: float
-    events: list[Event] = field(default_factory=list)
+    events: Sequence[Event] = ()
+
+    @property
+    def us(self) -> float:
+        """How long it took, with the gaps; nothing without events."""
+        return self.events[-1].start + self.events[-1].us - self.start if self.events else 0.0
 
 
 Iteration = list[StageRun]
@@ -78,7 +71,7 @@ def launched_events(trace: dict[str, Any], on_gpu: bool) -> list[tuple[Event, fl
             found.append((event, launched.get(each["args"]["correlation"], -math.inf)))
         elif event.start >= end:
             found.append((event, event.start))
-            end = event.end
+            end = event.start + event.us
     return found
 
 
@@ -86,19 +79,19 @@ def by_ranges(trace: dict[str, Any], on_gpu: bool, last_stage: str) -> list[Iter
     """The whole iterations of a trace whose every event was launched within a range.
 
     Raises:
-        ProfileError: there is none.
+        KangarooError: there is none.
     """
     launched, found, current = launched_events(trace, on_gpu), list[Iteration](), Iteration()
     for each in events_of(trace, "user_annotation"):
         if each["name"].startswith(PREFIX):
             first, last = each["ts"], each["ts"] + each["dur"]
             events = [event for event, launch in launched if first <= launch <= last]
-            current.append(StageRun(each["name"], first, each["dur"], events=events))
+            current.append(StageRun(each["name"], first, events))
             if each["name"] == last_stage:
                 found.append(joined(current))
                 current = []
     if not found:
-        raise ProfileError(f"the trace shows no whole iteration: no range {last_stage}.")
+        raise KangarooError(f"the trace shows no whole iteration: no range {last_stage}.")
     return found
 
 
@@ -106,9 +99,8 @@ def joined(iteration: Iteration) -> Iteration:
     """The same without seams: a stage begins where the one before it ended, so a gap counts to the stage behind it."""
     stages, end = [], next((event.start for stage in iteration for event in stage.events), iteration[0].start)
     for stage in iteration:
-        last = stage.events[-1].end if stage.events else end
-        stages.append(replace(stage, start=end, us=last - end))
-        end = last
+        stages.append(stage._replace(start=end))
+        end += stages[-1].us
     return stages
 
 
@@ -116,15 +108,15 @@ def by_order(trace: dict[str, Any], like: Iteration) -> list[Iteration]:
     """The iterations of a trace of replayed graphs, each with the kernels of ``like`` in their order.
 
     Raises:
-        ProfileError: other kernels than those.
+        KangarooError: other kernels than those.
     """
     kernels = [event for event, _ in launched_events(trace, on_gpu=True)]
     names = [event.name for stage in like for event in stage.events]
     if not names or [event.name for event in kernels] != names * (len(kernels) // len(names)):
-        raise ProfileError(f"the replayed graph's {len(kernels)} kernels are not a launched iteration's {len(names)}.")
+        raise KangarooError(f"the replayed graph's {len(kernels)} kernels are not a launched iteration's {len(names)}.")
     following, found = iter(kernels), []
     for _ in range(len(kernels) // len(names)):
-        found.append(joined([replace(stage, events=[next(following) for _ in stage.events]) for stage in like]))
+        found.append(joined([stage._replace(events=[next(following) for _ in stage.events]) for stage in like]))
     return found
 
 
@@ -158,8 +150,7 @@ def traced(kangaroo: Kangaroo, prompt: Sequence[int], count: int, settings: dict
     commits = [next(steps).commit, next(steps).commit]  # compiled, captured, and the prefill done
     if on_gpu:
         torch.cuda.synchronize()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, acc_events=True) as profiler:  # torch 2.11 warns of what is not kept without
+    with profile(acc_events=True) as profiler:  # torch 2.11 warns of what is not kept without
         commits += [next(steps).commit for _ in range(count)]
         if on_gpu:
             torch.cuda.synchronize()
@@ -178,7 +169,7 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
     On a GPU the iterations are looked at as they run in production, as replayed graphs, unless the instance has none.
 
     Raises:
-        ProfileError: a profiler that may not see this device, or a text that ended too soon.
+        KangarooError: a profiler that may not see this device, or a text that ended too soon.
     """
     on_gpu, resident = kangaroo.target.device.type == "cuda", kangaroo.target.backend.resident
     last_stage = PREFIX + ("commit" if resident or not settings.get("plain") else "verify")
@@ -187,7 +178,7 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
         kangaroo.generate(prompt, max_new_tokens=64, **settings)  # compiles; captures
         trace, commits, length = traced(kangaroo, prompt, count, settings)
     except StopIteration:
-        raise ProfileError("the text ended before enough iterations ran; give another prompt.") from None
+        raise KangarooError("the text ended before enough iterations ran; give another prompt.") from None
     if graphs:
         launcher = Kangaroo(kangaroo.target, kangaroo.drafter, kangaroo.tokenizer, graphs=False)
         like = by_ranges(traced(launcher, prompt, 2, settings)[0], on_gpu, last_stage)[-1]
@@ -195,7 +186,7 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
     else:
         iterations = by_ranges(trace, on_gpu, last_stage)
     if len(iterations) != len(commits):
-        raise ProfileError(f"{len(iterations)} iterations were seen, {len(commits)} committed.")
+        raise KangarooError(f"{len(iterations)} iterations were seen, {len(commits)} committed.")
     return Profile(iterations, commits, length, trace, graphs)
 
 
@@ -223,20 +214,14 @@ def stage_bytes(kangaroo: Kangaroo, length: int) -> dict[str, int]:
     return found | {PREFIX + "verify": sum(layers[exit_layer:]) + head}
 
 
-class Row(NamedTuple):
-    """A stage, over all iterations that were looked at; times and counts are an iteration's mean."""
+def stage_rows(profiled: Profile, bytes_of: dict[str, int]) -> list[dict[str, Any]]:
+    """The table: a row a stage in the order of the decode, then one for the whole iteration.
 
-    stage: str
-    runs: float  # those too whose kernels returned at once, since the draft was not to be made
-    us: float  # with the gaps
-    gap_us: float  # between its events and before them
-    launches: float  # kernels, or operations on a CPU
-    bytes_moved: float | None  # that it must read; None for the small ones
-    gigabytes_per_second: float | None  # those bytes over its time
-
-
-def stage_rows(profiled: Profile, bytes_of: dict[str, int]) -> list[Row]:
-    """The table: a row a stage in the order of the decode, then one for the whole iteration."""
+    Times, counts and bytes are an iteration's mean. ``runs`` has those too whose kernels returned at once, since the
+    draft was not to be made; ``us`` the gaps, and ``gap_us`` those between its events and before them; ``launches``
+    kernels, or operations on a CPU; ``bytes_moved`` what it must read (None for small stages), and
+    ``gigabytes_per_second`` that over its time.
+    """
     count = len(profiled.iterations)
     drafted = sum(commit.drafted for commit in profiled.commits) / count
     made = {SHALLOW: drafted + 1, STEP: drafted}  # the shallow layers run on the newest token and on every draft
@@ -248,10 +233,12 @@ def stage_rows(profiled: Profile, bytes_of: dict[str, int]) -> list[Row]:
     for stage in everything:
         stages.setdefault(stage.name, []).append(stage)
 
-    def row(name: str, runs: float, stages: Sequence[StageRun], moved: float | None) -> Row:
+    def row(name: str, stages: Sequence[StageRun], runs: float, moved: float | None) -> dict[str, Any]:
         events = [event for stage in stages for event in stage.events]
         us, busy = (sum(each.us for each in some) / count for some in (stages, events))
-        return Row(name, runs, us, us - busy, len(events) / count, moved, moved / us / 1e3 if moved and us else None)
+        speed = moved / us / 1e3 if moved and us else None
+        found = {"stage": name, "runs": runs, "us": us, "gap_us": us - busy, "launches": len(events) / count}
+        return found | {"bytes_moved": moved, "gigabytes_per_second": speed}
 
-    rows = [row(name.removeprefix(PREFIX), len(some) / count, some, moved.get(name)) for name, some in stages.items()]
-    return [*rows, row("iteration", 1.0, everything, sum(each.bytes_moved or 0 for each in rows))]
+    rows = [row(name.removeprefix(PREFIX), some, len(some) / count, moved.get(name)) for name, some in stages.items()]
+    return [*rows, row("iteration", everything, 1.0, sum(each["bytes_moved"] or 0 for each in rows))]

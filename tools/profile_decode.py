@@ -9,6 +9,7 @@ references, and says so.
 
 import json
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +17,8 @@ import torch
 import typer
 from command import refuse
 from gpu_measure import measure_ceiling
-from iteration_profile import Profile, ProfileError, median_of, profile_iterations, room_for, stage_bytes, stage_rows
-from random_model import exit_layer_of, random_drafter, random_prompt, random_target
+from iteration_profile import Profile, median_of, profile_iterations, room_for, stage_bytes, stage_rows
+from random_model import random_kangaroo, random_prompt, sharing_weights
 from report.page import STAGE_COLUMNS, table
 from report.plots import iteration
 
@@ -38,29 +39,25 @@ nsys profile -t cuda,nvtx --cuda-graph-trace=node -c cudaProfilerApi -o kangaroo
 
 ncu --profile-from-start off -k regex:gate_up_kernel -c 4 --set full -o gate_up python tools/profile_decode.py \
 --nvtx --no-graphs
-
-Ranges: kangaroo/draft/shallow, kangaroo/draft/step, kangaroo/verify, kangaroo/accept, kangaroo/commit.
 """
 
 
 def bundled_prompt(kangaroo: Kangaroo, context: int) -> list[int]:
     """``context`` tokens of the demo's prompts, over and over."""
-    texts = bundled_pair().prompts().values()
-    tokens: list[int] = [token for text in texts for token in kangaroo.tokenizer(text)["input_ids"]]
-    return (tokens * (context // len(tokens) + 1))[:context]
+    tokens = kangaroo.tokenizer("".join(bundled_pair().prompts().values()))["input_ids"]
+    return list(islice(cycle(tokens), context))
 
 
 def show(profiled: Profile, kangaroo: Kangaroo) -> None:
     """Print the table of a decode by ``kangaroo``; for plain decoding that is one without a drafter."""
     device, rows = kangaroo.target.device, stage_rows(profiled, stage_bytes(kangaroo, profiled.length))
-    ceiling = measure_ceiling(device).read if device.type == "cuda" else None
-    shares = [row.gigabytes_per_second / ceiling if row.gigabytes_per_second and ceiling else None for row in rows]
-    figures = [row._asdict() | {"share": share} for row, share in zip(rows, shares, strict=True)]
-    typer.echo(table(figures, *STAGE_COLUMNS, ("of the ceiling", "share", "%")))
+    if device.type == "cuda":
+        ceiling = measure_ceiling(device).read
+        rows = [row | {"share": (speed := row["gigabytes_per_second"]) and speed / ceiling} for row in rows]
+        typer.echo(f"the memory reads {ceiling:.0f} GB/s at most, measured here")
+    typer.echo(table(rows, *STAGE_COLUMNS, ("of the ceiling", "share", "%")))
     tokens = sum(len(commit.tokens) for commit in profiled.commits) / len(profiled.commits)
     typer.echo(f"{tokens:.2f} tokens an iteration; means over {len(profiled.iterations)}, context {profiled.length}")
-    if ceiling:
-        typer.echo(f"the memory reads {ceiling:.0f} GB/s at most, measured here")
 
 
 def decode_under_ranges(kangaroo: Kangaroo, prompt: Sequence[int], plain: bool) -> None:
@@ -78,8 +75,8 @@ def load(shape: str | None, graphs: bool) -> Kangaroo:
     """The bundled pair, or random weights at a model's shape, which need a GPU."""
     if shape is None:
         return Kangaroo.from_pretrained(DEMO_MODEL, graphs=graphs)
-    target = random_target(SHAPES[shape], torch.device("cuda", torch.cuda.current_device()), torch.bfloat16)
-    return Kangaroo(target, random_drafter(target, exit_layer_of(SHAPES[shape])), graphs=graphs)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return sharing_weights(random_kangaroo(SHAPES[shape], device, torch.bfloat16), graphs=graphs)
 
 
 def main(
@@ -88,9 +85,7 @@ def main(
     context: Annotated[int, typer.Option(min=2, help="Tokens of the prompt.")] = 64,
     plain: Annotated[bool, typer.Option("--plain", help="Profile plain decoding.")] = False,
     graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs, or launch kernel by kernel.")] = True,
-    chain: Annotated[
-        bool, typer.Option("--chained", help="Launch kernels as programmatic dependents (sm_90 and later).")
-    ] = False,
+    chain: Annotated[bool, typer.Option("--chained", help="Programmatic dependent launches, from sm_90 on.")] = False,
     nvtx: Annotated[bool, typer.Option("--nvtx", help="Only decode, under NVTX ranges, for nsys and ncu.")] = False,
     out: Annotated[Path, typer.Option(help="Where trace and picture go.")] = Path("runs/profile"),
 ) -> None:
@@ -110,13 +105,13 @@ def main(
         if nvtx:
             return decode_under_ranges(kangaroo, prompt, plain)
         profiled = profile_iterations(kangaroo, prompt, ITERATIONS, plain=plain)
-    except (KangarooError, ProfileError) as error:
+    except KangarooError as error:
         refuse(NAME, str(error))
     launched = "CUDA graphs replayed" if profiled.graphs else "kernels launched one by one"
     if kangaroo.target.device.type == "cpu":
         launched = "the PyTorch references on the CPU; no figure is about a GPU"
-    title = ("plain decoding, " if plain else "Kangaroo, ") + (f"{shape}, random weights" if shape else "bundled pair")
-    title += ", chained" * chain + f"; {launched}"
+    decoded = f"{shape}, random weights" if shape else "bundled pair"
+    title = f"{'plain decoding' if plain else 'Kangaroo'}, {decoded}{', chained' * chain}; {launched}"
     out.mkdir(parents=True, exist_ok=True)
     (out / "trace.json").write_text(json.dumps(profiled.trace), encoding="utf-8")
     iteration(median_of(profiled.iterations), out / "iteration.png", f"One iteration of {title}")

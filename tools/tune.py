@@ -5,17 +5,18 @@
 Every operation is tried at every shape of ``workloads.MODELS``, in bfloat16. A candidate is timed only if it gives the
 bits of the architecture's default on fresh random inputs of 1, 5 and 16 rows (of a head the tokens: a confidence is
 summed tile by tile), and if these are within the error budget of the reference in float64: nothing that
-``docs/kernels.md`` fixes can change. What does not compile or launch is skipped and counted. Candidates like the
-default come first, and every shape takes its turn. A rule is written where one beat the default; the file keeps its
-rules for other shapes.
+``docs/kernels.md`` fixes can change. Every shape takes its turn. A rule is written where one beat the default.
 """
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -56,7 +57,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
     @property
-    def key(self) -> dict[str, int | str]:
+    def key(self) -> dict[str, Any]:
         """A rule's conditions."""
         return {"n": self.n, "k": self.k, "dtype": str(self.dtype).removeprefix("torch.")}
 
@@ -78,57 +79,48 @@ def find_cases(models: Sequence[ModelShape], dtype: torch.dtype = torch.bfloat16
 
     for workload in (workload for model in models for workload in workloads(model)):
         positional, named = workload.make(Settings(1, CACHE_LENGTH, dtype, torch.device("meta")))
-        try:
-            with configured_by(partial(note, workload)):
-                launcher(workload.op)(*positional, **named)
-        except _AskedError:
-            pass
+        with suppress(_AskedError), configured_by(partial(note, workload)):
+            launcher(workload.op)(*positional, **named)
     return list(cases.values())
 
 
 def find_candidates(case: Case, card: Card) -> list[LaunchConfig]:
     """The architecture's default, then all others, those like the default first."""
-    files, dtype = (launch_config.architecture_file(card.capability),), str(case.dtype).removeprefix("torch.")
-    default = launch_config.pick(files, case.op, case.n, case.k, dtype)
-    candidates = [
-        LaunchConfig(num_warps, num_stages, block_n)
-        for num_warps in WARPS
-        for num_stages in STAGES
-        for block_n in (BLOCKS if default.block_n else (0,))
-    ]
+    default = launch_config.pick((launch_config.architecture_file(card.capability),), case.op, **case.key)
 
     def unlike(candidate: LaunchConfig) -> tuple[bool, int]:
         doublings = abs(candidate.block_n.bit_length() - default.block_n.bit_length())
         return candidate.num_warps != default.num_warps, doublings + abs(candidate.num_stages - default.num_stages)
 
-    return [default, *sorted((candidate for candidate in candidates if candidate != default), key=unlike)]
+    every = (LaunchConfig(*values) for values in product(WARPS, STAGES, BLOCKS if default.block_n else (0,)))
+    return [default, *sorted((each for each in every if each != default), key=unlike)]
 
 
 # ---- on the card
 
 
-def fixed_bits(results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def fixed_bits(results: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """What no configuration may change: of a head (which gives tokens) the tokens, else everything."""
-    tokens = [result for result in results if not result.is_floating_point()]
-    return tokens or list(results)
+    return [result for result in results if not result.is_floating_point()] or results
 
 
+@dataclass(frozen=True)
 class Workbench:
-    """The arguments of every case on a card, made when they are first asked for, and what is done with them."""
+    """A card, the arguments of every case on it, made when they are first asked for, and what is done with them."""
 
-    def __init__(self, device: torch.device, card: Card) -> None:
-        self.device, self.card = device, card
-        self._sets: dict[Case, list[Arguments]] = {}
+    device: torch.device
+    card: Card
+    made: dict[Case, list[Arguments]] = field(default_factory=dict)
 
     def sets(self, case: Case) -> list[Arguments]:
         """Arguments of 16 rows, whose weights together exceed the L2."""
-        if case not in self._sets:
+        if case not in self.made:
             length = CACHE_LENGTH if case.op == "attention" else 2 * MAX_ROWS
             set_bytes = case.workload.bytes_moved(MAX_ROWS, length, case.dtype.itemsize)
             count = gm.sets_needed(set_bytes, self.card.l2_bytes, torch.cuda.mem_get_info(self.device)[0])
             settings = Settings(MAX_ROWS, length, case.dtype, self.device)
-            self._sets[case] = [case.workload.make(settings) for _ in range(count)]
-        return self._sets[case]
+            self.made[case] = [case.workload.make(settings) for _ in range(count)]
+        return self.made[case]
 
     def is_right(self, case: Case, config: LaunchConfig, default: LaunchConfig) -> bool:
         """Whether a candidate gives the default's bits, and numbers near the reference's, on fresh inputs."""
@@ -141,23 +133,21 @@ class Workbench:
                 wanted = written(case.op, launcher(case.op), some)
             with configured_by(lambda *_: config):
                 got = written(case.op, launcher(case.op), some)
-            if not same_bits(fixed_bits(got), fixed_bits(wanted)):
-                return False
-            if not relative_error(case.op, got, some) <= ALLOWED[case.dtype]:
+            near = relative_error(case.op, got, some) <= ALLOWED[case.dtype]
+            if not (near and same_bits(fixed_bits(got), fixed_bits(wanted))):
                 return False
         return True
 
     def time(self, case: Case, config: LaunchConfig) -> float:
         """Microseconds of a call at each of ``TIMED_ROWS`` together, over all sets in turns."""
-        sets, times = self.sets(case), []
+        sets, us = self.sets(case), 0.0
         least_us = case.workload.bytes_moved(MAX_ROWS, CACHE_LENGTH, case.dtype.itemsize) / gm.FASTEST_READ
-        repetitions = gm.repetitions_for(len(sets), least_us)
         for rows in TIMED_ROWS:
             some = [first_rows(case.op, arguments, rows) for arguments in sets]
             calls = [partial(launcher(case.op), *positional, **named) for positional, named in some]
             with configured_by(lambda *_: config):
-                times.append(gm.time_graph(calls, repetitions).p50)
-        return sum(times)
+                us += gm.time_graph(calls, gm.repetitions_for(len(sets), least_us)).p50
+        return us
 
 
 # ---- the search
@@ -165,31 +155,25 @@ class Workbench:
 
 @dataclass
 class Found:
-    """What is known of a case.
+    """What is known of a case."""
 
-    Attributes:
-        default: the architecture's configuration, against which the others are held.
-        us: microseconds of those that are right, over all of ``TIMED_ROWS``.
-        counts: how many were tried to what end.
-    """
-
-    default: LaunchConfig
-    us: dict[LaunchConfig, float] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
+    default: LaunchConfig  # the architecture's, against which the others are held
+    us: dict[LaunchConfig, float] = field(default_factory=dict)  # of those that are right, over all of TIMED_ROWS
+    counts: Counter[str] = field(default_factory=Counter)  # how many were tried to what end
 
     @property
     def best(self) -> LaunchConfig | None:
         """The fastest; the default where none is faster by more than ``TIE``; None where the default does not serve."""
         if self.default not in self.us:
             return None
-        best = min(self.us, key=lambda config: self.us[config])
+        best = min(self.us, key=self.us.__getitem__)
         return best if self.us[best] < (1 - TIE) * self.us[self.default] else self.default
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {what}" for what, count in self.counts.items())
         if self.best is None:
             return f"nothing ({counts})"
-        default, best = (f"{tuple(each)} {self.us[each]:.1f} us" for each in (self.default, self.best))
+        default, best = (f"{each[:3]} {self.us[each]:.1f} us" for each in (self.default, self.best))
         return f"{default} -> {best}, {self.us[self.default] / self.us[self.best] - 1:+.1%} ({counts})"
 
 
@@ -237,10 +221,15 @@ def merge_rules(existing: Rules, found: Mapping[Case, LaunchConfig | None]) -> R
 
 
 def read_rules(path: Path) -> Rules:
-    """A file's rules, none where there is no file; a ValueError where it is no such file."""
-    rules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """A file's rules, none where there is no file; refused where it holds something else or could not be written."""
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        refuse(NAME, f"{path} cannot be written; give another --out.")
+    try:
+        rules = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError):
+        rules = None
     if not isinstance(rules, dict) or not all(isinstance(value, list) for value in rules.values()):
-        raise ValueError("it does not map operations to lists of rules")
+        refuse(NAME, f"{path} does not map operations to lists of rules; mend it or give another --out.")
     return rules
 
 
@@ -255,10 +244,7 @@ def main(
     device = torch.device("cuda", torch.cuda.current_device())
     card = read_card(device)
     path = out or launch_config.configs_folder() / launch_config.file_name(card.name)
-    try:
-        existing = read_rules(path)
-    except (OSError, ValueError) as error:
-        refuse(NAME, f"{path} is no file of rules ({error}); mend it or give another --out.")
+    existing = read_rules(path)
     candidates = {case: find_candidates(case, card) for case in find_cases(MODELS)}
     found, interrupted = dict[Case, Found](), False
     try:
@@ -270,11 +256,8 @@ def main(
     rules = merge_rules(existing, won)
     for case in candidates:
         typer.echo(f"{case}: {found.get(case, 'not reached; more --minutes may')}")
-    try:
-        if rules != existing:
-            write_json(path, rules)
-    except OSError as error:
-        refuse(NAME, f"{path} cannot be written: {error.strerror}.")
+    if rules != existing:
+        write_json(path, rules)
     count = sum(config is not None for config in won.values())
     typer.echo(f"{NAME}: {count} of {len(won)} shapes are faster than by default; {path} says how.", err=True)
     if interrupted or not won:

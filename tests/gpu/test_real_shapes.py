@@ -5,14 +5,9 @@ may depend on its neighbours (``docs/kernels.md``): there operations are held by
 """
 
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
 from random_model import SMOKE, random_kangaroo, random_prompt
 from right import ALLOWED, first_results, first_rows, launcher, relative_error, same_bits, written
 

@@ -3,14 +3,8 @@
 In a smoke run of the report a random model in Triton's interpreter drafts in one kernel.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
 from random_model import SMOKE, random_kangaroo, sharing_weights
 
 from kangaroo_kernels import Kangaroo

@@ -1,10 +1,9 @@
 """Compile what a GPU will be asked for, through the project's own launchers, in ``standin``'s place of a GPU.
 
-``python -O fill.py NAME FOLDER``, NAME being a model's: every operation at its shapes; whole iterations, plain and
-Kangaroo's, in every way to launch. ``loops``: the persistent loop at the sizes of its tests, and the yardstick's
-streams. ``kernel-tests``, ``model-tests``, ``decodes`` and ``parts``: what ``gpu_report.py --first`` runs; the last
-three with ``STANDIN=compute``. ``parts`` goes through the branches that a GPU takes, at a tiny shape; its times mean
-nothing.
+``python -O fill.py NAME``, NAME being a model's: every operation at its shapes; whole iterations, plain and Kangaroo's,
+in every way to launch. ``loops``: the persistent loop at the sizes of its tests, and the yardstick's streams.
+``kernel-tests``, ``model-tests`` and ``decodes``: what ``gpu_report.py --first`` runs; the last two with
+``STANDIN=compute``.
 """
 
 import sys
@@ -12,7 +11,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import standin  # before anything else of the library
@@ -22,11 +20,6 @@ import gpu_measure as gm
 import pytest
 import random_model
 import torch
-from gpu_card import Card
-from report import decode as decoding
-from report import environment
-from report.job import Job
-from report.page import cells_of
 from report.parts import CHOSEN
 from right import launcher
 from steps import META, STEPS
@@ -39,7 +32,7 @@ from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.loop.state import TextState
 from kangaroo_kernels.model.request import Request
 from kangaroo_kernels.model.sampling import Sampling
-from kangaroo_kernels.workloads import MODELS, TINY, ModelShape, Settings, workloads
+from kangaroo_kernels.workloads import MODELS, ModelShape, Settings, workloads
 
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 LENGTHS = (128, 256, 1000, 2048, 8192, 32768)
@@ -50,8 +43,6 @@ REACHES = (LEAST_REACH, 2048, CAPACITY)
 
 CHAIN_TESTS = "tests/kernels/test_chain.py"
 """One of them decodes, so they are led with the references computing."""
-
-CARD = Card("a card", 132, 50 << 20, 90)
 
 
 def model(shape: ModelShape) -> None:
@@ -94,15 +85,7 @@ def iterations(shape: ModelShape, on: bool) -> None:
                     iteration.run(reach)
 
 
-def put(module: Any, **values: Any) -> None:
-    """Other values in the place of a module's own."""
-    for name, value in values.items():
-        setattr(module, name, value)
-
-
-def empty(
-    *shape: int, generator: Any = None, dtype: Any = None, device: Any = None, scale: float = 1.0
-) -> torch.Tensor:
+def empty(*shape: int, dtype: Any = None, device: Any = None, **how: Any) -> torch.Tensor:
     """In the place of random numbers: memory that nobody has touched."""
     return torch.empty(*shape, dtype=dtype, device=device)
 
@@ -111,11 +94,12 @@ def loops() -> None:
     """The streams; the loop and its stages at every size."""
     source = torch.empty((1 << 30) - (1 << 20), dtype=torch.int32, device=META)
     for each in gm.STREAMS:
-        gm.read_stream(source, each, CARD.multiprocessors)
-    tests, draft_steps = import_module("test_zz_one_kernel"), import_module("draft_steps")
-    put(draft_steps, drawer=lambda seed, dtype, device: partial(empty, dtype=dtype, device=device))
+        gm.read_stream(source, each, multiprocessors=132)
+    tests: Any = import_module("test_zz_one_kernel")
+    draft_steps: Any = import_module("draft_steps")
+    draft_steps.drawer = lambda seed, dtype, device: partial(empty, dtype=dtype, device=device)
     for hidden, inner, vocab, heads in tests.SIZES.values():
-        put(draft_steps, HIDDEN=hidden, INNER=inner, VOCAB=vocab)
+        draft_steps.HIDDEN, draft_steps.INNER, draft_steps.VOCAB = hidden, inner, vocab
         drafter = draft_steps.make_model(CPU, BFLOAT16, 2, (), heads, heads, tests.CAPACITY)
         for sampling in ({}, {"temperature": 0.8, "seed": 3}):
             for before in (126, 300, 2000):
@@ -128,7 +112,7 @@ def tests(*chosen: str) -> None:
     """Lead them through their launches: asserts are compiled away, and nothing holds."""
     ways = ["-W", "ignore", "--assert=plain", "-p", "no:cacheprovider", "-q", "--tb=no", "--no-header", "-r", "N"]
     if not standin.COMPUTING:  # on memory that nobody has touched
-        put(torch, randn=empty)
+        vars(torch)["randn"] = empty
     pytest.main(["-m", "gpu", *ways, "--continue-on-collection-errors", *chosen], plugins=[standin])
 
 
@@ -140,29 +124,13 @@ def decodes() -> None:
             list(ways.decodes(way, temperature, CPU, 9))
 
 
-def parts(folder: Path) -> None:
-    """``environment`` and ``decode`` as a GPU has them."""
-    ceiling = gm.Ceiling(4300.0, 4000.0, 1 << 30, gm.STREAMS[0])
-    put(Job, device=CPU, dtype=BFLOAT16, models=(TINY._replace(layers=3),))
-    put(environment, read_card=lambda device: CARD, snapshot=lambda device: {})
-    put(environment, measure_ceiling=lambda device: ceiling)
-    put(decoding, NEW_TOKENS=4, STEP_TOKENS=4)
-    for part in (environment, decoding):
-        job = Job(folder / f"{part.__name__}.json", folder, 600, brief=True)
-        part.run(job)
-        if wrong := [cell for cell in cells_of(job.values) if "error" in cell]:
-            sys.exit(f"{part.__name__}: {wrong}")
-
-
-def main(what: str, folder: Path) -> None:
+def main(what: str) -> None:
     """Do the work of that name."""
     began = time.monotonic()
     if not getattr(cache, "adopted", False):
-        sys.exit(
-            "sitecustomize.py was not run, or this is another Triton than the GPU's: nothing of it would be found."
-        )
+        sys.exit("sitecustomize.py was not run, or this is not the GPU's Triton: nothing of it would be found.")
     works: dict[str, Callable[[], None]] = {shape.name: partial(model, shape) for shape in MODELS}
-    works |= {"loops": loops, "decodes": decodes, "parts": partial(parts, folder)}
+    works |= {"loops": loops, "decodes": decodes}
     chosen = f"({CHOSEN}) and not thousand"
     works["kernel-tests"] = partial(tests, "tests/kernels", f"--ignore={CHAIN_TESTS}", "-k", chosen)
     works["model-tests"] = partial(tests, "tests/model", CHAIN_TESTS, "-k", CHOSEN)
@@ -173,4 +141,4 @@ def main(what: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1])

@@ -5,11 +5,12 @@ from typing import Any
 
 Values = Mapping[str, Any]
 SMOKE_LABEL = "smoke, CPU: no figure is about a GPU"
+SMOKE_NOTE = f"**{SMOKE_LABEL}**; every way runs on the PyTorch references in float32, and nothing is compiled."
 STAGE_COLUMNS: tuple[tuple[str, str, int | str], ...] = (
     *(("stage", "stage", ""), ("runs", "runs", 1), ("us", "us", 1), ("of them gaps", "gap_us", 1)),
     *(("launches", "launches", 1), ("bytes", "bytes_moved", 0), ("GB/s", "gigabytes_per_second", 0)),
 )
-"""Of ``iteration_profile.Row``; on a CPU launches are operations."""
+"""Of ``iteration_profile.stage_rows``; on a CPU launches are operations."""
 CELL_KEYS = ("model", "prompt", "context", "way", "drafts", "drafting")
 
 
@@ -106,73 +107,66 @@ def beside_plain(cells: Sequence[Values], plain: Sequence[Values], ceiling: floa
 def page(report: Values) -> str:
     """The whole report."""
     parts: Mapping[str, Values] = report["parts"]
-    text = [f"# {report['gpu'] or 'CPU'}", *([f"**{SMOKE_LABEL}**"] if report["smoke"] else [])]
+    text = [f"# {report['gpu'] or 'CPU'}", *([SMOKE_NOTE] if report["smoke"] else [])]
     text.append(f"`{report['command']}`, {report['date']}, commit {report['commit']}.")
     if wrong := list(complaints(parts)):
         text += ["What went wrong:", "\n".join(f"- {sentence}" for sentence in wrong)]
     ran = [{"part": name, "state": state_of(piece), **piece} for name, piece in parts.items()]
     columns = ("part", "part", ""), ("state", "state", ""), ("seconds", "seconds", 0)
-    text.append(
-        table(ran, *columns, ("kernels compiled", "compiled", 0), ("date", "date", ""), ("commit", "commit", ""))
-    )
-    about: dict[str, Values] = {name: parts.get(name, {}) for name in ("environment", "pair", "timeline")}
-    text += [*environment(about["environment"]), *tests(parts)]
-    text += [*kernels(parts.get("kernels", {}).get("cells", ()), report["smoke"]), *decoding(parts, report["smoke"])]
-    text += [*pair(about["pair"], report["smoke"]), *timeline(about["timeline"], report["smoke"])]
+    more = ("kernels compiled", "compiled", 0), ("date", "date", ""), ("commit", "commit", "")
+    text.append(table(ran, *columns, *more))
+    found: dict[str, Values] = {name: parts.get(name, {}) for name in ("environment", "kernels", "pair", "timeline")}
+    text += [*environment(found["environment"]), *tests(parts), *kernels(found["kernels"].get("cells", ()))]
+    text += [*decoding(parts), *pair(found["pair"]), *timeline(found["timeline"])]
     return "\n\n".join(text) + "\n"
 
 
 def environment(found: Values) -> Iterator[str]:
     """The machine and the versions."""
-    if "versions" not in found:
-        return
-    rows = {"CPU": f"{found['cpu_count']} cores"}
-    rows["versions"] = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    rows["compiled kernels are looked for under"] = f"the key that is {found.get('triton_key')}"
-    if gpu := found.get("gpu"):
-        l2 = gpu["l2_bytes"] // 2**20
-        rows["GPU"] = f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {l2} MiB"
-        rows["launch configurations"] = ", ".join(found.get("launch_configs", ()))
-    if card := found.get("card"):
-        clocks = f"SM {shown(card['sm_mhz_max'], 0)} MHz, memory {shown(card['memory_mhz_max'], 0)} MHz"
-        rows["driver"] = str(card["driver"])
-        rows["highest clocks, power limit"] = f"{clocks}, {shown(card['power_limit_w'], 0)} W"
-    if ceiling := found.get("ceiling"):
-        rows["memory, measured"] = f"read {ceiling['read']:,.0f} GB/s; copied, read and written {ceiling['copy']:,.0f}"
-    yield "## Environment"
-    yield table([{"what": what, "it": it} for what, it in rows.items()], ("what", "what", ""), ("it is", "it", ""))
+    if "versions" in found:
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
+        rows = {"CPU": f"{found['cpu_count']} cores", "versions": versions}
+        rows["compiled kernels are looked for under"] = f"the key that is {found.get('triton_key')}"
+        if gpu := found.get("gpu"):
+            rows["GPU"] = f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, L2 {gpu['l2_bytes'] >> 20} MiB"
+            rows["launch configurations"] = ", ".join(found.get("launch_configs", ()))
+        if card := found.get("card"):
+            sm, memory, power = (shown(card[name], 0) for name in ("sm_mhz_max", "memory_mhz_max", "power_limit_w"))
+            rows["driver, highest clocks, power limit"] = f"{card['driver']}, SM {sm}, memory {memory} MHz, {power} W"
+        if ceiling := found.get("ceiling"):
+            rows["memory, measured"] = f"read {ceiling['read']:,.0f} GB/s; copied, both ways {ceiling['copy']:,.0f}"
+        yield "## Environment"
+        yield table([{"what": what, "it": it} for what, it in rows.items()], ("what", "what", ""), ("it is", "it", ""))
 
 
 def tests(parts: Mapping[str, Values]) -> Iterator[str]:
     """How many tests passed, and what they measured."""
-    if some := {name: piece for name, piece in parts.items() if "ran" in piece}:
+    rows = [{"part": name, **piece} for name, piece in parts.items() if "ran" in piece]
+    if rows:
         yield "## Tests"
-        counts = "passed", "failed", "skipped", "not_run", "collected"
-        columns = [(count.replace("_", " "), count, 0) for count in counts]
-        rows = [{"part": name, **piece} for name, piece in some.items()]
+        counts = "passed", "failed", "skipped", "not run", "collected"
+        columns = [(count, count.replace(" ", "_"), 0) for count in counts]
         yield table(rows, ("part", "part", ""), *columns, ("command", "ran", ""))
-    noted = [each for piece in some.values() for each in piece.get("noted", ()) if each.get("us_a_launch")]
+    noted = [each for row in rows for each in row.get("noted", ()) if each.get("us_a_launch")]
     yield from (f"{each['test']}: {each['us_a_launch']:.1f} us a launch." for each in noted)
 
 
-def kernels(cells: Sequence[Values], smoke: bool) -> Iterator[str]:
+def kernels(cells: Sequence[Values]) -> Iterator[str]:
     """The microbenchmarks."""
-    if not cells:
-        return
-    yield "## Kernels"
-    where = "The PyTorch references at small shapes, float32." if smoke else "Medians on the device, bfloat16."
-    yield f"{where} GB/s are the bytes that must move over the time, for one row."
-    columns = ("model", "model", ""), ("operation", "op", ""), ("us, 1 row", "one", 1)
-    speeds = ("GB/s", "gigabytes_per_second", 0), ("of the ceiling", "share_of_ceiling", "%")
-    others = [(f"{way} / ours", way, 2) for way in ("chained", "eager", "compiled")]
-    yield table(kernel_rows(cells), *columns, *speeds, ("us, 8 rows", "eight", 1), *others)
+    if cells:
+        yield "## Kernels"
+        yield "Medians, bfloat16 on a GPU. GB/s are the bytes that must move over the time, for one row."
+        columns = ("model", "model", ""), ("operation", "op", ""), ("us, 1 row", "one", 1)
+        speeds = ("GB/s", "gigabytes_per_second", 0), ("of the ceiling", "share_of_ceiling", "%")
+        others = [(f"{way} / ours", way, 2) for way in ("chained", "eager", "compiled")]
+        yield table(kernel_rows(cells), *columns, *speeds, ("us, 8 rows", "eight", 1), *others)
 
 
-def decoding(parts: Mapping[str, Values], smoke: bool) -> Iterator[str]:
+def decoding(parts: Mapping[str, Values]) -> Iterator[str]:
     """Decode speeds, and steps by their number of drafts."""
-    cells, found = decode_cells(parts), parts.get("decode", {})
-    ceiling = parts.get("environment", {}).get("ceiling", {}).get("read")
-    if cells or found.get("steps"):
+    cells, steps = decode_cells(parts), parts.get("decode", {}).get("steps")
+    where = ("model", "model", ""), ("context", "context", 0)
+    if cells or steps:
         yield "## Decoding"
         yield (
             "Tokens a second of the steps at batch 1, prefill left out, random weights, medians. Of the ceiling: the "
@@ -180,24 +174,21 @@ def decoding(parts: Mapping[str, Values], smoke: bool) -> Iterator[str]:
             "worst: random weights draft once a step, and next to nothing is accepted. Of transformers the first "
             "tokens are left out, too: the compiled way records its graphs anew in every call."
         )
-        if smoke:
-            yield "In a smoke run nothing is compiled, and plain and Kangaroo run on the same references in every way."
-    where = ("model", "model", ""), ("context", "context", 0)
     if cells:
+        ceiling = parts.get("environment", {}).get("ceiling", {}).get("read")
         columns = ("way", "way", ""), ("tokens/s", "tokens_per_second", 1), ("x plain", "gain", 2)
         more = ("of the ceiling", "share", "%"), ("tokens a step", "mean_acceptance_length", 2)
         yield table(beside_plain(cells, cells, ceiling), *where, *columns, *more)
-    if steps := found.get("steps"):
+    if steps:
         yield (
             "Steps that make so many drafts, whatever their confidence, verification included. A step pays from as "
             "many tokens as there are plain steps in its time."
         )
         made = ("drafts a step", "drafts", 0), ("drafting", "drafting", ""), ("us a step", "us_per_step", 1)
-        pays = ("pays from, tokens a step", "pays_from", 2)
-        yield table(beside_plain(steps, cells, None), *where, *made, pays)
+        yield table(beside_plain(steps, cells, None), *where, *made, ("pays from, tokens a step", "pays_from", 2))
 
 
-def pair(found: Values, smoke: bool) -> Iterator[str]:
+def pair(found: Values) -> Iterator[str]:
     """A trained pair, plain and Kangaroo, then transformers."""
     if not found.get("total"):
         return
@@ -212,26 +203,24 @@ def pair(found: Values, smoke: bool) -> Iterator[str]:
     more = ("mean acceptance length", "mean_acceptance_length", 2), ("drafts accepted", "draft_acceptance_rate", "%")
     yield table(rows, ("prompt", "name", ""), *speeds, ("x plain", "speedup", 2), *more, ("same tokens", "same", ""))
     if cells := [cell for cell in found.get("cells", ()) if cell.get("new_tokens")]:
-        compiled = " In a smoke run nothing is compiled." if smoke else ""
         yield (
             "The same target and prompts in transformers' `generate`: tokens a second without the prefill and the "
-            f"first tokens. Its text may differ from ours by rounding.{compiled}"
+            "first tokens. Its text may differ from ours by rounding."
         )
         speeds = ("tokens/s", "tokens_per_second", 1), ("Kangaroo / it", "kangaroo_speedup", 2)
         same = ("same tokens until a difference", "agreeing_tokens", 0), ("of", "new_tokens", 0)
         yield table(cells, ("prompt", "prompt", ""), ("way", "way", ""), *speeds, *same)
 
 
-def timeline(found: Values, smoke: bool) -> Iterator[str]:
+def timeline(found: Values) -> Iterator[str]:
     """One iteration, stage by stage."""
-    if not found.get("stages"):
-        return
-    yield "## An iteration"
-    yield (
-        f"{found['model']}, context {found['context']}, {found['drafts']} drafts a step, random weights, "
-        f"{'replayed graphs' if found['graphs'] else 'launched one by one'}; means over {found['iterations']} "
-        "iterations. The picture is the one of median length."
-    )
-    yield table(found["stages"], *STAGE_COLUMNS)
+    if found.get("stages"):
+        yield "## An iteration"
+        yield (
+            f"{found['model']}, context {found['context']}, {found['drafts']} drafts a step, random weights, "
+            f"{'replayed graphs' if found['graphs'] else 'launched one by one'}; means over {found['iterations']} "
+            "iterations. The picture is the one of median length."
+        )
+        yield table(found["stages"], *STAGE_COLUMNS)
     if "picture" in found:
-        yield f"![An iteration{f' ({SMOKE_LABEL})' if smoke else ''}]({found['picture']})"
+        yield f"![An iteration]({found['picture']})"

@@ -24,7 +24,7 @@ def run(job: Job) -> None:
         drafts=DRAFTS,
         graphs=profiled.graphs,
         iterations=len(profiled.iterations),
-        stages=[row._asdict() for row in stage_rows(profiled, stage_bytes(kangaroo, profiled.length))],
+        stages=stage_rows(profiled, stage_bytes(kangaroo, profiled.length)),
     )
     where = SMOKE_LABEL if job.smoke else torch.cuda.get_device_name()
     about = f"{where}, one iteration of {shape.name}, random weights, {DRAFTS} drafts"
