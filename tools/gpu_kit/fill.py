@@ -1,9 +1,10 @@
 """Compile what a GPU will be asked for, through the project's own launchers, in ``standin``'s place of a GPU.
 
-``python -O fill.py NAME``, NAME being a model's: every operation at its shapes; whole iterations, plain and Kangaroo's,
-in every way to launch. ``loops``: the persistent loop at the sizes of its tests, and the yardstick's streams.
-``kernel-tests``, ``model-tests`` and ``decodes``: what ``gpu_report.py --first`` runs; the last two with
-``STANDIN=compute``.
+``python -O fill.py NAME FOLDER``, NAME being a model's: every operation at its shapes; whole iterations, plain and
+Kangaroo's, in every way to launch. ``loops``: the persistent loop at the sizes of its tests, and the yardstick's
+streams.
+``kernel-tests``, ``model-tests``, ``decodes`` and ``parts``: what ``gpu_report.py --first`` runs; the last three with
+``STANDIN=compute``. ``parts`` goes through the branches that a GPU takes, at a tiny shape; its times mean nothing.
 """
 
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import standin  # before anything else of the library
@@ -20,6 +22,11 @@ import gpu_measure as gm
 import pytest
 import random_model
 import torch
+from gpu_card import Card
+from report import decode as decoding
+from report import environment
+from report.job import Job
+from report.page import cells_of
 from report.parts import CHOSEN
 from right import launcher
 from steps import META, STEPS
@@ -32,7 +39,7 @@ from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.loop.state import TextState
 from kangaroo_kernels.model.request import Request
 from kangaroo_kernels.model.sampling import Sampling
-from kangaroo_kernels.workloads import MODELS, ModelShape, Settings, workloads
+from kangaroo_kernels.workloads import MODELS, TINY, ModelShape, Settings, workloads
 
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 LENGTHS = (128, 256, 1000, 2048, 8192, 32768)
@@ -124,13 +131,31 @@ def decodes() -> None:
             list(ways.decodes(way, temperature, CPU, 9))
 
 
-def main(what: str) -> None:
+def parts(folder: Path) -> None:
+    """``environment`` and ``decode`` as a GPU has them."""
+    card, ceiling = Card("a card", 132, 50 << 20, 90), gm.Ceiling(4300.0, 4000.0, 1 << 30, gm.STREAMS[0])
+    for module, values in (
+        (Job, {"device": CPU, "dtype": BFLOAT16, "models": (TINY._replace(layers=3),)}),
+        (environment, {"read_card": lambda device: card, "snapshot": lambda device: {}}),
+        (environment, {"measure_ceiling": lambda device: ceiling}),
+        (decoding, {"NEW_TOKENS": 4, "STEP_TOKENS": 4}),
+    ):
+        for name, value in values.items():
+            setattr(module, name, value)
+    for part in (environment, decoding):
+        job = Job(folder / f"{part.__name__}.json", folder, 600, brief=True)
+        part.run(job)
+        if wrong := [cell for cell in cells_of(job.values) if "error" in cell]:
+            sys.exit(f"{part.__name__}: {wrong}")
+
+
+def main(what: str, folder: Path) -> None:
     """Do the work of that name."""
     began = time.monotonic()
     if not getattr(cache, "adopted", False):
         sys.exit("sitecustomize.py was not run, or this is not the GPU's Triton: nothing of it would be found.")
     works: dict[str, Callable[[], None]] = {shape.name: partial(model, shape) for shape in MODELS}
-    works |= {"loops": loops, "decodes": decodes}
+    works |= {"loops": loops, "decodes": decodes, "parts": partial(parts, folder)}
     chosen = f"({CHOSEN}) and not thousand"
     works["kernel-tests"] = partial(tests, "tests/kernels", f"--ignore={CHAIN_TESTS}", "-k", chosen)
     works["model-tests"] = partial(tests, "tests/model", CHAIN_TESTS, "-k", CHOSEN)
@@ -141,4 +166,4 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], Path(sys.argv[2]))

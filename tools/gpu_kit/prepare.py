@@ -32,8 +32,8 @@ TRITON = "3.6.0"
 """Of the GPU's machine."""
 
 DEV, BUILD, CACHE = ROOT / ".dev", ROOT / "build" / "gpu", Path("/tmp/kcache")
-WORK = ("Vicuna-7B", "kernel-tests", "Llama-3.1-8B", "Llama-3.2-1B", "loops", "model-tests", "decodes")
-COMPUTING = ("model-tests", "decodes")
+WORK = ("Vicuna-7B", "kernel-tests", "Llama-3.1-8B", "Llama-3.2-1B", "loops", "model-tests", "decodes", "parts")
+COMPUTING = ("model-tests", "decodes", "parts")
 
 
 def run(*command: Any, **environment: str) -> tuple[int, str]:
@@ -69,7 +69,7 @@ def compile_all(triton: Path) -> bool:
 
     def work(what: str) -> bool:
         mode = "compute" if what in COMPUTING else ""
-        status, said = run("-O", KIT / "fill.py", what, **environment, STANDIN=mode)
+        status, said = run("-O", KIT / "fill.py", what, BUILD, **environment, STANDIN=mode)
         print(f"{what} failed:\n{said[-1500:]}" if status else said.splitlines()[-1], flush=True)
         return status == 0
 

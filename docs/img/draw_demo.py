@@ -1,6 +1,6 @@
 """Draw two of the answers that ``kangaroo demo`` shows in a terminal: the README's picture.
 
-python tools/draw_demo.py --out docs/img/demo.svg
+python docs/img/draw_demo.py --out docs/img/demo.svg
 """
 
 import io

@@ -1,6 +1,6 @@
 """Write the bytes into the picture of docs/engines.md: where a drafter can live, and what it costs there.
 
-python tools/draw_engines.py --out docs/img/engines.svg
+python docs/img/draw_engines.py --out docs/img/engines.svg
 
 The bytes are computed from the shapes of Vicuna-7B with an adapter behind layer 2, in bfloat16; none is measured. The
 picture itself is drawn by hand; a text in it whose ``id`` is a figure's name is replaced.
@@ -15,7 +15,7 @@ import typer
 from kangaroo_kernels.workloads import MODELS, ModelShape
 
 SHAPE, EXIT_LAYER, BYTES = MODELS[0], 2, 2
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "img" / "engines.svg"
+PICTURE = Path(__file__).resolve().parent / "engines.svg"
 
 
 def figures(shape: ModelShape) -> dict[str, str]:
