@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.contract import TARGET_STREAM, Top1
-from kangaroo_kernels.launch_config import launch_config
+from kangaroo_kernels.launch_config import LaunchConfig, launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
 from kangaroo_kernels.shared.checks import check_count, check_sampling
@@ -254,6 +254,49 @@ def real_filter(value: Any, all_of_it: float) -> Any:
     return None if value is None or (not isinstance(value, Tensor) and value >= all_of_it) else value
 
 
+def launch(
+    config: LaunchConfig,
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: tuple[Tensor, Tensor | None],
+    logits: Tensor | None,
+    results: TileResults | None,
+    noise: tuple[Tensor, Tensor, Tensor | None, int, Tensor],
+    eps: float,
+) -> None:
+    """Launch the kernel that writes ``logits`` or, for ``results``, samples in tiles.
+
+    ``noise`` is what a token is drawn by: position, seed, ``active``, stream and temperature.
+    """
+    (matrix, bias), (position, seed, active, stream, temperature) = weight, noise
+    sample_head_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
+        x,
+        norm_weight,
+        matrix,
+        bias,
+        logits,
+        results and results.scores,
+        results and results.indices,
+        results and results.largest,
+        results and results.sums,
+        position,
+        seed,
+        active,
+        stream,
+        temperature,
+        x.shape[0],
+        matrix.shape[0],
+        matrix.shape[1],
+        x.stride(0),
+        matrix.stride(0),
+        eps,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **launch_options(x),
+    )
+
+
 def sample_head(
     x: Tensor,
     norm_weight: Tensor,
@@ -287,36 +330,11 @@ def sample_head(
     where = device_scalar(position, x.device)
     key = seed if isinstance(seed, Tensor) else device_seed(seed, x.device)
     degrees = device_number(temperature, x.device)
-    config = launch_config("sample_head", matrix.shape[0], matrix.shape[1], x)
-    tiles = triton.cdiv(vocab_size, config.block_n)
+    config = launch_config("sample_head", vocab_size, matrix.shape[1], x)
     logits = torch.empty((rows, vocab_size), dtype=torch.float32, device=x.device) if filtered else None
+    tiles = triton.cdiv(vocab_size, config.block_n)
     results = None if filtered else TileResults(rows, tiles, x.device, sampled=True)
-    sample_head_kernel[(tiles,)](
-        x,
-        norm_weight,
-        matrix,
-        bias,
-        logits,
-        results and results.scores,
-        results and results.indices,
-        results and results.largest,
-        results and results.sums,
-        where,
-        key,
-        active,
-        stream,
-        degrees,
-        rows,
-        vocab_size,
-        matrix.shape[1],
-        x.stride(0),
-        matrix.stride(0),
-        eps,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **launch_options(x),
-    )
+    launch(config, x, norm_weight, (matrix, bias), logits, results, (where, key, active, stream, degrees), eps)
     if results is not None:
         return merge_tiles(results, out, active, threshold, embedding, embedded, sure)
     filtered_sample_kernel[(rows,)](
@@ -351,30 +369,6 @@ def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Te
     x, unused = aligned_rows(x), device_scalar(0, x.device)
     config = launch_config("sample_head", matrix.shape[0], matrix.shape[1], x)
     logits = torch.empty((x.shape[0], matrix.shape[0]), dtype=torch.float32, device=x.device)
-    sample_head_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
-        x,
-        norm_weight,
-        matrix,
-        bias,
-        logits,
-        None,
-        None,
-        None,
-        None,
-        unused,
-        unused,
-        None,
-        TARGET_STREAM,
-        device_number(1.0, x.device),
-        x.shape[0],
-        matrix.shape[0],
-        matrix.shape[1],
-        x.stride(0),
-        matrix.stride(0),
-        eps,
-        BLOCK_N=config.block_n,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **launch_options(x),
-    )
+    no_noise = (unused, unused, None, TARGET_STREAM, device_number(1.0, x.device))
+    launch(config, x, norm_weight, (matrix, bias), logits, None, no_noise, eps)
     return logits
