@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock, patch
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 import train_demo
 from demo_corpus import Document
-from presets import DEMO, PRESETS, SMOKE, Preset
+from presets import DEMO, LARGE, PRESETS, SMOKE, Preset
 from safetensors.torch import load_file, save_file
-from target_training import TargetRecipe, TargetTraining
+from target_training import TargetRecipe, TargetTraining, target_config
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from kangaroo_kernels import Kangaroo, KangarooError
@@ -159,3 +161,10 @@ def test_the_bundled_pair_was_made_so() -> None:
     assert DEMO.own_texts == adapter["settings"]["generated_windows"]
     assert DEMO.prompts == len(pair.prompts())
     assert all(Document(name, "").held_out for name in pair.prompts())
+
+
+def test_large_is_as_large_as_it_says() -> None:
+    recipe = LARGE.target
+    with torch.device("meta"):
+        model = LlamaForCausalLM(target_config(recipe, SimpleNamespace(bos_token_id=0, eos_token_id=0)))
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == 268
