@@ -38,6 +38,7 @@ class Race:
     """
 
     def __init__(self, kangaroo: Kangaroo, settings: Settings, prompt: Any = None, messages: Any = None) -> None:
+        settings = settings.with_seed()  # the same noise for both
         self.plain = kangaroo.progress(prompt, replace(settings, plain=True), messages=messages)
         self.drafted = kangaroo.progress(prompt, replace(settings, plain=False), messages=messages)
         self._wall = self._processor = 0.0

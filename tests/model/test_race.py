@@ -1,6 +1,7 @@
 """A race of plain decoding and Kangaroo: the texts of each alone, in turns by the time that each has taken."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import Pair
@@ -26,6 +27,12 @@ def test_the_texts_are_those_of_each_alone(pair: Pair) -> None:
     assert (comparison.name, comparison.identical) == ("abc", True)
     assert comparison.looping == looping_tokens(alone.tokens)
     assert comparison.speedup == comparison.kangaroo_tokens_per_second / comparison.plain_tokens_per_second
+
+
+def test_a_random_seed_is_one_for_both(pair: Pair) -> None:
+    race = Race(pair.load(), replace(SETTINGS, seed=None), "ABC")
+    race.finish()
+    assert race.comparison("abc").identical
 
 
 def test_a_difference_is_seen(pair: Pair) -> None:
