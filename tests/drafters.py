@@ -93,6 +93,6 @@ def on_the_device(kangaroo: Kangaroo) -> Kangaroo:
 
 def with_backend(kangaroo: Kangaroo, backend: Backend) -> Kangaroo:
     """The same pair, computing with other operations."""
-    for part in (kangaroo.target, *kangaroo.target.blocks, kangaroo.drafter.adapter.block):
+    for part in (kangaroo.target, *kangaroo.target.layers, kangaroo.drafter.adapter.layer):
         part.backend = backend
     return kangaroo

@@ -72,6 +72,7 @@ def make_adapter(
     *,
     exit_layer: int | None,
     copy_layer: int | None = None,
+    mlp: bool = False,
     std: float = 0.25,
     seed: int = 1,
     **config: Any,
@@ -82,6 +83,7 @@ def make_adapter(
         exit_layer: written to its ``config.json``; None writes none, as the paper's authors do.
         copy_layer: takes this target layer's attention and the target's final norm, so that the adapter agrees with
             the target now and then; None draws everything at random.
+        mlp: whether it has that layer's MLP, too.
         std: of the random matrices.
         config: further entries of ``config.json``, such as ``num_speculative_tokens``; they win.
     """
@@ -89,8 +91,9 @@ def make_adapter(
     source = f"model.layers.{copy_layer or 0}."
     generator = torch.Generator().manual_seed(seed)
     adapter = {"norm.weight": tensors["model.norm.weight"]}
+    parts = ("self_attn.", "input_layernorm.", *(("mlp.", "post_attention_layernorm.") if mlp else ()))
     for name, tensor in tensors.items():
-        if name.startswith((source + "self_attn.", source + "input_layernorm.")):
+        if name.startswith(tuple(source + part for part in parts)):
             adapter["layers.0." + name.removeprefix(source)] = tensor
     if copy_layer is None:
         for name, tensor in adapter.items():
@@ -101,6 +104,8 @@ def make_adapter(
     values = json.loads((target / "config.json").read_text())
     values.pop("architectures", None)
     values["num_hidden_layers"] = 1
+    if mlp:
+        values["mlp"] = True
     if exit_layer is not None:
         values["exit_layer"] = exit_layer
     (folder / "config.json").write_text(json.dumps(values | config, indent=2))

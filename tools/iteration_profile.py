@@ -20,6 +20,7 @@ from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.results import Commit
 from kangaroo_kernels.model.target.config import LlamaConfig
+from kangaroo_kernels.model.target.llama import DecoderLayer
 
 PREFIX = "kangaroo/"
 SHALLOW, STEP = PREFIX + "draft/shallow", PREFIX + "draft/step"
@@ -198,19 +199,18 @@ def stage_bytes(kangaroo: Kangaroo, length: int) -> dict[str, int]:
     target = kangaroo.target
     size = target.weights.embedding.element_size()
 
-    def attention(weights: Any, config: LlamaConfig) -> int:
-        cache: int = 2 * config.num_key_value_heads * config.head_dim * length * size
-        return int(weights.qkv.nbytes + weights.output.nbytes + cache)
+    def layer_bytes(layer: DecoderLayer, config: LlamaConfig) -> int:
+        cache = 2 * config.num_key_value_heads * config.head_dim * length * size
+        attention, mlp = layer.weights.attention, layer.weights.mlp
+        inner = mlp.gate_up.nbytes + mlp.down.nbytes if mlp else 0
+        return attention.qkv.nbytes + attention.output.nbytes + cache + inner
 
-    layers = [
-        attention(layer.attention, target.config) + layer.gate_up.nbytes + layer.down.nbytes
-        for layer in target.weights.layers
-    ]
+    layers = [layer_bytes(layer, target.config) for layer in target.layers]
     head, exit_layer, found = target.weights.head.nbytes, 0, {}
     if isinstance(kangaroo.drafter, KangarooDrafter):
         adapter, exit_layer = kangaroo.drafter.adapter, kangaroo.drafter.first_layer
         found[SHALLOW] = sum(layers[:exit_layer])
-        found[STEP] = attention(adapter.block.weights, adapter.config.llama) + head
+        found[STEP] = layer_bytes(adapter.layer, adapter.config.llama) + head
     return found | {PREFIX + "verify": sum(layers[exit_layer:]) + head}
 
 

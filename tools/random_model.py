@@ -16,7 +16,13 @@ from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.drafters.protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
 from kangaroo_kernels.model.target.config import LlamaConfig, RopeConfig
 from kangaroo_kernels.model.target.llama import Llama
-from kangaroo_kernels.model.target.weights import AdapterWeights, AttentionWeights, LayerWeights, TargetWeights
+from kangaroo_kernels.model.target.weights import (
+    AdapterWeights,
+    AttentionWeights,
+    LayerWeights,
+    MlpWeights,
+    TargetWeights,
+)
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.workloads import ModelShape
 
@@ -76,9 +82,11 @@ class _Maker:
 
     def layer(self, scale: float) -> LayerWeights:
         hidden, inner = self.config.hidden_size, self.config.intermediate_size
-        return LayerWeights(
-            self.attention(scale), self.norm(), self.matrix(2 * inner, hidden), self.matrix(hidden, inner, scale)
-        )
+        attention = self.attention(scale)
+        if not inner:
+            return LayerWeights(attention, None)
+        mlp = MlpWeights(self.norm(), self.matrix(2 * inner, hidden), self.matrix(hidden, inner, scale))
+        return LayerWeights(attention, mlp)
 
 
 def random_target(
@@ -107,9 +115,9 @@ def random_drafter(target: Llama, exit_layer: int, *, persistent: bool = False) 
 
     Its norm is the target's last one, so that an exit state which says the target's token already drafts it.
     """
-    config = replace(target.config, num_hidden_layers=1)
+    config = replace(target.config, num_hidden_layers=1, intermediate_size=0)
     with torch.inference_mode():
-        weights = AdapterWeights(_Maker(config, target.device, 1).attention(0.1), target.weights.norm)
+        weights = AdapterWeights(_Maker(config, target.device, 1).layer(0.1), target.weights.norm)
     settings = AdapterConfig(config, exit_layer, PAPER_NUM_SPECULATIVE_TOKENS, PAPER_DRAFT_CONFIDENCE_THRESHOLD)
     return KangarooDrafter(target, Adapter(settings, weights, target), persistent)
 

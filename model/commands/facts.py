@@ -148,7 +148,7 @@ def footprint(
     if adapter is not None:
         trained = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
         shallow = trained.exit_layer * layer
-        own = trained.llama.attention_parameters + norm
+        own = trained.llama.attention_parameters + trained.llama.mlp_parameters + norm
         kv_bytes += _kv_values(trained.llama) * kv_size
         drafter = {
             "exit_layer": trained.exit_layer,

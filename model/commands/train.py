@@ -75,6 +75,13 @@ def train(
     num_attention_heads: Annotated[
         int | None, typer.Option(help="The adapter's heads; by default as the model's.", rich_help_panel=TRAINING)
     ] = None,
+    intermediate_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Give the adapter an MLP of this inner size; without, it is attention alone, as in the paper.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="The highest rate of the run.", rich_help_panel=TRAINING)] = 2e-2,
     total_variation: Annotated[
         float,
@@ -117,6 +124,7 @@ def train(
         reuse=reuse,
         sequence_length=sequence_length,
         num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
         learning_rate=learning_rate,
         total_variation=total_variation,
         vocabulary=vocabulary,

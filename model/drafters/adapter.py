@@ -1,10 +1,12 @@
 """The adapter: the small trained network that turns the exit layer's hidden states into drafts.
 
-``h + attention(rms_norm(h))``, a norm, then the target's own LM head (arXiv 2404.18911, section 3.1). The folder holds
-a ``config.json`` (a one-layer Llama configuration with an added ``exit_layer``) and the weights.
+``h + attention(rms_norm(h))``, a norm, then the target's own LM head (arXiv 2404.18911, section 3.1); where its
+configuration says ``"mlp": true``, a layer's SwiGLU follows the attention. The folder holds a ``config.json`` (a
+one-layer Llama configuration with an added ``exit_layer``) and the weights.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ..errors import KangarooError
 from ..target.cache import KVCache
 from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, load_config_values, parse_config
-from ..target.llama import AttentionBlock, Llama
+from ..target.llama import DecoderLayer, Llama
 from ..target.weights import AdapterWeights, load_adapter
 from .protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
 
@@ -26,7 +28,7 @@ class AdapterConfig:
     """An adapter's shape and its calibrated defaults.
 
     Attributes:
-        llama: the shape of its attention block.
+        llama: the shape of its layer; ``intermediate_size`` is 0 where it is attention alone.
         exit_layer: how many of the target's layers run before it.
         num_speculative_tokens: the most drafts a step that suit the pair.
         draft_confidence_threshold: the confidence below which drafting should stop.
@@ -45,6 +47,18 @@ def _number(values: dict[str, Any], name: str, default: float, low: float, high:
     return value
 
 
+def parse_adapter_config(values: Mapping[str, Any], path: Path | str = "config.json") -> LlamaConfig:
+    """The shape of an adapter's layer. Only ``"mlp": true`` gives a meaning to ``intermediate_size``.
+
+    Raises:
+        KangarooError: as for ``parse_config``, or an ``mlp`` that is neither true nor false.
+    """
+    config, mlp = parse_config(values, path), values.get("mlp", False)
+    if not isinstance(mlp, bool):
+        raise KangarooError(f"{path}: mlp is {mlp!r}; it must be true or false.")
+    return config if mlp else replace(config, intermediate_size=0)
+
+
 def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | None) -> AdapterConfig:
     """Read ``folder/config.json`` and check it against the target.
 
@@ -53,7 +67,7 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
     """
     values = load_config_values(folder, "adapter")
     path = folder / "config.json"
-    config = parse_config(values, path)
+    config = parse_adapter_config(values, path)
     for name in ("hidden_size", "vocab_size"):
         ours, theirs = getattr(config, name), getattr(target, name)
         if ours != theirs:
@@ -83,7 +97,7 @@ class Adapter:
     def __init__(self, config: AdapterConfig, weights: AdapterWeights, target: Llama) -> None:
         self.config, self.target = config, target
         self.norm = weights.norm
-        self.block = AttentionBlock(config.llama, weights.attention, target.backend)
+        self.layer = DecoderLayer(config.llama, weights.layer, target.backend)
 
     @classmethod
     def load(cls, folder: Path, target: Llama, exit_layer: int | None = None) -> "Adapter":
@@ -105,7 +119,7 @@ class Adapter:
         return cls(config, weights, target)
 
     def new_cache(self) -> KVCache:
-        """An empty cache for the one attention layer."""
+        """An empty cache for the one layer."""
         return KVCache(self.config.llama, 1, self.target.device, self.target.dtype)
 
     def run(
@@ -122,4 +136,4 @@ class Adapter:
         ``position``, ``reach`` and ``active`` are those of ``Llama.run``.
         """
         keys, values = cache.keys[0], cache.values[0]
-        return self.block(exit_hidden, keys, values, position, cache.phases, reach=reach, active=active)
+        return self.layer(exit_hidden, keys, values, position, cache.phases, reach=reach, active=active)

@@ -7,7 +7,7 @@ from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer
 from ..target.cache import KVCache
 from ..target.config import LlamaConfig
 from ..target.llama import Llama
-from ..target.weights import AttentionWeights
+from ..target.weights import AttentionWeights, LayerWeights
 from .adapter import Adapter
 
 if TYPE_CHECKING:
@@ -34,13 +34,15 @@ def prepare_loop(target: Llama, adapter: Adapter, text: "TextState", drafts: int
         eps, scale = config.rms_norm_eps, config.head_dim**-0.5
         return AttentionBlock(weights.norm, weights.qkv, weights.output, *caches, cache.phases, eps, scale)
 
-    layers = tuple(
-        Layer(block(layer.attention, target.config, text.cache, index), layer.mlp_norm, layer.gate_up, layer.down)
-        for index, layer in enumerate(target.weights.layers[: adapter.config.exit_layer])
-    )
+    def layer(weights: LayerWeights, index: int) -> Layer:
+        mlp = weights.mlp
+        assert mlp is not None  # only an adapter may have none
+        return Layer(block(weights.attention, target.config, text.cache, index), mlp.norm, mlp.gate_up, mlp.down)
+
+    shallow = target.weights.layers[: adapter.config.exit_layer]
     model = DraftModel(
-        layers,
-        block(adapter.block.weights, adapter.config.llama, text.memory.cache, 0),
+        tuple(layer(weights, index) for index, weights in enumerate(shallow)),
+        block(adapter.layer.weights.attention, adapter.config.llama, text.memory.cache, 0),
         adapter.norm,
         target.weights.head,
         adapter.config.llama.rms_norm_eps,

@@ -50,7 +50,10 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of a Llama model; the names are transformers' own, whose ``attention_bias`` is two things here."""
+    """The shape of a Llama model; the names are transformers' own, whose ``attention_bias`` is two things here.
+
+    An ``intermediate_size`` of 0 stands for layers without an MLP, which only an adapter may have.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -103,14 +106,21 @@ class LlamaConfig:
 
     @property
     def attention_parameters(self) -> int:
-        """Parameters of one attention block with its norm: all of an adapter but its final norm."""
+        """Parameters of one attention block with its norm."""
         q_rows, kv_rows = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         biases = (q_rows + 2 * kv_rows) * self.qkv_bias + self.hidden_size * self.output_bias
         return 2 * self.hidden_size * (q_rows + kv_rows) + biases + self.hidden_size
 
     @property
+    def has_mlp(self) -> bool:
+        """Whether a layer's attention is followed by an MLP."""
+        return self.intermediate_size > 0
+
+    @property
     def mlp_parameters(self) -> int:
         """Parameters of one MLP with its norm."""
+        if not self.has_mlp:
+            return 0
         biases = (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
         return 3 * self.hidden_size * self.intermediate_size + biases + self.hidden_size
 

@@ -11,16 +11,19 @@ from kangaroo_kernels.reference.top1_head import lm_head
 from ..backend import REFERENCES, Backend
 from .cache import KVCache
 from .config import LlamaConfig
-from .weights import AttentionWeights, TargetWeights
+from .weights import LayerWeights, TargetWeights
 
 GPU_LOCKS: "dict[torch.device, threading.RLock]" = {}
 """One for each GPU: while a stream of it is captured, no other thread may wait for the whole device."""
 
 
-class AttentionBlock:
-    """Pre-norm self-attention with its residual: the whole of an adapter, or the first half of a layer."""
+class DecoderLayer:
+    """Pre-norm self-attention, then a pre-norm SwiGLU where the weights have one, each with its residual.
 
-    def __init__(self, config: LlamaConfig, weights: AttentionWeights, backend: Backend) -> None:
+    All of the target's layers are such, and so is an adapter.
+    """
+
+    def __init__(self, config: LlamaConfig, weights: LayerWeights, backend: Backend) -> None:
         self.weights, self.backend = weights, backend
         self.eps, self.scale = config.rms_norm_eps, config.head_dim**-0.5
 
@@ -34,14 +37,20 @@ class AttentionBlock:
         *,
         reach: int | None = None,
         active: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """``hidden + attention(rms_norm(hidden))``, ``[M, hidden]``; appends M rows to ``keys`` and ``values``."""
-        weights, operations = self.weights, self.backend.for_rows(hidden.shape[0])
+        """``[M, hidden]`` to the same; appends M rows to ``keys`` and ``values``."""
+        attention, mlp, operations = self.weights.attention, self.weights.mlp, self.backend.for_rows(hidden.shape[0])
         q = operations.qkv_rope(
-            hidden, weights.norm, weights.qkv, phases, keys, values, position, eps=self.eps, active=active
+            hidden, attention.norm, attention.qkv, phases, keys, values, position, eps=self.eps, active=active
         )
         mixed = operations.attention(q, keys, values, position, scale=self.scale, max_length=reach, active=active)
-        return operations.linear_residual(mixed, weights.output, hidden, active=active)
+        attended = out if mlp is None else None
+        hidden = operations.linear_residual(mixed, attention.output, hidden, active=active, out=attended)
+        if mlp is None:
+            return hidden
+        inner = operations.gate_up(hidden, mlp.norm, mlp.gate_up, eps=self.eps, active=active)
+        return operations.linear_residual(inner, mlp.down, hidden, active=active, out=out)
 
 
 class Llama:
@@ -60,7 +69,7 @@ class Llama:
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
         on_gpu = self.device.type == "cuda"
         self.lock = GPU_LOCKS.setdefault(self.device, threading.RLock()) if on_gpu else threading.RLock()
-        self.blocks = [AttentionBlock(config, layer.attention, backend) for layer in weights.layers]
+        self.layers = [DecoderLayer(config, layer, backend) for layer in weights.layers]
 
     def new_cache(self) -> KVCache:
         """An empty cache for all layers."""
@@ -96,14 +105,11 @@ class Llama:
             active: ``[1]`` int32; where it is 0 nothing is done.
             out: ``[M, hidden]``, made if None.
         """
-        phases, eps = cache.phases, self.config.rms_norm_eps
-        operations = self.backend.for_rows(hidden.shape[0])
         for index in range(first, last):
-            layer, keys, values = self.weights.layers[index], cache.keys[index], cache.values[index]
-            hidden = self.blocks[index](hidden, keys, values, position, phases, reach=reach, active=active)
-            inner = operations.gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=eps, active=active)
-            end = out if index == last - 1 else None
-            hidden = operations.linear_residual(inner, layer.down, hidden, active=active, out=end)
+            keys, values, end = cache.keys[index], cache.values[index], out if index == last - 1 else None
+            hidden = self.layers[index](
+                hidden, keys, values, position, cache.phases, reach=reach, active=active, out=end
+            )
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -92,13 +92,20 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """One decoder layer."""
+class MlpWeights:
+    """One SwiGLU: norm ``[hidden]``, packed gate and up, and the down projection."""
 
-    attention: AttentionWeights
-    mlp_norm: Tensor
+    norm: Tensor
     gate_up: PackedWeight
     down: PackedWeight
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer; an adapter's may have no MLP."""
+
+    attention: AttentionWeights
+    mlp: MlpWeights | None
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,9 @@ class TargetWeights:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The adapter's attention block and its own final norm."""
+    """The adapter's layer and its own final norm."""
 
-    attention: AttentionWeights
+    layer: LayerWeights
     norm: Tensor
 
 
@@ -135,8 +142,22 @@ class _Unpacked:
         return PackedWeight(*self.matrices.pop(name), self.layout)
 
 
-def _attention_places(places: _Places, config: LlamaConfig, prefix: str, layout: Layout | None) -> _Unpacked:
+def _layer_places(places: _Places, config: LlamaConfig, prefix: str, layout: Layout | None) -> _Unpacked:
     block = _Unpacked(layout)
+    _attention_places(places, config, prefix, block)
+    if config.has_mlp:
+        _mlp_places(places, config, prefix, block)
+    return block
+
+
+def _finish_layer(block: _Unpacked) -> LayerWeights:
+    attention = AttentionWeights(block.vectors["norm"], block.packed("qkv"), block.packed("output"))
+    if "mlp_norm" not in block.vectors:
+        return LayerWeights(attention, None)
+    return LayerWeights(attention, MlpWeights(block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down")))
+
+
+def _attention_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpacked) -> None:
     hidden, head_dim = config.hidden_size, config.head_dim
     q_rows, kv_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
@@ -152,11 +173,6 @@ def _attention_places(places: _Places, config: LlamaConfig, prefix: str, layout:
     block.matrices["output"] = (output, biases({"o": hidden}) if config.output_bias else None)
     norm = f"{prefix}input_layernorm.weight"
     block.vectors["norm"] = places.pack({norm: (hidden,)})
-    return block
-
-
-def _finish_attention(block: _Unpacked) -> AttentionWeights:
-    return AttentionWeights(block.vectors["norm"], block.packed("qkv"), block.packed("output"))
 
 
 def _mlp_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpacked) -> None:
@@ -208,18 +224,11 @@ def load_target(
         head = places.pack({"lm_head.weight": shape})
         tied = {}
     norm = places.pack({"model.norm.weight": (config.hidden_size,)})
-    blocks = []
-    for index in range(config.num_hidden_layers):
-        prefix = f"model.layers.{index}."
-        block = _attention_places(places, config, prefix, layout)
-        _mlp_places(places, config, prefix, block)
-        blocks.append(block)
+    numbers = range(config.num_hidden_layers)
+    blocks = [_layer_places(places, config, f"model.layers.{number}.", layout) for number in numbers]
     places.fill(tensors, tied, source)
     places.slots.clear()
-    layers = [
-        LayerWeights(_finish_attention(block), block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down"))
-        for block in blocks
-    ]
+    layers = [_finish_layer(block) for block in blocks]
     return TargetWeights(embedding, layers, norm, PackedWeight(head, layout=layout), rounded_to)
 
 
@@ -239,7 +248,7 @@ def load_adapter(
     """
     places = _Places(device, dtype, rounded_to)
     norm = places.pack({"norm.weight": (config.hidden_size,)})
-    block = _attention_places(places, config, "layers.0.", layout)
+    block = _layer_places(places, config, "layers.0.", layout)
     places.fill(tensors, {}, source)
     places.slots.clear()
-    return AdapterWeights(_finish_attention(block), norm)
+    return AdapterWeights(_finish_layer(block), norm)

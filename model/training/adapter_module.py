@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from .settings import TrainingSettings
 
 
 class AdapterBlock(nn.Module):
-    """The adapter's attention layer, with the weights' names of the adapter format."""
+    """The adapter's layer, with the weights' names of the adapter format.
+
+    An MLP's down projection begins at zero, so that an MLP changes nothing until it has learned something.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -33,9 +37,23 @@ class AdapterBlock(nn.Module):
                 "o_proj": nn.Linear(q_rows, hidden, bias=False),
             }
         )
+        if config.has_mlp:
+            inner = config.intermediate_size
+            self.post_attention_layernorm = nn.RMSNorm(hidden, eps=config.rms_norm_eps)
+            self.mlp = nn.ModuleDict(
+                {
+                    "gate_proj": nn.Linear(hidden, inner, bias=False),
+                    "up_proj": nn.Linear(hidden, inner, bias=False),
+                    "down_proj": nn.Linear(inner, hidden, bias=False),
+                }
+            )
+            nn.init.zeros_(self.mlp.get_parameter("down_proj.weight"))
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``h + attention(rms_norm(h))``: ``[B, T, hidden]`` to the same; ``cos`` and ``sin`` are ``[T, D]``."""
+        """``h + attention(rms_norm(h))``, then ``h + swiglu(rms_norm(h))`` with an MLP.
+
+        ``[B, T, hidden]`` to the same; ``cos`` and ``sin`` are ``[T, D]``.
+        """
         normed = self.input_layernorm(hidden)
         q, k, v = (
             self.self_attn[name](normed).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
@@ -43,8 +61,12 @@ class AdapterBlock(nn.Module):
         )
         q, k = (x * cos + torch.cat((-x.chunk(2, -1)[1], x.chunk(2, -1)[0]), dim=-1) * sin for x in (q, k))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        projected: Tensor = self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
-        return hidden + projected
+        hidden = hidden + self.self_attn["o_proj"](mixed.transpose(1, 2).flatten(2))
+        if self.config.has_mlp:
+            normed = self.post_attention_layernorm(hidden)
+            inner = F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
+            hidden = hidden + self.mlp["down_proj"](inner)
+        return hidden
 
 
 class TrainableAdapter(nn.Module):
@@ -71,10 +93,12 @@ class TrainableAdapter(nn.Module):
 
 def adapter_config_values(target_values: dict[str, Any], settings: TrainingSettings) -> dict[str, Any]:
     """The adapter's ``config.json``: the target's, with one layer of Llama's architecture and without biases."""
-    own_heads = {}
+    own: dict[str, Any] = {"mlp": settings.intermediate_size is not None}
+    if settings.intermediate_size is not None:
+        own["intermediate_size"] = settings.intermediate_size
     if settings.num_attention_heads is not None:
         heads, head_dim = settings.num_attention_heads, parse_config(target_values).head_dim
-        own_heads = {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
+        own |= {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
     dropped = (
         "_name_or_path",
         "transformers_version",
@@ -93,23 +117,27 @@ def adapter_config_values(target_values: dict[str, Any], settings: TrainingSetti
         "attention_bias": False,
         "mlp_bias": False,
         "exit_layer": settings.exit_layer,
-        **own_heads,
+        **own,
     }
 
 
 def read_weights(name_or_path: str, config: LlamaConfig) -> dict[str, Tensor]:
-    """An adapter's weights by name, float32, for a run to begin with.
+    """An adapter's weights by name, float32, for a run to begin with; those of an MLP may be missing.
 
     Raises:
         KangarooError: a folder without weights, or weights that do not fit the adapter that is to be trained.
     """
     folder = find_folder(name_or_path, "adapter")
     weights = {name: tensor.float() for name, tensor in read_tensors(folder)}
-    wanted = {name: tensor.shape for name, tensor in TrainableAdapter(config, 1).state_dict().items()}
-    if {name: tensor.shape for name, tensor in weights.items()} != wanted:
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    without, whole = (
+        {name: tensor.shape for name, tensor in TrainableAdapter(each, 1).state_dict().items()}
+        for each in (replace(config, intermediate_size=0), config)
+    )
+    if found not in (without, whole):
         raise KangarooError(
             f"start_from: the adapter in {folder} has other tensors than the one to be trained; it must be made for "
-            "this model, with the same --num-attention-heads."
+            "this model, with the same --num-attention-heads, and have the same --intermediate-size or no MLP."
         )
     return weights
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..drafters.adapter import check_exit_layer
+from ..drafters.adapter import check_exit_layer, parse_adapter_config
 from ..errors import KangarooError
 from ..load import open_model
 from ..named import find_pair
-from ..target.config import LlamaConfig, parse_config
+from ..target.config import LlamaConfig
 from .adapter_module import adapter_config_values, read_weights
 from .checkpoint import read_state
 from .data import Corpus, read_corpus
@@ -87,7 +87,7 @@ def read_plan(settings: TrainingSettings) -> Plan:
     target = find_target(settings.model)
     check_exit_layer(settings.exit_layer, target.config)
     values = adapter_config_values(target.values, settings)
-    config = parse_config(values)
+    config = parse_adapter_config(values)
     if settings.sequence_length > config.context_length:
         raise KangarooError(
             f"sequence_length is {settings.sequence_length}, the model's context holds {config.context_length}."

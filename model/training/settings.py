@@ -34,6 +34,7 @@ class TrainingSettings:
             than the adapter's step, so a slow machine learns faster from 4 to 8.
         sequence_length: the most tokens per window.
         num_attention_heads: of the adapter (as many key-value heads); None takes the target's numbers.
+        intermediate_size: of a SwiGLU behind the adapter's attention; None leaves it away, as in the paper.
         learning_rate: of Muon (matrices) and AdamW (norms) at its height; it warms up over 2 % of the run and falls to
             zero in a straight line.
         total_variation: the share of the total variation distance in the loss; the rest is cross-entropy.
@@ -58,6 +59,7 @@ class TrainingSettings:
     reuse: int = 4
     sequence_length: int = 256
     num_attention_heads: int | None = None
+    intermediate_size: int | None = None
     learning_rate: float = 2e-2
     total_variation: float = 0.0
     vocabulary: int = 8192
@@ -73,11 +75,12 @@ class TrainingSettings:
             ("reuse", 1),
             ("sequence_length", 8),
             ("num_attention_heads", 1),
+            ("intermediate_size", 1),
             ("vocabulary", 1),
             ("seed", 0),
         ):
             value = getattr(self, name)
-            optional = name in ("steps", "num_attention_heads")
+            optional = name in ("steps", "num_attention_heads", "intermediate_size")
             if not (optional and value is None) and (not isinstance(value, int) or value < low):
                 raise KangarooError(f"{name} is {value!r}; it must be a whole number of at least {low}.")
         if not 0 < self.learning_rate < 1:

@@ -48,7 +48,7 @@ class AdapterTraining:
         torch.manual_seed(settings.seed)
         self.adapter = TrainableAdapter(plan.config, settings.sequence_length).to(teacher.device)
         if plan.weights is not None:
-            self.adapter.load_state_dict(plan.weights)
+            self.adapter.load_state_dict(plan.weights, strict=False)  # without an MLP's, it begins as nothing
         else:
             self.adapter.norm.load_state_dict(teacher.model.model.norm.state_dict())
         matrices = [parameter for parameter in self.adapter.parameters() if parameter.ndim == 2]

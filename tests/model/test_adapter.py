@@ -8,7 +8,7 @@ import pytest
 import torch
 from pairs import make_adapter, make_target
 from safetensors.torch import load_file
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.drafters.adapter import load_adapter_config
@@ -51,7 +51,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 @torch.inference_mode()
 def expected_draft_logits(target: Path, adapter: Path, exit_layer: int, tokens: list[int]) -> torch.Tensor:
-    """``head(norm(h + attention(rms_norm(h))))`` on transformers' own hidden states."""
+    """``head(norm(f(h)))`` on transformers' own hidden states.
+
+    ``f`` is ``h + attention(rms_norm(h))``, followed by ``h + swiglu(rms_norm(h))`` where the adapter has an MLP.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -60,8 +63,8 @@ def expected_draft_logits(target: Path, adapter: Path, exit_layer: int, tokens: 
     config = AutoConfig.from_pretrained(adapter)
     weights = load_file(adapter / "model.safetensors")
 
-    def project(name: str, x: torch.Tensor) -> torch.Tensor:
-        prefix = f"layers.0.self_attn.{name}_proj."
+    def project(name: str, x: torch.Tensor, part: str = "self_attn") -> torch.Tensor:
+        prefix = f"layers.0.{part}.{name}_proj."
         return linear(x, weights[prefix + "weight"], weights.get(prefix + "bias"))
 
     def heads(name: str) -> torch.Tensor:
@@ -75,6 +78,11 @@ def expected_draft_logits(target: Path, adapter: Path, exit_layer: int, tokens: 
     later = torch.ones(len(tokens), len(tokens), dtype=torch.bool).triu(1)
     mixed = scores.masked_fill(later, -torch.inf).softmax(dim=-1) @ v
     hidden = hidden + project("o", mixed.transpose(0, 1).flatten(1))
+    mlp_norm = weights.get("layers.0.post_attention_layernorm.weight")
+    if mlp_norm is not None:
+        normed = rms_norm(hidden, mlp_norm, config.rms_norm_eps)
+        inner = silu(project("gate", normed, "mlp")) * project("up", normed, "mlp")
+        hidden = hidden + project("down", inner, "mlp")
     return linear(rms_norm(hidden, weights["norm.weight"], config.rms_norm_eps), model.lm_head.weight)
 
 
@@ -97,6 +105,23 @@ def test_draft_logits_follow_the_formula(shape: str, tmp_path: Path) -> None:
     target = make_target(tmp_path / "target", std=0.15, **SHAPES[shape])
     adapter = make_adapter(tmp_path / "adapter", target, exit_layer=2, std=0.15)
     assert_draft_parity(target, adapter, 2, Kangaroo.from_pretrained(target, adapter, device="cpu"))
+
+
+@pytest.mark.parametrize("shape", [{}, {"mlp_bias": True}])
+def test_an_adapter_with_an_mlp(shape: dict[str, bool], tmp_path: Path) -> None:
+    """The MLP counts where the configuration says so, and its tensors must be there then and only then."""
+    target = make_target(tmp_path / "target", std=0.15, **shape)
+    adapter = make_adapter(tmp_path / "adapter", target, exit_layer=2, std=0.15, mlp=True)
+    assert_draft_parity(target, adapter, 2, Kangaroo.from_pretrained(target, adapter, device="cpu"))
+    for named, said, words in ((adapter, False, "unexpected tensor 'layers.0.mlp"), (adapter, "yes", "true or false")):
+        values = json.loads((named / "config.json").read_text())
+        (named / "config.json").write_text(json.dumps(values | {"mlp": said}))
+        with pytest.raises(KangarooError, match=words):
+            Kangaroo.from_pretrained(target, named, device="cpu")
+    bare = make_adapter(tmp_path / "bare", target, exit_layer=2)
+    (bare / "config.json").write_text(json.dumps(values | {"mlp": True}))
+    with pytest.raises(KangarooError, match="tensors are missing"):
+        Kangaroo.from_pretrained(target, bare, device="cpu")
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])

@@ -47,7 +47,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def load(checkpoint: Path, make: Any, resident: bool = False, **settings: Any) -> Kangaroo:
     target = Kangaroo.from_pretrained(checkpoint, device="cpu", dtype="float32", **settings).target
     if resident:
-        for part in (target, *target.blocks):
+        for part in (target, *target.layers):
             part.backend = RESIDENT
     return Kangaroo(target, make(target))
 

@@ -48,9 +48,10 @@ def kangaroo(pair) -> Kangaroo:
 
 @pytest.fixture(scope="module")
 def kangaroos(pair, tmp_path_factory) -> dict[tuple[str, int], Kangaroo]:
-    """Random and copied adapters at every exit layer of one target."""
+    """Random and copied adapters, and a copied one with an MLP, at every exit layer of one target."""
     random_adapter = make_adapter(tmp_path_factory.mktemp("random"), pair.target, exit_layer=1)
-    adapters = {"random": random_adapter, "copied": pair.adapter}
+    with_mlp = make_adapter(tmp_path_factory.mktemp("mlp"), pair.target, exit_layer=1, copy_layer=3, mlp=True)
+    adapters = {"random": random_adapter, "copied": pair.adapter, "with an MLP": with_mlp}
     return {
         (kind, exit_layer): Kangaroo.from_pretrained(pair.target, folder, exit_layer)
         for kind, folder in adapters.items()

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model.target.checkpoint import open_folder
 from kangaroo_kernels.model.training import card, states, trainer
 from kangaroo_kernels.model.training import teacher as teacher_module
 from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
@@ -102,13 +101,14 @@ def test_an_adapter_of_qwen2_is_a_layer_of_llamas(text: Path, tmp_path: Path) ->
     assert drafted.tokens == plain.tokens and drafted.stats.drafted
 
 
-@pytest.mark.parametrize("heads", [None, 6])
-def test_the_runtime_runs_what_was_trained(heads: int | None, target: Path, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [{}, {"num_attention_heads": 6, "intermediate_size": 40}])
+def test_the_runtime_runs_what_was_trained(shape: dict[str, int], target: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
-    train_adapter(settings(target, text, out, num_attention_heads=heads))
+    train_adapter(settings(target, text, out, **shape))
     kangaroo = Kangaroo.from_pretrained(target, out)
-    config = open_folder(out).config
-    assert config.num_attention_heads == (heads or 4) and config.head_dim == 12
+    config = kangaroo.drafter.adapter.config.llama
+    asked = {"num_attention_heads": 4, "intermediate_size": 0, "head_dim": 12} | shape
+    assert {name: getattr(config, name) for name in asked} == asked
     adapter = TrainableAdapter(config, 32)
     adapter.load_state_dict(load_file(out / "model.safetensors"))
     teacher = Teacher(target, torch.device("cpu"), exit_layer=2)
@@ -197,6 +197,23 @@ def test_a_warm_start_begins_with_the_weights(target: Path, text: Path, tmp_path
     (first.out / "training_state.pt").unlink()
     with pytest.raises(KangarooError, match="--start-from"):
         train_adapter(first)
+
+
+def test_an_adapter_of_attention_alone_gets_an_mlp(target: Path, text: Path, tmp_path: Path) -> None:
+    """Its function is the same at first, and every part of the MLP learns."""
+    first = settings(target, text, tmp_path / "a")
+    train_adapter(first)
+    grown = replace(first, out=tmp_path / "b", start_from=str(first.out), intermediate_size=40)
+    train_adapter(replace(grown, steps=1, learning_rate=1e-9))
+    one, other = (Kangaroo.from_pretrained(target, out).draft_logits([5, 6, 7, 8]) for out in (first.out, grown.out))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    longer = replace(grown, out=tmp_path / "c")
+    train_adapter(longer)
+    one, other = (load_file(out / "model.safetensors") for out in (grown.out, longer.out))
+    for name in (name for name in one if "mlp" in name or "post_attention" in name):
+        assert not torch.allclose(one[name], other[name], atol=1e-4), name
+    with pytest.raises(KangarooError, match="--intermediate-size"):
+        train_adapter(replace(grown, out=tmp_path / "d", start_from=str(longer.out), intermediate_size=8))
 
 
 def test_lessons_on_disk_are_those_in_memory(
@@ -357,6 +374,7 @@ def test_the_rate_falls_towards_a_deadline(
         ({"total_variation": 1.5}, "total_variation is 1.5"),
         ({"start_from": "nowhere/at/all"}, "nowhere"),
         ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"intermediate_size": 0}, "intermediate_size is 0"),
         ({"held_out": (Path("nowhere.txt"),)}, "nowhere.txt"),
         ({"device": "abacus"}, "device"),
     ],
