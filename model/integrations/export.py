@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KangarooError
+from ..target.checkpoint import DRAFT_VOCABULARY_FILE
 from ..target.config import GENERATION_CONFIG
 from .stock_llama import Pair, assisted_settings, check_exportable, drafter_config, drafter_tensors
 
@@ -20,6 +21,7 @@ TOKENIZER_FILES = (
     "chat_template*",
 )
 MODEL_FILES = ("config.json", GENERATION_CONFIG, "model*.safetensors*", "pytorch_model*.bin*", *TOKENIZER_FILES)
+ADAPTER_FILES = (*MODEL_FILES, DRAFT_VOCABULARY_FILE)
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 GENERATE = '''"""Kangaroo decoding for transformers' generate. `kangaroo export --transformers` wrote this file."""
@@ -84,7 +86,7 @@ def export_for_transformers(
         _link(path, folder / path.name)
     own = folder / "adapter"
     own.mkdir()
-    for path in _matching(pair.adapter, MODEL_FILES):
+    for path in _matching(pair.adapter, ADAPTER_FILES):
         shutil.copyfile(path, own / path.name)
     values = json.loads((own / "config.json").read_text(encoding="utf-8"))
     _write_json(own / "config.json", values | {"exit_layer": pair.adapter_config.exit_layer})
