@@ -26,7 +26,8 @@ sys.path.insert(0, str(TOOLS))
 NONSENSE = {
     "minutes learning_rate repetition_penalty": "0 -1 nan inf",
     "arch exit_layer max_new_tokens num_speculative_tokens top_k texts": "0 -1",
-    "steps batch_size reuse sequence_length num_attention_heads vocabulary at_once": "0 -1",
+    "steps batch_size reuse sequence_length num_attention_heads vocabulary draft_vocabulary at_once": "0 -1",
+    "size": "0 -1 2048",
     "draft_confidence_threshold min_p total_variation": "-0.1 1.1 nan",
     "top_p": "0 -0.1 1.1 nan",
     "temperature": "-1 nan inf",
@@ -48,6 +49,7 @@ BEFORE = {
     "chat": "--model demo",
     "train": "--model demo --data README.md --exit-layer 4 --out OUT",
     "generate_data": "--model demo --prompts README.md --out OUT.jsonl",
+    "draft_vocabulary": "--model demo --adapter ADAPTER --data README.md",
     "calibrate": "--model demo --adapter ADAPTER --prompts PROMPTS",
     "export": "--model demo --out OUT",
     "info": "--model demo --adapter ADAPTER",

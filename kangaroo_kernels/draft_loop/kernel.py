@@ -68,6 +68,7 @@ __all__ = ["DraftLoop", "draft_loop", "draft_loop_kernel", "prepare_draft_loop"]
         "seed_ptr",
         "temperature_ptr",
         "threshold_ptr",
+        "tokens_ptr",
     ],
 )
 def draft_loop_kernel(
@@ -78,7 +79,8 @@ def draft_loop_kernel(
     head_norm_ptr,  # [K]
     head_ptr,  # [V, K]
     head_bias_ptr,  # [V] or None
-    embedding_ptr,  # [V, K]
+    tokens_ptr,  # [V] int32, the tokens of the head's rows, or None
+    embedding_ptr,  # [all tokens, K]
     flags_ptr,  # [R + 1] int32
     positions_ptr,  # [1] int64
     newest_ptr,  # [1, K]
@@ -246,7 +248,7 @@ def draft_loop_kernel(
                             top1_tile(tile, x, norm, w, left, HEAD_N)
                         else:
                             drafted_at = (before + 2 + drafted).to(tl.int64)
-                            noise = Noise(tl.load(seed_ptr), stream, drafted_at, tl.load(temperature_ptr))
+                            noise = Noise(tl.load(seed_ptr), stream, drafted_at, tl.load(temperature_ptr), tokens_ptr)
                             sample_tile(tile, noise, x, norm, w, None, left, HEAD_N)
                 else:
                     for row in tl.range(program, 1, programs, disable_licm=True):
@@ -260,6 +262,7 @@ def draft_loop_kernel(
                                 threshold_ptr,
                                 Matrix(embedding_ptr, None, K, K),
                                 Matrix(newest_ptr, None, K, K),
+                                tokens_ptr,
                             ),
                         )
 
@@ -320,7 +323,7 @@ def draft_loop(
     most = len(flags) - 1
     loop = DraftLoop(model, most) if prepared is None else prepared
     out = loop.check(model, flags, positions, newest, exit_hidden, out)
-    vocab_size, K = model.embedding.shape
+    vocab_size, K = loop.head[0].shape
     if temperature is not None:
         check_sampling("draft_loop", temperature, top_k, top_p, seed, newest.device)
         refuse_filters(top_k, top_p, vocab_size)
@@ -335,6 +338,7 @@ def draft_loop(
         adapter.phases,
         model.norm,
         *loop.head,
+        loop.tokens,
         model.embedding,
         flags,
         positions,

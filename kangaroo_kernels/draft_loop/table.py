@@ -28,7 +28,7 @@ from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.qkv_rope import phases_of
 from kangaroo_kernels.shared.cache_layout import cache_layout
 from kangaroo_kernels.shared.grid import ERROR, STATE_WORDS
-from kangaroo_kernels.shared.head import TileResults
+from kangaroo_kernels.shared.head import TileResults, check_vocabulary
 from kangaroo_kernels.shared.launch import UNFUSED, VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
 from kangaroo_kernels.shared.splits import count_splits
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES
@@ -193,7 +193,7 @@ class DraftLoop:
                 f"{MAX_ROWS - 1} drafts."
             )
         self.model, self.most, self.polls = model, most, polls
-        (vocab_size, K), inner = model.embedding.shape, weight_and_bias(model.layers[0].gate_up)[0].shape[0] // 2
+        K, inner = x.shape[1], weight_and_bias(model.layers[0].gate_up)[0].shape[0] // 2
         self.shape, self.adapter_shape = shape_of(model.layers[0].attention, x), shape_of(model.adapter, x)
         shapes = self.shape, self.adapter_shape
         widest = max(each.head_dim for each in shapes)
@@ -202,7 +202,9 @@ class DraftLoop:
                 f"the weights are {x.dtype}, the heads {widest} wide; on a GPU this kernel takes float16 or bfloat16 "
                 f"with heads of at most {WIDEST_HEAD}. Draft step by step instead."
             )
+        vocab_size = len(model.embedding if model.vocabulary is None else model.vocabulary.tokens)
         self.head = matrix_of("the head", x, model.norm, model.head, (vocab_size, K))
+        self.tokens = check_vocabulary("draft_loop", self.head[0], model.vocabulary, model.embedding)
         self._fill_table(x, inner)
 
         self.config = launch_config("draft_loop", vocab_size, K, x)

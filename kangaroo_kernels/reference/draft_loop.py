@@ -87,6 +87,7 @@ def draft_loop(
         hidden = attend(model.adapter, rows, position - lag)[-1:]
         settings: dict[str, Any] = {
             "eps": model.eps,
+            "vocabulary": model.vocabulary,
             "threshold": threshold,
             "sure": flags[drafted + 1 : drafted + 2],
             "embedding": model.embedding,

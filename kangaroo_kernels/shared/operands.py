@@ -189,6 +189,7 @@ class Found(NamedTuple):
         threshold_ptr: ``[1]`` float32, or None.
         embedding: ``[V, K]``; its pointer is None where no further step needs an embedding.
         embedded: ``[M, K]``, where the tokens' embeddings go; its pointer is None where that of ``embedding`` is.
+        tokens_ptr: ``[V]`` int32, the token of each of the head's rows; None where a row's number is its token.
     """
 
     token_ptr: tl.tensor
@@ -197,6 +198,7 @@ class Found(NamedTuple):
     threshold_ptr: tl.tensor | None
     embedding: Matrix
     embedded: Matrix
+    tokens_ptr: tl.tensor | None
 
 
 class Noise(NamedTuple):
@@ -207,9 +209,11 @@ class Noise(NamedTuple):
         stream: int32.
         position: int64, of the first row's new token.
         temperature: float32.
+        tokens_ptr: ``[V]`` int32, the token of each of the head's rows; None where a row's number is its token.
     """
 
     seed: tl.tensor
     stream: tl.tensor
     position: tl.tensor
     temperature: tl.tensor
+    tokens_ptr: tl.tensor | None

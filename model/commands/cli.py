@@ -14,7 +14,7 @@ import typer
 from kangaroo_kernels import __version__
 
 from ..errors import KangarooError
-from . import calibrate, chat, demo, export, generate, generate_data, info, train
+from . import calibrate, chat, demo, draft_vocabulary, export, generate, generate_data, info, train
 from .options import USER_ERROR, examples
 
 app = typer.Typer(
@@ -72,6 +72,7 @@ app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=chat.EXAMPLES)(chat.chat)
 app.command(cls=train.FileLists, epilog=generate_data.EXAMPLES)(generate_data.generate_data)
 app.command(cls=train.FileLists, epilog=train.EXAMPLES)(train.train)
+app.command(cls=train.FileLists, epilog=draft_vocabulary.EXAMPLES)(draft_vocabulary.draft_vocabulary)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=info.EXAMPLES)(info.info)

@@ -44,8 +44,9 @@ def prepare_loop(target: Llama, adapter: Adapter, text: "TextState", drafts: int
         tuple(layer(weights, index) for index, weights in enumerate(shallow)),
         block(adapter.layer.weights.attention, adapter.config.llama, text.memory.cache, 0),
         adapter.norm,
-        target.weights.head,
+        adapter.head,
         adapter.config.llama.rms_norm_eps,
         target.weights.embedding,
+        adapter.vocabulary,
     )
     return PreparedLoop(model, target.backend.prepare_draft_loop(model, drafts))

@@ -53,7 +53,7 @@ class AdapterMemory:
 
 
 class KangarooDrafter(Drafter):
-    """The first ``first_layer`` layers of the target, the adapter and the target's own head.
+    """The first ``first_layer`` layers of the target, the adapter and the target's own head, or some rows of it.
 
     Args:
         target: the model.
@@ -144,12 +144,13 @@ class KangarooDrafter(Drafter):
 
         ``drafted`` are the tokens behind the text.
         """
-        adapter, target = self.adapter, self.target
+        adapter = self.adapter
         hidden = adapter.run(exit_hidden, text.memory.cache, position)[-1:]
         eps, following = adapter.config.llama.rms_norm_eps, position + exit_hidden.shape[0]
+        head = hidden, adapter.norm, adapter.head, eps, following
         if chooser.sampling.rejects:
-            return chooser.draft_with_distribution(hidden, adapter.norm, target.weights.head, eps, following, drafted)
-        return chooser.draft(hidden, adapter.norm, target.weights.head, eps, following, drafted=drafted), None
+            return chooser.draft_with_distribution(*head, drafted, adapter.vocabulary)
+        return chooser.draft(*head, drafted=drafted, vocabulary=adapter.vocabulary), None
 
     def commit(self, text: "TextState", count: int) -> None:
         """Roll back by length; row 0 becomes the one that a lagging adapter will need."""
@@ -215,9 +216,10 @@ class KangarooDrafter(Drafter):
         iteration.chooser.draft(
             hidden,
             adapter.norm,
-            target.weights.head,
+            adapter.head,
             adapter.config.llama.rms_norm_eps,
             buffers.position(row + 1),
+            vocabulary=adapter.vocabulary,
             threshold=buffers.threshold,
             active=active,
             sure=buffers.drafting(row + 1),

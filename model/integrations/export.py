@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from ..errors import KangarooError
+from ..target.checkpoint import DRAFT_VOCABULARY_FILE
 from ..target.config import GENERATION_CONFIG
 from .stock_folder import (
     MODEL_FILES,
@@ -17,6 +18,8 @@ from .stock_folder import (
     write_tokenizer,
 )
 from .stock_llama import Pair, assisted_settings, check_exportable, drafter_config, drafter_tensors
+
+ADAPTER_FILES = (*MODEL_FILES, DRAFT_VOCABULARY_FILE)
 
 GENERATE = '''"""Kangaroo decoding for transformers' generate. `kangaroo export --transformers` wrote this file."""
 
@@ -74,7 +77,7 @@ def export_for_transformers(
     write_stock_folder(pair.checkpoint, folder)
     own = folder / "adapter"
     own.mkdir()
-    for path in matching(pair.adapter, MODEL_FILES):
+    for path in matching(pair.adapter, ADAPTER_FILES):
         shutil.copyfile(path, own / path.name)
     values = json.loads((own / "config.json").read_text(encoding="utf-8"))
     write_json(own / "config.json", values | {"exit_layer": pair.adapter_config.exit_layer})

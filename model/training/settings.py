@@ -39,6 +39,8 @@ class TrainingSettings:
             zero in a straight line.
         total_variation: the share of the total variation distance in the loss; the rest is cross-entropy.
         vocabulary: how many tokens, the data's most frequent ones, the loss tells apart; all others are one class.
+        draft_vocabulary: how many tokens, the special ones and the data's most frequent ones, the adapter may draft,
+            with a head of so many rows; None means all.
         start_from: an adapter's folder, whose weights a new run begins with.
         cache: keep the target's states of all data on disk, in ``out``, instead of a part of them in memory.
         seed: of the windows' order and of what is drawn.
@@ -63,6 +65,7 @@ class TrainingSettings:
     learning_rate: float = 2e-2
     total_variation: float = 0.0
     vocabulary: int = 8192
+    draft_vocabulary: int | None = None
     start_from: str | None = None
     cache: bool = False
     seed: int = 0
@@ -77,10 +80,11 @@ class TrainingSettings:
             ("num_attention_heads", 1),
             ("intermediate_size", 1),
             ("vocabulary", 1),
+            ("draft_vocabulary", 1),
             ("seed", 0),
         ):
             value = getattr(self, name)
-            optional = name in ("steps", "num_attention_heads", "intermediate_size")
+            optional = name in ("steps", "num_attention_heads", "intermediate_size", "draft_vocabulary")
             if not (optional and value is None) and (not isinstance(value, int) or value < low):
                 raise KangarooError(f"{name} is {value!r}; it must be a whole number of at least {low}.")
         if not 0 < self.learning_rate < 1:
@@ -106,7 +110,9 @@ class TrainingSettings:
     def fingerprint(self) -> str:
         """What must be the same for a run to go on: all that changes a step's lesson, and no limit."""
         free = dict.fromkeys(("out", "device", "held_out", "minutes", "steps", "cache"), "")
-        return json.dumps({**asdict(self), **free}, default=str, sort_keys=True)
+        fixed = {**asdict(self), **free}
+        del fixed["draft_vocabulary"]  # a run goes on from a state of before there was one
+        return json.dumps(fixed, default=str, sort_keys=True)
 
 
 def check_minutes(minutes: float | None) -> None:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..drafters.vocabulary import write_draft_vocabulary
 from ..errors import KangarooError
 from ..load import resolve_device, resolve_dtype
 from .adapter_module import TrainableAdapter, save_adapter
 from .card import write_card
 from .checkpoint import REPORT_FILE, STATE_FILE, stop_between_steps, write_atomically
+from .draft_vocabulary import count_tokens, draft_tokens
 from .losses import DraftLoss
 from .optimizers import Optimizers, rise_and_fall
 from .plan import Plan, read_plan
@@ -39,6 +41,7 @@ class AdapterTraining:
         positions: on how many positions the adapter learned in them, each counted as often as it was used.
         elapsed: seconds that they took.
         losses: the loss of every step.
+        drafted: the tokens that the adapter may draft, ascending; None means all.
     """
 
     def __init__(self, settings: TrainingSettings, teacher: Teacher, plan: Plan) -> None:
@@ -53,8 +56,11 @@ class AdapterTraining:
             self.adapter.norm.load_state_dict(teacher.model.model.norm.state_dict())
         matrices = [parameter for parameter in self.adapter.parameters() if parameter.ndim == 2]
         self.optimizers = Optimizers(self.adapter, matrices, (settings.learning_rate, settings.learning_rate))
-        counts = torch.bincount(torch.cat([window.tokens for window in windows]), minlength=len(teacher.head))
+        counts = count_tokens(windows, len(teacher.head))
         self.loss = DraftLoss(teacher.head, counts, settings.vocabulary, settings.total_variation)
+        self.drafted = None
+        if settings.draft_vocabulary is not None:
+            self.drafted = draft_tokens(counts, settings.draft_vocabulary, plan.target)
         self.step, self.positions, self.elapsed = 0, 0, 0.0
         self.losses: list[float] = []
         self._unread: list[Tensor] = []
@@ -172,6 +178,8 @@ def train_adapter(
     reserve = SCORING_SHARE * (deadline - began) if math.isfinite(deadline) else 0.0
     run_steps(training, progress, deadline - reserve)
     save_adapter(settings.out, plan.values, training.adapter, plan.target.config.dtype)
+    if training.drafted is not None:
+        write_draft_vocabulary(settings.out, training.drafted)
     report = {
         "settings": settings.summary(),
         "steps": training.step,
@@ -180,7 +188,9 @@ def train_adapter(
         "parameters": sum(parameter.numel() for parameter in training.adapter.parameters()),
         "curve": curve(training.losses),
     }
-    report |= score_held_out(teacher, training.adapter, plan.corpus.held_out, progress, deadline - reserve / 2)
+    drafted = None if training.drafted is None else training.drafted.to(device)
+    held_out = plan.corpus.held_out
+    report |= score_held_out(teacher, training.adapter, held_out, progress, deadline - reserve / 2, drafted)
     del teacher, training  # the runtime loads the target anew
     report |= decode_held_out(plan, settings, progress, deadline)
     write_card(settings, report)
