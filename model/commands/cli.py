@@ -14,7 +14,7 @@ import typer
 from kangaroo_kernels import __version__
 
 from ..errors import KangarooError
-from . import calibrate, chat, demo, export, generate, generate_data, info, train
+from . import calibrate, chat, demo, evaluate, export, generate, generate_data, info, train
 from .options import USER_ERROR, examples
 
 app = typer.Typer(
@@ -73,5 +73,6 @@ app.command(epilog=chat.EXAMPLES)(chat.chat)
 app.command(cls=train.FileLists, epilog=generate_data.EXAMPLES)(generate_data.generate_data)
 app.command(cls=train.FileLists, epilog=train.EXAMPLES)(train.train)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command(name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=info.EXAMPLES)(info.info)
