@@ -58,6 +58,7 @@ class DecodeStats:
         accepted_at: ``accepted_at[i]`` counts the steps that accepted a draft at position i.
         prefill_seconds: time before the first step.
         decode_seconds: time of all steps.
+        processor_seconds: time that the process had processors during the steps, summed over its threads.
         cached_tokens: tokens of the prompt that the session held already, from the text before.
         prefilled_tokens: tokens of the prompt that were run before the first step. The prompt's last token belongs to
             neither: the first step runs it.
@@ -72,6 +73,7 @@ class DecodeStats:
     decode_seconds: float = 0.0
     cached_tokens: int = 0
     prefilled_tokens: int = 0
+    processor_seconds: float = 0.0
 
     def count(self, commit: Commit) -> None:
         """Add one step."""
@@ -115,6 +117,7 @@ class DecodeStats:
             "acceptance_rate_per_position": self.acceptance_rate_per_position,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
+            "processor_seconds": self.processor_seconds,
             "tokens_per_second": self.tokens_per_second,
             "cached_tokens": self.cached_tokens,
             "prefilled_tokens": self.prefilled_tokens,

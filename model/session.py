@@ -234,13 +234,14 @@ def _commits(kangaroo: "Kangaroo", request: Request, outcome: Outcome, memory: M
                     "take a second one."
                 )
             memory.follow_stream()
-            began = time.perf_counter()
+            began, processor = time.perf_counter(), time.process_time()
             try:
                 commit = next(steps, None)
             except Exception:
                 memory.forget()  # what failed may have left anything in the caches
                 raise
             stats.decode_seconds += time.perf_counter() - began
+            stats.processor_seconds += time.process_time() - processor
         if commit is None:
             return
         yield commit

@@ -33,6 +33,7 @@ NONSENSE = {
     "temperature": "-1 nan inf",
     "seed": "-1",
     "rows": "0 -1 17",
+    "per_category": "0 -1",
     "context": "1 -1",
     "min_new_tokens": "-1 129",
     "timeout": "0 -1 nan",
@@ -52,6 +53,7 @@ BEFORE = {
     "draft_vocabulary": "--model demo --adapter ADAPTER --data README.md",
     "calibrate": "--model demo --adapter ADAPTER --prompts PROMPTS",
     "export": "--model demo --out OUT",
+    "eval": "--model demo --questions bench/domains.jsonl --out OUT",
     "info": "--model demo --adapter ADAPTER",
 }
 """What must stand on the command line besides."""
@@ -72,7 +74,7 @@ TOOL_NAMES = [
     path.stem for path in TOOLS.glob("*.py") if re.search(r"(?s)\nimport typer\n.*\ndef main", path.read_text())
 ]
 COMMANDS = {name: import_module(name).main for name in TOOL_NAMES}
-COMMANDS |= {each.callback.__name__: each.callback for each in cli.app.registered_commands}
+COMMANDS |= {each.name or each.callback.__name__: each.callback for each in cli.app.registered_commands}
 NUMBERS = [(name, option) for name, function in COMMANDS.items() for option in numbers(function)]
 
 

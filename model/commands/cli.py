@@ -14,7 +14,7 @@ import typer
 from kangaroo_kernels import __version__
 
 from ..errors import KangarooError
-from . import calibrate, chat, demo, draft_vocabulary, export, generate, generate_data, info, train
+from . import calibrate, chat, demo, draft_vocabulary, evaluate, export, generate, generate_data, info, train
 from .options import USER_ERROR, examples
 
 app = typer.Typer(
@@ -74,5 +74,6 @@ app.command(cls=train.FileLists, epilog=generate_data.EXAMPLES)(generate_data.ge
 app.command(cls=train.FileLists, epilog=train.EXAMPLES)(train.train)
 app.command(cls=train.FileLists, epilog=draft_vocabulary.EXAMPLES)(draft_vocabulary.draft_vocabulary)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command(name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=info.EXAMPLES)(info.info)

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..evaluation.compare import Comparison, summarise
+from ..evaluation.report import TOO_LONG, Report, describe
 from ..results import Generation, Progress
 from .facts import Environment, Footprint
 
@@ -132,6 +133,30 @@ def acceptance_bars(rates: Sequence[float]) -> Table:
     for position, rate in enumerate(rates, start=1):
         chart.add_row(str(position), Bar(1, 0, rate, width=BAR_WIDTH, color=DRAFTED_STYLE), f"{rate:.0%}")
     return chart
+
+
+def show_evaluation(console: Console, out: Path, report: Report) -> None:
+    """The tables of an evaluation, and every text that is not plain decoding's."""
+    if not report.rows:
+        return
+    console.print(_table(*report.table(wide=console.width > 120)))
+    if len(report.ways) > 2:
+        console.print("every way of decoding, prefill included", style="bold")
+        console.print(_table(*report.ways_table()))
+    for difference in report.differences:
+        console.print(describe(difference), soft_wrap=True)
+    if report.left_out:
+        console.print(f"{TOO_LONG}: {report.left_out}.", soft_wrap=True)
+    console.print(f"Answers, report and pictures are in {out}.", soft_wrap=True)
+
+
+def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    for index, name in enumerate(header):
+        table.add_column(name.replace(" ", "\n"), justify="right" if index else "left", no_wrap=True)
+    for line in cells:
+        table.add_row(*map(escape, line))
+    return table
 
 
 def show_environment(console: Console, here: Environment) -> None:

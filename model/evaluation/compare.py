@@ -143,4 +143,5 @@ def _add(parts: Sequence[DecodeStats]) -> DecodeStats:
         decode_seconds=sum(part.decode_seconds for part in parts),
         cached_tokens=sum(part.cached_tokens for part in parts),
         prefilled_tokens=sum(part.prefilled_tokens for part in parts),
+        processor_seconds=sum(part.processor_seconds for part in parts),
     )

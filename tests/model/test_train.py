@@ -275,7 +275,7 @@ def test_the_report(target: Path, text: Path, tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_picture(
     target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(card, "find_spec", lambda _: None)
+    monkeypatch.setattr(card, "can_draw", lambda: False)
     train_adapter(settings(target, text, tmp_path / "a", steps=1))
     assert "curve.png" not in (tmp_path / "a" / "README.md").read_text()
     assert not (tmp_path / "a" / "curve.png").exists()
