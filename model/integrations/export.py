@@ -43,7 +43,7 @@ def export_drafter(
     Its ``generation_config.json`` names the adapter's draft length and threshold for transformers.
 
     Args:
-        model: the target: a folder, a hub name, or ``demo``.
+        model: the target, as for ``Kangaroo.from_pretrained``.
         adapter: its adapter's folder or hub name; None takes the bundled pair's own.
         out: a new or empty folder.
         exit_layer: overrides the adapter's own.
@@ -63,8 +63,11 @@ def export_drafter(
     ends = {name: values[name] for name in SPECIAL_TOKENS if values.get(name) is not None}
     generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ends
     _write_json(folder / GENERATION_CONFIG, generation | assisted_settings(pair.adapter_config))
-    for path in _matching(pair.target, TOKENIZER_FILES):
-        shutil.copyfile(path, folder / path.name)
+    if pair.is_folder:
+        for path in _matching(pair.target, TOKENIZER_FILES):
+            shutil.copyfile(path, folder / path.name)
+    elif (tokenizer := pair.checkpoint.tokenizer()) is not None:
+        tokenizer.save_pretrained(folder)
     _write_json(folder / "config.json", values)  # last: a folder that has it is whole
     return pair
 
@@ -78,6 +81,8 @@ def export_for_transformers(
     those of ``export_drafter``, but any adapter will do.
     """
     pair = Pair.find(model, adapter, exit_layer)
+    if not pair.is_folder:
+        raise KangarooError(f"{pair.target} is a GGUF file; transformers needs the model's Hugging Face folder.")
     folder = _new_folder(out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for path in _matching(pair.target, MODEL_FILES):

@@ -79,6 +79,12 @@ def spread(part: str, tensor: Tensor, own: Heads, wanted: Heads) -> Tensor:
     return result
 
 
+def separate_pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of a query or key projection, ``[H * D, ...]``, from adjacent RoPE pairs, as GGUF files have, to halves."""
+    heads = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
 def _divisors(number: int) -> list[int]:
     return [each for each in range(1, number + 1) if number % each == 0]
 

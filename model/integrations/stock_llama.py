@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..drafters.adapter import AdapterConfig, load_adapter_config
 from ..errors import KangarooError
+from ..load import open_model
 from ..named import find_pair
-from ..target.checkpoint import open_folder, read_tensors
+from ..target.checkpoint import Checkpoint, read_tensors
 from ..target.config import LlamaConfig
-from ..target.hub import GGUF, find_folder, find_model
-from .heads import Heads, common_heads, spread
+from ..target.hub import GGUF, find_folder
+from .heads import Heads, common_heads, separate_pairs, spread
 
 TARGETS_ALONE = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 """Entries of a target's ``config.json`` that are null or count its layers."""
@@ -29,16 +30,15 @@ TARGETS_ALONE = ("sliding_window", "use_sliding_window", "max_window_layers", "l
 
 @dataclass(frozen=True)
 class Pair:
-    """The folders of a target and an adapter, and what their configurations say."""
+    """The files of a target and the folder of an adapter, and what their configurations say."""
 
-    target: Path
+    checkpoint: Checkpoint
     adapter: Path
-    target_config: LlamaConfig
     adapter_config: AdapterConfig
 
     @classmethod
     def find(cls, model: str | Path, adapter: str | Path | None, exit_layer: int | None) -> "Pair":
-        """Find both folders and check that they belong together; arguments as for ``Kangaroo.from_pretrained``.
+        """Find both and check that they belong together; arguments as for ``Kangaroo.from_pretrained``.
 
         Raises:
             KangarooError: no adapter, one of another model, or an exit layer that the target does not have.
@@ -46,12 +46,24 @@ class Pair:
         model, adapter = find_pair(model, adapter)
         if adapter is None:
             raise KangarooError("no adapter was given; give the folder or the hub name of one.")
-        folder = find_model(model)
-        if folder.suffix == GGUF:
-            raise KangarooError(f"{folder} is a GGUF file; engines take a drafter of the model's Hugging Face folder.")
-        config = open_folder(folder).config
+        checkpoint = open_model(model)
         adapter_folder = find_folder(adapter, "adapter")
-        return cls(folder, adapter_folder, config, load_adapter_config(adapter_folder, config, exit_layer))
+        return cls(checkpoint, adapter_folder, load_adapter_config(adapter_folder, checkpoint.config, exit_layer))
+
+    @property
+    def target(self) -> Path:
+        """The target's folder or GGUF file."""
+        return self.checkpoint.path
+
+    @property
+    def target_config(self) -> LlamaConfig:
+        """What its configuration says."""
+        return self.checkpoint.config
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the target is a Hugging Face folder."""
+        return self.target.suffix != GGUF
 
     @cached_property
     def heads(self) -> Heads:
@@ -67,6 +79,11 @@ def check_exportable(pair: Pair) -> None:
         KangarooError: they do not.
     """
     target, adapter = pair.target_config, pair.adapter_config.llama
+    if target.rope.divisors:
+        raise KangarooError(
+            f"{pair.target} names its RoPE frequencies one by one, which a stock Llama cannot; export from the model's "
+            "Hugging Face folder."
+        )
     for name, ours, theirs in (
         ("head_dim", adapter.head_dim, target.head_dim),
         ("rms_norm_eps", adapter.rms_norm_eps, target.rms_norm_eps),
@@ -92,8 +109,14 @@ def assisted_settings(adapter: AdapterConfig) -> dict[str, Any]:
 
 
 def drafter_config(pair: Pair) -> dict[str, Any]:
-    """The drafter's ``config.json``: the target's own, as engines already read it, with other layers and heads."""
-    values: dict[str, Any] = json.loads((pair.target / "config.json").read_text(encoding="utf-8"))
+    """The drafter's ``config.json``: the target's own, as engines already read it, with other layers and heads.
+
+    What a GGUF file holds in blocks is written in the float32 that they stand for.
+    """
+    if pair.is_folder:
+        values: dict[str, Any] = json.loads((pair.target / "config.json").read_text(encoding="utf-8"))
+    else:
+        values = pair.checkpoint.values | {"dtype": "float32", "bos_token_id": None}
     return {name: value for name, value in values.items() if name not in TARGETS_ALONE} | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -137,9 +160,12 @@ def drafter_tensors(pair: Pair) -> dict[str, Tensor]:
 def _given(pair: Pair) -> Iterator[tuple[str, Tensor]]:
     """What the checkpoints hold of the drafter, under its names and with its heads."""
     exit_layer = pair.adapter_config.exit_layer
-    for name, tensor in read_tensors(pair.target):
+    head_dim, adjacent = pair.target_config.head_dim, pair.checkpoint.adjacent_pairs
+    for name, tensor in pair.checkpoint.tensors():
         layer = _layer(name)
         if (layer is None and name != "model.norm.weight") or (layer is not None and layer < exit_layer):
+            if adjacent and any(part in name for part in ("q_proj", "k_proj")):
+                tensor = separate_pairs(tensor, head_dim)  # noqa: PLW2901
             yield name, _with_heads(name, tensor, pair.target_config, pair)
     for name, tensor in read_tensors(pair.adapter):
         renamed = f"model.{name}".replace("model.layers.0.", f"model.layers.{exit_layer}.")

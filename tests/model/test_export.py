@@ -4,16 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Pair
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import TOKENS as VOCABULARY
+from gguf_files import write_gguf
 from pairs import make_adapter, make_target
 from safetensors.torch import load_file, save_file
+from smollm2 import real
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.demo import bundled_pair
-from kangaroo_kernels.model.integrations.export import export_drafter
+from kangaroo_kernels.model.integrations.export import export_drafter, export_for_transformers
 from kangaroo_kernels.model.integrations.heads import Heads, common_heads
+from kangaroo_kernels.model.load import open_model
+from kangaroo_kernels.model.named import find_smollm2
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(67, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -179,3 +186,53 @@ def test_a_mistral_becomes_a_llama(tmp_path: Path) -> None:
     path.write_text(json.dumps(values | {"architectures": ["MistralForCausalLM"]}))
     export_drafter(pair.target, pair.adapter, tmp_path / "out")
     assert_the_same_drafts(stock(tmp_path / "out"), pair.load(device="cpu"))
+
+
+BLOCKS = {"hidden_size": 64, "intermediate_size": 96, "std": 0.15, "rms_norm_eps": 2.0**-17}
+"""Sizes that a GGUF file's blocks of 32 divide, and an epsilon that is exact in float32."""
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
+def test_a_gguf_file(kind: Kind, tmp_path: Path) -> None:
+    """Its query and key rows lie in another order, its numbers in blocks, its tokenizer in the file."""
+    from transformers import AutoTokenizer
+
+    target = make_target(tmp_path / "target", **BLOCKS)
+    pair = Pair(write_gguf(tmp_path / "m.gguf", target, kind), make_adapter(tmp_path / "a", target, exit_layer=2))
+    export_drafter(pair.target, pair.adapter, tmp_path / "out")
+    model = stock(tmp_path / "out")
+    assert_the_same_drafts(model, pair.load(device="cpu"))
+    assert model.config.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_ids_to_tokens(range(67)) == VOCABULARY
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [2]
+
+
+def test_what_a_gguf_file_cannot_give(tmp_path: Path) -> None:
+    target = make_target(tmp_path / "target", **BLOCKS)
+    adapter = make_adapter(tmp_path / "a", target, exit_layer=2)
+    divisors = {"rope_freqs.weight": np.full(8, 2, np.float32)}
+    file = write_gguf(tmp_path / "m.gguf", target, tensors=divisors)
+    with pytest.raises(KangarooError, match="names its RoPE frequencies one by one"):
+        export_drafter(file, adapter, tmp_path / "out")
+    with pytest.raises(KangarooError, match=r"m.gguf is a GGUF file; transformers needs the model's Hugging Face"):
+        export_for_transformers(file, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@real
+def test_smollm2(tmp_path: Path) -> None:
+    """The real file, with an adapter of its shape."""
+    checkpoint = open_model(find_smollm2())
+    config, folder, draw = checkpoint.config, tmp_path / "a", torch.Generator().manual_seed(0)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(checkpoint.values | {"num_hidden_layers": 1, "exit_layer": 2}))
+    wide, narrow = (count * config.head_dim for count in (config.num_attention_heads, config.num_key_value_heads))
+    tensors = {name: torch.ones(config.hidden_size) for name in ("norm.weight", "layers.0.input_layernorm.weight")}
+    for part, rows in (("q", wide), ("k", narrow), ("v", narrow), ("o", config.hidden_size)):
+        columns = wide if part == "o" else config.hidden_size
+        tensors[f"layers.0.self_attn.{part}_proj.weight"] = 0.05 * torch.randn(rows, columns, generator=draw)
+    save_file(tensors, folder / "model.safetensors")
+    export_drafter("smollm2", tmp_path / "a", tmp_path / "out")
+    kangaroo = Kangaroo.from_pretrained("smollm2", tmp_path / "a", device="cpu")
+    tokens = torch.tensor([kangaroo.tokenizer("The capital of France is")["input_ids"]])
+    assert_the_same_drafts(stock(tmp_path / "out"), kangaroo, tokens)
