@@ -14,7 +14,7 @@ from typing import Any
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, MAX_STOPS
 
 from .drafters.protocol import Drafter
-from .errors import KangarooError
+from .errors import KangarooError, TooLongError
 from .sampling import Sampling, is_number, is_whole, plain_number
 from .shaping import NO_SHAPING, Shaping
 from .target.config import LlamaConfig
@@ -305,7 +305,7 @@ def check_prompt(tokens: Sequence[int], config: LlamaConfig) -> list[int]:
     if not checked:
         raise KangarooError("the prompt is empty; give at least one token.")
     if len(checked) > config.context_length:
-        raise KangarooError(f"the prompt has {len(checked)} tokens, the model's context holds {config.context_length}.")
+        raise TooLongError(f"the prompt has {len(checked)} tokens, the model's context holds {config.context_length}.")
     return checked
 
 

@@ -59,6 +59,11 @@ class Memory:
         own = self.cache.nbytes + getattr(self.drafter, "nbytes", 0)
         return own + self.runner.buffer_bytes + self.runner.captured_bytes
 
+    @property
+    def held(self) -> Written:
+        """The text before, as far as the target's cache holds it."""
+        return self._target_holds or Written((), [])
+
     def forget(self) -> None:
         """Let the next text begin anew, whatever the caches hold."""
         self._target_holds = self._drafter_holds = None
@@ -144,9 +149,17 @@ class Session(Writer):
         """Bytes of device memory that the session takes; the weights are not among them."""
         return self.memory.nbytes
 
-    def _write(self, prompt: Prompt | None, messages: Messages | None, settings: Settings) -> "Writing":
-        request = self._kangaroo.resolve(prompt, settings, messages)
+    @property
+    def held(self) -> Written:
+        """The text before, as far as the caches hold it: what a next text may begin with."""
+        return self.memory.held
+
+    def write(self, request: Request) -> "Writing":
+        """As ``progress``, for what ``Kangaroo.resolve`` has made already."""
         return Writing(self._kangaroo, request, lambda: self.memory)
+
+    def _write(self, prompt: Prompt | None, messages: Messages | None, settings: Settings) -> "Writing":
+        return self.write(self._kangaroo.resolve(prompt, settings, messages))
 
 
 class Writing(BothWays[Progress]):

@@ -25,13 +25,14 @@ sys.path.insert(0, str(TOOLS))
 
 NONSENSE = {
     "minutes learning_rate repetition_penalty": "0 -1 nan inf",
-    "arch exit_layer max_new_tokens num_speculative_tokens top_k texts": "0 -1",
+    "arch exit_layer max_new_tokens num_speculative_tokens top_k texts parallel": "0 -1",
     "steps batch_size reuse sequence_length num_attention_heads vocabulary draft_vocabulary at_once": "0 -1",
     "size": "0 -1 2048",
     "draft_confidence_threshold min_p total_variation": "-0.1 1.1 nan",
     "top_p": "0 -0.1 1.1 nan",
     "temperature": "-1 nan inf",
-    "seed": "-1",
+    "seed queue": "-1",
+    "port": "-1 65536",
     "rows": "0 -1 17",
     "per_category": "0 -1",
     "context": "1 -1",
@@ -54,6 +55,7 @@ BEFORE = {
     "calibrate": "--model demo --adapter ADAPTER --prompts PROMPTS",
     "export": "--model demo --out OUT",
     "eval": "--model demo --questions bench/domains.jsonl --out OUT",
+    "serve": "--model demo --adapter ADAPTER --port 0",
     "info": "--model demo --adapter ADAPTER",
 }
 """What must stand on the command line besides."""
