@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from kangaroo_kernels import Generation, Kangaroo, KangarooError
 from kangaroo_kernels.model.chat import chat_tokens
 from kangaroo_kernels.model.demo import DEMO_MODEL, QUESTIONS, bundled_pair
-from kangaroo_kernels.model.integrations.export import TOKENIZER_FILES, export_drafter
+from kangaroo_kernels.model.integrations.export import export_drafter
 from kangaroo_kernels.model.integrations.heads import Heads, common_heads, spread
+from kangaroo_kernels.model.integrations.stock_folder import TOKENIZER_FILES
 from kangaroo_kernels.model.target.checkpoint import read_tensors
 
 NEW_TOKENS, DRAFTS = 64, 6
