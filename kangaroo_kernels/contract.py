@@ -97,7 +97,7 @@ RECORD_HEAD = len(Record._fields)
 
 
 class AttentionBlock(NamedTuple):
-    """Pre-norm attention with its residual, and the cache that it attends to: the adapter, or half of a layer.
+    """Pre-norm attention with its residual, and the cache that it attends to.
 
     Attributes:
         norm: ``[K]``.
@@ -120,20 +120,30 @@ class AttentionBlock(NamedTuple):
     scale: float
 
 
-class Layer(NamedTuple):
-    """A decoder layer; its second norm has the eps of the first.
+class Mlp(NamedTuple):
+    """Pre-norm SwiGLU with its residual; its norm has the eps of the attention's before it.
 
     Attributes:
-        attention: the first half.
-        mlp_norm: ``[K]``.
+        norm: ``[K]``.
         gate_up: ``[2 * I, K]``, the gate's rows first.
         down: ``[K, I]``.
     """
 
-    attention: AttentionBlock
-    mlp_norm: Tensor
+    norm: Tensor
     gate_up: Weight
     down: Weight
+
+
+class Layer(NamedTuple):
+    """A decoder layer.
+
+    Attributes:
+        attention: the first half.
+        mlp: the second; None for an adapter that is attention alone.
+    """
+
+    attention: AttentionBlock
+    mlp: Mlp | None
 
 
 class DraftModel(NamedTuple):
@@ -141,7 +151,7 @@ class DraftModel(NamedTuple):
 
     Attributes:
         layers: the target's first layers.
-        adapter: the adapter's attention block, which runs after them.
+        adapter: the layer that runs after them.
         norm: ``[K]``, the adapter's norm before the head.
         head: ``[V, K]``, the target's head, or ``[R, K]``, some rows of it.
         eps: of the adapter's norm.
@@ -150,7 +160,7 @@ class DraftModel(NamedTuple):
     """
 
     layers: tuple[Layer, ...]
-    adapter: AttentionBlock
+    adapter: Layer
     norm: Tensor
     head: Weight
     eps: float

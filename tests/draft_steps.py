@@ -8,7 +8,7 @@ from kernel_inputs import drawer, same_bits
 from torch import Tensor
 
 from kangaroo_kernels.attention import attention
-from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer, Top1
+from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer, Mlp, Top1
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop
 from kangaroo_kernels.gate_up import gate_up
 from kangaroo_kernels.linear_residual import linear_residual
@@ -35,10 +35,17 @@ def make_model(
     biases: tuple[str, ...] = ("qkv", "output", "gate_up", "down", "adapter's qkv", "head"),
     heads: tuple[int, int, int] = (4, 2, 8),
     adapter_heads: tuple[int, int, int] = (4, 2, 8),
+    adapter_inner: int | None = None,
     capacity: int = CAPACITY,
     adapter_capacity: int | None = None,
 ) -> DraftModel:
-    """A small drafter; no size is a multiple of a tile. ``heads``: H, H_kv, D. Caches are NaN but for what is drawn."""
+    """A small drafter; no size is a multiple of a tile. Caches are NaN but for what is drawn.
+
+    Args:
+        biases: of which matrices; those of the adapter are called the adapter's.
+        heads: H, H_kv, D.
+        adapter_inner: the size of the adapter's MLP; None leaves it away.
+    """
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.float16)
     draw = drawer(layers, dtype, device)
 
@@ -56,18 +63,15 @@ def make_model(
         projection = weight(f"{whose}output", HIDDEN, query_heads * head_dim)
         return AttentionBlock(1 + draw(HIDDEN, scale=0.1), qkv, projection, *caches, table, 1e-5, head_dim**-0.5)
 
+    def mlp(inner: int, whose: str = "") -> Mlp:
+        norm = 1 + draw(HIDDEN, scale=0.1)
+        return Mlp(norm, weight(f"{whose}gate_up", 2 * inner, HIDDEN), weight(f"{whose}down", HIDDEN, inner))
+
     table = tables(heads[2], 1e2)
-    blocks = [
-        Layer(
-            block(heads, table),
-            1 + draw(HIDDEN, scale=0.1),
-            weight("gate_up", 2 * INNER, HIDDEN),
-            weight("down", HIDDEN, INNER),
-        )
-        for _ in range(layers)
-    ]
+    blocks = [Layer(block(heads, table), mlp(INNER)) for _ in range(layers)]
     own_table = tables(adapter_heads[2], 1e3, adapter_capacity or capacity)
-    adapter = block(adapter_heads, own_table, "adapter's ")._replace(eps=1e-6)
+    own_block = block(adapter_heads, own_table, "adapter's ")._replace(eps=1e-6)
+    adapter = Layer(own_block, mlp(adapter_inner, "adapter's ") if adapter_inner else None)
     head = weight("head", VOCAB, HIDDEN)
     return DraftModel(tuple(blocks), adapter, 1 + draw(HIDDEN, scale=0.1), head, 1e-4, draw(VOCAB, HIDDEN))
 
@@ -84,7 +88,7 @@ class Step(NamedTuple):
 
 
 def blocks_of(model: DraftModel) -> list[AttentionBlock]:
-    return [*(layer.attention for layer in model.layers), model.adapter]
+    return [layer.attention for layer in (*model.layers, model.adapter)]
 
 
 def caches_of(model: DraftModel) -> list[Tensor]:
@@ -92,13 +96,12 @@ def caches_of(model: DraftModel) -> list[Tensor]:
 
 
 def with_caches(model: DraftModel, caches: list[Tensor]) -> DraftModel:
-    pairs = list(zip(caches[::2], caches[1::2], strict=True))
-    layers = [
+    pairs = zip(caches[::2], caches[1::2], strict=True)
+    *layers, adapter = (
         layer._replace(attention=layer.attention._replace(k_cache=k, v_cache=v))
-        for layer, (k, v) in zip(model.layers, pairs[:-1], strict=True)
-    ]
-    k, v = pairs[-1]
-    return model._replace(layers=tuple(layers), adapter=model.adapter._replace(k_cache=k, v_cache=v))
+        for layer, (k, v) in zip((*model.layers, model.adapter), pairs, strict=True)
+    )
+    return model._replace(layers=tuple(layers), adapter=adapter)
 
 
 def begin(model: DraftModel, most: int, before: int) -> Step:
@@ -140,11 +143,16 @@ def by_stages(
     model = with_caches(model, step.caches)
     most = len(step.flags) - 1
 
-    def attend(block: AttentionBlock, x: Tensor, position: Tensor, active: Tensor) -> Tensor:
+    def run(layer: Layer, x: Tensor, position: Tensor, active: Tensor) -> Tensor:
+        block, mlp = layer
         caches = block.k_cache, block.v_cache
         q = qkv_rope(x, block.norm, block.qkv, block.table, *caches, position, eps=block.eps, active=active)
         mixed = attention(q, *caches, position, scale=block.scale, active=active)
-        return linear_residual(mixed, block.output, x, active=active)
+        x = linear_residual(mixed, block.output, x, active=active)
+        if mlp is None:
+            return x
+        inner = gate_up(x, mlp.norm, mlp.gate_up, eps=block.eps, active=active)
+        return linear_residual(inner, mlp.down, x, active=active)
 
     for drafted in range(most + 1):
         # the row of a draft is computed where that draft was begun, for the last one is verified, too
@@ -153,16 +161,14 @@ def by_stages(
             break
         hidden, position = step.newest, step.positions[drafted + 1 :][:1]
         for layer in model.layers:
-            hidden = attend(layer.attention, hidden, position, active)
-            inner = gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=layer.attention.eps, active=active)
-            hidden = linear_residual(inner, layer.down, hidden, active=active)
+            hidden = run(layer, hidden, position, active)
         step.exit_hidden[drafted + 1] = hidden[0]
         active = step.flags[drafted:][:1]
         if drafted == most or not int(active):
             break
         first = 0 if drafted == 0 else drafted + 1
         rows = step.exit_hidden[first : drafted + 2]
-        hidden = attend(model.adapter, rows, step.positions[first:][:1], active)[-1:]
+        hidden = run(model.adapter, rows, step.positions[first:][:1], active)[-1:]
         settings = {
             "eps": model.eps,
             "vocabulary": model.vocabulary,

@@ -162,6 +162,7 @@ def of_step(rows: list[Row], step: str, model: str, architecture: str = "sm_90")
 
 LAUNCHES = {"layer": 6, "layer, short text": 5, "top-1 head": 2, "sampling head": 2, "filtered head": 2, "accept": 1}
 LAUNCHES |= {"commit": 1, "draft step": 18, "draft step, short text": 15, "draft loop": 1}
+LAUNCHES["draft loop, adapter with an MLP"] = 1
 
 
 @pytest.mark.parametrize("rows", ["bfloat16"], indirect=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.contract import Mlp
 from kangaroo_kernels.model.backend import REFERENCES, Backend, load_backend
 from kangaroo_kernels.model.drafters.adapter import Adapter, AdapterConfig
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
@@ -20,7 +21,6 @@ from kangaroo_kernels.model.target.weights import (
     AdapterWeights,
     AttentionWeights,
     LayerWeights,
-    MlpWeights,
     TargetWeights,
 )
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
@@ -85,7 +85,7 @@ class _Maker:
         attention = self.attention(scale)
         if not inner:
             return LayerWeights(attention, None)
-        mlp = MlpWeights(self.norm(), self.matrix(2 * inner, hidden), self.matrix(hidden, inner, scale))
+        mlp = Mlp(self.norm(), self.matrix(2 * inner, hidden), self.matrix(hidden, inner, scale))
         return LayerWeights(attention, mlp)
 
 

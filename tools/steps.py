@@ -9,7 +9,7 @@ from cards import cards_of
 from torch import Tensor
 from triton.runtime import driver
 
-from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer
+from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer, Mlp
 from kangaroo_kernels.draft_loop import DraftLoop
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.operation import EPS, OPERATIONS
@@ -133,16 +133,21 @@ def draft_step(shape: ModelShape, settings: Settings) -> Calls:
 
 
 def draft_loop(
-    shape: ModelShape, settings: Settings, layers: int = DRAFT_LAYERS, most: int = 6, sampled: bool = False
+    shape: ModelShape,
+    settings: Settings,
+    layers: int = DRAFT_LAYERS,
+    most: int = 6,
+    sampled: bool = False,
+    mlp: bool = False,
 ) -> Calls:
-    """The drafting loop of one launch, its bytes those of one draft."""
+    """The drafting loop of one launch, its bytes those of one draft; with ``mlp`` the adapter is a whole layer."""
     qkv, attention, output, gate_up, down = whole = list(layer(shape, settings))
     top = call(shape, settings, "top1_head", "head")
     _, norm, weight, phases, k_cache, v_cache, _ = qkv.args
     block = AttentionBlock(norm, weight, output.args[1], k_cache, v_cache, phases, EPS, attention.kwargs["scale"])
-    each = Layer(block, gate_up.args[1], gate_up.args[2], down.args[1])
+    each = Layer(block, Mlp(gate_up.args[1], gate_up.args[2], down.args[1]))
     _, norm, table = top.args
-    model = DraftModel((each,) * layers, block, norm, table, EPS, table)
+    model = DraftModel((each,) * layers, each if mlp else Layer(block, None), norm, table, EPS, table)
     architecture = driver.active.get_current_target().arch
     config = launch_config("draft_loop", shape.vocab_size, shape.hidden, norm)
     loop = DraftLoop(model, most, programs=config.programs_per_sm * cards_of(architecture)[0].sms)
@@ -150,7 +155,7 @@ def draft_loop(
     rows = empty(most + 2, shape.hidden, dtype=settings.dtype)
     numbers = {"threshold": empty(1), "seed": empty(1, dtype=torch.int64), "prepared": loop}
     numbers |= {"temperature": empty(1)} if sampled else {}
-    moved = sum(each.bytes_moved or 0 for each in (*whole * layers, *whole[:ATTENTION_BLOCK], top))
+    moved = sum(each.bytes_moved or 0 for each in (*whole * layers, *whole[: LAYER if mlp else ATTENTION_BLOCK], top))
     yield Call("draft_loop", "", (model, flags, positions, rows[:1], rows), numbers, moved)
 
 
@@ -169,5 +174,6 @@ STEPS = (
     Step("filtered draft head", partial(head, filtered=True, drafting=True), drafting=True, variant=True),
     Step("draft loop", draft_loop, drafting=True, variant=True),
     Step("draft loop, 4 layers", partial(draft_loop, layers=4, most=15), drafting=True, variant=True),
+    Step("draft loop, adapter with an MLP", partial(draft_loop, mlp=True), drafting=True, variant=True),
     Step("sampling draft loop", partial(draft_loop, sampled=True), drafting=True, variant=True),
 )

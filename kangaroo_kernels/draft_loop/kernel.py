@@ -1,14 +1,14 @@
 """``draft_loop`` in Triton: shallow layers, adapter and head, token after token, in one persistent launch.
 
 Every program stays resident and takes its share of the tiles of one stage after the other. A layer has six stages:
-``qkv_rope``, ``attention``, its merge, the output projection, ``gate_up`` and the down projection. The adapter has the
-first four of them; the head and its merge follow. Between two stages lies a barrier across the grid
-(``shared/grid.py``); before a program waits there, it prefetches what it will first read of the next weight. The device
-itself ends the loop, by the threshold. Each stage is the same function that the operation's own kernel (its "stage
-kernel") runs, with the same tiles, so the results are the same to the bit.
+``qkv_rope``, ``attention``, its merge, the output projection, ``gate_up`` and the down projection. An adapter of
+attention alone has the first four of them; the head and its merge follow. Between two stages lies a barrier across the
+grid (``shared/grid.py``); before a program waits there, it prefetches what it will first read of the next weight. The
+device itself ends the loop, by the threshold. Each stage is the same function that the operation's own kernel (its
+"stage kernel") runs, with the same tiles, so the results are the same to the bit.
 
-Bytes moved: for each draft, those of all stages. Barriers for each draft: 6 per layer, 4 for the adapter, 2 for the
-head.
+Bytes moved: for each draft, those of all stages. Barriers for each draft: 6 per layer, 4 or 6 for the adapter, 2 for
+the head.
 """
 
 import triton
@@ -26,8 +26,10 @@ from kangaroo_kernels.draft_loop.stages import (
     GATE_UP_AT,
     GATE_UP_BIAS_AT,
     HEAD,
+    HEAD_TURNS,
     MERGE,
     MLP_NORM_AT,
+    MLP_TURNS,
     OUTPUT,
     OUTPUT_AT,
     OUTPUT_BIAS_AT,
@@ -92,7 +94,7 @@ def draft_loop_kernel(
     stats_ptr,  # [splits, 2, H, 2] float32
     mixed_ptr,  # [2, H * D]
     hidden_ptr,  # [K]
-    inner_ptr,  # [I]
+    inner_ptr,  # [max(I, ADAPTER_I)]
     adapted_ptr,  # [2, K]
     score_ptr,  # [tiles] float32
     index_ptr,  # [tiles] int32
@@ -107,6 +109,7 @@ def draft_loop_kernel(
     R,
     K,
     I,
+    ADAPTER_I,
     V,
     H_KV,
     ADAPTER_H_KV,
@@ -134,6 +137,7 @@ def draft_loop_kernel(
     ADAPTER_HEAD_DIM: tl.constexpr,
     ADAPTER_BLOCK_D: tl.constexpr,
     ADAPTER_BLOCK_R: tl.constexpr,
+    ADAPTER_MLP: tl.constexpr,
     QKV_N: tl.constexpr,
     LINEAR_N: tl.constexpr,
     GATE_UP_N: tl.constexpr,
@@ -152,7 +156,10 @@ def draft_loop_kernel(
     tiles = tl.cdiv(V, HEAD_N)
     qkv_rows = (GROUP + 2) * HEAD_DIM * H_KV
     adapter_qkv_rows = (ADAPTER_GROUP + 2) * ADAPTER_HEAD_DIM * ADAPTER_H_KV
-    turns = tl.where(is_whole(state_ptr), TURNS * (LAYERS + 1), 0)  # per draft; 0 ends the loop
+    LEFT_OUT: tl.constexpr = 0 if ADAPTER_MLP else MLP_TURNS
+    ADAPTER_END: tl.constexpr = DOWN if ADAPTER_MLP else OUTPUT
+    whole_draft = TURNS * (LAYERS + 1) + HEAD_TURNS - LEFT_OUT
+    turns = tl.where(is_whole(state_ptr), whole_draft, 0)  # per draft; 0 ends the loop
     left = TileParts(score_ptr, index_ptr, largest_ptr, sum_ptr, tiles)
     arrivals = 0
     drafted = 0
@@ -161,15 +168,19 @@ def draft_loop_kernel(
         # ahead of a stage's tiles, for it would sit in registers through every loop over a weight or the cache.
         for turn in tl.range(0, turns, disable_licm=True):
             if turn < turns:
-                block = tl.cast(turn, tl.int32) // TURNS  # in the interpreter it is an int of Python
+                # in the interpreter a turn is an int of Python
+                block = tl.minimum(tl.cast(turn, tl.int32) // TURNS, LAYERS)
                 adapting = block == LAYERS
                 stage = turn - block * TURNS
-                stage = tl.where(adapting & (stage > OUTPUT), stage + HEAD - GATE_UP, stage)
+                stage = tl.where(adapting & (stage > OUTPUT), stage + LEFT_OUT, stage)
                 row_ptr = table_ptr + block * TABLE_WORDS
                 M = tl.where(adapting & (drafted == 0), 2, 1)
                 position = before + 2 + drafted - M
                 kv_heads = tl.where(adapting, ADAPTER_H_KV, H_KV)
                 room = tl.where(adapting, ADAPTER_T, T)
+                # the MLP takes one row: of the adapter's two the newest, since only that one goes to the head
+                attended_ptr = tl.where(adapting, adapted_ptr + (M - 1) * K, hidden_ptr)
+                inner = tl.where(adapting, ADAPTER_I, I)
                 now = Turn(program, programs, base_ptr, row_ptr, adapting, M, position, kv_heads, room)
 
                 if stage == QKV:
@@ -211,37 +222,40 @@ def draft_loop_kernel(
                     x_ptr = tl.where(adapting, exit_row_ptr, tl.where(block == 0, newest_ptr, hidden_ptr))
                     bias_word = tl.where(is_down, DOWN_BIAS_AT, OUTPUT_BIAS_AT)
                     queries = tl.where(adapting, ADAPTER_GROUP * ADAPTER_HEAD_DIM, GROUP * HEAD_DIM) * kv_heads
-                    inputs = tl.where(is_down, I, queries)
+                    inputs = tl.where(is_down, inner, queries)
+                    rows = tl.where(is_down, 1, M)
                     last_ptr = tl.where(block == LAYERS - 1, exit_hidden_ptr + (drafted + 1) * K, hidden_ptr)
                     for tile in tl.range(program, tl.cdiv(K, LINEAR_N), programs, disable_licm=True):
                         rows_ptr = tl.where(is_down, inner_ptr, mixed_ptr)
                         w_ptr = tensor_at(base_ptr, row_ptr, tl.where(is_down, DOWN_AT, OUTPUT_AT))
                         bias_ptr = tensor_at(base_ptr, row_ptr, bias_word) if LINEAR_BIAS else None
-                        residual_ptr = tl.where(is_down, hidden_ptr, x_ptr)
-                        out_ptr = tl.where(adapting, adapted_ptr, tl.where(is_down, last_ptr, hidden_ptr))
+                        residual_ptr = tl.where(is_down, attended_ptr, x_ptr)
+                        attended_rows_ptr = tl.where(adapting, adapted_ptr, hidden_ptr)
+                        out_ptr = tl.where(is_down, tl.where(adapting, attended_ptr, last_ptr), attended_rows_ptr)
                         linear_residual_tile(
                             tile,
-                            Matrix(rows_ptr, M, inputs, inputs),
+                            Matrix(rows_ptr, rows, inputs, inputs),
                             Linear(w_ptr, bias_ptr, K, inputs, inputs),
-                            Matrix(residual_ptr, M, K, K),
-                            Matrix(out_ptr, M, K, K),
+                            Matrix(residual_ptr, rows, K, K),
+                            Matrix(out_ptr, rows, K, K),
                             LINEAR_N,
                         )
                 elif stage == GATE_UP:
-                    for tile in tl.range(program, tl.cdiv(I, GATE_UP_N), programs, disable_licm=True):
+                    block_eps = tl.where(adapting, adapter_eps, eps)
+                    for tile in tl.range(program, tl.cdiv(inner, GATE_UP_N), programs, disable_licm=True):
                         norm_ptr = tensor_at(base_ptr, row_ptr, MLP_NORM_AT)
                         w_ptr = tensor_at(base_ptr, row_ptr, GATE_UP_AT)
                         bias_ptr = tensor_at(base_ptr, row_ptr, GATE_UP_BIAS_AT) if GATE_UP_BIAS else None
                         gate_up_tile(
                             tile,
-                            Matrix(hidden_ptr, M, K, K),
-                            Norm(norm_ptr, eps),
-                            Linear(w_ptr, bias_ptr, 2 * I, K, K),
-                            Matrix(inner_ptr, M, I, I),
+                            Matrix(attended_ptr, 1, K, K),
+                            Norm(norm_ptr, block_eps),
+                            Linear(w_ptr, bias_ptr, 2 * inner, K, K),
+                            Matrix(inner_ptr, 1, inner, inner),
                             GATE_UP_N,
                         )
                 elif stage == HEAD:
-                    x = Matrix(adapted_ptr + (M - 1) * K, 1, K, K)  # the newest row alone
+                    x = Matrix(attended_ptr, 1, K, K)
                     norm, w = Norm(head_norm_ptr, head_eps), Linear(head_ptr, head_bias_ptr, V, K, K)
                     for tile in tl.range(program, tiles, programs, disable_licm=True):
                         if seed_ptr is None:
@@ -279,8 +293,8 @@ def draft_loop_kernel(
                         if (stage != ATTEND) & (stage != MERGE) & (stage != CHOOSE):
                             queries = tl.where(adapting, ADAPTER_GROUP * ADAPTER_HEAD_DIM, GROUP * HEAD_DIM) * kv_heads
                             next_rows = tl.where(block == LAYERS - 1, adapter_qkv_rows, qkv_rows)
-                            sizes = Sizes(queries, next_rows, V, K, I)
-                            prefetch_next(now, stage, table_ptr, head_ptr, sizes, WIDTHS, PREFETCHED)
+                            sizes = Sizes(queries, next_rows, V, K, inner)
+                            prefetch_next(now, stage, table_ptr, head_ptr, sizes, WIDTHS, PREFETCHED, ADAPTER_END)
                     turns = tl.where(wait(state_ptr, arrivals, polls, stage + 1), turns, 0)
         drafted += 1
 
@@ -365,7 +379,7 @@ def draft_loop(
         len(model.layers),
         most,
         K,
-        loop.inner.shape[1],
+        *loop.inner_sizes,
         vocab_size,
         shape.kv_heads,
         adapter.kv_heads,

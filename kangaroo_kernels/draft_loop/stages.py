@@ -16,7 +16,7 @@ from kangaroo_kernels.shared.operands import Cache, Caches, Linear, Matrix, Norm
 from kangaroo_kernels.shared.splits import count_splits_of, first_position
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES, elements
 
-# The stages, in the order of a layer; after OUTPUT the adapter goes on to HEAD.
+# The stages, in the order of a layer and then of the head; an adapter of attention alone leaves out the MLP's two.
 QKV = tl.constexpr(0)
 ATTEND = tl.constexpr(1)
 MERGE = tl.constexpr(2)
@@ -26,7 +26,11 @@ DOWN = tl.constexpr(5)
 HEAD = tl.constexpr(6)
 CHOOSE = tl.constexpr(7)
 TURNS = tl.constexpr(6)
-"""Stages of a layer; the adapter and the head together have as many."""
+"""Stages of a layer."""
+HEAD_TURNS = tl.constexpr(2)
+"""Stages of the head."""
+MLP_TURNS = tl.constexpr(2)
+"""Stages of a layer's MLP."""
 
 # Where a block's tensors lie: words of its row of the table.
 NORM_AT = tl.constexpr(0)
@@ -99,7 +103,7 @@ class Sizes(NamedTuple):
         qkv_rows: rows of the next block's packed q, k and v.
         V: rows of the head.
         K: the hidden size.
-        I: the MLP's inner size.
+        I: the inner size of the block's MLP.
     """
 
     queries: tl.tensor
@@ -187,10 +191,13 @@ def merge_stage(turn, sums_ptr, stats_ptr, mixed_ptr, H, HEAD_DIM: tl.constexpr,
 
 
 @triton.jit
-def prefetch_next(turn, stage, table_ptr, head_ptr, sizes, widths: tl.constexpr, STEPS: tl.constexpr):
+def prefetch_next(
+    turn, stage, table_ptr, head_ptr, sizes, widths: tl.constexpr, STEPS: tl.constexpr, ADAPTER_END: tl.constexpr
+):
     """Prefetch into the L2 the first ``STEPS`` steps along K of this program's first tile of the next weight.
 
-    Those of the output projection are fetched right after QKV, since attention and its merge read no weight.
+    Those of the output projection are fetched right after QKV, since attention and its merge read no weight. The head's
+    follow the adapter's last stage, ``ADAPTER_END``.
     """
     QKV_N: tl.constexpr = widths.QKV
     LINEAR_N: tl.constexpr = widths.LINEAR
@@ -200,10 +207,11 @@ def prefetch_next(turn, stage, table_ptr, head_ptr, sizes, widths: tl.constexpr,
     GRAIN: tl.constexpr = elements(PREFETCH_BYTES, turn.base_ptr)
     COLS: tl.constexpr = STEPS * elements(K_STEP_BYTES, turn.base_ptr) // GRAIN
     V, K, I = sizes.V, sizes.K, sizes.I
-    to_head = turn.adapting & (stage == OUTPUT)
+    to_head = turn.adapting & (stage == ADAPTER_END)
     word = tl.where(stage == QKV, OUTPUT_AT, tl.where(stage == OUTPUT, GATE_UP_AT, DOWN_AT))
     word = tl.where((stage == DOWN) | (stage == HEAD), QKV_AT, word)
-    row_ptr = tl.where(stage == HEAD, table_ptr, turn.row_ptr + tl.where(stage == DOWN, TABLE_WORDS, 0))
+    to_next_block = (stage == DOWN) & (to_head == 0)
+    row_ptr = tl.where(stage == HEAD, table_ptr, turn.row_ptr + tl.where(to_next_block, TABLE_WORDS, 0))
     w_ptr = tl.where(to_head, head_ptr, tensor_at(turn.base_ptr, row_ptr, word))
     size = tl.where(word == QKV_AT, QKV_N, tl.where(word == GATE_UP_AT, 2 * GATE_UP_N, LINEAR_N))
     size = tl.where(to_head, HEAD_N, size)

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from kangaroo_kernels.attention import TILE_BYTES, query_tile
-from kangaroo_kernels.contract import MAX_ROWS, WIDEST_HEAD, AttentionBlock, DraftModel, Top1
+from kangaroo_kernels.contract import MAX_ROWS, WIDEST_HEAD, AttentionBlock, DraftModel, Layer, Top1
 from kangaroo_kernels.draft_loop.stages import (
     DOWN_BIAS_AT,
     GATE_UP_BIAS_AT,
@@ -133,6 +133,11 @@ def shape_of(block: AttentionBlock, x: Tensor) -> BlockShape:
     )
 
 
+def inner_size(layer: Layer) -> int:
+    """``I`` of a layer's MLP; 0 without one."""
+    return 0 if layer.mlp is None else weight_and_bias(layer.mlp.gate_up)[0].shape[0] // 2
+
+
 def matrix_of(
     name: str, x: Tensor, norm: Tensor | None, weight: Weight, shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor | None]:
@@ -193,8 +198,9 @@ class DraftLoop:
                 f"{MAX_ROWS - 1} drafts."
             )
         self.model, self.most, self.polls = model, most, polls
-        K, inner = x.shape[1], weight_and_bias(model.layers[0].gate_up)[0].shape[0] // 2
-        self.shape, self.adapter_shape = shape_of(model.layers[0].attention, x), shape_of(model.adapter, x)
+        K = x.shape[1]
+        self.shape, self.adapter_shape = shape_of(model.layers[0].attention, x), shape_of(model.adapter.attention, x)
+        inner, adapter_inner = self.inner_sizes = inner_size(model.layers[0]), inner_size(model.adapter)
         shapes = self.shape, self.adapter_shape
         widest = max(each.head_dim for each in shapes)
         if x.device.type != "cpu" and (x.dtype == torch.float32 or widest > WIDEST_HEAD):
@@ -205,13 +211,14 @@ class DraftLoop:
         vocab_size = len(model.embedding if model.vocabulary is None else model.vocabulary.tokens)
         self.head = matrix_of("the head", x, model.norm, model.head, (vocab_size, K))
         self.tokens = check_vocabulary("draft_loop", self.head[0], model.vocabulary, model.embedding)
-        self._fill_table(x, inner)
+        self._fill_table(x)
 
         self.config = launch_config("draft_loop", vocab_size, K, x)
         self.constants = {
             **self.biased,
             **self.shape.tiles(),
             **self.adapter_shape.tiles("ADAPTER_"),
+            "ADAPTER_MLP": model.adapter.mlp is not None,
             "QKV_N": launch_config("qkv_rope", self.shape.qkv_rows, K, x).block_n,
             "LINEAR_N": launch_config("linear_residual", K, inner, x).block_n,
             "GATE_UP_N": launch_config("gate_up", inner, K, x).block_n,
@@ -225,7 +232,7 @@ class DraftLoop:
         queries, heads = max(each.queries for each in shapes), max(each.heads for each in shapes)
         splits = max(count_splits(each.room) for each in shapes)
         self.q, self.mixed, self.adapted = empty(2, queries), empty(2, queries), empty(2, K)
-        self.hidden, self.inner = empty(1, K), empty(1, inner)
+        self.hidden, self.inner = empty(1, K), empty(1, max(inner, adapter_inner))
         self.sums = empty(splits, 2, queries, dtype=torch.float32)
         self.stats = empty(splits, 2, heads, 2, dtype=torch.float32)
         self.heads = []
@@ -236,22 +243,17 @@ class DraftLoop:
         self.state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=x.device)
         self.error = self.state[ERROR.value : ERROR.value + 1]
 
-    def _fill_table(self, x: Tensor, inner: int) -> None:
+    def _fill_table(self, x: Tensor) -> None:
         """Set ``base``, ``table`` and ``biased``: where the tensors of each block lie, the adapter's last."""
         model, K = self.model, x.shape[1]
         first = model.layers[0].attention
-        rows = [self._tensors_of(model.adapter, self.adapter_shape, x)]
-        for layer in reversed(model.layers):
+        rows = []
+        for layer in model.layers:
             block = layer.attention
             if shape_of(block, x)[:-1] != self.shape[:-1] or block.table.data_ptr() != first.table.data_ptr():
                 raise refuse("the layers differ in shape, strides, eps, scale or RoPE table; they must be alike.")
-            row = self._tensors_of(block, self.shape, x)
-            matrices = (
-                *matrix_of("gate_up", x, layer.mlp_norm, layer.gate_up, (2 * inner, K)),
-                *matrix_of("the down projection", x, None, layer.down, (K, inner)),
-            )
-            row[MLP_NORM_AT.value : DOWN_BIAS_AT.value + 1] = [layer.mlp_norm, *matrices]
-            rows.insert(0, row)
+            rows.append(self._tensors_of(layer, self.shape, self.inner_sizes[0], x))
+        rows.append(self._tensors_of(model.adapter, self.adapter_shape, self.inner_sizes[1], x))
         biases = {
             "QKV_BIAS": (QKV_BIAS_AT,),
             "LINEAR_BIAS": (OUTPUT_BIAS_AT, DOWN_BIAS_AT),
@@ -261,7 +263,8 @@ class DraftLoop:
             name: any(row[word.value] is not None for row in rows for word in words) for name, words in biases.items()
         }
         # where only some blocks have a bias, the others get one of -0.0, which changes no bit of any sum
-        self.blank = x.new_full((max(self.shape.qkv_rows, self.adapter_shape.qkv_rows, 2 * inner, K),), -0.0)
+        longest = max(self.shape.qkv_rows, self.adapter_shape.qkv_rows, 2 * max(self.inner_sizes), K)
+        self.blank = x.new_full((longest,), -0.0)
         tensors = [[self.blank if tensor is None else tensor for tensor in row] for row in rows]
         self.base = min((tensor for row in tensors for tensor in row), key=Tensor.data_ptr)
         start = self.base.data_ptr()
@@ -271,15 +274,21 @@ class DraftLoop:
         words = [[offset // VECTOR_BYTES for offset in row] for row in offsets]
         self.table = torch.tensor(words, dtype=torch.int64, device=x.device)
 
-    def _tensors_of(self, block: AttentionBlock, shape: BlockShape, x: Tensor) -> list[Tensor | None]:
-        """A block's row of the table; the entries of its MLP are still missing."""
+    def _tensors_of(self, layer: Layer, shape: BlockShape, inner: int, x: Tensor) -> list[Tensor | None]:
+        """A block's row of the table."""
         row: list[Tensor | None] = [None] * TABLE_WORDS.value
-        K = x.shape[1]
+        block, mlp, K = layer.attention, layer.mlp, x.shape[1]
         row[NORM_AT.value] = block.norm
         row[QKV_AT.value : QKV_BIAS_AT.value + 1] = matrix_of("qkv", x, block.norm, block.qkv, (shape.qkv_rows, K))
         output = matrix_of("the output projection", x, None, block.output, (K, shape.queries))
         row[OUTPUT_AT.value : OUTPUT_BIAS_AT.value + 1] = output
         row[KEYS_AT.value], row[VALUES_AT.value] = block.k_cache, block.v_cache
+        if mlp is not None:
+            matrices = (
+                *matrix_of("gate_up", x, mlp.norm, mlp.gate_up, (2 * inner, K)),
+                *matrix_of("the down projection", x, None, mlp.down, (K, inner)),
+            )
+            row[MLP_NORM_AT.value : DOWN_BIAS_AT.value + 1] = [mlp.norm, *matrices]
         return row
 
     def reset(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kangaroo_kernels.contract import TARGET_STREAM, AttentionBlock, DraftModel, Layer, Top1
+from kangaroo_kernels.contract import TARGET_STREAM, DraftModel, Layer, Top1
 from kangaroo_kernels.reference.attention import attention
 from kangaroo_kernels.reference.gate_up import gate_up
 from kangaroo_kernels.reference.linear_residual import linear_residual
@@ -22,20 +22,15 @@ from kangaroo_kernels.reference.top1_head import top1_head
 from kangaroo_kernels.shared.checks import check_sampling
 
 
-def attend(block: AttentionBlock, hidden: Tensor, position: int) -> Tensor:
-    """``hidden + attention(rms_norm(hidden))`` for M rows at ``position, ...``; appends to the block's caches."""
+def run_layer(layer: Layer, hidden: Tensor, position: int) -> Tensor:
+    """A layer on M rows at ``position, ...``; appends to its caches."""
+    block, mlp = layer
     caches = block.k_cache, block.v_cache
     q = qkv_rope(hidden, block.norm, block.qkv, block.table, *caches, position, eps=block.eps)
-    return linear_residual(attention(q, *caches, position, scale=block.scale), block.output, hidden)
-
-
-def shallow_layers(layers: tuple[Layer, ...], hidden: Tensor, position: int) -> Tensor:
-    """The layers on one row at ``position``."""
-    for layer in layers:
-        hidden = attend(layer.attention, hidden, position)
-        inner = gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=layer.attention.eps)
-        hidden = linear_residual(inner, layer.down, hidden)
-    return hidden
+    hidden = linear_residual(attention(q, *caches, position, scale=block.scale), block.output, hidden)
+    if mlp is None:
+        return hidden
+    return linear_residual(gate_up(hidden, mlp.norm, mlp.gate_up, eps=block.eps), mlp.down, hidden)
 
 
 def draft_loop(
@@ -79,12 +74,15 @@ def draft_loop(
     newest_position = int(positions[0]) + 1
     for drafted in range(most + 1):
         position = newest_position + drafted
-        exit_hidden[drafted + 1] = shallow_layers(model.layers, newest, position)[0]
+        hidden = newest
+        for layer in model.layers:
+            hidden = run_layer(layer, hidden, position)
+        exit_hidden[drafted + 1] = hidden[0]
         if drafted == most or not flags[drafted]:
             break
         lag = 1 if drafted == 0 and position > 0 else 0
         rows = exit_hidden[drafted + 1 - lag : drafted + 2]
-        hidden = attend(model.adapter, rows, position - lag)[-1:]
+        hidden = run_layer(model.adapter, rows, position - lag)[-1:]
         settings: dict[str, Any] = {
             "eps": model.eps,
             "vocabulary": model.vocabulary,

@@ -7,7 +7,7 @@ from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer
 from ..target.cache import KVCache
 from ..target.config import LlamaConfig
 from ..target.llama import Llama
-from ..target.weights import AttentionWeights, LayerWeights
+from ..target.weights import LayerWeights
 from .adapter import Adapter
 
 if TYPE_CHECKING:
@@ -29,20 +29,16 @@ class PreparedLoop(NamedTuple):
 def prepare_loop(target: Llama, adapter: Adapter, text: "TextState", drafts: int) -> PreparedLoop:
     """Gather the shallow layers and the adapter over the caches of a text, for at most ``drafts`` drafts."""
 
-    def block(weights: AttentionWeights, config: LlamaConfig, cache: KVCache, index: int) -> AttentionBlock:
-        caches = cache.keys[index], cache.values[index]
+    def layer(weights: LayerWeights, config: LlamaConfig, cache: KVCache, index: int) -> Layer:
+        attention, caches = weights.attention, (cache.keys[index], cache.values[index])
         eps, scale = config.rms_norm_eps, config.head_dim**-0.5
-        return AttentionBlock(weights.norm, weights.qkv, weights.output, *caches, cache.phases, eps, scale)
+        block = AttentionBlock(attention.norm, attention.qkv, attention.output, *caches, cache.phases, eps, scale)
+        return Layer(block, weights.mlp)
 
-    def layer(weights: LayerWeights, index: int) -> Layer:
-        mlp = weights.mlp
-        assert mlp is not None  # only an adapter may have none
-        return Layer(block(weights.attention, target.config, text.cache, index), mlp.norm, mlp.gate_up, mlp.down)
-
-    shallow = target.weights.layers[: adapter.config.exit_layer]
+    shallow = enumerate(target.weights.layers[: adapter.config.exit_layer])
     model = DraftModel(
-        tuple(layer(weights, index) for index, weights in enumerate(shallow)),
-        block(adapter.layer.weights.attention, adapter.config.llama, text.memory.cache, 0),
+        tuple(layer(weights, target.config, text.cache, index) for index, weights in shallow),
+        layer(adapter.layer.weights, adapter.config.llama, text.memory.cache, 0),
         adapter.norm,
         adapter.head,
         adapter.config.llama.rms_norm_eps,

@@ -62,16 +62,10 @@ class KangarooDrafter(Drafter):
             still draft step by step, and so does a request with top-k or top-p, which need a row of logits.
 
     Raises:
-        KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU, or for an adapter with an
-            MLP.
+        KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU.
     """
 
     def __init__(self, target: Llama, adapter: Adapter, persistent: bool = False) -> None:
-        if persistent and adapter.config.llama.has_mlp:
-            raise KangarooError(
-                "persistent=True drafts with adapters of attention alone, and this one has an MLP; leave persistent "
-                "out."
-            )
         widest = max(target.config.head_dim, adapter.config.llama.head_dim)
         if persistent and target.device.type == "cuda" and (target.dtype == torch.float32 or widest > WIDEST_HEAD):
             raise KangarooError(

@@ -27,20 +27,24 @@ TAKEN = ("llama", "mistral")
 
 
 class AdapterLayer(nn.Module):
-    """The adapter in the place of a decoder layer: ``h + attention(rms_norm(h))``, with its own heads and RoPE.
+    """The adapter in the place of a decoder layer, with its own heads, RoPE and MLP, if any.
 
     Args:
         config: the adapter's, as transformers has it.
+        mlp: whether an MLP follows the attention.
         index: of the layer, which says where its keys and values go in a cache.
         device: where the angles of RoPE are computed.
     """
 
-    def __init__(self, config: Any, index: int, device: torch.device) -> None:
+    def __init__(self, config: Any, mlp: bool, index: int, device: torch.device) -> None:
         from transformers.models.llama import modeling_llama as llama
 
         super().__init__()
         self.input_layernorm = llama.LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = llama.LlamaAttention(config, index)
+        self.mlp = llama.LlamaMLP(config) if mlp else None
+        if mlp:
+            self.post_attention_layernorm = llama.LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         with device:
             self.rotary_emb = llama.LlamaRotaryEmbedding(config)
 
@@ -52,7 +56,10 @@ class AdapterLayer(nn.Module):
             position_embeddings=self.rotary_emb(hidden_states, position_ids),
             **context,
         )[0]
-        return hidden_states + attended
+        hidden_states = hidden_states + attended
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
 
 
 def assistant(model: Any, adapter: str | Path, exit_layer: int | None = None) -> "PreTrainedModel":
@@ -113,7 +120,7 @@ def _load_adapter(folder: Path, found: AdapterConfig, model: Any) -> tuple[Adapt
     config._attn_implementation = model.config._attn_implementation  # it must read the mask that the target makes
     device = next(model.model.layers[found.exit_layer - 1].parameters()).device
     with torch.device("meta"):
-        layer = AdapterLayer(config, found.exit_layer, device)
+        layer = AdapterLayer(config, found.llama.has_mlp, found.exit_layer, device)
         norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     tensors = {
         name: tensor.to(device, model.dtype)

@@ -1,7 +1,7 @@
 """A Kangaroo drafter as a stock Llama: its ``config.json`` and its tensors.
 
-The layers are the target's first ones, then the adapter in the place of a decoder layer whose MLP is zero
-(``h + attention(rms_norm(h)) + 0``); the final norm is the adapter's, the head is the target's. Any engine's
+The layers are the target's first ones, then the adapter as one more; the MLP of an adapter of attention alone is zero
+(``h + attention(rms_norm(h)) + 0``). The final norm is the adapter's, the head is the target's. Any engine's
 ``LlamaForCausalLM`` computes that without a change.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..drafters.adapter import AdapterConfig, load_adapter_config
 from ..errors import KangarooError
@@ -66,9 +67,14 @@ class Pair:
         target, adapter = self.target_config, self.adapter_config.llama
         return common_heads(target.hidden_size, _heads_of(target), _heads_of(adapter))
 
+    @property
+    def intermediate_size(self) -> int:
+        """Of every layer's MLP."""
+        return max(self.target_config.intermediate_size, self.adapter_config.llama.intermediate_size)
+
 
 def check_exportable(pair: Pair) -> None:
-    """Check that target and adapter agree in what a stock Llama has only once; head counts may differ.
+    """Check that target and adapter agree in what a stock Llama has only once; heads and MLPs may differ in size.
 
     Raises:
         KangarooError: they do not.
@@ -101,6 +107,7 @@ def assisted_settings(adapter: AdapterConfig) -> dict[str, Any]:
 def drafter_config(pair: Pair) -> dict[str, Any]:
     """The drafter's ``config.json``: the target's own, as engines already read it, with other layers and heads."""
     values = stock_config(pair.checkpoint)
+    configs = pair.target_config, pair.adapter_config.llama
     return {name: value for name, value in values.items() if name not in TARGETS_ALONE} | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -108,9 +115,9 @@ def drafter_config(pair: Pair) -> dict[str, Any]:
         "num_attention_heads": pair.heads.query,
         "num_key_value_heads": pair.heads.key_value,
         "head_dim": pair.target_config.head_dim,
-        "attention_bias": any(
-            config.qkv_bias or config.output_bias for config in (pair.target_config, pair.adapter_config.llama)
-        ),
+        "intermediate_size": pair.intermediate_size,
+        "attention_bias": any(config.qkv_bias or config.output_bias for config in configs),
+        "mlp_bias": any(config.has_mlp and config.mlp_bias for config in configs),
     }
 
 
@@ -147,10 +154,10 @@ def _given(pair: Pair) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in stock_tensors(pair.checkpoint):
         layer = _layer(name)
         if (layer is None and name != "model.norm.weight") or (layer is not None and layer < exit_layer):
-            yield name, _with_heads(name, tensor, pair.target_config, pair)
+            yield name, _fitted(name, tensor, pair.target_config, pair)
     for name, tensor in read_tensors(pair.adapter):
         renamed = f"model.{name}".replace("model.layers.0.", f"model.layers.{exit_layer}.")
-        yield renamed, _with_heads(renamed, tensor, pair.adapter_config.llama, pair)
+        yield renamed, _fitted(renamed, tensor, pair.adapter_config.llama, pair)
 
 
 def _layer(name: str) -> int | None:
@@ -161,16 +168,18 @@ def _layer(name: str) -> int | None:
 def _is_zero(name: str, pair: Pair) -> bool:
     """Whether a tensor is one that its layer has not, though a stock layer has it."""
     is_adapter = _layer(name) == pair.adapter_config.exit_layer
-    if is_adapter and (".mlp." in name or "post_attention_layernorm" in name):
-        return True
     config = pair.adapter_config.llama if is_adapter else pair.target_config
+    if ".mlp." in name or "post_attention_layernorm" in name:
+        return not config.has_mlp or (name.endswith("bias") and not config.mlp_bias)
     has_bias = config.output_bias if ".o_proj." in name else config.qkv_bias
     return name.endswith("_proj.bias") and ".self_attn." in name and not has_bias
 
 
-def _with_heads(name: str, tensor: Tensor, config: LlamaConfig, pair: Pair) -> Tensor:
-    """A tensor of a layer of ``config``, where it is one of attention with the drafter's heads."""
-    part = name.partition(".self_attn.")[2].partition("_proj.")[0]
+def _fitted(name: str, tensor: Tensor, config: LlamaConfig, pair: Pair) -> Tensor:
+    """A tensor of a layer of ``config`` with the drafter's heads and MLP, where it is one of these."""
+    part = name.rpartition("_proj.")[0].rpartition(".")[2]
+    if ".mlp." in name:
+        return _widened(part, name, tensor, config, pair)
     if part not in ("q", "k", "v", "o"):
         return tensor
     own = _heads_of(config)
@@ -181,6 +190,24 @@ def _with_heads(name: str, tensor: Tensor, config: LlamaConfig, pair: Pair) -> T
             f"config.json asks for {own.query} attention heads on {own.key_value} key-value heads of {config.head_dim}."
         )
     return spread(part, tensor, own, pair.heads)
+
+
+def _widened(part: str, name: str, tensor: Tensor, config: LlamaConfig, pair: Pair) -> Tensor:
+    """A tensor of an MLP with the drafter's inner size; what is new is zero, of which ``silu(0) * 0`` stays zero."""
+    if not config.has_mlp:
+        raise KangarooError(
+            f"{pair.adapter} holds an MLP, of which its config.json says nothing; with one, it has mlp true."
+        )
+    if part == "down" and tensor.dim() == 1:
+        return tensor
+    axis, own = int(part == "down"), config.intermediate_size
+    if tensor.shape[axis : axis + 1] != (own,):
+        raise KangarooError(
+            f"{pair.target} and {pair.adapter}: the drafter's tensor {name!r} has the shape {list(tensor.shape)}; its "
+            f"config.json asks for an MLP of {own}."
+        )
+    missing = pair.intermediate_size - own
+    return F.pad(tensor, (0, missing) if axis or tensor.dim() == 1 else (0, 0, 0, missing))
 
 
 def _as_float32(number: float) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import Mlp
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.reference.qkv_rope import interleave_rope
 
@@ -92,20 +93,11 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
-class MlpWeights:
-    """One SwiGLU: norm ``[hidden]``, packed gate and up, and the down projection."""
-
-    norm: Tensor
-    gate_up: PackedWeight
-    down: PackedWeight
-
-
-@dataclass(frozen=True)
 class LayerWeights:
     """One decoder layer; an adapter's may have no MLP."""
 
     attention: AttentionWeights
-    mlp: MlpWeights | None
+    mlp: Mlp | None
 
 
 @dataclass(frozen=True)
@@ -154,7 +146,7 @@ def _finish_layer(block: _Unpacked) -> LayerWeights:
     attention = AttentionWeights(block.vectors["norm"], block.packed("qkv"), block.packed("output"))
     if "mlp_norm" not in block.vectors:
         return LayerWeights(attention, None)
-    return LayerWeights(attention, MlpWeights(block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down")))
+    return LayerWeights(attention, Mlp(block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down")))
 
 
 def _attention_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpacked) -> None:

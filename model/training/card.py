@@ -17,8 +17,8 @@ library_name: kangaroo-kernels
 # A Kangaroo adapter for {model}
 
 With this adapter, Kangaroo Kernels decodes {model} in fewer passes and writes the same tokens
-([Kangaroo, arXiv 2404.18911](https://arxiv.org/abs/2404.18911)). It runs behind the model's first {exit_layer} layers,
-has {parameters:,} parameters, and is of no use to another model.
+([Kangaroo, arXiv 2404.18911](https://arxiv.org/abs/2404.18911)). It is {form} behind the model's first
+{exit_layer} layers, has {parameters:,} parameters, and is of no use to another model.
 
 ```
 kangaroo generate --model {use} --adapter . --prompt "..." --compare
@@ -53,6 +53,7 @@ def write_card(settings: TrainingSettings, report: dict[str, Any]) -> None:
         model=name,
         use=settings.model if on_hub else name,
         exit_layer=settings.exit_layer,
+        form=f"a layer with an MLP of {inner}" if (inner := settings.intermediate_size) else "one layer of attention",
         parameters=report["parameters"],
         figures="\n".join(figures),
         steps=report["steps"],

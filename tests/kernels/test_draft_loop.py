@@ -27,7 +27,7 @@ from draft_steps import (
 from kernel_inputs import same_bits
 from torch import Tensor
 
-from kangaroo_kernels.contract import Top1
+from kangaroo_kernels.contract import Layer, Top1
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop, prepare_draft_loop
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.reference import draft_loop as draft_loop_ref
@@ -101,6 +101,21 @@ def test_an_adapter_may_have_other_heads(device, heads, adapter_heads):
     draft(make_model(device, layers=1, heads=heads, adapter_heads=adapter_heads), 1, 126, threshold=0.0)
 
 
+@pytest.mark.parametrize("inner", [24, INNER + 40])
+@pytest.mark.parametrize("biases", [(), ("adapter's gate_up", "adapter's down")])
+def test_an_adapter_may_have_an_mlp(device, inner, biases):
+    """Of a size of its own; the first draft runs the adapter on two rows, of which its MLP takes one."""
+    model = make_model(device, biases=biases, adapter_inner=inner)
+    step, drafted = draft(model, 3, 20, threshold=0.0)
+    assert drafted == 3
+    without = begin(model, 3, 20)
+    by(draft_loop, model._replace(adapter=model.adapter._replace(mlp=None)), without, threshold=0.0)
+    assert not torch.equal(step.out.confidence, without.out.confidence)
+    draft(model, 1, -1, threshold=0.0, temperature=0.8, seed=3)
+    _, drafted = draft(model, 3, 20, threshold=1.1)
+    assert drafted == 1
+
+
 @pytest.mark.parametrize(("capacity", "adapter_capacity"), [(24, 320), (320, 23)])
 def test_a_cache_may_be_full(device, capacity, adapter_capacity):
     """Drafts beyond it are worthless and cut off later: nothing is appended, and nothing else is disturbed."""
@@ -116,7 +131,8 @@ def test_a_cache_may_be_full(device, capacity, adapter_capacity):
 
 def test_a_short_rope_table_bounds_the_text(device):
     model = make_model(device, layers=1)
-    model = model._replace(adapter=model.adapter._replace(table=model.adapter.table[:100]))
+    block = model.adapter.attention
+    model = model._replace(adapter=model.adapter._replace(attention=block._replace(table=block.table[:100])))
     loop = DraftLoop(model, 1)
     assert (loop.shape.room, loop.adapter_shape.room) == (CAPACITY, 100)
 
@@ -273,10 +289,13 @@ def refusals() -> dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exceptio
         return apply
 
     def in_adapter(**values: Callable[[Any], Any]) -> Callable[[dict[str, Any]], Any]:
-        replace = {
-            "adapter": lambda block: block._replace(**{n: made(getattr(block, n)) for n, made in values.items()})
-        }
-        return in_model(**replace)
+        def replaced(adapter: Layer) -> Layer:
+            block = adapter.attention
+            return adapter._replace(
+                attention=block._replace(**{n: made(getattr(block, n)) for n, made in values.items()})
+            )
+
+        return in_model(adapter=replaced)
 
     def reshape(name: str, made: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any]], Any]:
         return lambda given: given.update({name: made(given[name])})
@@ -389,8 +408,8 @@ DTYPES = [torch.float16, torch.bfloat16]
 @pytest.mark.parametrize("before", [-1, 20, 126, 300])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
 def test_on_a_gpu_the_bits_are_those_of_the_stages(device, dtype, layers, before, sampling):
-    for biases in ((), ("qkv", "output", "gate_up", "down", "head")):
-        model = make_model(device, dtype, layers, biases)
+    for biases, inner in (((), None), (("qkv", "output", "gate_up", "down", "head"), None), ((), 24)):
+        model = make_model(device, dtype, layers, biases, adapter_inner=inner)
         for threshold in (0.0, 0.1, 1.1):
             kernel, stages = begin(model, 15, before), begin(model, 15, before)
             by(draft_loop, model, kernel, threshold=threshold, **sampling)

@@ -64,12 +64,14 @@ def test_only_the_adapter_is_new(pair: Pair) -> None:
     assert model.generation_config.num_assistant_tokens != 6
 
 
-def test_an_adapter_with_a_shape_of_its_own(tmp_path: Path) -> None:
-    """Its heads, epsilon and RoPE need not be the target's."""
+@pytest.mark.parametrize("mlp", [False, True])
+def test_an_adapter_with_a_shape_of_its_own(mlp: bool, tmp_path: Path) -> None:
+    """Its heads, epsilon, RoPE and MLP need not be the target's."""
     target = make_target(tmp_path / "target", std=0.15)
     rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-    other = make_target(tmp_path / "other", heads=2, kv_heads=2, head_dim=8, rms_norm_eps=0.5, rope_parameters=rope)
-    adapter = make_adapter(tmp_path / "adapter", other, exit_layer=None, std=0.15)
+    shape: dict[str, Any] = {"heads": 2, "kv_heads": 2, "head_dim": 8, "intermediate_size": 24, "rms_norm_eps": 0.5}
+    other = make_target(tmp_path / "other", rope_parameters=rope, **shape)
+    adapter = make_adapter(tmp_path / "adapter", other, exit_layer=None, std=0.15, mlp=mlp)
     wanted = Kangaroo.from_pretrained(target, adapter, exit_layer=3, device="cpu").draft_logits(TOKENS[0].tolist())
     with torch.inference_mode():
         got = assistant(in_transformers(target), adapter, exit_layer=3)(TOKENS).logits[0]

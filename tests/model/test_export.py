@@ -39,6 +39,10 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "biases everywhere": ({"attention_bias": True, "mlp_bias": True}, {"attention_bias": True, "heads": 8}),
     "biases of the target": ({"attention_bias": True}, {"heads": 8}),
     "biases of the adapter": ({}, {"attention_bias": True, "heads": 8}),
+    "an MLP": ({}, {"mlp": True}),
+    "a wider MLP and more heads": ({}, {"mlp": True, "intermediate_size": 100, "heads": 8}),
+    "a narrower MLP, biases of the target": ({"mlp_bias": True}, {"mlp": True, "intermediate_size": 24}),
+    "biases of an MLP": ({}, {"mlp": True, "intermediate_size": 100, "mlp_bias": True}),
     "llama3 rope": ({"rope_parameters": LLAMA3}, {"rope_parameters": LLAMA3}),
 }
 """What a target and its adapter are made with; both have heads of 12."""
@@ -48,8 +52,9 @@ def made(folder: Path, target: dict[str, Any], adapter: dict[str, Any], exit_lay
     """A pair of a target and an adapter that was made for a target of another shape."""
     common = {"head_dim": 12, "std": 0.15}
     home = make_target(folder / "target", **common, **target)
-    other = make_target(folder / "other", **common | adapter)
-    return Pair(home, make_adapter(folder / "adapter", other, exit_layer=exit_layer, std=0.15))
+    mlp = adapter.get("mlp", False)
+    other = make_target(folder / "other", **common | {name: adapter[name] for name in adapter.keys() - {"mlp"}})
+    return Pair(home, make_adapter(folder / "adapter", other, exit_layer=exit_layer, std=0.15, mlp=mlp))
 
 
 def stock(folder: Path) -> torch.nn.Module:
@@ -165,13 +170,15 @@ def test_what_a_stock_llama_cannot_hold_is_refused(shape: dict[str, Any], senten
         ("target", "model.layers.1.mlp.up_proj.weight", None, "'model.layers.1.mlp.up_proj.weight' is in neither"),
         ("adapter", "norm.weight", None, "'model.norm.weight' is in neither"),
         ("adapter", "layers.0.self_attn.q_proj.weight", (36, 48), "4 attention heads on 2 key-value heads of 12"),
+        ("adapter", "layers.0.mlp.up_proj.weight", (70, 48), "its config.json asks for an MLP of 80"),
+        ("adapter", "layers.0.mlp.up_proj.weight", None, "'model.layers.2.mlp.up_proj.weight' is in neither"),
         ("adapter", "norm.weight", (47,), r"has the shape \[47\]; their config.json ask for \[48\]"),
     ],
 )
 def test_damaged_files_are_refused(
     folder: str, name: str, change: tuple[int, ...] | None, sentence: str, tmp_path: Path
 ) -> None:
-    pair = made(tmp_path, {}, {})
+    pair = made(tmp_path, {}, {"mlp": "mlp" in name and folder == "adapter"})
     path = tmp_path / folder / "model.safetensors"
     tensors = load_file(path)
     old = tensors.pop(name)
@@ -181,6 +188,14 @@ def test_damaged_files_are_refused(
     with pytest.raises(KangarooError, match=sentence):
         export_drafter(pair.target, pair.adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_mlp_that_the_configuration_does_not_know_is_refused(tmp_path: Path) -> None:
+    pair = made(tmp_path, {}, {"mlp": True})
+    path = pair.adapter / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mlp": False}))
+    with pytest.raises(KangarooError, match=r"holds an MLP, of which its config.json says nothing"):
+        export_drafter(pair.target, pair.adapter, tmp_path / "out")
 
 
 def test_a_folder_that_holds_something_is_left_alone(pair: Pair, tmp_path: Path) -> None:

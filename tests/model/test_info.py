@@ -42,9 +42,10 @@ def test_the_name_demo_stands_for_the_pair() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_parameters_are_those_of_the_files(tmp_path: Path, tied: bool, biased: bool) -> None:
+@pytest.mark.parametrize("mlp", [False, True])
+def test_parameters_are_those_of_the_files(tmp_path: Path, tied: bool, biased: bool, mlp: bool) -> None:
     target = make_target(tmp_path / "t", tie_word_embeddings=tied, attention_bias=biased, mlp_bias=biased)
-    adapter = make_adapter(tmp_path / "a", target, exit_layer=2)
+    adapter = make_adapter(tmp_path / "a", target, exit_layer=2, mlp=mlp)
     cost = footprint(target, adapter)
     assert cost.target_parameters == sum(tensor.numel() for tensor in load_file(target / "model.safetensors").values())
     assert cost.adapter_parameters == sum(

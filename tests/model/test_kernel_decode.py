@@ -72,6 +72,22 @@ def test_a_long_prompt_is_the_references_work(pairs):
     assert runs[0] == runs[1]
 
 
+def test_an_adapter_with_an_mlp_drafts_alike_on_every_loop(folders, device, tmp_path):
+    """Led by the host, by the stage kernels, and by all of them in one; without its MLP it drafts otherwise."""
+    target, bare = folders
+    with_mlp = make_adapter(tmp_path / "adapter", target, exit_layer=1, copy_layer=1, mlp=True)
+    settings = {"max_new_tokens": 8, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.2}
+
+    def counts(adapter, **how):
+        kangaroo = Kangaroo.from_pretrained(target, adapter, device=device, dtype="float32", **how)
+        result = kangaroo.generate(PROMPT, **settings)
+        return result.tokens, result.stats.drafted, result.stats.accepted_at
+
+    host = counts(with_mlp, kernels="reference")
+    assert counts(with_mlp, kernels="triton") == counts(with_mlp, kernels="triton", persistent=True) == host
+    assert counts(bare, kernels="reference")[0] == host[0] and counts(bare, kernels="reference") != host
+
+
 def test_half_precision(folders, device):
     kangaroo = Kangaroo.from_pretrained(*folders, device=device, dtype="float16", kernels="triton")
     settings = {"max_new_tokens": 6, "draft_confidence_threshold": 0.0, "num_speculative_tokens": 2}

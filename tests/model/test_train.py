@@ -267,7 +267,9 @@ def test_the_report(target: Path, text: Path, tmp_path: Path) -> None:
     assert report["mean_acceptance_length"] >= 1 and report["speedup"] > 0
     assert json.loads((out / "training.json").read_text()) == report
     page = (out / "README.md").read_text()
-    assert f"| {report['agreement']:,} |" in page and "first 2 layers" in page
+    assert (
+        f"| {report['agreement']:,} |" in page and "one layer of attention behind the model's first\n2 layers" in page
+    )
     assert "curve.png" in page and (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in (out / "training.json").read_text() + page
 
