@@ -27,20 +27,22 @@ class AttentionBlock:
     def __call__(
         self,
         hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        cache: KVCache,
+        layer: int,
         position: int | Tensor,
-        phases: Tensor,
         *,
         reach: int | None = None,
         active: Tensor | None = None,
     ) -> Tensor:
-        """``hidden + attention(rms_norm(hidden))``, ``[M, hidden]``; appends M rows to ``keys`` and ``values``."""
+        """``hidden + attention(rms_norm(hidden))``, ``[M, hidden]``; appends M rows to that layer of the cache."""
         weights, operations = self.weights, self.backend.for_rows(hidden.shape[0])
+        caches = cache.keys[layer], cache.values[layer]
         q = operations.qkv_rope(
-            hidden, weights.norm, weights.qkv, phases, keys, values, position, eps=self.eps, active=active
+            hidden, weights.norm, weights.qkv, cache.phases, *caches, position, eps=self.eps, active=active
         )
-        mixed = operations.attention(q, keys, values, position, scale=self.scale, max_length=reach, active=active)
+        mixed = operations.attention(
+            q, *caches, position, scale=self.scale, max_length=reach, active=active, arrivals=cache.arrivals
+        )
         return operations.linear_residual(mixed, weights.output, hidden, active=active)
 
 
@@ -96,11 +98,11 @@ class Llama:
             active: ``[1]`` int32; where it is 0 nothing is done.
             out: ``[M, hidden]``, made if None.
         """
-        phases, eps = cache.phases, self.config.rms_norm_eps
+        eps = self.config.rms_norm_eps
         operations = self.backend.for_rows(hidden.shape[0])
         for index in range(first, last):
-            layer, keys, values = self.weights.layers[index], cache.keys[index], cache.values[index]
-            hidden = self.blocks[index](hidden, keys, values, position, phases, reach=reach, active=active)
+            layer = self.weights.layers[index]
+            hidden = self.blocks[index](hidden, cache, index, position, reach=reach, active=active)
             inner = operations.gate_up(hidden, layer.mlp_norm, layer.gate_up, eps=eps, active=active)
             end = out if index == last - 1 else None
             hidden = operations.linear_residual(inner, layer.down, hidden, active=active, out=end)
