@@ -187,6 +187,7 @@ class DraftLoop:
         programs: how many programs a barrier waits for; only tests make it differ from ``grid``.
         error: ``[1]`` int32 on the device: 0, or 1 + the stage after which a program never came to the barrier. The
             results of that launch are worthless, and later launches do nothing until ``reset``.
+        state: the barrier's words and, behind them, the counters of attention: what ``reset`` puts back.
     """
 
     def __init__(self, model: DraftModel, most: int, programs: int | None = None, polls: int = POLLS) -> None:
@@ -240,8 +241,9 @@ class DraftLoop:
             block_n = launch_config(op, vocab_size, K, x).block_n
             results = TileResults(1, triton.cdiv(vocab_size, block_n), x.device, sampled=op == "sample_head")
             self.heads.append((block_n, results))
-        self.state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=x.device)
-        self.error = self.state[ERROR.value : ERROR.value + 1]
+        kv_heads = max(each.kv_heads for each in shapes)
+        self.state = torch.zeros(STATE_WORDS + kv_heads, dtype=torch.int32, device=x.device)
+        self.error, self.arrivals = self.state[ERROR.value : ERROR.value + 1], self.state[STATE_WORDS:]
 
     def _fill_table(self, x: Tensor) -> None:
         """Set ``base``, ``table`` and ``biased``: where the tensors of each block lie, the adapter's last."""

@@ -145,19 +145,22 @@ class Work(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the splits of attention leave, and where the result goes.
+    """What the splits of attention leave, who has arrived, and where the result goes.
 
     Attributes:
         sums_ptr: unnormalised sums, ``[splits, M, H, D]`` float32; None where there is only one split, whose program
             then writes the result itself.
         stats_ptr: ``[splits, M, H, 2]`` float32: maximum of base-2 scores, denominator; None where ``sums_ptr`` is.
-        out_ptr: the result, ``[M, H * D]`` of the model's dtype; None where a later stage merges.
+        arrivals_ptr: ``[blocks, H_kv]`` int32, the splits of a block of packed rows that are done; 0 again when all
+            are. None where ``sums_ptr`` is.
+        out_ptr: the result, ``[M, H * D]`` of the model's dtype.
         out_row_stride: from row to row.
     """
 
     sums_ptr: tl.tensor | None
     stats_ptr: tl.tensor | None
-    out_ptr: tl.tensor | None
+    arrivals_ptr: tl.tensor | None
+    out_ptr: tl.tensor
     out_row_stride: tl.tensor
 
 

@@ -149,5 +149,4 @@ class Adapter:
 
         ``position``, ``reach`` and ``active`` are those of ``Llama.run``.
         """
-        keys, values = cache.keys[0], cache.values[0]
-        return self.layer(exit_hidden, keys, values, position, cache.phases, reach=reach, active=active)
+        return self.layer(exit_hidden, cache, 0, position, reach=reach, active=active)
