@@ -67,12 +67,13 @@ def sample_tile(tile, noise, x, norm, w, logits_ptr, parts, BLOCK_N: tl.constexp
         tl.store(logits_ptr + rows[:, None].to(tl.int64) * V + cols[None, :], logits, mask=mask)
     else:
         logits = tl.where(cols[None, :] < V, logits, float("-inf"))
-        scores = logits / noise.temperature
+        scores, positions = logits / noise.temperature, noise.position + rows
         if noise.tokens_ptr is None:
-            scores += gumbel_tile(noise.seed, noise.stream, noise.position + rows, first, BLOCK_M, BLOCK_N)
+            gumbels = gumbel_tile(noise.seed, noise.stream, positions, first, BLOCK_M, BLOCK_N)
         else:
             tokens = tl.load(noise.tokens_ptr + owned)
-            scores += gumbel_of(noise.seed, noise.stream, noise.position + rows, tokens, BLOCK_M, BLOCK_N)
+            gumbels = gumbel_of(noise.seed, noise.stream, positions, tokens, BLOCK_M, BLOCK_N)
+        scores += gumbels
         score, index = first_best(nan_wins(scores), tl.broadcast_to(cols[None, :], (BLOCK_M, BLOCK_N)), 1)
         largest = tl.max(nan_wins(logits), axis=1)
         total = exponential_sum(logits, largest, 1)

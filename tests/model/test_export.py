@@ -10,7 +10,7 @@ import torch
 from conftest import Pair
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_gguf
-from pairs import make_adapter, make_target
+from pairs import make_adapter, make_target, with_vocabulary
 from safetensors.torch import load_file, save_file
 
 from kangaroo_kernels import Kangaroo, KangarooError
@@ -234,4 +234,11 @@ def test_a_mistral_becomes_a_llama(tmp_path: Path) -> None:
     values = json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": None}
     path.write_text(json.dumps(values | {"architectures": ["MistralForCausalLM"]}))
     export_drafter(pair.target, pair.adapter, tmp_path / "out")
+    assert_the_same_drafts(stock(tmp_path / "out"), pair.load(device="cpu"))
+
+
+def test_a_draft_vocabulary_is_left_out(pair: Pair, tmp_path: Path) -> None:
+    """A stock Llama's head is whole; transformers' own drafter has the target's."""
+    adapter = with_vocabulary(pair.adapter, tmp_path / "some", range(9))
+    export_drafter(pair.target, adapter, tmp_path / "out")
     assert_the_same_drafts(stock(tmp_path / "out"), pair.load(device="cpu"))
