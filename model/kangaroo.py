@@ -18,6 +18,7 @@ from .drafters.protocol import Drafter, check_drafter, check_loop
 from .errors import KangarooError
 from .load import load_pair
 from .loop.host import reach_of
+from .loop.pace import Paces
 from .loop.threads import fastest_thread_count, own_state, threads
 from .request import Request, Settings, check_prompt, resolve
 from .sampling import whole_rows
@@ -61,6 +62,7 @@ class Kangaroo(Writer):
         self.name = name
         self._idle: deque[Memory] = deque(maxlen=MOST_IDLE)
         self._threads: int | None = None
+        self.paces: Paces = {}
 
     @classmethod
     def from_pretrained(

@@ -18,6 +18,7 @@ from .loop.device import device_steps
 from .loop.graphs import GraphRunner
 from .loop.host import kangaroo_steps, plain_steps, prefill, reach_of
 from .loop.iteration import Iteration
+from .loop.pace import pace_of
 from .loop.state import TextState, Written
 from .request import Request, Settings
 from .results import Commit, Generation, Outcome, Progress
@@ -119,7 +120,7 @@ class Memory:
             return device_steps(Iteration(target, drafter, text, request, self.runner), length=request.length)
         if drafter is None:
             return plain_steps(target, text, request)
-        return kangaroo_steps(target, drafter, text, request)
+        return kangaroo_steps(target, drafter, text, request, pace_of(request, kangaroo.paces))
 
     def follow_stream(self) -> None:
         """Let this thread's stream wait for the one that the last step ran on, if it is another one."""

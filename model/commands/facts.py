@@ -11,7 +11,7 @@ import torch
 from kangaroo_kernels import __version__
 from kangaroo_kernels.packed_weight import Layout
 
-from ..drafters.adapter import load_adapter_config
+from ..drafters.adapter import AdapterConfig, load_adapter_config
 from ..errors import KangarooError
 from ..load import kept_dtype, open_model, resolve_device, resolve_dtype
 from ..named import find_pair
@@ -100,6 +100,7 @@ class Footprint:
         draft_step_bytes: the first ``exit_layer`` layers, adapter and its head.
         verify_pass_bytes: the other layers and the head, whatever the number of drafts.
         kv_bytes_per_token: keys and values of all layers, the adapter's included.
+        drafting: how long drafts are unless a caller says otherwise.
     """
 
     layers: int
@@ -120,6 +121,7 @@ class Footprint:
     draft_vocab_size: int | None = None
     draft_step_bytes: int | None = None
     verify_pass_bytes: int | None = None
+    drafting: str | None = None
 
 
 def footprint(
@@ -160,6 +162,7 @@ def footprint(
             "draft_vocab_size": drafted,
             "draft_step_bytes": (shallow + own + rows) * size,
             "verify_pass_bytes": (layers - shallow + head) * size,
+            "drafting": _drafting(trained),
         }
     return Footprint(
         layers=config.num_hidden_layers,
@@ -177,6 +180,11 @@ def footprint(
         kv_bytes_per_token=kv_bytes,
         **drafter,
     )
+
+
+def _drafting(adapter: AdapterConfig) -> str:
+    limits = f"up to {adapter.num_speculative_tokens} drafts, threshold {adapter.draft_confidence_threshold:g}"
+    return f"auto where the host leads the loop (a CPU), else {limits}" if adapter.calibrated else limits
 
 
 def _kv_values(config: LlamaConfig) -> int:

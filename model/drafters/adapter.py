@@ -33,6 +33,7 @@ class AdapterConfig:
         exit_layer: how many of the target's layers run before it.
         num_speculative_tokens: the most drafts a step that suit the pair.
         draft_confidence_threshold: the confidence below which drafting should stop.
+        calibrated: whether both were measured for this pair (``kangaroo calibrate --write``).
         vocabulary: the tokens that it may draft; None means all.
     """
 
@@ -40,6 +41,7 @@ class AdapterConfig:
     exit_layer: int
     num_speculative_tokens: int
     draft_confidence_threshold: float
+    calibrated: bool = False
     vocabulary: DraftVocabulary | None = None
 
 
@@ -85,8 +87,11 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
     if gamma != int(gamma):
         raise KangarooError(f"{path}: num_speculative_tokens is {gamma!r}; it must be a whole number.")
     eta = _number(values, "draft_confidence_threshold", PAPER_DRAFT_CONFIDENCE_THRESHOLD, 0, 1, path)
+    calibrated = values.get("calibrated", False)
+    if not isinstance(calibrated, bool):
+        raise KangarooError(f"{path}: calibrated is {calibrated!r}; it must be true or false.")
     vocabulary = read_draft_vocabulary(folder, values, config.vocab_size)
-    return AdapterConfig(config, exit_layer, int(gamma), float(eta), vocabulary)
+    return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary)
 
 
 def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:

@@ -107,9 +107,7 @@ def kernels() -> list[Kernel]:
 def loops(kernels: list[Kernel]) -> list[Kernel]:
     """The persistent kernels."""
     found = [kernel for kernel in kernels if kernel.name.startswith("draft_loop")]
-    assert (
-        len(found) == 30
-    )  # greedy and sampling, of all tokens and of some, greedy with an MLP; 3 models on 2 architectures
+    assert len(found) == 30  # five kinds of three models on two architectures
     return found
 
 
