@@ -26,7 +26,7 @@ sys.path.insert(0, str(TOOLS))
 NONSENSE = {
     "minutes learning_rate repetition_penalty": "0 -1 nan inf",
     "arch exit_layer max_new_tokens num_speculative_tokens top_k texts parallel": "0 -1",
-    "steps batch_size reuse sequence_length num_attention_heads vocabulary draft_vocabulary at_once": "0 -1",
+    "steps batch_size reuse sequence_length num_attention_heads vocabulary draft_vocabulary at_once ranks": "0 -1",
     "size": "0 -1 2048",
     "draft_confidence_threshold min_p total_variation": "-0.1 1.1 nan",
     "top_p": "0 -0.1 1.1 nan",
@@ -46,6 +46,7 @@ BEFORE = {
     "gpu_report": "--smoke --out OUT",
     "compare_binaries": "HEAD",
     "train_demo": "--preset smoke --out OUT",
+    "vllm_check": "python --out OUT",
     "demo": "--json",
     "generate": "--model demo --prompt A",
     "chat": "--model demo",
@@ -139,6 +140,7 @@ REFUSALS = {
     "train_demo --preset large": "large needs a CUDA GPU and there is none here; --preset smoke needs none.",
     "train_demo --preset smoke --out {}": "{} is a file or not empty; give a new folder with --out.",
     "train_demo --preset smoke --out {}/file": "{}/file is a file or not empty; give a new folder with --out.",
+    "vllm_check no/python --out {}": "no/python does not exist; give the Python of an environment that has vLLM.",
     "tune": "tuning needs a CUDA GPU and there is none here.",
 }
 """Command lines and what is said of them; {} is a folder with a file in it."""

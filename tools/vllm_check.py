@@ -31,8 +31,11 @@ from kangaroo_kernels.model.integrations.stock_folder import TOKENIZER_FILES
 from kangaroo_kernels.model.target.checkpoint import read_tensors
 
 NEW_TOKENS, DRAFTS = 64, 6
+SETTINGS: dict[str, Any] = {"num_speculative_tokens": DRAFTS, "draft_confidence_threshold": 0.0}
+"""As many drafts a pass as vLLM makes, which has no threshold."""
+
 NEAR = 0.01
-"""The most by which tokens a pass may differ in the two engines: they end a text's last pass differently."""
+"""The most by which tokens a pass may differ in the two engines."""
 
 IN_VLLM = """
 import json, sys
@@ -123,6 +126,20 @@ def prompts_of(model: str, kangaroo: Kangaroo) -> list[list[int]]:
     return [chat_tokens([{"role": "user", "content": text}], kangaroo.tokenizer) for text in QUESTIONS.values()]
 
 
+def passes_here(kangaroo: Kangaroo, prompt: list[int], text: Generation) -> tuple[int, int]:
+    """How many passes this runtime takes for a text, counted as vLLM counts them, and how many drafts they accept.
+
+    vLLM's prefill gives the first token, and its last pass drafts as far as any, beyond what was asked for.
+    """
+    passes = accepted = written = 0
+    steps = kangaroo.progress([*prompt, text.tokens[0]], max_new_tokens=NEW_TOKENS + DRAFTS, **SETTINGS)
+    while written < len(text.tokens) - 1:
+        commit = next(steps).commit
+        passes, accepted, written = passes + 1, accepted + commit.agreed, written + len(commit.tokens)
+    steps.close()
+    return passes, accepted
+
+
 def tokens_a_pass(counts: dict[str, float]) -> float:
     """New tokens of a verification in vLLM."""
     return 1 + counts["vllm:spec_decode_num_accepted_tokens"] / counts["vllm:spec_decode_num_drafts"]
@@ -165,8 +182,8 @@ def main(
         except KangarooError as error:
             refuse("vllm_check", str(error))
         vllm = Vllm(python.absolute(), folder, prompts_of(model, kangaroo))
-        settings: dict[str, Any] = {"num_speculative_tokens": DRAFTS, "draft_confidence_threshold": 0.0}
-        ours = [kangaroo.generate(prompt, max_new_tokens=NEW_TOKENS, **settings) for prompt in vllm.prompts]
+        ours = [kangaroo.generate(prompt, max_new_tokens=NEW_TOKENS, **SETTINGS) for prompt in vllm.prompts]
+        counts = [passes_here(kangaroo, prompt, text) for prompt, text in zip(vllm.prompts, ours, strict=True)]
         plain = vllm.decode(pair.target, None, 1)
         drafted = vllm.decode(pair.target, folder / "drafter", 1)
         found = {"one_rank": compared(plain, drafted, ours)}
@@ -174,8 +191,7 @@ def main(
             target = with_heads_for(ranks, pair.target, folder / "target-of-ranks")
             drafter = with_heads_for(ranks, folder / "drafter", folder / "drafter-of-ranks")
             found[f"{ranks}_tensor_parallel_ranks"] = compared(plain, vllm.decode(target, drafter, ranks), ours)
-    steps = sum(each.stats.verification_steps for each in ours)
-    here = 1 + sum(each.stats.accepted for each in ours) / steps
+    here = 1 + sum(accepted for _, accepted in counts) / sum(passes for passes, _ in counts)
     record = {
         "what": "greedy texts in float32 by vLLM with the exported drafter, beside vLLM without it and this runtime",
         "command": f"python tools/vllm_check.py VLLM_PYTHON --model {model} --ranks {ranks} --out {out}",

@@ -14,7 +14,6 @@ from .options import Adapter, Device, Dtype, ExitLayer, Kernels, Model, examples
 
 if TYPE_CHECKING:
     from ..kangaroo import Kangaroo
-    from ..serving.desk import Desk
 
 KEY = "KANGAROO_API_KEY"
 SERVING = "Serving"
@@ -80,7 +79,6 @@ def serve(
         with notes.status("loading the model"):
             kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels)
             desk = Desk(kangaroo, parallel, queue, longest_text(kangaroo, context))
-            warm_up(desk)
 
         def tell() -> None:
             url, size = url_of(listening), desk.pool.free[-1].nbytes / 1e6
@@ -114,12 +112,6 @@ def longest_text(kangaroo: "Kangaroo", asked: int | None) -> int:
     if asked is not None and asked > own:
         raise KangarooError(f"--context is {asked}; the model's own context has {own} tokens, so give at most {own}.")
     return min(own, MOST_CONTEXT) if asked is None else asked
-
-
-def warm_up(desk: "Desk") -> None:
-    """Write a few tokens, so that the first client does not wait for what is compiled or measured once."""
-    last = desk.kangaroo.target.config.vocab_size - 1
-    desk.pool.free[-1].generate([last], max_new_tokens=min(8, desk.context - 1), ignore_eos=True)
 
 
 def curl_line(kangaroo: "Kangaroo", url: str, with_key: bool) -> str:

@@ -32,7 +32,7 @@ class Pool:
 
     def __init__(self, kangaroo: Kangaroo, parallel: int, queue: int, context: int) -> None:
         self.parallel, self.queue = parallel, queue
-        self.free = [kangaroo.session(context) for _ in range(parallel)]
+        self.free = [roomy_session(kangaroo, context) for _ in range(parallel)]
         self.closed = self.ended = False
         self._waiting: deque[asyncio.Future[Session]] = deque()
         self._seconds = 1.0  # a text's mean duration, which says when another attempt makes sense
@@ -105,6 +105,19 @@ class Pool:
                 turn.set_result(session)
                 return
         self.free.append(session)
+
+
+def roomy_session(kangaroo: Kangaroo, context: int) -> Session:
+    """A session that has begun a text of the longest length: its memory does not grow any more.
+
+    What is compiled or measured once is so before the first client comes.
+    """
+    session = kangaroo.session()
+    last = kangaroo.target.config.vocab_size - 1
+    text = session.progress([last], max_new_tokens=context - 1, ignore_eos=True)
+    next(text)
+    text.close()
+    return session
 
 
 def choose(free: Sequence[Session], tokens: Sequence[int]) -> Session:

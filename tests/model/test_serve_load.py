@@ -50,6 +50,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.inside, verify = threading.Event(), threading.Event(), host_module.verify
+        self.open.set()
 
         def gated(*arguments: Any) -> Any:
             self.inside.set()
@@ -57,6 +58,11 @@ class Gate:
             return verify(*arguments)
 
         monkeypatch.setattr(host_module, "verify", gated)
+
+    def shut(self) -> None:
+        """Let no step through any more."""
+        self.open.clear()
+        self.inside.clear()
 
 
 @pytest.fixture
@@ -90,6 +96,7 @@ def test_a_client_that_leaves_frees_its_session(
 ) -> None:
     """In the middle of its text, and while it waits in the queue."""
     with served(kangaroo, parallel=1) as server:
+        gate.shut()
         first = send(server, stream)
         until(gate.inside.is_set)
         second = send(server, stream)
@@ -111,6 +118,7 @@ def test_a_client_that_leaves_frees_its_session(
 
 def test_a_full_queue_is_told_at_once(kangaroo: Kangaroo, gate: Gate) -> None:
     with served(kangaroo, parallel=1, queue=1) as server:
+        gate.shut()
         clients = [send(server, stream=False, max_tokens=4)]
         until(gate.inside.is_set)
         clients.append(send(server, stream=True, max_tokens=4))
@@ -161,7 +169,7 @@ def test_a_client_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
 )
 def test_errors_of_a_step(error: Exception, sentence: str, kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
     """A status before the first event, an event behind it; the session is whole again."""
-    verify, left = host_module.verify, [0]
+    verify, left = host_module.verify, [100]
 
     def failing(*arguments: Any) -> Any:
         left[0] -= 1
@@ -173,6 +181,7 @@ def test_errors_of_a_step(error: Exception, sentence: str, kangaroo: Kangaroo, m
     asked = {"model": kangaroo.name, "prompt": "ABC", "temperature": 0}
     with served(kangaroo, parallel=1) as server, server.client() as client:
         for stream in (False, True):
+            left[0] = 0
             with pytest.raises(openai.InternalServerError, match=sentence):
                 client.completions.create(**asked, stream=stream)
         left[0] = 2
@@ -192,6 +201,7 @@ def test_errors_of_a_step(error: Exception, sentence: str, kangaroo: Kangaroo, m
 def test_the_end_lets_texts_end(kangaroo: Kangaroo, gate: Gate) -> None:
     """The one under way is written to its end, the one in the queue is refused, and so are new ones."""
     with served(kangaroo, parallel=1) as server:
+        gate.shut()
         first = send(server, stream=True, max_tokens=12)
         until(gate.inside.is_set)
         second = send(server, stream=False)
@@ -211,6 +221,7 @@ def test_the_end_lets_texts_end(kangaroo: Kangaroo, gate: Gate) -> None:
 def test_the_end_does_not_wait_for_ever(kangaroo: Kangaroo, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "GRACE", 0.0)
     with served(kangaroo, parallel=1) as server:
+        gate.shut()
         client = send(server, stream=True)
         until(gate.inside.is_set)
         server.server.should_exit = True
