@@ -57,6 +57,7 @@ BEFORE = {
     "export": "--model demo --out OUT",
     "eval": "--model demo --questions bench/domains.jsonl --out OUT",
     "serve": "--model demo --adapter ADAPTER --port 0",
+    "experiments": "drafting --out OUT",
     "info": "--model demo --adapter ADAPTER",
 }
 """What must stand on the command line besides."""
@@ -124,6 +125,9 @@ REFUSALS = {
     "kernel_report --step dinner": "--step is dinner; it must be one of layer, top-1 head, ",
     "kernel_report --rows 4 --rows 17": "--rows is 17; it must be one of 1, 2, 3, ",
     "compare_binaries HEAD --model gpt": "no model is called gpt; there are ",
+    "experiments dinner --out {}": "there is no experiment 'dinner'; there are drafting, ",
+    "experiments adapters --out {}": "'adapters' takes several --adapter, any other experiment at most one.",
+    "experiments domains --out {} --model nowhere": "nowhere",
     "gpu_report": "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.",
     "gpu_report --only decode,tset": "there is no part called 'tset'; there are environment, tests, ",
     "gpu_report --only pair": "the part pair needs --pair DIR",

@@ -1,6 +1,7 @@
 """``kangaroo eval``: answer questions plainly and with Kangaroo, and report acceptance, speed and identity."""
 
 import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -79,7 +80,7 @@ def evaluate(
     asked = {
         "model": model,
         "adapter": adapter,
-        "questions": questions.name,
+        "questions": f"{questions.name}, CRC {zlib.crc32(questions.read_bytes()):08x}",
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "seed": seed,

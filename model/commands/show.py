@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..evaluation.compare import Comparison, summarise
-from ..evaluation.report import TOO_LONG, Report, describe
+from ..evaluation.report import Report
 from ..results import Generation, Progress
 from .facts import Environment, Footprint
 
@@ -138,17 +138,15 @@ def acceptance_bars(rates: Sequence[float]) -> Table:
 
 
 def show_evaluation(console: Console, out: Path, report: Report) -> None:
-    """The tables of an evaluation, and every text that is not plain decoding's."""
+    """The tables of an evaluation, and what must be known of them."""
     if not report.rows:
         return
     console.print(_table(*report.table(wide=console.width > 120)))
     if len(report.ways) > 2:
         console.print("every way of decoding, prefill included", style="bold")
         console.print(_table(*report.ways_table()))
-    for difference in report.differences:
-        console.print(describe(difference), soft_wrap=True)
-    if report.left_out:
-        console.print(f"{TOO_LONG}: {report.left_out}.", soft_wrap=True)
+    for note in report.notes:
+        console.print(note)
     console.print(f"Answers, report and pictures are in {out}.", soft_wrap=True)
 
 

@@ -15,11 +15,10 @@ from ..results import Commit, Progress
 from ..session import Writing
 from .answers import Answer, AnswerFile, Difference, Turn
 from .questions import Conversation, Question
-from .race import Race
+from .race import Race, warm_up
 
 PLAIN, KANGAROO = "plain", "kangaroo"
 """The two ways of decoding that every evaluation has."""
-WARM_UP_STEPS = 8
 LIKELY = 20
 """The tokens among which a logit gap is looked up."""
 
@@ -144,7 +143,7 @@ def evaluate(
     """
     run.keep_those_that_fit(kangaroo)
     run.begin([PLAIN, KANGAROO, *others])
-    Race(kangaroo, settings, [0]).finish(steps=WARM_UP_STEPS)
+    warm_up(kangaroo)
     for question in run.open:
         if time.perf_counter() > deadline:
             return

@@ -17,6 +17,12 @@ from .loops import looping_tokens
 
 BUSY = 0.85
 """A process that had the processor for less of its time than this was disturbed by others."""
+WARM_UP_STEPS = 8
+
+
+def warm_up(kangaroo: Kangaroo) -> None:
+    """Take some steps: what the first ones need (threads, binaries, captured graphs) is not a pair's speed."""
+    Race(kangaroo, Settings(max_new_tokens=8 * WARM_UP_STEPS), [0]).finish(steps=WARM_UP_STEPS)
 
 
 class Race:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import KANGAROO, PLAIN, Run
+from .race import BUSY
 from .statistics import Estimate, Row, rows, way_figures
 
 COLUMNS = (
@@ -30,6 +31,10 @@ Tokens a step are the mean acceptance length; brackets hold 95 % intervals (boot
 leaves out the steps that wrote a token of a stretch that says the same three times. These speeds leave prefill out.
 Plain decoding and Kangaroo took turns: step by step on a CPU, text by text on a GPU.
 """
+DISTURBED = (
+    "The process had a processor for {:.0%} of the time of its steps, so other work disturbed the tokens/s and the "
+    "speedup; the speedup by processor time says more."
+)
 TOO_LONG = "Questions left out, since the model's context cannot hold them"
 WAYS_NOTE = "\nEvery way of decoding on the same prompts, prefill included:\n\n"
 
@@ -75,6 +80,16 @@ class Report:
         """Whether Kangaroo wrote plain decoding's tokens everywhere."""
         return all(row.identical == row.texts for row in self.rows)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the tables must know."""
+        notes = [describe(each) for each in self.differences]
+        if self.left_out:
+            notes.append(f"{TOO_LONG}: {self.left_out}.")
+        if self.rows and self.rows[-1].processor_share < BUSY:
+            notes.append(DISTURBED.format(self.rows[-1].processor_share))
+        return notes
+
     def table(self, wide: bool = True) -> tuple[list[str], list[list[str]]]:
         """Header and cells, a line a row; a table that is not wide has no intervals and fewer columns."""
         kept = [index for index, name in enumerate(COLUMNS) if wide or name not in WIDE]
@@ -97,12 +112,9 @@ class Report:
         """The report as a page; pictures lie beside it."""
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items() if value is not None)
         page = f"# {self.settings['model']}, evaluated\n\n{settings}.\n\n{_markdown_table(*self.table())}\n{NOTES}"
-        if self.left_out:
-            page += f"\n{TOO_LONG}: {self.left_out}.\n"
         if len(self.ways) > 2:
             page += WAYS_NOTE + _markdown_table(*self.ways_table())
-        for each in self.differences:
-            page += "\n" + describe(each) + "\n"
+        page += "".join(f"\n{note}\n" for note in self.notes)
         return page + "".join(f"\n![{picture.stem}]({picture.name})\n" for picture in pictures)
 
     def write(self, out: Path, pictures: Sequence[Path]) -> None:

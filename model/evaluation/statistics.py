@@ -71,6 +71,7 @@ class Row:
         speedup: Kangaroo's tokens/s over plain decoding's.
         processor_speedup: the same by the time that the steps had processors, which other work on the machine disturbs
             less. On a GPU it says nothing.
+        processor_share: that time over the wall time of the steps, of both ways of decoding together.
         num_spec_steps: steps with drafts. This name and those that follow are vLLM's.
         num_draft_tokens: all drafts.
         num_accepted_draft_tokens: accepted drafts.
@@ -91,6 +92,7 @@ class Row:
     kangaroo_tokens_per_second: Estimate
     speedup: Estimate
     processor_speedup: Estimate
+    processor_share: float
     num_spec_steps: int
     num_draft_tokens: int
     num_accepted_draft_tokens: int
@@ -139,6 +141,7 @@ def row(category: str, pairs: Sequence[tuple[Answer, Answer]]) -> Row:
         kangaroo_tokens_per_second=Estimate.of(speeds[1]),
         speedup=Estimate.of(np.hstack(speeds[::-1])),
         processor_speedup=Estimate.of(np.hstack(costs[::-1])),
+        processor_share=round(sum(each[:, 1].sum() for each in costs) / sum(each[:, 1].sum() for each in speeds), 4),
         num_spec_steps=int((drafts > 0).sum()),
         num_draft_tokens=int(drafts.sum()),
         num_accepted_draft_tokens=int(accepted.sum()),

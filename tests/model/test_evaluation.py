@@ -250,7 +250,7 @@ def test_the_figures_of_a_category() -> None:
     assert found.draft_acceptance_rate.value == round(20 / 27, 4)
     assert (found.plain_tokens_per_second.value, found.kangaroo_tokens_per_second.value) == (2, 4)
     assert (found.speedup.value, found.speedup.low, found.speedup.high) == (2, 2, 2)
-    assert found.processor_speedup.value == 2
+    assert (found.processor_speedup.value, found.processor_share) == (2, 2)
     low, high = found.mean_acceptance_length.low, found.mean_acceptance_length.high
     assert (low, high) == (round(8 / 3, 4), 4)  # of three kinds of resamples, both ends are a quarter each
 
@@ -260,6 +260,15 @@ def test_what_cannot_be_said() -> None:
     assert single.fresh_acceptance_length == Estimate(None)
     assert single.mean_acceptance_length == Estimate(10.0)
     assert rows([], []) == []
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.5, 1), (0.95, 0)])
+def test_a_disturbed_run_is_named(share: float, count: int, pair: Pair, tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    evaluate(pair.load(), SETTINGS, run, {}, math.inf, silent)
+    report = Report(run, {})
+    report.rows[-1] = replace(report.rows[-1], processor_share=share)
+    assert report.markdown([]).count(f"had a processor for {share:.0%}") == count
 
 
 def test_categories_come_in_their_order_and_then_all() -> None:
