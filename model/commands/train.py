@@ -68,6 +68,10 @@ def train(
         str | None, typer.Option(help="An adapter to begin with: a folder or hub name.", rich_help_panel=TRAINING)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per step.", rich_help_panel=TRAINING)] = 16,
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Windows worked on at once; fewer take less memory.", rich_help_panel=TRAINING),
+    ] = None,
     reuse: Annotated[
         int, typer.Option(help="How many steps use a window; 4 to 8 suit a slow machine.", rich_help_panel=TRAINING)
     ] = 4,
@@ -104,6 +108,8 @@ def train(
     Reports how often drafter and model agree on held-out data, and what the adapter is worth there.
 
     After Ctrl-C, the same command goes on. More --steps, or --minutes again, train a finished adapter on.
+
+    torchrun --nproc-per-node 8 --no-python kangaroo train ... shares the work among processes, or GPUs.
     """
     began = time.perf_counter()  # the imports take their time, too
 
@@ -121,6 +127,7 @@ def train(
         steps=steps,
         start_from=start_from,
         batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
         reuse=reuse,
         sequence_length=sequence_length,
         num_attention_heads=num_attention_heads,
@@ -139,6 +146,8 @@ def train(
         where = str(stopped) or "stopped outside of the steps; what an earlier run kept is still there"
         typer.echo(f"{where}. The same command goes on from there.", err=True)
         raise typer.Exit(INTERRUPTED) from stopped
+    if not report:  # another process has it
+        return
     if as_json:
         print_json(report)
         return

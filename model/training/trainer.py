@@ -20,9 +20,10 @@ from .checkpoint import REPORT_FILE, STATE_FILE, stop_between_steps, write_atomi
 from .losses import DraftLoss
 from .optimizers import Optimizers, rise_and_fall
 from .plan import Plan, read_plan
+from .processes import Processes, join_processes
 from .scores import decode_held_out, score_held_out
 from .settings import ProgressReport, TrainingSettings
-from .states import Lessons
+from .states import AT_ONCE, Lessons
 from .teacher import Teacher, autocast
 
 CHECKPOINT_SECONDS = 60.0
@@ -41,8 +42,8 @@ class AdapterTraining:
         losses: the loss of every step.
     """
 
-    def __init__(self, settings: TrainingSettings, teacher: Teacher, plan: Plan) -> None:
-        self.settings, self.teacher, self.plan = settings, teacher, plan
+    def __init__(self, settings: TrainingSettings, teacher: Teacher, plan: Plan, processes: Processes) -> None:
+        self.settings, self.teacher, self.plan, self.processes = settings, teacher, plan, processes
         windows = plan.corpus.windows
         self.lessons = Lessons(teacher, windows, plan.cache)
         torch.manual_seed(settings.seed)
@@ -69,20 +70,37 @@ class AdapterTraining:
         """The windows of the next step: any of the latest that were reached, of which there are more at every step."""
         settings, count = self.settings, len(self.plan.corpus.windows)
         newest = settings.batch_size + self.step * settings.batch_size // settings.reuse
-        oldest = max(0, newest - self.lessons.capacity)
+        oldest = max(0, newest - self.lessons.capacity * self.processes.count)
         return (torch.randint(oldest, newest, (settings.batch_size,), generator=generator) % count).tolist()
+
+    def parts(self, windows: list[int]) -> list[list[int]]:
+        """Those of a step's windows that are this process's own, as many at once as the settings say.
+
+        A window has the same owner in every step, which alone asks the target for its lesson.
+        """
+        rank, count = self.processes.rank, self.processes.count
+        own = [window for window in windows if window // AT_ONCE % count == rank]
+        size = self.settings.micro_batch_size or len(windows)
+        return [own[start : start + size] for start in range(0, len(own), size)]
 
     def update(self, share: float) -> None:
         """Make one step, after ``share`` of the run has passed. On a GPU nothing waits for it."""
         generator = torch.Generator().manual_seed(self.settings.seed + 7919 * (self.step + 1))
-        batch = self.lessons.batch(self.drawn(generator))
-        with autocast(self.teacher.device):
-            guesses = self.adapter(batch.exit_hidden.float()).flatten(0, 1)[batch.places]
-        loss, gradient = self.loss.backward(guesses, batch.final, batch.log_total, generator)
-        guesses.backward(gradient)
+        drawn = self.drawn(generator)
+        positions = sum(int(self.plan.corpus.windows[window].learned.sum()) for window in drawn)
+        total, sampling = torch.zeros((), device=self.teacher.device), generator.get_state()
+        for part in self.parts(drawn):
+            batch = self.lessons.batch(part)
+            with autocast(self.teacher.device):
+                guesses = self.adapter(batch.exit_hidden.float()).flatten(0, 1)[batch.places]
+            generator.set_state(sampling)  # all parts see one sample of the joined class
+            loss, gradient = self.loss.backward(guesses, batch.final, batch.log_total, generator)
+            weight = len(batch.places) / positions
+            guesses.backward(gradient * weight)
+            total += loss * weight
+        self._unread.append(self.processes.add_up(self.adapter, total))
         self.optimizers.step(rise_and_fall(share))
-        self._unread.append(loss)
-        self.positions += len(batch.places)
+        self.positions += positions
         self.step += 1
 
     def latest_loss(self) -> float:
@@ -99,8 +117,10 @@ class AdapterTraining:
         return self.losses[-1]
 
     def checkpoint(self) -> None:
-        """Keep what a stopped run needs to go on."""
+        """Keep what a stopped run needs to go on; the first process does."""
         self.latest_loss()
+        if self.processes.rank:
+            return
         state = {
             "fingerprint": self.settings.fingerprint(),
             "corpus": self.plan.fingerprint,
@@ -125,16 +145,17 @@ def run_steps(training: AdapterTraining, progress: ProgressReport, deadline: flo
             now = time.perf_counter()
             training.elapsed = before + now - began
             share = max(training.step / last, training.elapsed / (before + seconds))
+            share, stopping = training.processes.agree(share, stopped.is_set())
             if training.step > first or first >= last:
                 if first == training.step or math.isnan(loss) or now - told_at > 1:
                     told_at, loss = now, training.latest_loss()
                 progress("training", int(1000 * min(share, 1)), 1000, f"step {training.step}, loss {loss:.3f}")
                 if share >= 1:
                     break
-                if now - saved_at > CHECKPOINT_SECONDS or stopped.is_set():
+                if now - saved_at > CHECKPOINT_SECONDS or stopping:
                     saved_at = now
                     training.checkpoint()
-                if stopped.is_set():
+                if stopping:
                     raise KeyboardInterrupt(f"{training.settings.out} keeps the run after step {training.step}")
             training.update(share)
     training.checkpoint()
@@ -145,6 +166,8 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Train an adapter and write it to ``settings.out``, with a report and a model card.
 
+    Under ``torchrun`` every process calls this, and all share the work.
+
     Args:
         settings: every setting.
         progress: is told after every step.
@@ -153,7 +176,7 @@ def train_adapter(
 
     Returns:
         The report, which is also the folder's ``training.json``: settings, steps, the loss over time, and the scores on
-        held-out data (``scores.py``).
+        held-out data (``scores.py``). It is empty in all processes but the first, which writes and scores.
 
     Raises:
         KangarooError: before any work, for settings, files or folders that cannot be used.
@@ -163,14 +186,19 @@ def train_adapter(
     deadline = min(deadline, math.inf if settings.minutes is None else began + settings.minutes * 60)
     device = resolve_device(settings.device)
     plan = read_plan(settings)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    if plan.cache is not None:
-        progress("states", 0, 1, f"{plan.cache_bytes / 1e9:.2g} GB in {plan.cache}")
-    dtype = resolve_dtype(None, device, plan.target.config.dtype)
-    teacher = Teacher(plan.target.path, device, dtype, settings.exit_layer)
-    training = AdapterTraining(settings, teacher, plan)
     reserve = SCORING_SHARE * (deadline - began) if math.isfinite(deadline) else 0.0
-    run_steps(training, progress, deadline - reserve)
+    with join_processes(device) as processes:
+        if processes.rank:
+            progress = lambda *_: None  # noqa: E731
+        settings.out.mkdir(parents=True, exist_ok=True)
+        if plan.cache is not None:
+            progress("states", 0, 1, f"{plan.cache_bytes / 1e9:.2g} GB in {plan.cache}")
+        dtype = resolve_dtype(None, device, plan.target.config.dtype)
+        teacher = Teacher(plan.target.path, device, dtype, settings.exit_layer)
+        training = AdapterTraining(settings, teacher, plan, processes)
+        run_steps(training, progress, deadline - reserve)
+    if processes.rank:
+        return {}
     save_adapter(settings.out, plan.values, training.adapter, plan.target.config.dtype)
     report = {
         "settings": settings.summary(),

@@ -254,6 +254,53 @@ def test_reuse_asks_the_target_less_often(target: Path, text: Path, tmp_path: Pa
     assert often < once
 
 
+EXACT = """
+import contextlib, sys
+import torch
+from pathlib import PosixPath
+from kangaroo_kernels.model.training import states, teacher, trainer
+from kangaroo_kernels.model.training.settings import TrainingSettings
+
+torch.Tensor.bfloat16 = torch.Tensor.float  # float32 throughout, so that another order of sums is all that differs
+teacher.autocast = trainer.autocast = lambda _: contextlib.nullcontext()
+asked, make = [], states.Lessons._make
+states.Lessons._make = lambda lessons, first: (asked.append(first), make(lessons, first))
+"""
+
+
+def test_two_processes_make_the_steps_of_one(target: Path, text: Path, tmp_path: Path) -> None:
+    """torchrun shares a step's windows out, and each window's lesson is asked for by one process alone."""
+    one, two = (settings(target, text, tmp_path / name, batch_size=16, reuse=1, steps=4) for name in ("one", "two"))
+    for run in (one, two):
+        code = EXACT + f"report = trainer.train_adapter({run!r})\nprint(sorted(asked), bool(report), flush=True)"
+        (tmp_path / "run.py").write_text(code)
+        alone = [sys.executable, "run.py"]
+        shared = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
+        done = subprocess.run(alone if run is one else shared, cwd=tmp_path, capture_output=True, text=True, check=True)
+        run.out.joinpath("said").write_text(done.stdout)
+    wanted, got = (state(run.out) for run in (one, two))
+    assert got["step"] == wanted["step"] == 4 and got["positions"] == wanted["positions"]
+    assert got["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+    assert (one.out / "said").read_text() == "[0, 16, 32, 48] True\n"
+    said = sorted((two.out / "said").read_text().splitlines())
+    assert said == ["[0, 32] True", "[16, 48] False"]
+
+
+def test_parts_of_a_batch_make_its_step(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
+    for module in (teacher_module, trainer):
+        monkeypatch.setattr(module, "autocast", lambda _: nullcontext())
+    whole = settings(target, text, tmp_path / "a", steps=4)
+    parts = replace(whole, out=tmp_path / "b", micro_batch_size=3)
+    train_adapter(whole)
+    sizes = calls(trainer.DraftLoss, "backward", lambda _, guesses, *rest: len(guesses), lambda: train_adapter(parts))
+    assert sizes == [3 * 32, 32] * 4
+    assert state(parts.out)["losses"] == pytest.approx(state(whole.out)["losses"], rel=1e-4)
+    assert steps_made(lambda: train_adapter(replace(parts, steps=5, micro_batch_size=1))) == [4]
+
+
 def test_the_report(target: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     report = train_adapter(settings(target, text, out))
@@ -368,6 +415,7 @@ def test_the_rate_falls_towards_a_deadline(
     [
         ({"steps": 0}, "steps is 0"),
         ({"batch_size": -1}, "batch_size"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0"),
         ({"sequence_length": 65}, "the model's context holds 64"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"minutes": 0.0}, "minutes"),
