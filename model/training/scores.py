@@ -45,17 +45,23 @@ def expected_acceptance_length(agrees: list[list[bool]], confidences: list[list[
 
 @torch.no_grad()
 def score_held_out(
-    teacher: Teacher, adapter: TrainableAdapter, windows: list[Window], progress: ProgressReport, deadline: float
+    teacher: Teacher,
+    adapter: TrainableAdapter,
+    exit_place: int,
+    windows: list[Window],
+    progress: ProgressReport,
+    deadline: float,
 ) -> dict[str, float]:
     """Agreement and expected acceptance length on held-out windows, at the positions that the target would write.
 
-    After the deadline no more windows are looked at; one always is.
+    After the deadline no more windows are looked at; one always is. ``exit_place`` says which of a lesson's exit layers
+    is the adapter's.
     """
     agrees, confidences = [], []
     for done, window in enumerate(windows, 1):
         (lesson,) = teacher.lessons([window.tokens])
         with autocast(teacher.device):
-            guesses = adapter(lesson.exit_hidden[None].float())[0]
+            guesses = adapter(lesson.exit_hidden[None, :, exit_place].float())[0]
         places = window.learned.nonzero()[:, 0].to(teacher.device)
         agree, confidence = _judge(teacher.head.float(), guesses[places].float(), lesson.final[places].float())
         agrees.append(agree)

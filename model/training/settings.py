@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,18 @@ class TrainingSettings:
     def last_step(self) -> float:
         """Where the run ends, if no time ends it before; infinite where only time does."""
         return self.steps or (STEPS if self.minutes is None else math.inf)
+
+    def with_exits(self, exit_layers: Sequence[int]) -> "list[TrainingSettings]":
+        """The same run for each of some exit layers; if they are several, in folders ``exit-3`` and so on in ``out``.
+
+        Raises:
+            KangarooError: an exit layer stands there twice.
+        """
+        if len(exit_layers) == 1:
+            return [replace(self, exit_layer=exit_layers[0])]
+        if len({*exit_layers}) < len(exit_layers):
+            raise KangarooError(f"the exit layers are {list(exit_layers)}; give each of them once.")
+        return [replace(self, exit_layer=layer, out=self.out / f"exit-{layer}") for layer in exit_layers]
 
     def summary(self) -> dict[str, Any]:
         """The settings as they go into a record, without the paths of this machine."""

@@ -111,13 +111,13 @@ def test_the_runtime_runs_what_was_trained(shape: dict[str, int], target: Path, 
     assert {name: getattr(config, name) for name in asked} == asked
     adapter = TrainableAdapter(config, 32)
     adapter.load_state_dict(load_file(out / "model.safetensors"))
-    teacher = Teacher(target, torch.device("cpu"), exit_layer=2)
+    teacher = Teacher(target, torch.device("cpu"), exit_layers=[2])
     tokens = torch.randint(67, (32,), generator=torch.Generator().manual_seed(3))
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(Tensor, "bfloat16", Tensor.float)  # lessons without their rounding
         patch.setattr(teacher_module, "autocast", lambda _: nullcontext())
         (lesson,) = teacher.lessons([tokens])
-        wanted = adapter(lesson.exit_hidden[None])[0] @ teacher.head.T
+        wanted = adapter(lesson.exit_hidden[None, :, 0])[0] @ teacher.head.T
     ours = kangaroo.logits(tokens.tolist())
     torch.testing.assert_close(kangaroo.draft_logits(tokens.tolist()), wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours, lesson.final @ teacher.head.T, atol=1e-4, rtol=1e-4)
@@ -216,6 +216,24 @@ def test_an_adapter_of_attention_alone_gets_an_mlp(target: Path, text: Path, tmp
         train_adapter(replace(grown, out=tmp_path / "d", start_from=str(longer.out), intermediate_size=8))
 
 
+def test_exit_layers_side_by_side_learn_as_alone(target: Path, text: Path, tmp_path: Path) -> None:
+    """The target is asked once for both. One whose state is older, after ``kill -9``, catches up with the other."""
+    alone = settings(target, text, tmp_path / "alone").with_exits([1, 3])
+    asked = [lessons_made(lambda: train_adapter(run)) for run in alone]  # noqa: B023
+    both = settings(target, text, tmp_path / "both").with_exits([1, 3])
+    assert lessons_made(lambda: trainer.train_adapters(both)) == asked[0] == asked[1]
+    shutil.rmtree(both[0].out)
+    (both[1].out / "training.json").unlink()
+    assert steps_made(lambda: trainer.train_adapters(both)) == list(range(12))
+    for one, other in zip(alone, both, strict=True):
+        assert state(one.out)["losses"] == state(other.out)["losses"]
+        wanted, got = (json.loads((run.out / "training.json").read_text()) for run in (one, other))
+        assert got["agreement"] == wanted["agreement"]
+        assert Kangaroo.from_pretrained(target, other.out).drafter.first_layer == one.exit_layer
+    with pytest.raises(KangarooError, match=r"\[2, 2\]; give each of them once"):
+        both[0].with_exits([2, 2])
+
+
 def test_lessons_on_disk_are_those_in_memory(
     target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,7 +256,7 @@ def test_lessons_that_had_to_go_are_made_again(
     most = calls(states.Lessons, "_make", lambda lessons, _: len(lessons.kept), lambda: train_adapter(run))
     assert len(most) > 7 and max(most) <= 72
     plan = read_plan(replace(run, out=tmp_path / "b"))
-    lessons = states.Lessons(Teacher(target, torch.device("cpu"), exit_layer=2), plan.corpus.windows)
+    lessons = states.Lessons(Teacher(target, torch.device("cpu"), exit_layers=[2]), plan.corpus.windows)
     first = lessons[3]
     for index in range(99):
         _ = lessons[index]
