@@ -49,7 +49,10 @@ def train(
         list[Path],
         typer.Option(help="Text files, and .json or .jsonl files of conversations or texts.", metavar="FILES..."),
     ],
-    exit_layer: Annotated[int, typer.Option(help="How many of the model's layers run before the adapter.")],
+    exit_layer: Annotated[
+        list[int],
+        typer.Option(help="How many of the model's layers run before the adapter; given again, for another adapter."),
+    ],
     out: Annotated[
         Path, typer.Option(help="The adapter's folder; a run in it that was stopped, or is to be longer, goes on.")
     ],
@@ -68,6 +71,10 @@ def train(
         str | None, typer.Option(help="An adapter to begin with: a folder or hub name.", rich_help_panel=TRAINING)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per step.", rich_help_panel=TRAINING)] = 16,
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Windows worked on at once; fewer take less memory.", rich_help_panel=TRAINING),
+    ] = None,
     reuse: Annotated[
         int, typer.Option(help="How many steps use a window; 4 to 8 suit a slow machine.", rich_help_panel=TRAINING)
     ] = 4,
@@ -111,23 +118,28 @@ def train(
     Reports how often drafter and model agree on held-out data, and what the adapter is worth there.
 
     After Ctrl-C, the same command goes on. More --steps, or --minutes again, train a finished adapter on.
+
+    With several exit layers, an adapter for each learns from the same passes of the model, in a folder of its own.
+
+    torchrun --nproc-per-node 8 --no-python kangaroo train ... shares the work among processes, or GPUs.
     """
     began = time.perf_counter()  # the imports take their time, too
 
     from ..training.settings import TrainingSettings
-    from ..training.trainer import train_adapter
+    from ..training.trainer import train_adapters
     from .show import show_training, training_bars
 
     settings = TrainingSettings(
         model=model,
         data=tuple(data),
-        exit_layer=exit_layer,
+        exit_layer=exit_layer[0],
         out=out,
         held_out=tuple(held_out or ()),
         minutes=minutes,
         steps=steps,
         start_from=start_from,
         batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
         reuse=reuse,
         sequence_length=sequence_length,
         num_attention_heads=num_attention_heads,
@@ -140,21 +152,25 @@ def train(
         seed=seed,
         device=device,
     )
+    runs = settings.with_exits(exit_layer)
     try:
         with training_bars() as progress:
-            report = train_adapter(settings, progress, began + 60 * minutes if minutes else math.inf)
+            reports = train_adapters(runs, progress, began + 60 * minutes if minutes else math.inf)
     except KeyboardInterrupt as stopped:
         where = str(stopped) or "stopped outside of the steps; what an earlier run kept is still there"
         typer.echo(f"{where}. The same command goes on from there.", err=True)
         raise typer.Exit(INTERRUPTED) from stopped
-    if as_json:
-        print_json(report)
+    if not all(reports):  # another process has them
         return
-    show_training(Console(), out, report)
-    if warning := warn(report):
-        typer.echo(warning, err=True)
-    use = shlex.join(["kangaroo", "generate", "--model", model, "--adapter", str(out), "--compare", "--prompt", "..."])
-    typer.echo(f"Use it: {use}")
+    if as_json:
+        print_json(reports[0] if len(runs) == 1 else dict(zip((run.out.name for run in runs), reports, strict=True)))
+        return
+    for run, report in zip(runs, reports, strict=True):
+        show_training(Console(), run.out, report)
+        if warning := warn(report):
+            typer.echo(warning, err=True)
+        use = ["kangaroo", "generate", "--model", model, "--adapter", str(run.out), "--compare", "--prompt", "..."]
+        typer.echo(f"Use it: {shlex.join(use)}")
 
 
 def warn(report: Mapping[str, Any]) -> str:

@@ -70,8 +70,6 @@ class Plan:
         saved: the state of the run that goes on; None for a new run.
         weights: what a new run begins with, by name; None for weights of its own.
         fingerprint: of the settings and of the windows to learn from.
-        cache: the folder that keeps the target's states; None keeps a part of them in memory.
-        cache_bytes: what all of them take.
     """
 
     target: TargetFiles
@@ -81,12 +79,18 @@ class Plan:
     saved: dict[str, Any] | None
     weights: dict[str, Any] | None
     fingerprint: int
-    cache: Path | None
-    cache_bytes: int
 
 
-def read_plan(settings: TrainingSettings) -> Plan:
-    """Read and check everything that a run needs.
+@dataclass(frozen=True)
+class Cache:
+    """A folder that keeps the target's states, and the bytes that all of them take."""
+
+    folder: Path
+    size: int
+
+
+def read_plan(settings: TrainingSettings, corpus: Corpus | None = None) -> Plan:
+    """Read and check everything that a run needs; ``corpus`` is that of another run on the same data.
 
     Raises:
         KangarooError: for settings, files or folders that cannot be used.
@@ -103,17 +107,32 @@ def read_plan(settings: TrainingSettings) -> Plan:
         check_draft_vocabulary(settings.draft_vocabulary, target)
     saved = read_state(settings)
     weights = None if settings.start_from is None else read_weights(settings.start_from, config)
-    corpus = read_corpus(settings, target.tokenizer, target.ends)
+    corpus = corpus or read_corpus(settings, target.tokenizer, target.ends)
     fingerprint = zlib.crc32(settings.fingerprint().encode())
     for window in corpus.windows:
         fingerprint = zlib.crc32(window.tokens.numpy().tobytes(), fingerprint)
     if saved is not None and saved["corpus"] != fingerprint:
         raise KangarooError(f"the data has changed since the run in {settings.out} began; take a new folder.")
-    cache, size = None, sum(len(window.tokens) for window in corpus.windows) * bytes_per_token(config.hidden_size)
-    if settings.cache:
-        cache = settings.out / f"states-{fingerprint:08x}"
-        check_room(settings.out, 0 if cache.exists() else size)
-    return Plan(target, values, config, corpus, saved, weights, fingerprint, cache, size)
+    return Plan(target, values, config, corpus, saved, weights, fingerprint)
+
+
+def find_cache(runs: list[TrainingSettings], plans: list[Plan]) -> Cache | None:
+    """Where the states that these runs share are kept on disk; None where they are not.
+
+    Raises:
+        KangarooError: the disk has no room for them.
+    """
+    if not runs[0].cache:
+        return None
+    out = runs[0].out if len(runs) == 1 else runs[0].out.parent
+    tokens = sum(len(window.tokens) for window in plans[0].corpus.windows)
+    size = tokens * bytes_per_token(plans[0].config.hidden_size, len(plans))
+    fingerprint = plans[0].fingerprint
+    for plan in plans[1:]:
+        fingerprint = zlib.crc32(plan.fingerprint.to_bytes(4), fingerprint)
+    folder = out / f"states-{fingerprint:08x}"
+    check_room(out, 0 if folder.exists() else size)
+    return Cache(folder, size)
 
 
 def check_draft_vocabulary(size: int, target: TargetFiles, name: str = "draft_vocabulary") -> None:

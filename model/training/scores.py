@@ -47,6 +47,7 @@ def expected_acceptance_length(agrees: list[list[bool]], confidences: list[list[
 def score_held_out(
     teacher: Teacher,
     adapter: TrainableAdapter,
+    exit_place: int,
     windows: list[Window],
     progress: ProgressReport,
     deadline: float,
@@ -54,14 +55,15 @@ def score_held_out(
 ) -> dict[str, float]:
     """Agreement and expected acceptance length on held-out windows, at the positions that the target would write.
 
-    After the deadline no more windows are looked at; one always is. ``tokens`` are those that the adapter may draft;
-    None means all.
+    After the deadline no more windows are looked at; one always is. ``exit_place`` says which of a lesson's exit layers
+    is the adapter's, ``tokens`` which ones it may draft; None means all.
     """
+    tokens = None if tokens is None else tokens.to(teacher.device)
     agrees, confidences = [], []
     for done, window in enumerate(windows, 1):
         (lesson,) = teacher.lessons([window.tokens])
         with autocast(teacher.device):
-            guesses = adapter(lesson.exit_hidden[None].float())[0]
+            guesses = adapter(lesson.exit_hidden[None, :, exit_place].float())[0]
         places = window.learned.nonzero()[:, 0].to(teacher.device)
         agree, confidence = _judge(teacher.head.float(), guesses[places].float(), lesson.final[places].float(), tokens)
         agrees.append(agree)

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class TrainingSettings:
         minutes: within which the command ends, loading and scoring included; None sets no limit.
         steps: the last step, counted from the run's beginning; None sets no limit where there are ``minutes``, and
             otherwise means 2,000.
-        batch_size: windows per step.
+        batch_size: windows per step, of all processes together.
+        micro_batch_size: windows worked on at once; the gradients of a batch's parts add up. None takes all at once.
         reuse: how many steps use a window on average before it makes room for others. The target's pass costs more
             than the adapter's step, so a slow machine learns faster from 4 to 8.
         sequence_length: the most tokens per window.
@@ -58,6 +59,7 @@ class TrainingSettings:
     minutes: float | None = None
     steps: int | None = None
     batch_size: int = 16
+    micro_batch_size: int | None = None
     reuse: int = 4
     sequence_length: int = 256
     num_attention_heads: int | None = None
@@ -75,6 +77,7 @@ class TrainingSettings:
         for name, low in (
             ("steps", 1),
             ("batch_size", 1),
+            ("micro_batch_size", 1),
             ("reuse", 1),
             ("sequence_length", 8),
             ("num_attention_heads", 1),
@@ -84,7 +87,13 @@ class TrainingSettings:
             ("seed", 0),
         ):
             value = getattr(self, name)
-            optional = name in ("steps", "num_attention_heads", "intermediate_size", "draft_vocabulary")
+            optional = name in (
+                "steps",
+                "micro_batch_size",
+                "num_attention_heads",
+                "intermediate_size",
+                "draft_vocabulary",
+            )
             if not (optional and value is None) and (not isinstance(value, int) or value < low):
                 raise KangarooError(f"{name} is {value!r}; it must be a whole number of at least {low}.")
         if not 0 < self.learning_rate < 1:
@@ -100,6 +109,18 @@ class TrainingSettings:
         """Where the run ends, if no time ends it before; infinite where only time does."""
         return self.steps or (STEPS if self.minutes is None else math.inf)
 
+    def with_exits(self, exit_layers: Sequence[int]) -> "list[TrainingSettings]":
+        """The same run for each of some exit layers; if they are several, in folders ``exit-3`` and so on in ``out``.
+
+        Raises:
+            KangarooError: an exit layer stands there twice.
+        """
+        if len(exit_layers) == 1:
+            return [replace(self, exit_layer=exit_layers[0])]
+        if len({*exit_layers}) < len(exit_layers):
+            raise KangarooError(f"the exit layers are {list(exit_layers)}; give each of them once.")
+        return [replace(self, exit_layer=layer, out=self.out / f"exit-{layer}") for layer in exit_layers]
+
     def summary(self) -> dict[str, Any]:
         """The settings as they go into a record, without the paths of this machine."""
         paths = {"model": Path(self.model).name, "data": len(self.data), "held_out": len(self.held_out)}
@@ -108,11 +129,14 @@ class TrainingSettings:
         return {name: value for name, value in asdict(self).items() if name not in ("out", "device")} | paths
 
     def fingerprint(self) -> str:
-        """What must be the same for a run to go on: all that changes a step's lesson, and no limit."""
-        free = dict.fromkeys(("out", "device", "held_out", "minutes", "steps", "cache"), "")
-        fixed = {**asdict(self), **free}
-        del fixed["draft_vocabulary"]  # a run goes on from a state of before there was one
-        return json.dumps(fixed, default=str, sort_keys=True)
+        """What must be the same for a run to go on: all that changes a step's lesson, and no limit.
+
+        Defaults are left out, so that a new setting with one does not part a run from its state.
+        """
+        free = {"out", "device", "held_out", "minutes", "steps", "cache", "micro_batch_size", "draft_vocabulary"}
+        defaults = {field.name: field.default for field in fields(self)}
+        named = {name: value for name, value in asdict(self).items() if name not in free and value != defaults[name]}
+        return json.dumps(named, default=str, sort_keys=True)
 
 
 def check_minutes(minutes: float | None) -> None:

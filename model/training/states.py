@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """Some windows' lessons side by side.
 
     Attributes:
-        exit_hidden: ``[B, T, hidden]`` bf16, shorter windows padded at their end.
+        exit_hidden: ``[B, T, E, hidden]`` bf16, shorter windows padded at their end.
         places: ``[P]`` int64, the learned positions among the ``B * T``.
         final: ``[P, hidden]`` bf16, the target's states at them.
         log_total: ``[P]`` float32, as in ``Lesson``.
@@ -49,7 +49,8 @@ class Lessons:
         self.teacher, self.windows, self.folder = teacher, windows, folder
         self.kept: dict[int, Lesson] = {}
         longest = max(len(window.tokens) for window in windows)
-        room = ROOM[teacher.device.type] // (longest * bytes_per_token(teacher.head.shape[1])) - AT_ONCE
+        size = longest * bytes_per_token(teacher.head.shape[1], len(teacher.exit_layers))
+        room = ROOM[teacher.device.type] // size - AT_ONCE
         self.capacity = len(windows) if folder else min(len(windows), max(room, AT_ONCE))
         if folder:
             folder.mkdir(parents=True, exist_ok=True)

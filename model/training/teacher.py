@@ -1,6 +1,7 @@
 """The frozen target, through transformers: its states for windows of text, and the texts that it writes itself."""
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ class Lesson(NamedTuple):
     """What an adapter learns from a window of T tokens.
 
     Attributes:
-        exit_hidden: ``[T, hidden]`` bf16, the exit layer's states, which the adapter reads.
+        exit_hidden: ``[T, E, hidden]`` bf16, the states of E exit layers; an adapter reads those of its own.
         final: ``[T, hidden]`` bf16, the input of the head; the head makes the target's distribution of it again.
         log_total: ``[T]`` float32, the logarithm of that softmax's denominator, over the whole vocabulary.
     """
@@ -27,9 +28,9 @@ class Lesson(NamedTuple):
     log_total: Tensor
 
 
-def bytes_per_token(hidden_size: int) -> int:
-    """Of a lesson: two states in bf16, and a number."""
-    return 2 * 2 * hidden_size + 4
+def bytes_per_token(hidden_size: int, exit_layers: int = 1) -> int:
+    """Of a lesson: the exit layers' states and the final one in bf16, and a number."""
+    return 2 * (exit_layers + 1) * hidden_size + 4
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -44,11 +45,11 @@ class Teacher:
         path: its folder, or its GGUF file.
         device: where it lives.
         dtype: of the weights and of what lies between the layers.
-        exit_layer: whose input a lesson has; None for a target that only writes.
+        exit_layers: whose inputs a lesson has, in this order; none for a target that only writes.
     """
 
     def __init__(
-        self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, exit_layer: int | None = None
+        self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, exit_layers: Sequence[int] = ()
     ) -> None:
         from transformers import AutoModelForCausalLM
 
@@ -60,13 +61,13 @@ class Teacher:
         self.model = model.to(device).eval().requires_grad_(False)
         # transformers hands the head a slice, and the product of a slice would first copy the head for every text
         self.model.lm_head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
-        self.device = device
-        self._exit_hidden = torch.empty(0)
-        if exit_layer is not None:
-            self.model.model.layers[exit_layer].register_forward_pre_hook(self._keep, with_kwargs=True)
+        self.device, self.exit_layers = device, exit_layers
+        self._exit_hidden: dict[int, Tensor] = {}
+        for layer in exit_layers:
+            self.model.model.layers[layer].register_forward_pre_hook(partial(self._keep, layer), with_kwargs=True)
 
-    def _keep(self, _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        self._exit_hidden = args[0] if args else kwargs["hidden_states"]
+    def _keep(self, layer: int, _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        self._exit_hidden[layer] = args[0] if args else kwargs["hidden_states"]
 
     @property
     def head(self) -> Tensor:
@@ -83,7 +84,8 @@ class Teacher:
         with autocast(self.device):
             padded = pad_sequence(list(rows), batch_first=True).to(self.device)
             final = self.model.model(input_ids=padded, use_cache=False).last_hidden_state.bfloat16()
-        head, exit_hidden, lessons = self.head.bfloat16(), self._exit_hidden.bfloat16(), []
+        head, lessons = self.head.bfloat16(), []
+        exit_hidden = torch.stack([self._exit_hidden[layer] for layer in self.exit_layers], dim=2).bfloat16()
         for index, row in enumerate(rows):
             own, shallow = final[index, : len(row)].clone(), exit_hidden[index, : len(row)].clone()
             totals = [F.linear(own[part], head).float().logsumexp(-1) for part in in_chunks(own)]

@@ -21,10 +21,11 @@ from .checkpoint import REPORT_FILE, STATE_FILE, stop_between_steps, write_atomi
 from .draft_vocabulary import count_tokens, draft_tokens
 from .losses import DraftLoss
 from .optimizers import Optimizers, rise_and_fall
-from .plan import Plan, read_plan
+from .plan import Plan, find_cache, read_plan
+from .processes import Processes, join_processes
 from .scores import decode_held_out, score_held_out
 from .settings import ProgressReport, TrainingSettings
-from .states import Lessons
+from .states import AT_ONCE, Lessons
 from .teacher import Teacher, autocast
 
 CHECKPOINT_SECONDS = 60.0
@@ -37,6 +38,7 @@ class AdapterTraining:
     """An adapter between two steps of its training.
 
     Attributes:
+        exit: where its exit layer's states stand among those of a lesson.
         step: how many steps were made.
         positions: on how many positions the adapter learned in them, each counted as often as it was used.
         elapsed: seconds that they took.
@@ -44,10 +46,11 @@ class AdapterTraining:
         drafted: the tokens that the adapter may draft, ascending; None means all.
     """
 
-    def __init__(self, settings: TrainingSettings, teacher: Teacher, plan: Plan) -> None:
-        self.settings, self.teacher, self.plan = settings, teacher, plan
+    def __init__(self, settings: TrainingSettings, lessons: Lessons, plan: Plan, processes: Processes) -> None:
+        self.settings, self.lessons, self.plan, self.processes = settings, lessons, plan, processes
+        self.teacher = teacher = lessons.teacher
+        self.exit = teacher.exit_layers.index(settings.exit_layer)
         windows = plan.corpus.windows
-        self.lessons = Lessons(teacher, windows, plan.cache)
         torch.manual_seed(settings.seed)
         self.adapter = TrainableAdapter(plan.config, settings.sequence_length).to(teacher.device)
         if plan.weights is not None:
@@ -75,20 +78,37 @@ class AdapterTraining:
         """The windows of the next step: any of the latest that were reached, of which there are more at every step."""
         settings, count = self.settings, len(self.plan.corpus.windows)
         newest = settings.batch_size + self.step * settings.batch_size // settings.reuse
-        oldest = max(0, newest - self.lessons.capacity)
+        oldest = max(0, newest - self.lessons.capacity * self.processes.count)
         return (torch.randint(oldest, newest, (settings.batch_size,), generator=generator) % count).tolist()
+
+    def parts(self, windows: list[int]) -> list[list[int]]:
+        """Those of a step's windows that are this process's own, as many at once as the settings say.
+
+        A window has the same owner in every step, which alone asks the target for its lesson.
+        """
+        rank, count = self.processes.rank, self.processes.count
+        own = [window for window in windows if window // AT_ONCE % count == rank]
+        size = self.settings.micro_batch_size or len(windows)
+        return [own[start : start + size] for start in range(0, len(own), size)]
 
     def update(self, share: float) -> None:
         """Make one step, after ``share`` of the run has passed. On a GPU nothing waits for it."""
         generator = torch.Generator().manual_seed(self.settings.seed + 7919 * (self.step + 1))
-        batch = self.lessons.batch(self.drawn(generator))
-        with autocast(self.teacher.device):
-            guesses = self.adapter(batch.exit_hidden.float()).flatten(0, 1)[batch.places]
-        loss, gradient = self.loss.backward(guesses, batch.final, batch.log_total, generator)
-        guesses.backward(gradient)
+        drawn = self.drawn(generator)
+        positions = sum(int(self.plan.corpus.windows[window].learned.sum()) for window in drawn)
+        total, sampling = torch.zeros((), device=self.teacher.device), generator.get_state()
+        for part in self.parts(drawn):
+            batch = self.lessons.batch(part)
+            with autocast(self.teacher.device):
+                guesses = self.adapter(batch.exit_hidden[:, :, self.exit].float()).flatten(0, 1)[batch.places]
+            generator.set_state(sampling)  # all parts see one sample of the joined class
+            loss, gradient = self.loss.backward(guesses, batch.final, batch.log_total, generator)
+            weight = len(batch.places) / positions
+            guesses.backward(gradient * weight)
+            total += loss * weight
+        self._unread.append(self.processes.add_up(self.adapter, total))
         self.optimizers.step(rise_and_fall(share))
-        self._unread.append(loss)
-        self.positions += len(batch.places)
+        self.positions += positions
         self.step += 1
 
     def latest_loss(self) -> float:
@@ -105,8 +125,10 @@ class AdapterTraining:
         return self.losses[-1]
 
     def checkpoint(self) -> None:
-        """Keep what a stopped run needs to go on."""
+        """Keep what a stopped run needs to go on; the first process does."""
         self.latest_loss()
+        if self.processes.rank:
+            return
         state = {
             "fingerprint": self.settings.fingerprint(),
             "corpus": self.plan.fingerprint,
@@ -115,87 +137,128 @@ class AdapterTraining:
         } | {name: getattr(self, name) for name in ("step", "positions", "elapsed", "losses")}
         write_atomically(self.settings.out / STATE_FILE, state)
 
+    def finish(self) -> dict[str, Any]:
+        """Write the adapter; return what its report says of the training."""
+        save_adapter(self.settings.out, self.plan.values, self.adapter, self.plan.target.config.dtype)
+        if self.drafted is not None:
+            write_draft_vocabulary(self.settings.out, self.drafted)
+        return {
+            "settings": self.settings.summary(),
+            "steps": self.step,
+            "positions": self.positions,
+            "training_seconds": round(self.elapsed, 1),
+            "parameters": sum(parameter.numel() for parameter in self.adapter.parameters()),
+            "curve": curve(self.losses),
+        }
 
-def run_steps(training: AdapterTraining, progress: ProgressReport, deadline: float) -> None:
+
+def run_steps(trainings: list[AdapterTraining], progress: ProgressReport, deadline: float) -> None:
     """Make steps until they or the time are over, and keep the state; one step is always made.
+
+    Where several adapters learn side by side, those that are behind the others catch up first.
 
     Raises:
         KeyboardInterrupt: Ctrl-C came, and the state was kept.
     """
-    last, first = training.settings.last_step, training.step
+    leader = trainings[0]
+    last, first = leader.settings.last_step, min(training.step for training in trainings)
     began = saved_at = told_at = time.perf_counter()
-    before, seconds = training.elapsed, max(deadline - began, 1e-3)
-    loss = math.nan
+    before, seconds = [training.elapsed for training in trainings], max(deadline - began, 1e-3)
+    note, step = "", first
     with stop_between_steps() as stopped:
         while True:
             now = time.perf_counter()
-            training.elapsed = before + now - began
-            share = max(training.step / last, training.elapsed / (before + seconds))
-            if training.step > first or first >= last:
-                if first == training.step or math.isnan(loss) or now - told_at > 1:
-                    told_at, loss = now, training.latest_loss()
-                progress("training", int(1000 * min(share, 1)), 1000, f"step {training.step}, loss {loss:.3f}")
+            for training, earlier in zip(trainings, before, strict=True):
+                training.elapsed = earlier + now - began
+            share, going = max(step / last, leader.elapsed / (before[0] + seconds)), step > first or first >= last
+            if going:
+                if first == step or not note or now - told_at > 1:
+                    told_at, note = now, " and ".join(f"{training.latest_loss():.3f}" for training in trainings)
+                progress("training", int(1000 * min(share, 1)), 1000, f"step {step}, loss {note}")
+            share, stopping = leader.processes.agree(share, stopped.is_set())
+            if going:
                 if share >= 1:
                     break
-                if now - saved_at > CHECKPOINT_SECONDS or stopped.is_set():
+                if now - saved_at > CHECKPOINT_SECONDS or stopping:
                     saved_at = now
-                    training.checkpoint()
-                if stopped.is_set():
-                    raise KeyboardInterrupt(f"{training.settings.out} keeps the run after step {training.step}")
-            training.update(share)
-    training.checkpoint()
+                    for training in trainings:
+                        training.checkpoint()
+                if stopping:
+                    folders = " and ".join(str(training.settings.out) for training in trainings)
+                    keep = "keeps" if len(trainings) == 1 else "keep"
+                    raise KeyboardInterrupt(f"{folders} {keep} the run after step {step}")
+            for training in trainings:
+                if training.step == step:
+                    training.update(share)
+            step = min(training.step for training in trainings)
+    for training in trainings:
+        training.checkpoint()
 
 
 def train_adapter(
     settings: TrainingSettings, progress: ProgressReport = lambda *_: None, deadline: float = math.inf
 ) -> dict[str, Any]:
-    """Train an adapter and write it to ``settings.out``, with a report and a model card.
+    """``train_adapters`` for one adapter."""
+    return train_adapters([settings], progress, deadline)[0]
+
+
+def train_adapters(
+    runs: list[TrainingSettings], progress: ProgressReport = lambda *_: None, deadline: float = math.inf
+) -> list[dict[str, Any]]:
+    """Train adapters side by side on the same passes of the target; write each with a report and a model card.
+
+    Under ``torchrun`` every process calls this, and all share the work.
 
     Args:
-        settings: every setting.
+        runs: every setting of each, alike but for the exit layer and the folder.
         progress: is told after every step.
         deadline: when all ends at the latest, as ``time.perf_counter`` counts; one step is always made. The learning
             rate falls towards the limit that comes first.
 
     Returns:
-        The report, which is also the folder's ``training.json``: settings, steps, the loss over time, and the scores on
-        held-out data (``scores.py``).
+        Their reports, which are also the folders' ``training.json``: settings, steps, the loss over time, and the
+        scores on held-out data (``scores.py``). They are empty in all processes but the first, which writes and scores.
 
     Raises:
         KangarooError: before any work, for settings, files or folders that cannot be used.
         KeyboardInterrupt: Ctrl-C came; the same settings go on from the step that was reached.
     """
-    began = time.perf_counter()
-    deadline = min(deadline, math.inf if settings.minutes is None else began + settings.minutes * 60)
-    device = resolve_device(settings.device)
-    plan = read_plan(settings)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    if plan.cache is not None:
-        progress("states", 0, 1, f"{plan.cache_bytes / 1e9:.2g} GB in {plan.cache}")
-    dtype = resolve_dtype(None, device, plan.target.config.dtype)
-    teacher = Teacher(plan.target.path, device, dtype, settings.exit_layer)
-    training = AdapterTraining(settings, teacher, plan)
+    began, leader = time.perf_counter(), runs[0]
+    deadline = min(deadline, math.inf if leader.minutes is None else began + leader.minutes * 60)
+    device = resolve_device(leader.device)
+    plans = [read_plan(leader)]
+    plans += [read_plan(settings, plans[0].corpus) for settings in runs[1:]]
+    target, cache = plans[0].target, find_cache(runs, plans)
     reserve = SCORING_SHARE * (deadline - began) if math.isfinite(deadline) else 0.0
-    run_steps(training, progress, deadline - reserve)
-    save_adapter(settings.out, plan.values, training.adapter, plan.target.config.dtype)
-    if training.drafted is not None:
-        write_draft_vocabulary(settings.out, training.drafted)
-    report = {
-        "settings": settings.summary(),
-        "steps": training.step,
-        "positions": training.positions,
-        "training_seconds": round(training.elapsed, 1),
-        "parameters": sum(parameter.numel() for parameter in training.adapter.parameters()),
-        "curve": curve(training.losses),
-    }
-    drafted = None if training.drafted is None else training.drafted.to(device)
-    held_out = plan.corpus.held_out
-    report |= score_held_out(teacher, training.adapter, held_out, progress, deadline - reserve / 2, drafted)
-    del teacher, training  # the runtime loads the target anew
-    report |= decode_held_out(plan, settings, progress, deadline)
-    write_card(settings, report)
-    (settings.out / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
-    return report
+    with join_processes(device) as processes:
+        if processes.rank:
+            progress = lambda *_: None  # noqa: E731
+        for settings in runs:
+            settings.out.mkdir(parents=True, exist_ok=True)
+        if cache is not None:
+            progress("states", 0, 1, f"{cache.size / 1e9:.2g} GB in {cache.folder}")
+        dtype = resolve_dtype(None, device, target.config.dtype)
+        teacher = Teacher(target.path, device, dtype, [settings.exit_layer for settings in runs])
+        lessons = Lessons(teacher, plans[0].corpus.windows, cache and cache.folder)
+        trainings = [
+            AdapterTraining(settings, lessons, plan, processes) for settings, plan in zip(runs, plans, strict=True)
+        ]
+        run_steps(trainings, progress, deadline - reserve)
+    if processes.rank:
+        return [{} for _ in runs]
+    reports = []
+    for place, training in enumerate(trainings, 1):
+        reports.append(training.finish())
+        by = deadline - reserve * (1 - place / len(runs) / 2)
+        scored = training.adapter, training.exit, plans[0].corpus.held_out
+        reports[-1] |= score_held_out(teacher, *scored, progress, by, training.drafted)
+    del teacher, lessons, trainings, training  # the runtime loads the target anew
+    for place, (settings, plan, report) in enumerate(zip(runs, plans, reports, strict=True), 1):
+        by = deadline - reserve * (1 - place / len(runs)) / 2
+        report.update(decode_held_out(plan, settings, progress, by))
+        write_card(settings, report)
+        (settings.out / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+    return reports
 
 
 def curve(losses: list[float]) -> list[dict[str, float]]:

@@ -114,13 +114,13 @@ def test_the_runtime_runs_what_was_trained(shape: dict[str, int], target: Path, 
     assert {name: getattr(config, name) for name in asked} == asked
     adapter = TrainableAdapter(config, 32)
     adapter.load_state_dict(load_file(out / "model.safetensors"))
-    teacher = Teacher(target, torch.device("cpu"), exit_layer=2)
+    teacher = Teacher(target, torch.device("cpu"), exit_layers=[2])
     tokens = torch.randint(67, (32,), generator=torch.Generator().manual_seed(3))
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(Tensor, "bfloat16", Tensor.float)  # lessons without their rounding
         patch.setattr(teacher_module, "autocast", lambda _: nullcontext())
         (lesson,) = teacher.lessons([tokens])
-        wanted = adapter(lesson.exit_hidden[None])[0] @ teacher.head.T
+        wanted = adapter(lesson.exit_hidden[None, :, 0])[0] @ teacher.head.T
     ours = kangaroo.logits(tokens.tolist())
     torch.testing.assert_close(kangaroo.draft_logits(tokens.tolist()), wanted, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours, lesson.final @ teacher.head.T, atol=1e-4, rtol=1e-4)
@@ -219,6 +219,24 @@ def test_an_adapter_of_attention_alone_gets_an_mlp(target: Path, text: Path, tmp
         train_adapter(replace(grown, out=tmp_path / "d", start_from=str(longer.out), intermediate_size=8))
 
 
+def test_exit_layers_side_by_side_learn_as_alone(target: Path, text: Path, tmp_path: Path) -> None:
+    """The target is asked once for both. One whose state is older, after ``kill -9``, catches up with the other."""
+    alone = settings(target, text, tmp_path / "alone").with_exits([1, 3])
+    asked = [lessons_made(lambda: train_adapter(run)) for run in alone]  # noqa: B023
+    both = settings(target, text, tmp_path / "both").with_exits([1, 3])
+    assert lessons_made(lambda: trainer.train_adapters(both)) == asked[0] == asked[1]
+    shutil.rmtree(both[0].out)
+    (both[1].out / "training.json").unlink()
+    assert steps_made(lambda: trainer.train_adapters(both)) == list(range(12))
+    for one, other in zip(alone, both, strict=True):
+        assert state(one.out)["losses"] == state(other.out)["losses"]
+        wanted, got = (json.loads((run.out / "training.json").read_text()) for run in (one, other))
+        assert got["agreement"] == wanted["agreement"]
+        assert Kangaroo.from_pretrained(target, other.out).drafter.first_layer == one.exit_layer
+    with pytest.raises(KangarooError, match=r"\[2, 2\]; give each of them once"):
+        both[0].with_exits([2, 2])
+
+
 def test_lessons_on_disk_are_those_in_memory(
     target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +259,7 @@ def test_lessons_that_had_to_go_are_made_again(
     most = calls(states.Lessons, "_make", lambda lessons, _: len(lessons.kept), lambda: train_adapter(run))
     assert len(most) > 7 and max(most) <= 72
     plan = read_plan(replace(run, out=tmp_path / "b"))
-    lessons = states.Lessons(Teacher(target, torch.device("cpu"), exit_layer=2), plan.corpus.windows)
+    lessons = states.Lessons(Teacher(target, torch.device("cpu"), exit_layers=[2]), plan.corpus.windows)
     first = lessons[3]
     for index in range(99):
         _ = lessons[index]
@@ -255,6 +273,53 @@ def test_reuse_asks_the_target_less_often(target: Path, text: Path, tmp_path: Pa
         for reuse in (1, 4)
     )
     assert often < once
+
+
+EXACT = """
+import contextlib, sys
+import torch
+from pathlib import PosixPath
+from kangaroo_kernels.model.training import states, teacher, trainer
+from kangaroo_kernels.model.training.settings import TrainingSettings
+
+torch.Tensor.bfloat16 = torch.Tensor.float  # float32 throughout, so that another order of sums is all that differs
+teacher.autocast = trainer.autocast = lambda _: contextlib.nullcontext()
+asked, make = [], states.Lessons._make
+states.Lessons._make = lambda lessons, first: (asked.append(first), make(lessons, first))
+"""
+
+
+def test_two_processes_make_the_steps_of_one(target: Path, text: Path, tmp_path: Path) -> None:
+    """torchrun shares a step's windows out, and each window's lesson is asked for by one process alone."""
+    one, two = (settings(target, text, tmp_path / name, batch_size=16, reuse=1, steps=4) for name in ("one", "two"))
+    for run in (one, two):
+        code = EXACT + f"report = trainer.train_adapter({run!r})\nprint(sorted(asked), bool(report), flush=True)"
+        (tmp_path / "run.py").write_text(code)
+        alone = [sys.executable, "run.py"]
+        shared = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
+        done = subprocess.run(alone if run is one else shared, cwd=tmp_path, capture_output=True, text=True, check=True)
+        run.out.joinpath("said").write_text(done.stdout)
+    wanted, got = (state(run.out) for run in (one, two))
+    assert got["step"] == wanted["step"] == 4 and got["positions"] == wanted["positions"]
+    assert got["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+    assert (one.out / "said").read_text() == "[0, 16, 32, 48] True\n"
+    said = sorted((two.out / "said").read_text().splitlines())
+    assert said == ["[0, 32] True", "[16, 48] False"]
+
+
+def test_parts_of_a_batch_make_its_step(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
+    for module in (teacher_module, trainer):
+        monkeypatch.setattr(module, "autocast", lambda _: nullcontext())
+    whole = settings(target, text, tmp_path / "a", steps=4)
+    parts = replace(whole, out=tmp_path / "b", micro_batch_size=3)
+    train_adapter(whole)
+    sizes = calls(trainer.DraftLoss, "backward", lambda _, guesses, *rest: len(guesses), lambda: train_adapter(parts))
+    assert sizes == [3 * 32, 32] * 4
+    assert state(parts.out)["losses"] == pytest.approx(state(whole.out)["losses"], rel=1e-4)
+    assert steps_made(lambda: train_adapter(replace(parts, steps=5, micro_batch_size=1))) == [4]
 
 
 def test_the_report(target: Path, text: Path, tmp_path: Path) -> None:
@@ -416,6 +481,7 @@ def test_the_rate_falls_towards_a_deadline(
     [
         ({"steps": 0}, "steps is 0"),
         ({"batch_size": -1}, "batch_size"),
+        ({"micro_batch_size": 0}, "micro_batch_size is 0"),
         ({"sequence_length": 65}, "the model's context holds 64"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"minutes": 0.0}, "minutes"),
