@@ -30,7 +30,8 @@ ARCHITECTURES = ("sm_80", "sm_90")
 PERSISTENT = "draft_loop_kernel"
 STREAMING = {"qkv_rope_kernel", "linear_residual_kernel", "gate_up_kernel", "top1_head_kernel", "sample_head_kernel"}
 
-DRAFTING = ("draft step", "sampling draft head", "draft loop", "sampling draft loop")
+SOME_ROWS = "sampling draft head, 8192 rows", "sampling draft loop, 8192 rows"
+DRAFTING = ("draft step", "sampling draft head", "draft loop", "sampling draft loop", *SOME_ROWS)
 RUNS = {
     "bfloat16": ("--variants", "--rows", "1", "--rows", "16"),
     "float16 and float32": ("--dtype", "float16", "--dtype", "float32"),
@@ -263,7 +264,7 @@ def sums_that_differ(stages: dict[str, set[str]], loop: dict[str, set[str]]) -> 
 @pytest.mark.parametrize("rows", ["bfloat16", "Triton 3.6, drafting"], indirect=True)
 @pytest.mark.parametrize(
     ("stages", "loop", "count"),
-    [("draft step", "draft loop", 17), ("sampling draft head", "sampling draft loop", 5)],
+    [("draft step", "draft loop", 17), ("sampling draft head", "sampling draft loop", 5), (*SOME_ROWS, 5)],
 )
 def test_the_drafting_loop_adds_as_its_stages_do(rows: list[Row], stages: str, loop: str, count: int) -> None:
     """All but the order of a sum is theirs by construction; that follows from how the compiler lays tiles out."""
