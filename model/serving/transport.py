@@ -3,7 +3,7 @@
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -116,9 +116,13 @@ class EventStream(Response):
                 await self._put(send, json.dumps(event))
         await self._put(send, "[DONE]", more=False)
 
-    async def _put(self, send: Callable[[Any], Awaitable[None]], data: str, more: bool = True) -> None:
+    async def _put(self, send: Send, data: str, more: bool = True) -> None:
         body = f"data: {data}\n\n".encode()
-        try:
-            await asyncio.wait_for(send({"type": "http.response.body", "body": body, "more_body": more}), STALLED)
-        except asyncio.TimeoutError as error:
-            raise GoneError from error
+        sending = asyncio.ensure_future(send({"type": "http.response.body", "body": body, "more_body": more}))
+        try:  # wait_for could swallow a cancellation that comes at the moment in which the event is taken
+            await asyncio.wait({sending}, timeout=STALLED)
+            if not sending.done():
+                raise GoneError
+            sending.result()
+        finally:
+            sending.cancel()
