@@ -23,6 +23,7 @@ from kangaroo_kernels import Kangaroo, KangarooError, Settings
 from kangaroo_kernels.model.commands.facts import environment
 from kangaroo_kernels.model.commands.show import training_bars
 from kangaroo_kernels.model.demo import DEMO_MODEL, bundled_pair
+from kangaroo_kernels.model.evaluation.answers import write_whole
 from kangaroo_kernels.model.evaluation.evaluate import KANGAROO, PLAIN, answer
 from kangaroo_kernels.model.evaluation.questions import Question, in_turns, read_questions
 from kangaroo_kernels.model.evaluation.race import warm_up
@@ -146,7 +147,7 @@ def run(points: list[Point], questions: list[Question], header: dict[str, Any], 
                 found = measure(load(header["model"], point.adapter), point, questions, header["max_new_tokens"])
                 record["rows"].append({"settings": point.settings, **asdict(found)})
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                write_whole(file, json.dumps(record, indent=1) + "\n")
             report("measuring", done, len(points), point.name)
     rows: list[dict[str, Any]] = record["rows"]
     return rows

@@ -100,6 +100,8 @@ def evaluate(
             answer_all(kangaroo, settings, run, others, deadline, progress)
         except KeyboardInterrupt:
             stopped = True
+    if not run.files:  # stopped before the first question
+        raise typer.Exit(INTERRUPTED)
     report = Report(run, {"environment": asdict(environment())})
     if report.rows:
         report.write(out, draw(report.rows, out))
@@ -107,8 +109,10 @@ def evaluate(
         print_json(report.record)
     else:
         show_evaluation(console, out, report)
-    if left := len(run.questions) - len(run.done):
-        typer.echo(f"{left} of {len(run.questions)} questions are left. The same command goes on with them.", err=True)
+    if run.left:
+        typer.echo(
+            f"{len(run.left)} of {len(run.questions)} questions are left. The same command goes on with them.", err=True
+        )
     if stopped:
         raise typer.Exit(INTERRUPTED)
     if not report.identical:

@@ -13,7 +13,7 @@ from ..kangaroo import Kangaroo
 from ..request import Settings
 from ..results import Commit, Progress
 from ..session import Writing
-from .answers import Answer, AnswerFile, Difference, Turn
+from .answers import Answer, AnswerFile, Difference, Turn, write_whole
 from .questions import Conversation, Question
 from .race import Race, warm_up
 
@@ -74,7 +74,7 @@ class Run:
         return [each for each in self.questions if all(each.question_id in file.answers for file in files)]
 
     @property
-    def open(self) -> list[Question]:
+    def left(self) -> list[Question]:
         """The questions that are still to be answered."""
         done = {question.question_id for question in self.done}
         return [question for question in self.questions if question.question_id not in done]
@@ -109,7 +109,7 @@ class Run:
         model = Path(str(self.settings["model"])).name
         self.files = {way: AnswerFile(self.out / f"{way}.jsonl", f"{model}-{way}", self.questions) for way in ways}
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "run.json").write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+        write_whole(self.out / "run.json", json.dumps(self.settings, indent=1) + "\n")
         whole = set.intersection(*(set(file.lines) for file in self.files.values()))
         for file in self.files.values():
             file.keep(whole)
@@ -144,7 +144,7 @@ def evaluate(
     run.keep_those_that_fit(kangaroo)
     run.begin([PLAIN, KANGAROO, *others])
     warm_up(kangaroo)
-    for question in run.open:
+    for question in run.left:
         if time.perf_counter() > deadline:
             return
         answers = answer(kangaroo, question, settings, others)

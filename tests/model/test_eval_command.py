@@ -85,6 +85,17 @@ def test_ctrl_c_keeps_what_is_there(command: list[object], run: Any, monkeypatch
     assert run(*command)[0] == 0 and asked == [1, 2, 2, 3]
 
 
+def test_ctrl_c_before_the_first_question(
+    command: list[object], run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate.Run, "keep_those_that_fit", interrupted)
+    assert run(*command)[:2] == (130, "")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_text_that_differs_is_an_error(command: list[object], run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     both = evaluate.answer_both
 
