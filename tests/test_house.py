@@ -43,7 +43,7 @@ LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "hu
 TERMINAL = {"typer", "rich", "pynvml"}
 FOR_THE_TERMINAL = {"commands", "evaluation", "training"}
 OPTIONAL = {"matplotlib"}
-"""What ``training`` uses where it is installed."""
+"""What ``evaluation`` and ``training`` use where it is installed."""
 
 
 class Import(NamedTuple):
@@ -255,7 +255,7 @@ def test_no_module_of_the_model_imports_itself_by_a_detour() -> None:
 @pytest.mark.parametrize("path", modules(MODEL), ids=show)
 def test_model_uses_few_libraries(path: Path) -> None:
     allowed = LIBRARIES | {"kangaroo_kernels"} | (TERMINAL if room_of(path) in FOR_THE_TERMINAL else set())
-    allowed |= OPTIONAL if room_of(path) == "training" else set()
+    allowed |= OPTIONAL if room_of(path) in ("evaluation", "training") else set()
     assert {top(name) for name in names_in(path) if is_library(name)} <= allowed
 
 
