@@ -42,7 +42,11 @@ RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "gguf"}
 TERMINAL = {"typer", "rich", "pynvml"}
 FOR_THE_TERMINAL = {"commands", "evaluation", "training"}
-OPTIONAL = {"evaluation": {"matplotlib"}, "serving": {"fastapi", "starlette", "uvicorn", "prometheus_client"}}
+OPTIONAL = {
+    "evaluation": {"matplotlib"},
+    "training": {"matplotlib"},
+    "serving": {"fastapi", "starlette", "uvicorn", "prometheus_client"},
+}
 """What a room uses where it is installed; FastAPI brings Starlette."""
 EXTRAS = set().union(*OPTIONAL.values())
 

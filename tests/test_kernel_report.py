@@ -20,8 +20,11 @@ from compiling import ROOT, printed_by
 from triton import knobs
 from typer.testing import CliRunner
 
+from kangaroo_kernels.cards import CARDS
+
 sys.path.insert(0, str(ROOT / "tools"))
-cards, sass = import_module("cards"), import_module("sass")
+occupancy, sass = import_module("occupancy"), import_module("sass")
+resident_programs, waves = occupancy.resident_programs, occupancy.waves
 report, compare = import_module("kernel_report"), import_module("compare_binaries")
 
 OLDER_TRITON = ROOT / ".venv" / "triton-3.6"
@@ -440,7 +443,7 @@ def test_refuses_what_is_no_listing_of_a_kernel(text: str) -> None:
 # ---- filling a card
 
 
-A100, _, H200 = cards.CARDS
+A100, _, H200 = CARDS
 
 
 def launch_of(programs: int = 10**6, registers: int = 32, shared: int = 0, threads: int = 128) -> SimpleNamespace:
@@ -449,21 +452,21 @@ def launch_of(programs: int = 10**6, registers: int = 32, shared: int = 0, threa
 
 
 def test_resident_programs() -> None:
-    assert A100.resident_programs(launch_of()) == 16  # 2048 threads
-    assert A100.resident_programs(launch_of(threads=32)) == 32  # programs
-    assert A100.resident_programs(launch_of(registers=128)) == 4  # 65536 registers
-    assert A100.resident_programs(launch_of(registers=170)) == 2  # given out by eights
-    assert A100.resident_programs(launch_of(shared=40 << 10)) == 4  # 164 KB, one of each program's is the system's
-    assert H200.resident_programs(launch_of(shared=75 << 10)) == 3  # 228 KB
-    assert A100.resident_programs(launch_of(shared=200 << 10)) == 0
-    assert A100.resident_programs(launch_of(216)) == 2  # there are no more
-    assert H200.resident_programs(launch_of(96)) == 1
+    assert resident_programs(A100, launch_of()) == 16  # 2048 threads
+    assert resident_programs(A100, launch_of(threads=32)) == 32  # programs
+    assert resident_programs(A100, launch_of(registers=128)) == 4  # 65536 registers
+    assert resident_programs(A100, launch_of(registers=170)) == 2  # given out by eights
+    assert resident_programs(A100, launch_of(shared=40 << 10)) == 4  # 164 KB, one of each program's is the system's
+    assert resident_programs(H200, launch_of(shared=75 << 10)) == 3  # 228 KB
+    assert resident_programs(A100, launch_of(shared=200 << 10)) == 0
+    assert resident_programs(A100, launch_of(216)) == 2  # there are no more
+    assert resident_programs(H200, launch_of(96)) == 1
 
 
 def test_waves_and_bytes_under_way() -> None:
     """An H200 needs about 32 KB an SM."""
-    assert A100.waves(launch_of(324, registers=255)) == 1.5  # two at once
-    assert H200.waves(launch_of(66)) == H200.programs_under_way(launch_of(66)) == 0.5
+    assert waves(A100, launch_of(324, registers=255)) == 1.5  # two at once
+    assert waves(H200, launch_of(66)) == occupancy.programs_under_way(H200, launch_of(66)) == 0.5
     assert H200.bytes_needed == pytest.approx(32 << 10, rel=0.01)
 
 

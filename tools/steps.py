@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from cards import cards_of
 from torch import Tensor
 from triton.runtime import driver
 
+from kangaroo_kernels.cards import cards_of
 from kangaroo_kernels.contract import AttentionBlock, DraftModel, DraftVocabulary, Layer, Mlp
 from kangaroo_kernels.draft_loop import DraftLoop
 from kangaroo_kernels.launch_config import launch_config

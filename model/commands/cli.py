@@ -14,7 +14,20 @@ import typer
 from kangaroo_kernels import __version__
 
 from ..errors import KangarooError
-from . import calibrate, chat, demo, draft_vocabulary, evaluate, export, generate, generate_data, info, serve, train
+from . import (
+    calibrate,
+    chat,
+    demo,
+    draft_vocabulary,
+    evaluate,
+    export,
+    generate,
+    generate_data,
+    info,
+    plan,
+    serve,
+    train,
+)
 from .options import USER_ERROR, examples
 
 app = typer.Typer(
@@ -77,4 +90,5 @@ app.command(cls=train.FileLists, epilog=draft_vocabulary.EXAMPLES)(draft_vocabul
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=info.EXAMPLES)(info.info)

@@ -29,6 +29,8 @@ BAR_WIDTH = 40
 LOG_SECONDS = 10.0
 SLOWEST_STEP = 3600.0
 """Seconds over which a bar looks back for its speed; one step of a stage may take minutes."""
+SHOWN_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+"""Exit layers of a plan that are listed; its picture has all of them."""
 ENDINGS = {
     "length": "the wanted length was reached",
     "stop": "the text came to its end",
@@ -175,6 +177,25 @@ def show_footprint(console: Console, cost: Footprint) -> None:
             text = f"{value:,}" if isinstance(value, int) else value
             facts[name.replace("_", " ")] = decimal(value, precision=2) if "bytes" in name else text
     _show_facts(console, "model", facts)
+
+
+def show_plan(
+    console: Console, facts: Mapping[str, Any], grid: Mapping[int, Sequence[float]], assumptions: Sequence[str]
+) -> None:
+    """A plan's figures, the best draft length behind each exit layer, and what the figures rest on."""
+    shown = {}
+    for name, value in facts.items():
+        text = f"{value:,.2f}" if isinstance(value, float) else str(value)
+        shown[name.replace("_", " ")] = decimal(value, precision=2) if "bytes" in name else text
+    _show_facts(console, "planned, not measured", shown)
+    table = Table("exit layer", "best draft length", "speedup", box=SIMPLE_HEAD)
+    for depth in sorted({*SHOWN_DEPTHS, facts["exit_layer"], max(grid)} & grid.keys()):
+        speedups = grid[depth]
+        best = max(speedups)
+        table.add_row(str(depth), str(speedups.index(best) + 1), f"{best:.2f}x")
+    console.print(table)
+    for sentence in assumptions:
+        console.print(Text(f"- {sentence}"))
 
 
 def show_training(console: Console, out: Path, report: Mapping[str, Any]) -> None:
