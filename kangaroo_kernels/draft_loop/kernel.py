@@ -26,9 +26,7 @@ from kangaroo_kernels.draft_loop.stages import (
     GATE_UP_AT,
     GATE_UP_BIAS_AT,
     HEAD,
-    HEAD_TURNS,
     MLP_NORM_AT,
-    MLP_TURNS,
     OUTPUT,
     OUTPUT_AT,
     OUTPUT_BIAS_AT,
@@ -155,9 +153,9 @@ def draft_loop_kernel(
     tiles = tl.cdiv(V, HEAD_N)
     qkv_rows = (GROUP + 2) * HEAD_DIM * H_KV
     adapter_qkv_rows = (ADAPTER_GROUP + 2) * ADAPTER_HEAD_DIM * ADAPTER_H_KV
-    LEFT_OUT: tl.constexpr = 0 if ADAPTER_MLP else MLP_TURNS
+    LEFT_OUT: tl.constexpr = 0 if ADAPTER_MLP else HEAD - GATE_UP
     ADAPTER_END: tl.constexpr = DOWN if ADAPTER_MLP else OUTPUT
-    whole_draft = TURNS * (LAYERS + 1) + HEAD_TURNS - LEFT_OUT
+    whole_draft = TURNS * LAYERS + CHOOSE + 1 - LEFT_OUT
     turns = tl.where(is_whole(state_ptr), whole_draft, 0)  # per draft; 0 ends the loop
     left = TileParts(score_ptr, index_ptr, largest_ptr, sum_ptr, tiles)
     arrivals = 0

@@ -26,10 +26,6 @@ HEAD = tl.constexpr(5)
 CHOOSE = tl.constexpr(6)
 TURNS = tl.constexpr(5)
 """Stages of a layer."""
-HEAD_TURNS = tl.constexpr(2)
-"""Stages of the head."""
-MLP_TURNS = tl.constexpr(2)
-"""Stages of a layer's MLP."""
 
 # Where a block's tensors lie: words of its row of the table.
 NORM_AT = tl.constexpr(0)

@@ -129,7 +129,7 @@ def find_cache(runs: list[TrainingSettings], plans: list[Plan]) -> Cache | None:
     size = tokens * bytes_per_token(plans[0].config.hidden_size, len(plans))
     fingerprint = plans[0].fingerprint
     for plan in plans[1:]:
-        fingerprint = zlib.crc32(plan.fingerprint.to_bytes(4), fingerprint)
+        fingerprint = zlib.crc32(f"{plan.fingerprint:08x}".encode(), fingerprint)
     folder = out / f"states-{fingerprint:08x}"
     check_room(out, 0 if folder.exists() else size)
     return Cache(folder, size)

@@ -239,7 +239,7 @@ def train_adapters(
             progress("states", 0, 1, f"{cache.size / 1e9:.2g} GB in {cache.folder}")
         dtype = resolve_dtype(None, device, target.config.dtype)
         teacher = Teacher(target.path, device, dtype, [settings.exit_layer for settings in runs])
-        lessons = Lessons(teacher, plans[0].corpus.windows, cache and cache.folder)
+        lessons = Lessons(teacher, plans[0].corpus.windows, cache.folder if cache else None)
         trainings = [
             AdapterTraining(settings, lessons, plan, processes) for settings, plan in zip(runs, plans, strict=True)
         ]
