@@ -1,14 +1,15 @@
 """``attention`` in Triton: M query rows over the KV cache, split along the positions, causal among the rows in flight.
 
-Two kernels. ``attention_kernel``: a program owns one split of the cache of one key-value head for up to 64 packed query
-rows (row ``m * GROUP + g`` is query head g of the group at token m), and leaves an unnormalised sum with its maximum
-and its denominator. ``attention_reduce_kernel``: a program owns one head of one token and merges the splits in order.
-(Split-KV decoding is Flash-Decoding's, the running softmax that of FlashAttention, arXiv 2205.14135.)
+A program owns one split of the cache of one key-value head for up to 64 packed query rows (row ``m * GROUP + g`` is
+query head g of the group at token m), and leaves an unnormalised sum with its maximum and its denominator. The last
+program to arrive at a block of packed rows merges its splits in order. (Split-KV decoding is Flash-Decoding's, the
+running softmax that of FlashAttention, arXiv 2205.14135; that the last program to arrive finishes the work is CUDA's
+``threadFenceReduction`` sample.)
 
 Splits lie at absolute positions: short ones first, so that a short context fills the card, longer ones later, so that
 the partial sums stay small beside the cache. Where every position is in the first split, that one writes the result
-itself and the second kernel is not launched. Bytes moved: ``2 * H_kv * (position + M) * D`` elements, once for every 64
-packed rows, and the partial sums, ``8 * M * H * (D + 2)`` bytes a split.
+itself and nobody counts. Bytes moved: ``2 * H_kv * (position + M) * D`` elements, once for every 64 packed rows, and
+the partial sums, ``8 * M * H * (D + 2)`` bytes a split.
 """
 
 import math
@@ -23,6 +24,7 @@ from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.shared.cache_layout import CacheLayout, cache_layout, row_offsets
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_max_length
+from kangaroo_kernels.shared.grid import is_last
 from kangaroo_kernels.shared.launch import (
     check_flag,
     check_out,
@@ -35,9 +37,8 @@ from kangaroo_kernels.shared.operands import Cache, Caches, Heads, Parts, Querie
 from kangaroo_kernels.shared.splits import count_splits, count_splits_of, first_position
 from kangaroo_kernels.shared.tiles import elements, skipped
 
-MERGED = tl.constexpr(8)
-"""Splits that the reduction takes at a time. They are fewer than the packed rows: in draft_loop the compiler would give
-two tiles of one shape the same layout."""
+MERGED_ROWS, MERGED = tl.constexpr(4), tl.constexpr(8)
+"""Packed rows that are merged at a time, and splits that are fetched at a time: 16 KB of parts at heads of 128."""
 
 MAX_PACKED_ROWS = {2: 64, 4: 16}
 """The most packed rows of a tile, by the bytes of an element; float32, multiplied in registers, has fewer. Part of the
@@ -115,7 +116,61 @@ def attention_split(work, position, q, scale, caches, parts, heads, STAGES: tl.c
         tl.store(parts.stats_ptr + slots * 2 + 1, denominator, mask=row_mask)
 
 
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
+@triton.jit
+def attention_merge(work, position, splits, q, parts, heads):
+    """Merge the first ``splits`` splits of a block of packed rows, each row those that it sees, one after the other."""
+    GROUP: tl.constexpr = heads.GROUP
+    HEAD_DIM: tl.constexpr = heads.DIM
+    BLOCK_D: tl.constexpr = heads.BLOCK_D
+    BLOCK_R: tl.constexpr = heads.BLOCK_R
+    M = q.rows
+    dims = tl.arange(0, BLOCK_D)
+    dim_mask = dims < HEAD_DIM
+    filled = tl.minimum(M * GROUP - work.block * BLOCK_R, BLOCK_R)
+    for first in tl.range(0, filled, MERGED_ROWS):
+        packed = work.block * BLOCK_R + first + tl.arange(0, MERGED_ROWS)
+        rows, query_heads = packed // GROUP, work.kv_head * GROUP + packed % GROUP
+        row_mask = rows < M
+        seen = tl.maximum(tl.minimum(count_splits_of(position + rows + 1), splits), 1)
+        mask = row_mask[:, None] & dim_mask[None, :]
+        best = tl.full((MERGED_ROWS,), float("-inf"), dtype=tl.float32)
+        denominator = tl.zeros((MERGED_ROWS,), dtype=tl.float32)
+        acc = tl.zeros((MERGED_ROWS, BLOCK_D), dtype=tl.float32)
+        for start in tl.range(0, splits, MERGED):
+            fetched = ()  # all loads are under way before the first is waited for; behind the end, the last part again
+            for offset in tl.static_range(MERGED):
+                slots = (tl.minimum(start + offset, seen - 1) * M + rows).to(tl.int64) * q.heads + query_heads
+                top = tl.load(parts.stats_ptr + slots * 2, mask=row_mask, other=0.0, cache_modifier=".cg")
+                weight = tl.load(parts.stats_ptr + slots * 2 + 1, mask=row_mask, other=0.0, cache_modifier=".cg")
+                sums_ptrs = parts.sums_ptr + slots[:, None] * HEAD_DIM + dims[None, :]
+                sums = tl.load(sums_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+                fetched = fetched + ((top, weight, sums),)  # noqa: RUF005 (Triton knows no starred elements)
+            for offset in tl.static_range(MERGED):
+                top, weight, sums = fetched[offset]
+                there = start + offset < seen  # a split that a row does not see changes none of its bits
+                higher = tl.where(there, tl.maximum(best, top), best)
+                pivot = tl.where(higher == float("-inf"), 0.0, higher)
+                fade, share = tl.exp2(best - pivot), tl.exp2(top - pivot)
+                denominator = tl.where(there, denominator * fade + weight * share, denominator)
+                acc = tl.where(there[:, None], acc * fade[:, None] + sums * share[:, None], acc)
+                best = higher
+        out = acc / seen_or_one(denominator)[:, None]
+        out_ptrs = (
+            parts.out_ptr + rows[:, None] * parts.out_row_stride + query_heads[:, None] * HEAD_DIM + dims[None, :]
+        )
+        tl.store(out_ptrs, out.to(parts.out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attention_tile(work, position, splits, q, scale, caches, parts, heads, STAGES: tl.constexpr):
+    """A split of a block of packed rows, of ``splits``; whoever is the last of them merges them all."""
+    attention_split(work, position, q, scale, caches, parts, heads, STAGES)
+    if parts.sums_ptr is not None:
+        if is_last(parts.arrivals_ptr + work.block * caches.heads + work.kv_head, splits):
+            attention_merge(work, position, splits, q, parts, heads)
+
+
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr", "arrivals_ptr"])
 def attention_kernel(
     q_ptr,  # [M, H, D]
     k_ptr,  # [H_kv, T, D] or [blocks, H_kv, block_size, D]
@@ -125,6 +180,7 @@ def attention_kernel(
     active_ptr,  # [1] int32 or None
     sums_ptr,  # [splits, M, H, D] float32
     stats_ptr,  # [splits, M, H, 2] float32: maximum (of base-2 scores), denominator
+    arrivals_ptr,  # [H] int32, all 0 before and after; None where there is one split, as for sums and stats
     out_ptr,  # [M, H * D]
     M,
     H,
@@ -152,80 +208,22 @@ def attention_kernel(
         return
     position = tl.load(position_ptr).to(tl.int32)
     length = tl.minimum(position + M, T)
+    splits = tl.maximum(tl.minimum(count_splits_of(length), tl.num_programs(2)), 1)
     split = tl.num_programs(2) - 1 - tl.program_id(2)  # the long splits first
-    start = first_position(split)
-    if start >= length:
+    if split >= splits:
         return
     keys = Cache(k_ptr, k_block_stride, k_head_stride, k_row_stride)
     values = Cache(v_ptr, v_block_stride, v_head_stride, v_row_stride)
-    attention_split(
-        Work(split, tl.program_id(1), tl.program_id(0), start),
+    attention_tile(
+        Work(split, tl.program_id(1), tl.program_id(0), first_position(split)),
         position,
+        splits,
         Queries(q_ptr, M, H, q_row_stride, q_head_stride),
         scale,
         Caches(keys, values, table_ptr, tl.num_programs(1), T, BLOCK_SIZE),
-        Parts(sums_ptr, stats_ptr, out_ptr, out_row_stride),
+        Parts(sums_ptr, stats_ptr, arrivals_ptr, out_ptr, out_row_stride),
         Heads(GROUP, HEAD_DIM, BLOCK_D, BLOCK_R),
         None,
-    )
-
-
-@triton.jit
-def attention_merge(row, head, position, M, H, splits, parts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Merge the splits that a head of a token has, at most ``splits``; ``position`` is that of the first row."""
-    splits = tl.minimum(count_splits_of(position + row + 1), splits)
-    dims = tl.arange(0, BLOCK_D)
-    dim_mask = dims < HEAD_DIM
-    best = tl.full((), float("-inf"), dtype=tl.float32)
-    denominator = tl.zeros((), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for first in range(0, splits, MERGED):
-        offs = first + tl.arange(0, MERGED)
-        there = offs < splits
-        slots = (offs * M + row).to(tl.int64) * H + head
-        tops = tl.load(parts.stats_ptr + slots * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-        weights = tl.load(parts.stats_ptr + slots * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-        sums_mask = there[:, None] & dim_mask[None, :]
-        sums_ptrs = parts.sums_ptr + slots[:, None] * HEAD_DIM + dims[None, :]
-        sums = tl.load(sums_ptrs, mask=sums_mask, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(best, tl.max(tops, axis=0))  # finite: there is a split only for a row that sees position 0
-        fade, shares = tl.exp2(best - higher), tl.exp2(tops - higher)
-        denominator = denominator * fade + tl.sum(weights * shares, axis=0)
-        acc = acc * fade + tl.sum(sums * shares[:, None], axis=0)
-        best = higher
-    out_ptrs = parts.out_ptr + row * parts.out_row_stride + head * HEAD_DIM + dims
-    tl.store(out_ptrs, (acc / seen_or_one(denominator)).to(parts.out_ptr.dtype.element_ty), mask=dim_mask)
-
-
-@triton.jit(do_not_specialize=["M", "SPLITS"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
-def attention_reduce_kernel(
-    sums_ptr,  # [splits, M, H, D] float32
-    stats_ptr,  # [splits, M, H, 2] float32
-    position_ptr,  # [1] int64
-    active_ptr,  # [1] int32 or None
-    out_ptr,  # [M, H * D]
-    M,
-    H,
-    SPLITS,
-    out_row_stride,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    """One program owns one head of one token; splits are merged ``MERGED`` at a time, in the order of positions."""
-    follow(CHAINED)
-    if skipped(active_ptr):
-        return
-    attention_merge(
-        tl.program_id(1),
-        tl.program_id(0),
-        tl.load(position_ptr).to(tl.int32),
-        M,
-        H,
-        SPLITS,
-        Parts(sums_ptr, stats_ptr, out_ptr, out_row_stride),
-        HEAD_DIM,
-        BLOCK_D,
     )
 
 
@@ -256,6 +254,22 @@ def check_heads(
     return keys, values
 
 
+def counters(arrivals: Tensor | None, heads: int, device: torch.device) -> Tensor:
+    """The counters of a launch: one for each block of packed rows of each key-value head, of which there are at most H.
+
+    Without the caller's own, new ones; filling them with 0 is a launch of its own.
+    """
+    if arrivals is None:
+        return torch.zeros(heads, dtype=torch.int32, device=device)
+    is_row = arrivals.ndim == 1 and len(arrivals) >= heads and arrivals.stride(0) == 1
+    if not is_row or arrivals.dtype != torch.int32 or arrivals.device != device:
+        raise TypeError(
+            f"attention: arrivals is {list(arrivals.shape)} {arrivals.dtype} on {arrivals.device}; it must be one "
+            f"contiguous row of at least {heads} zeros, int32 on {device}."
+        )
+    return arrivals
+
+
 def attention(
     q: Tensor,
     k_cache: Tensor,
@@ -266,6 +280,7 @@ def attention(
     max_length: int | None = None,
     block_table: Tensor | None = None,
     active: Tensor | None = None,
+    arrivals: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend from M rows to the cache; arguments and result as for ``reference.attention``.
@@ -281,9 +296,11 @@ def attention(
     check_position("attention", position, rows, keys.capacity, q.device)
     check_max_length(max_length, position, rows)
     splits = count_splits(keys.capacity if max_length is None else min(max_length, keys.capacity))
-    whole = splits == 1
     sums = stats = None
-    if not whole:
+    if splits == 1:
+        arrivals = None
+    else:
+        arrivals = counters(arrivals, heads, q.device)
         sums = torch.empty((splits, rows, heads, head_dim), dtype=torch.float32, device=q.device)
         stats = torch.empty((splits, rows, heads, 2), dtype=torch.float32, device=q.device)
     where = device_scalar(position, q.device)
@@ -299,6 +316,7 @@ def attention(
         active,
         sums,
         stats,
+        arrivals,
         out,
         rows,
         heads,
@@ -320,22 +338,7 @@ def attention(
         BLOCK_SIZE=keys.block_size,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.registers or None,
         **launch_options(q),
     )
-    if not whole:
-        attention_reduce_kernel[(heads, rows)](
-            sums,
-            stats,
-            where,
-            active,
-            out,
-            rows,
-            heads,
-            splits,
-            out.stride(0),
-            HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
-            num_warps=4,
-            **launch_options(q),
-        )
     return out

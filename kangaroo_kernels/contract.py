@@ -50,6 +50,30 @@ class Top1(NamedTuple):
         )
 
 
+class DraftVocabulary(NamedTuple):
+    """The tokens that a drafter's head has rows for, where it has fewer than the target's (FR-Spec, arXiv 2502.14856).
+
+    The tokens ascend, so the lowest row that has the best score is the lowest token that has it: ties fall as in the
+    whole head.
+
+    Attributes:
+        tokens: ``[R]`` int32, the token of each row, ascending.
+        size: V, of the whole vocabulary.
+    """
+
+    tokens: Tensor
+    size: int
+
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """The tokens of some rows, int64, in the shape of ``rows``."""
+        return self.tokens.index_select(0, rows.flatten()).view(rows.shape).long()
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """Logits ``[M, R]`` as those of the whole vocabulary, ``[M, V]``: -inf where the head has no row."""
+        whole = logits.new_full((len(logits), self.size), float("-inf"))
+        return whole.index_copy_(1, self.tokens.long(), logits)
+
+
 class Record(NamedTuple):
     """The words with which a record of ``commit`` begins; the target's tokens follow.
 
@@ -129,9 +153,10 @@ class DraftModel(NamedTuple):
         layers: the target's first layers.
         adapter: the layer that runs after them.
         norm: ``[K]``, the adapter's norm before the head.
-        head: ``[V, K]``, the target's head.
+        head: ``[V, K]``, the target's head, or ``[R, K]``, some rows of it.
         eps: of the adapter's norm.
         embedding: ``[V, K]``, the target's.
+        vocabulary: the tokens of the head's rows; None where it has all.
     """
 
     layers: tuple[Layer, ...]
@@ -140,3 +165,4 @@ class DraftModel(NamedTuple):
     head: Weight
     eps: float
     embedding: Tensor
+    vocabulary: DraftVocabulary | None = None

@@ -30,6 +30,7 @@ class LaunchConfig(NamedTuple):
         block_n: weight rows that a program owns (of each matrix, if there are two); 0 where there is no such choice.
         programs_per_sm: the most programs of ``draft_loop`` on a streaming multiprocessor; 0 for other operations.
         steps_ahead: steps along K of the next weight that ``draft_loop`` prefetches at a barrier; 0 for others.
+        registers: the most registers of a thread of ``attention``; 0 leaves it to the assembler.
     """
 
     num_warps: int
@@ -37,6 +38,7 @@ class LaunchConfig(NamedTuple):
     block_n: int = 0
     programs_per_sm: int = 0
     steps_ahead: int = 0
+    registers: int = 0
 
 
 def file_name(gpu: str) -> str:

@@ -139,7 +139,8 @@ QKV_ROPE = Operation(
 
 def _example_of_attention(given: Inputs, n: int, k: int) -> Arguments:
     q = given.random(given.rows, given.heads, given.head_dim)
-    return (q, *given.caches(), given.position()), {"scale": given.head_dim**-0.5}
+    arrivals = torch.zeros(given.heads, dtype=torch.int32, device=given.device)
+    return (q, *given.caches(), given.position()), {"scale": given.head_dim**-0.5, "arrivals": arrivals}
 
 
 ATTENTION = Operation(

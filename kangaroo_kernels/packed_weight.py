@@ -141,6 +141,23 @@ class PackedWeight:
         assert self.layout is Layout.ROWS
         return self._packed  # type: ignore[no-any-return]
 
+    def unpacked(self) -> Tensor:
+        """The matrix ``[N, K]`` as it was given, from any layout, for a weight without a bias; it may be a copy."""
+        assert self.bias is None
+        if self.layout is Layout.ROWS:
+            return self.rows
+        if self.layout is Layout.TRANSPOSED:
+            return self._packed.t()  # type: ignore[no-any-return]
+        if self.layout is Layout.ONEDNN:
+            return self._packed.to_dense()  # type: ignore[no-any-return]
+        if self.threaded:
+            return torch.ops.quantized.linear_unpack_fp16(self._packed)[0].mul_(self.scale)  # type: ignore[no-any-return]
+        return self(torch.eye(self.in_features, dtype=torch.float32)).t()  # FBGEMM has no way back for small matrices
+
+    def select(self, rows: Tensor) -> "PackedWeight":
+        """Some of the rows, ``[R]`` int, packed anew as ``[R, K]``; for a weight without a bias."""
+        return PackedWeight(self.unpacked()[rows.long()], layout=Layout.ROWS if self.layout is Layout.ROWS else None)
+
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` ``[M, K]`` to a new ``[M, N]``, same dtype."""
         return self.of_scaled(x if self.scale == 1.0 else x * self.scale)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.contract import TARGET_STREAM, Top1
+from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Top1
 from kangaroo_kernels.launch_config import LaunchConfig, launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
@@ -23,6 +23,7 @@ from kangaroo_kernels.shared.head import (
     NO_TOKEN,
     TileResults,
     check_head,
+    check_vocabulary,
     confidence_from,
     exponential_sum,
     finish_row,
@@ -39,7 +40,7 @@ from kangaroo_kernels.shared.launch import (
     launch_options,
     weight_and_bias,
 )
-from kangaroo_kernels.shared.noise import gumbel_tile
+from kangaroo_kernels.shared.noise import gumbel_of, gumbel_tile
 from kangaroo_kernels.shared.operands import Found, Linear, Matrix, Noise, Norm, TileParts
 from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
 
@@ -66,8 +67,13 @@ def sample_tile(tile, noise, x, norm, w, logits_ptr, parts, BLOCK_N: tl.constexp
         tl.store(logits_ptr + rows[:, None].to(tl.int64) * V + cols[None, :], logits, mask=mask)
     else:
         logits = tl.where(cols[None, :] < V, logits, float("-inf"))
-        scores = logits / noise.temperature
-        scores += gumbel_tile(noise.seed, noise.stream, noise.position + rows, first, BLOCK_M, BLOCK_N)
+        scores, positions = logits / noise.temperature, noise.position + rows
+        if noise.tokens_ptr is None:
+            gumbels = gumbel_tile(noise.seed, noise.stream, positions, first, BLOCK_M, BLOCK_N)
+        else:
+            tokens = tl.load(noise.tokens_ptr + owned)
+            gumbels = gumbel_of(noise.seed, noise.stream, positions, tokens, BLOCK_M, BLOCK_N)
+        scores += gumbels
         score, index = first_best(nan_wins(scores), tl.broadcast_to(cols[None, :], (BLOCK_M, BLOCK_N)), 1)
         largest = tl.max(nan_wins(logits), axis=1)
         total = exponential_sum(logits, largest, 1)
@@ -80,7 +86,7 @@ def sample_tile(tile, noise, x, norm, w, logits_ptr, parts, BLOCK_N: tl.constexp
 
 @triton.jit(
     do_not_specialize=["M", "stream"],
-    do_not_specialize_on_alignment=["position_ptr", "seed_ptr", "active_ptr", "temperature_ptr"],
+    do_not_specialize_on_alignment=["position_ptr", "seed_ptr", "active_ptr", "temperature_ptr", "tokens_ptr"],
 )
 def sample_head_kernel(
     x_ptr,  # [M, K]
@@ -95,6 +101,7 @@ def sample_head_kernel(
     position_ptr,  # [1] int64: of the first row's new token
     seed_ptr,  # [1] int64
     active_ptr,  # [1] int32 or None
+    tokens_ptr,  # [V] int32 or None
     stream,
     temperature_ptr,  # [1] float32
     M,
@@ -117,7 +124,7 @@ def sample_head_kernel(
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     sample_tile(
         tile,
-        Noise(seed, stream, position, temperature),
+        Noise(seed, stream, position, temperature, tokens_ptr),
         Matrix(x_ptr, M, K, x_row_stride),
         Norm(norm_ptr, eps),
         Linear(w_ptr, bias_ptr, V, K, w_row_stride),
@@ -190,6 +197,7 @@ def kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept):
         "temperature_ptr",
         "top_k_ptr",
         "top_p_ptr",
+        "tokens_ptr",
     ],
 )
 def filtered_sample_kernel(
@@ -203,6 +211,7 @@ def filtered_sample_kernel(
     threshold_ptr,  # [1] float32 or None
     embedding_ptr,  # [V, K] or None
     embedded_ptr,  # [M, K] or None
+    tokens_ptr,  # [V] int32 or None
     stream,
     temperature_ptr,  # [1] float32
     top_k_ptr,  # [1] int64 or None
@@ -238,14 +247,19 @@ def filtered_sample_kernel(
     token = tl.full((), NO_TOKEN, dtype=tl.int32)
     for first in range(0, V, FILTERED):
         logits = load_chunk(row_ptr, first, V)
-        noise = tl.reshape(gumbel_tile(seed, stream, positions, first, 1, FILTERED), (FILTERED,))
+        if tokens_ptr is None:
+            noise = gumbel_tile(seed, stream, positions, first, 1, FILTERED)
+        else:
+            tokens = tl.load(tokens_ptr + tl.minimum(first + tl.arange(0, FILTERED), V - 1))
+            noise = gumbel_of(seed, stream, positions, tokens, 1, FILTERED)
+        noise = tl.reshape(noise, (FILTERED,))
         scores = tl.where(order_bits(logits) >= kept, nan_wins(logits / temperature + noise), float("-inf"))
         best, index = first_best(scores, first + tl.arange(0, FILTERED), 0)
         token = tl.where(best > score, index, tl.where(best == score, tl.minimum(token, index), token))
         score = tl.maximum(score, best)
     embedding = Matrix(embedding_ptr, None, K, embedding_row_stride)
     embedded = Matrix(embedded_ptr, None, K, embedded_row_stride)
-    found = Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded)
+    found = Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded, tokens_ptr)
     finish_row(row, token, confidence_from(total), found)
 
 
@@ -261,14 +275,15 @@ def launch(
     weight: tuple[Tensor, Tensor | None],
     logits: Tensor | None,
     results: TileResults | None,
-    noise: tuple[Tensor, Tensor, Tensor | None, int, Tensor],
+    noise: tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, Tensor],
     eps: float,
 ) -> None:
     """Launch the kernel that writes ``logits`` or, for ``results``, samples in tiles.
 
-    ``noise`` is what a token is drawn by: position, seed, ``active``, stream and temperature.
+    ``noise`` is what a token is drawn by: position, seed, ``active``, the tokens of the weight's rows, stream and
+    temperature.
     """
-    (matrix, bias), (position, seed, active, stream, temperature) = weight, noise
+    (matrix, bias), (position, seed, active, tokens, stream, temperature) = weight, noise
     sample_head_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
         x,
         norm_weight,
@@ -282,6 +297,7 @@ def launch(
         position,
         seed,
         active,
+        tokens,
         stream,
         temperature,
         x.shape[0],
@@ -309,6 +325,7 @@ def sample_head(
     stream: int = TARGET_STREAM,
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
+    vocabulary: DraftVocabulary | None = None,
     threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
@@ -324,6 +341,7 @@ def sample_head(
     check_sampling("sample_head", temperature, top_k, top_p, seed, x.device)
     sure = active if sure is None else sure
     out = check_head("sample_head", x, out, threshold, sure, embedding, embedded)
+    tokens = check_vocabulary("sample_head", matrix, vocabulary, embedding)
     rows, vocab_size = x.shape[0], matrix.shape[0]
     top_k, top_p = real_filter(top_k, vocab_size), real_filter(top_p, 1.0)
     filtered = top_k is not None or top_p is not None
@@ -334,9 +352,10 @@ def sample_head(
     logits = torch.empty((rows, vocab_size), dtype=torch.float32, device=x.device) if filtered else None
     tiles = triton.cdiv(vocab_size, config.block_n)
     results = None if filtered else TileResults(rows, tiles, x.device, sampled=True)
-    launch(config, x, norm_weight, (matrix, bias), logits, results, (where, key, active, stream, degrees), eps)
+    noise = where, key, active, None if filtered else tokens, stream, degrees
+    launch(config, x, norm_weight, (matrix, bias), logits, results, noise, eps)
     if results is not None:
-        return merge_tiles(results, out, active, threshold, embedding, embedded, sure)
+        return merge_tiles(results, out, active, threshold, embedding, embedded, sure, tokens)
     filtered_sample_kernel[(rows,)](
         logits,
         where,
@@ -348,6 +367,7 @@ def sample_head(
         None if threshold is None else device_number(threshold, x.device),
         embedding,
         embedded,
+        tokens,
         stream,
         degrees,
         None if top_k is None else device_scalar(top_k, x.device),
@@ -369,6 +389,6 @@ def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Te
     x, unused = aligned_rows(x), device_scalar(0, x.device)
     config = launch_config("sample_head", matrix.shape[0], matrix.shape[1], x)
     logits = torch.empty((x.shape[0], matrix.shape[0]), dtype=torch.float32, device=x.device)
-    no_noise = (unused, unused, None, TARGET_STREAM, device_number(1.0, x.device))
+    no_noise = (unused, unused, None, None, TARGET_STREAM, device_number(1.0, x.device))
     launch(config, x, norm_weight, (matrix, bias), logits, None, no_noise, eps)
     return logits

@@ -2,19 +2,28 @@
 
 Two launches: a program owns ``BLOCK_N`` tokens of the vocabulary and leaves three numbers per row; then one program per
 row merges them. In a drafting step the merge also says in the flag ``sure`` whether the confidence reaches the
-threshold, and copies the token's embedding to where the next step begins. Bytes moved: the head, ``V * K`` elements,
-once, and ``24 * M`` bytes per tile.
+threshold, and copies the token's embedding to where the next step begins. Where the head has the rows of some tokens
+alone, "token" means a row until the merge has the winner, and looks up its token. Bytes moved: the head, ``V * K``
+elements, once, and ``24 * M`` bytes per tile.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.contract import Top1
+from kangaroo_kernels.contract import DraftVocabulary, Top1
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
-from kangaroo_kernels.shared.head import TileResults, check_head, exponential_sum, first_best, merge_tiles, nan_wins
+from kangaroo_kernels.shared.head import (
+    TileResults,
+    check_head,
+    check_vocabulary,
+    exponential_sum,
+    first_best,
+    merge_tiles,
+    nan_wins,
+)
 from kangaroo_kernels.shared.launch import aligned_rows, check_operands, launch_options, weight_and_bias
 from kangaroo_kernels.shared.operands import Linear, Matrix, Norm, TileParts
 from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
@@ -80,6 +89,7 @@ def top1_head(
     weight: Weight,
     *,
     eps: float,
+    vocabulary: DraftVocabulary | None = None,
     threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
@@ -93,6 +103,7 @@ def top1_head(
     x = aligned_rows(x)
     sure = active if sure is None else sure
     out = check_head("top1_head", x, out, threshold, sure, embedding, embedded)
+    tokens = check_vocabulary("top1_head", matrix, vocabulary, embedding)
     config = launch_config("top1_head", matrix.shape[0], matrix.shape[1], x)
     tiles = TileResults(x.shape[0], triton.cdiv(matrix.shape[0], config.block_n), x.device, sampled=False)
     top1_head_kernel[(tiles.tiles,)](
@@ -115,4 +126,4 @@ def top1_head(
         num_stages=config.num_stages,
         **launch_options(x),
     )
-    return merge_tiles(tiles, out, active, threshold, embedding, embedded, sure)
+    return merge_tiles(tiles, out, active, threshold, embedding, embedded, sure, tokens)

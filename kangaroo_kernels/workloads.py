@@ -29,6 +29,12 @@ MODELS = (
     ModelShape("Llama-3.1-8B", 4096, 14336, 32, 8, 128, 128256, 32),
     ModelShape("Llama-3.2-1B", 2048, 8192, 32, 8, 64, 128256, 16),
 )
+LARGER_MODELS = (
+    ModelShape("Llama-3.1-70B", 8192, 28672, 64, 8, 128, 128256, 80),
+    ModelShape("Llama-3.1-405B", 16384, 53248, 128, 8, 128, 128256, 126),
+)
+"""Too large for one card: they are planned for, and no tool runs them."""
+
 TINY = ModelShape("tiny", 192, 512, 3, 3, 64, 2048, 14)
 
 

@@ -8,6 +8,10 @@ class KangarooError(ValueError):
     """
 
 
+class TooLongError(KangarooError):
+    """A prompt that the model's context does not hold."""
+
+
 def reason(error: Exception) -> str:
     """What a library's error says, in words that fit into a sentence: its first line, else its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

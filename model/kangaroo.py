@@ -18,8 +18,10 @@ from .drafters.protocol import Drafter, check_drafter, check_loop
 from .errors import KangarooError
 from .load import load_pair
 from .loop.host import reach_of
+from .loop.pace import Paces
 from .loop.threads import fastest_thread_count, own_state, threads
 from .request import Request, Settings, check_prompt, resolve
+from .sampling import whole_rows
 from .session import Memory, Session, Writing
 from .target.llama import Llama
 from .writer import Messages, Prompt, Writer
@@ -60,6 +62,7 @@ class Kangaroo(Writer):
         self.name = name
         self._idle: deque[Memory] = deque(maxlen=MOST_IDLE)
         self._threads: int | None = None
+        self.paces: Paces = {}
 
     @classmethod
     def from_pretrained(
@@ -191,7 +194,7 @@ class Kangaroo(Writer):
             return self.target.logits(hidden)
 
     def draft_logits(self, tokens: Sequence[int]) -> Tensor:
-        """The adapter's teacher-forced logits: ``[T, V]`` float32.
+        """The adapter's teacher-forced logits: ``[T, V]`` float32, -inf for tokens that it does not draft.
 
         Raises:
             KangarooError: without an adapter.
@@ -204,7 +207,8 @@ class Kangaroo(Writer):
             cache = adapter.new_cache()
             cache.reserve(len(tokens))
             hidden = adapter.run(exit_hidden, cache, 0)
-            return lm_head(hidden, adapter.norm, self.target.weights.head, eps=adapter.config.llama.rms_norm_eps)
+            logits = lm_head(hidden, adapter.norm, adapter.head, eps=adapter.config.llama.rms_norm_eps)
+            return whole_rows(logits, adapter.vocabulary)
 
     def _run_all(self, tokens: Sequence[int], layers: int) -> Tensor:
         checked = check_prompt(tokens, self.target.config)

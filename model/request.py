@@ -9,18 +9,21 @@ import operator
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, MAX_STOPS
 
 from .drafters.protocol import Drafter
-from .errors import KangarooError
+from .errors import KangarooError, TooLongError
 from .sampling import Sampling, is_number, is_whole, plain_number
 from .shaping import NO_SHAPING, Shaping
 from .target.config import LlamaConfig
 
 MOST_LOGPROBS = 20
 """The most likely tokens whose log-probabilities a request may ask for; OpenAI's limit."""
+
+AUTO = "auto"
+"""The ``draft_confidence_threshold`` that finds itself."""
 
 LED_BY_HOST = ("acceptance='rejection'", "min_p", "repetition_penalty", "logit_bias", "min_new_tokens", "logprobs")
 """What needs whole rows of logits: such a text is written by the loop that the host leads, also on a GPU."""
@@ -41,7 +44,10 @@ class Settings:
         repetition_penalty: above 1 it makes tokens that the prompt or the new text holds less likely, below 1 more.
         logit_bias: what is added to the logits of tokens, by token id.
         num_speculative_tokens: the most drafts a step, 1 to 15; None takes the drafter's default.
-        draft_confidence_threshold: drafting stops below it, 0 to 1; None takes the drafter's default.
+        draft_confidence_threshold: drafting stops below it, 0 to 1. ``auto`` finds threshold and draft length while the
+            text is written, by what steps take and how many drafts stand, and drafts nothing where that is faster;
+            ``num_speculative_tokens`` then bounds the length. None takes the drafter's default: ``auto`` where its
+            adapter was calibrated and neither number is given.
         acceptance: ``coupled`` (same tokens as plain sampling) or ``rejection`` (same distribution).
         stop: strings or token ids that end the text, besides the model's own end-of-text tokens.
         ignore_eos: write on behind the model's own end-of-text tokens; ``stop`` still ends the text.
@@ -65,7 +71,7 @@ class Settings:
     top_p: float | None = None
     seed: int | None = 0
     num_speculative_tokens: int | None = None
-    draft_confidence_threshold: float | None = None
+    draft_confidence_threshold: float | str | None = None
     acceptance: str = "coupled"
     stop: str | Sequence[str | int] = ()
     plain: bool = False
@@ -95,8 +101,16 @@ class Settings:
         drafts, threshold, most = self.num_speculative_tokens, self.draft_confidence_threshold, MAX_SPECULATIVE_TOKENS
         if drafts is not None and (not is_whole(drafts) or not 1 <= drafts <= most):
             raise KangarooError(f"num_speculative_tokens is {drafts!r}; it must be a whole number from 1 to {most}.")
-        if threshold is not None and (not is_number(threshold) or not 0 <= threshold <= 1):
-            raise KangarooError(f"draft_confidence_threshold is {threshold!r}; it must be a number from 0 to 1.")
+        if threshold == AUTO:
+            if self.sampling.rejects:
+                raise KangarooError(
+                    "draft_confidence_threshold is 'auto', which follows the clock, so acceptance='rejection' would "
+                    "give other tokens every time; give a number from 0 to 1."
+                )
+        elif threshold is not None and (not is_number(threshold) or not 0 <= threshold <= 1):
+            raise KangarooError(
+                f"draft_confidence_threshold is {threshold!r}; it must be a number from 0 to 1, or 'auto'."
+            )
 
     def _check_length(self) -> None:
         most, least, timeout = self.max_new_tokens, self.min_new_tokens, self.timeout
@@ -173,6 +187,7 @@ class Request:
         sampling: how tokens are picked.
         max_drafts: the most drafts a step; 0 decodes plainly.
         threshold: the confidence below which drafting stops.
+        auto: where the loop led by the host finds both by itself, the most drafts that it may take; else 0.
         stop_tokens: the caller's and the model's own.
         stop_strings: strings that end the text and are cut off it.
         shaping: what changes logits before a token is chosen.
@@ -193,6 +208,7 @@ class Request:
     min_new_tokens: int = 0
     timeout: float | None = None
     logprobs: int | None = None
+    auto: int = 0
 
     @property
     def led_by_host(self) -> bool:
@@ -221,23 +237,41 @@ def resolve(
     tokens = prompt_tokens(prompt, config, tokenizer)
     ends_from = len(tokens) + settings.min_new_tokens if settings.min_new_tokens else 0
     length = len(tokens) + settings.max_new_tokens
-    drafts, threshold = settings.num_speculative_tokens, settings.draft_confidence_threshold
-    if drafter is None or settings.plain:
-        drafts, threshold = 0, 0.0
+    limits = _Drafting(0, 0.0) if drafter is None or settings.plain else _drafting(settings, drafter)
     return Request(
         tuple(tokens),
         min(length, config.context_length),
         length > config.context_length,
         settings.sampling,
-        drafter.num_speculative_tokens if drafts is None and drafter else drafts or 0,
-        float(drafter.draft_confidence_threshold if threshold is None and drafter else threshold or 0.0),
+        limits.max_drafts,
+        limits.threshold,
         stop_tokens,
         settings.stop_strings,
         Shaping(bias, settings.repetition_penalty, stop_tokens, ends_from),
         settings.min_new_tokens,
         settings.timeout,
         settings.logprobs,
+        limits.auto,
     )
+
+
+class _Drafting(NamedTuple):
+    """What ``Request`` says of the drafts."""
+
+    max_drafts: int
+    threshold: float
+    auto: int = 0
+
+
+def _drafting(settings: Settings, drafter: Drafter) -> _Drafting:
+    """The settings' own numbers before the drafter's, and ``auto`` where it is asked for or nothing speaks against."""
+    drafts, threshold = settings.num_speculative_tokens, settings.draft_confidence_threshold
+    fixed = drafts is not None or threshold is not None or settings.sampling.rejects
+    auto = threshold == AUTO or (getattr(drafter, "auto", False) and not fixed)
+    if threshold is None or threshold == AUTO:
+        threshold = drafter.draft_confidence_threshold
+    own = drafter.num_speculative_tokens if drafts is None else drafts
+    return _Drafting(own, float(threshold), (drafts or MAX_SPECULATIVE_TOKENS) if auto else 0)
 
 
 def find_stops(settings: Settings, config: LlamaConfig, tokenizer: Any) -> frozenset[int]:
@@ -305,7 +339,7 @@ def check_prompt(tokens: Sequence[int], config: LlamaConfig) -> list[int]:
     if not checked:
         raise KangarooError("the prompt is empty; give at least one token.")
     if len(checked) > config.context_length:
-        raise KangarooError(f"the prompt has {len(checked)} tokens, the model's context holds {config.context_length}.")
+        raise TooLongError(f"the prompt has {len(checked)} tokens, the model's context holds {config.context_length}.")
     return checked
 
 

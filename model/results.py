@@ -56,8 +56,11 @@ class DecodeStats:
         drafted: tokens drafted.
         accepted: drafted tokens that the target agreed with.
         accepted_at: ``accepted_at[i]`` counts the steps that accepted a draft at position i.
+        steps_without_drafts: verification steps in which nothing was drafted: all of plain decoding's, and those in
+            which the drafter had nothing to say or was not asked (``draft_confidence_threshold="auto"``).
         prefill_seconds: time before the first step.
         decode_seconds: time of all steps.
+        processor_seconds: time that the process had processors during the steps, summed over its threads.
         cached_tokens: tokens of the prompt that the session held already, from the text before.
         prefilled_tokens: tokens of the prompt that were run before the first step. The prompt's last token belongs to
             neither: the first step runs it.
@@ -72,12 +75,15 @@ class DecodeStats:
     decode_seconds: float = 0.0
     cached_tokens: int = 0
     prefilled_tokens: int = 0
+    processor_seconds: float = 0.0
+    steps_without_drafts: int = 0
 
     def count(self, commit: Commit) -> None:
         """Add one step."""
         self.new_tokens += len(commit.tokens)
         self.verification_steps += 1
         self.drafted += commit.drafted
+        self.steps_without_drafts += not commit.drafted
         self.accepted += commit.agreed
         self.accepted_at += [0] * (commit.agreed - len(self.accepted_at))
         for position in range(commit.agreed):
@@ -113,8 +119,10 @@ class DecodeStats:
             "mean_acceptance_length": self.mean_acceptance_length,
             "draft_acceptance_rate": self.draft_acceptance_rate,
             "acceptance_rate_per_position": self.acceptance_rate_per_position,
+            "steps_without_drafts": self.steps_without_drafts,
             "prefill_seconds": self.prefill_seconds,
             "decode_seconds": self.decode_seconds,
+            "processor_seconds": self.processor_seconds,
             "tokens_per_second": self.tokens_per_second,
             "cached_tokens": self.cached_tokens,
             "prefilled_tokens": self.prefilled_tokens,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, Top1
+from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, DraftVocabulary, Top1
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.reference.noise import gumbel_rows, uniform
 from kangaroo_kernels.reference.sample_head import filter_logits
@@ -105,6 +105,11 @@ def is_number(value: object) -> bool:
 def plain_number(value: Any) -> Any:
     """The same as Python's own ``int`` or ``float``; anything else, None for instance, as it is."""
     return int(value) if is_whole(value) else float(value) if is_number(value) else value
+
+
+def whole_rows(logits: Tensor, vocabulary: DraftVocabulary | None) -> Tensor:
+    """Rows of a drafter's logits over the whole vocabulary, -inf where its head has no row."""
+    return logits if vocabulary is None else vocabulary.spread(logits)
 
 
 class SamplingTensors(NamedTuple):
@@ -199,16 +204,19 @@ class Chooser:
         position: int | Tensor,
         *,
         drafted: Sequence[int] = (),
+        vocabulary: DraftVocabulary | None = None,
         **step: Any,
     ) -> Top1:
         """The drafter's token at ``position`` and its un-tempered top-1 probability, ``[1]`` each.
 
-        ``drafted`` are the tokens behind the text so far; ``step`` goes to the head.
+        ``drafted`` are the tokens behind the text so far, ``vocabulary`` those of the head's rows, where it has not
+        all; ``step`` goes to the head.
         """
         if self.shapes and isinstance(position, int):
             logits = self.logits(hidden, norm, head, eps)
-            return Top1(self._pick_from(logits, position, self.draft_stream, drafted), confidence_of(logits))
-        return self._pick(hidden, norm, head, eps, position, self.draft_stream, **step)
+            rows = whole_rows(logits, vocabulary)
+            return Top1(self._pick_from(rows, position, self.draft_stream, drafted), confidence_of(logits))
+        return self._pick(hidden, norm, head, eps, position, self.draft_stream, vocabulary=vocabulary, **step)
 
     def logits(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float) -> Tensor:
         """The head's logits ``[M, V]`` float32 from the backend's own operation: rows have the bits of its heads."""
@@ -264,13 +272,25 @@ class Chooser:
         return gumbel_rows(self.sampling.seed, stream, position, logits.shape[0], logits.shape[1], logits.device)
 
     def draft_with_distribution(
-        self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int, drafted: Sequence[int] = ()
+        self,
+        hidden: Tensor,
+        norm: Tensor,
+        head: Weight,
+        eps: float,
+        position: int,
+        drafted: Sequence[int] = (),
+        vocabulary: DraftVocabulary | None = None,
     ) -> tuple[Top1, Tensor]:
-        """For rejection sampling: a draft and the distribution it was drawn from, ``[1, V]``."""
+        """For rejection sampling: a draft and the distribution it was drawn from, ``[1, V]``.
+
+        A token without a row has the probability 0. Where the request bars all others, as the ends that come too early,
+        the drafter is certain of one that will not stand.
+        """
         logits = self.logits(hidden, norm, head, eps)
-        finite = torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0)
+        finite = whole_rows(torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0), vocabulary)
         filtered = self.sampling.filter(self.shaped(finite, drafted))
-        token = (filtered + self.noise(DRAFT_STREAM, position, logits)).argmax(dim=-1)
+        token = (filtered + self.noise(DRAFT_STREAM, position, filtered)).argmax(dim=-1)
+        filtered[0, token] = filtered[0, token].clamp(min=torch.finfo(filtered.dtype).min)
         return Top1(token, confidence_of(logits)), torch.softmax(filtered, dim=-1)
 
     def target_or_draft(

@@ -18,6 +18,7 @@ from .loop.device import device_steps
 from .loop.graphs import GraphRunner
 from .loop.host import kangaroo_steps, plain_steps, prefill, reach_of
 from .loop.iteration import Iteration
+from .loop.pace import pace_of
 from .loop.state import TextState, Written
 from .request import Request, Settings
 from .results import Commit, Generation, Outcome, Progress
@@ -58,6 +59,11 @@ class Memory:
         """Bytes of device memory: caches, buffers, and what captured graphs took."""
         own = self.cache.nbytes + getattr(self.drafter, "nbytes", 0)
         return own + self.runner.buffer_bytes + self.runner.captured_bytes
+
+    @property
+    def held(self) -> Written:
+        """The text before, as far as the target's cache holds it."""
+        return self._target_holds or Written((), [])
 
     def forget(self) -> None:
         """Let the next text begin anew, whatever the caches hold."""
@@ -114,7 +120,7 @@ class Memory:
             return device_steps(Iteration(target, drafter, text, request, self.runner), length=request.length)
         if drafter is None:
             return plain_steps(target, text, request)
-        return kangaroo_steps(target, drafter, text, request)
+        return kangaroo_steps(target, drafter, text, request, pace_of(request, kangaroo.paces))
 
     def follow_stream(self) -> None:
         """Let this thread's stream wait for the one that the last step ran on, if it is another one."""
@@ -144,9 +150,17 @@ class Session(Writer):
         """Bytes of device memory that the session takes; the weights are not among them."""
         return self.memory.nbytes
 
-    def _write(self, prompt: Prompt | None, messages: Messages | None, settings: Settings) -> "Writing":
-        request = self._kangaroo.resolve(prompt, settings, messages)
+    @property
+    def held(self) -> Written:
+        """The text before, as far as the caches hold it: what a next text may begin with."""
+        return self.memory.held
+
+    def write(self, request: Request) -> "Writing":
+        """As ``progress``, for what ``Kangaroo.resolve`` has made already."""
         return Writing(self._kangaroo, request, lambda: self.memory)
+
+    def _write(self, prompt: Prompt | None, messages: Messages | None, settings: Settings) -> "Writing":
+        return self.write(self._kangaroo.resolve(prompt, settings, messages))
 
 
 class Writing(BothWays[Progress]):
@@ -234,13 +248,14 @@ def _commits(kangaroo: "Kangaroo", request: Request, outcome: Outcome, memory: M
                     "take a second one."
                 )
             memory.follow_stream()
-            began = time.perf_counter()
+            began, processor = time.perf_counter(), time.process_time()
             try:
                 commit = next(steps, None)
             except Exception:
                 memory.forget()  # what failed may have left anything in the caches
                 raise
             stats.decode_seconds += time.perf_counter() - began
+            stats.processor_seconds += time.process_time() - processor
         if commit is None:
             return
         yield commit

@@ -171,6 +171,7 @@ def by_stages(
         hidden = run(model.adapter, rows, step.positions[first:][:1], active)[-1:]
         settings = {
             "eps": model.eps,
+            "vocabulary": model.vocabulary,
             "threshold": threshold,
             "active": active,
             "sure": step.flags[drafted + 1 :][:1],

@@ -1,11 +1,15 @@
 """Tiny random targets, adapters and tokenizers, written as the folders a user would have."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from kangaroo_kernels.model.drafters.vocabulary import write_draft_vocabulary
 
 
 def make_target(
@@ -110,6 +114,13 @@ def make_adapter(
         values["exit_layer"] = exit_layer
     (folder / "config.json").write_text(json.dumps(values | config, indent=2))
     return folder
+
+
+def with_vocabulary(adapter: Path, out: Path, tokens: Sequence[int]) -> Path:
+    """A copy of an adapter in ``out`` that drafts these tokens alone."""
+    shutil.copytree(adapter, out)
+    write_draft_vocabulary(out, torch.tensor(tokens))
+    return out
 
 
 CHAT_TEMPLATE = """@{% for message in messages -%}

@@ -9,6 +9,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,10 +21,11 @@ MOST_SWITCHES = 200_000
 
 
 class Programs:
-    """Runs a function once for every program of a grid ``[n]``, in threads of which one at a time goes on."""
+    """Runs a function once for every program of a grid, in threads of which one at a time goes on."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.waiting = set(range(count))
+    def __init__(self, grid: tuple[int, int, int], seed: int) -> None:
+        self.places = [*product(*map(range, grid))]
+        self.waiting = set(range(len(self.places)))
         self.draw = random.Random(seed)
         self.changed = threading.Condition()
         self.errors: list[BaseException] = []
@@ -69,12 +71,12 @@ class Programs:
 
     def _wait(self, index: int) -> None:
         self.changed.wait_for(lambda: self.now == index)
-        interpreter.interpreter_builder.set_grid_idx(index, 0, 0)
+        interpreter.interpreter_builder.set_grid_idx(*self.places[index])
 
 
 @contextmanager
 def side_by_side(seed: int) -> Iterator[list[int]]:
-    """Within it, launches of a grid ``(n,)`` run so; yields a list that gets the number of switches of each."""
+    """Within it, launches run so; yields a list that gets the number of switches of each."""
     builder, switches = interpreter.interpreter_builder, []
     running: list[Programs] = []
     atomic = builder.create_atomic_rmw
@@ -90,8 +92,9 @@ def side_by_side(seed: int) -> Iterator[list[int]]:
         host, named = executor._init_args_hst(args, {name: kwargs[name] for name in kwargs if name in names})
         given = dict(zip(names, host, strict=False)) | named
         arguments = {n: v if n in executor.constexprs else interpreter._implicit_cvt(v) for n, v in given.items()}
-        builder.set_grid_dim(*executor.grid, 1, 1)
-        running.append(Programs(executor.grid[0], seed))
+        grid = (*executor.grid, 1, 1)[:3]
+        builder.set_grid_dim(*grid)
+        running.append(Programs(grid, seed))
         scope = interpreter._patch_lang(executor.fn)
         try:
             running[-1].run(lambda: executor.fn(**arguments))

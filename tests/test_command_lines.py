@@ -25,13 +25,16 @@ sys.path.insert(0, str(TOOLS))
 
 NONSENSE = {
     "minutes learning_rate repetition_penalty": "0 -1 nan inf",
-    "arch exit_layer max_new_tokens num_speculative_tokens top_k texts": "0 -1",
-    "steps batch_size reuse sequence_length num_attention_heads vocabulary at_once": "0 -1",
+    "arch exit_layer max_new_tokens num_speculative_tokens top_k texts parallel": "0 -1",
+    "steps batch_size reuse sequence_length num_attention_heads vocabulary draft_vocabulary at_once ranks": "0 -1",
+    "size": "0 -1 2048",
     "draft_confidence_threshold min_p total_variation": "-0.1 1.1 nan",
     "top_p": "0 -0.1 1.1 nan",
     "temperature": "-1 nan inf",
-    "seed": "-1",
+    "seed queue": "-1",
+    "port": "-1 65536",
     "rows": "0 -1 17",
+    "per_category": "0 -1",
     "context": "1 -1",
     "min_new_tokens": "-1 129",
     "timeout": "0 -1 nan",
@@ -43,13 +46,18 @@ BEFORE = {
     "gpu_report": "--smoke --out OUT",
     "compare_binaries": "HEAD",
     "train_demo": "--preset smoke --out OUT",
+    "vllm_check": "python --out OUT",
     "demo": "--json",
     "generate": "--model demo --prompt A",
     "chat": "--model demo",
     "train": "--model demo --data README.md --exit-layer 4 --out OUT",
     "generate_data": "--model demo --prompts README.md --out OUT.jsonl",
+    "draft_vocabulary": "--model demo --adapter ADAPTER --data README.md",
     "calibrate": "--model demo --adapter ADAPTER --prompts PROMPTS",
     "export": "--model demo --out OUT",
+    "eval": "--model demo --questions bench/domains.jsonl --out OUT",
+    "serve": "--model demo --adapter ADAPTER --port 0",
+    "experiments": "drafting --out OUT",
     "info": "--model demo --adapter ADAPTER",
 }
 """What must stand on the command line besides."""
@@ -70,7 +78,7 @@ TOOL_NAMES = [
     path.stem for path in TOOLS.glob("*.py") if re.search(r"(?s)\nimport typer\n.*\ndef main", path.read_text())
 ]
 COMMANDS = {name: import_module(name).main for name in TOOL_NAMES}
-COMMANDS |= {each.callback.__name__: each.callback for each in cli.app.registered_commands}
+COMMANDS |= {each.name or each.callback.__name__: each.callback for each in cli.app.registered_commands}
 NUMBERS = [(name, option) for name, function in COMMANDS.items() for option in numbers(function)]
 
 
@@ -117,6 +125,9 @@ REFUSALS = {
     "kernel_report --step dinner": "--step is dinner; it must be one of layer, top-1 head, ",
     "kernel_report --rows 4 --rows 17": "--rows is 17; it must be one of 1, 2, 3, ",
     "compare_binaries HEAD --model gpt": "no model is called gpt; there are ",
+    "experiments dinner --out {}": "there is no experiment 'dinner'; there are drafting, ",
+    "experiments adapters --out {}": "'adapters' takes several --adapter, any other experiment at most one.",
+    "experiments domains --out {} --model nowhere": "nowhere",
     "gpu_report": "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.",
     "gpu_report --only decode,tset": "there is no part called 'tset'; there are environment, tests, ",
     "gpu_report --only pair": "the part pair needs --pair DIR",
@@ -133,6 +144,7 @@ REFUSALS = {
     "train_demo --preset large": "large needs a CUDA GPU and there is none here; --preset smoke needs none.",
     "train_demo --preset smoke --out {}": "{} is a file or not empty; give a new folder with --out.",
     "train_demo --preset smoke --out {}/file": "{}/file is a file or not empty; give a new folder with --out.",
+    "vllm_check no/python --out {}": "no/python does not exist; give the Python of an environment that has vLLM.",
     "tune": "tuning needs a CUDA GPU and there is none here.",
 }
 """Command lines and what is said of them; {} is a folder with a file in it."""

@@ -33,7 +33,7 @@ ROOMS = (
     ("kangaroo",),
     ("integrations",),
     ("evaluation",),
-    ("training",),
+    ("training", "serving"),
     ("commands",),
 )
 """Modules and folders of model/. Each may import those of a line above its own, never of the same line."""
@@ -42,8 +42,13 @@ RANKS = {room: rank for rank, rooms in enumerate(ROOMS) for room in rooms}
 LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "gguf"}
 TERMINAL = {"typer", "rich", "pynvml"}
 FOR_THE_TERMINAL = {"commands", "evaluation", "training"}
-OPTIONAL = {"matplotlib"}
-"""What ``training`` uses where it is installed."""
+OPTIONAL = {
+    "evaluation": {"matplotlib"},
+    "training": {"matplotlib"},
+    "serving": {"fastapi", "starlette", "uvicorn", "prometheus_client"},
+}
+"""What a room uses where it is installed; FastAPI brings Starlette."""
+EXTRAS = set().union(*OPTIONAL.values())
 
 
 class Import(NamedTuple):
@@ -255,7 +260,7 @@ def test_no_module_of_the_model_imports_itself_by_a_detour() -> None:
 @pytest.mark.parametrize("path", modules(MODEL), ids=show)
 def test_model_uses_few_libraries(path: Path) -> None:
     allowed = LIBRARIES | {"kangaroo_kernels"} | (TERMINAL if room_of(path) in FOR_THE_TERMINAL else set())
-    allowed |= OPTIONAL if room_of(path) == "training" else set()
+    allowed |= OPTIONAL.get(room_of(path), set())
     assert {top(name) for name in names_in(path) if is_library(name)} <= allowed
 
 
@@ -354,8 +359,8 @@ def requirements(table: str) -> dict[str, set[SpecifierSet]]:
 def test_libraries_are_declared() -> None:
     """What model/ imports stands in ``pyproject.toml``."""
     names = {top(name) for path in modules(MODEL) + modules(KERNELS) for name in names_in(path) if is_library(name)}
-    assert requirements("plots").keys() >= OPTIONAL
-    known = {name.replace("-", "_") for name in requirements("dependencies")} | OPTIONAL
+    assert requirements("plots").keys() | requirements("serve").keys() >= EXTRAS - {"starlette"}
+    known = {name.replace("-", "_") for name in requirements("dependencies")} | EXTRAS
     assert names - {"kangaroo_kernels", "pynvml"} <= known  # nvidia-ml-py's own name for itself
 
 

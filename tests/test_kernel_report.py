@@ -20,8 +20,11 @@ from compiling import ROOT, printed_by
 from triton import knobs
 from typer.testing import CliRunner
 
+from kangaroo_kernels.cards import CARDS
+
 sys.path.insert(0, str(ROOT / "tools"))
-cards, sass = import_module("cards"), import_module("sass")
+occupancy, sass = import_module("occupancy"), import_module("sass")
+resident_programs, waves = occupancy.resident_programs, occupancy.waves
 report, compare = import_module("kernel_report"), import_module("compare_binaries")
 
 OLDER_TRITON = ROOT / ".venv" / "triton-3.6"
@@ -30,7 +33,8 @@ ARCHITECTURES = ("sm_80", "sm_90")
 PERSISTENT = "draft_loop_kernel"
 STREAMING = {"qkv_rope_kernel", "linear_residual_kernel", "gate_up_kernel", "top1_head_kernel", "sample_head_kernel"}
 
-DRAFTING = ("draft step", "sampling draft head", "draft loop", "sampling draft loop")
+SOME_ROWS = "sampling draft head, 8192 rows", "sampling draft loop, 8192 rows"
+DRAFTING = ("draft step", "sampling draft head", "draft loop", "sampling draft loop", *SOME_ROWS)
 RUNS = {
     "bfloat16": ("--variants", "--rows", "1", "--rows", "16"),
     "float16 and float32": ("--dtype", "float16", "--dtype", "float32"),
@@ -160,8 +164,8 @@ def of_step(rows: list[Row], step: str, model: str, architecture: str = "sm_90")
     return [row for row in places if (row["rows"], row["dtype"]) == (places[0]["rows"], places[0]["dtype"])]
 
 
-LAUNCHES = {"layer": 6, "layer, short text": 5, "top-1 head": 2, "sampling head": 2, "filtered head": 2, "accept": 1}
-LAUNCHES |= {"commit": 1, "draft step": 18, "draft step, short text": 15, "draft loop": 1}
+LAUNCHES = {"layer": 5, "layer, short text": 5, "top-1 head": 2, "sampling head": 2, "filtered head": 2, "accept": 1}
+LAUNCHES |= {"commit": 1, "draft step": 15, "draft step, short text": 15, "draft loop": 1}
 LAUNCHES["draft loop, adapter with an MLP"] = 1
 
 
@@ -209,7 +213,7 @@ def test_the_floor_is_bytes_over_bandwidth(rows: list[Row]) -> None:
 
 # ---- one binary for 1 to 16 rows
 
-A_PROGRAM_A_ROW = {"merge_tiles_kernel": 0, "filtered_sample_kernel": 0, "attention_reduce_kernel": 1}
+A_PROGRAM_A_ROW = {"merge_tiles_kernel": 0, "filtered_sample_kernel": 0}
 """The axis of the grid that counts rows."""
 
 
@@ -263,7 +267,7 @@ def sums_that_differ(stages: dict[str, set[str]], loop: dict[str, set[str]]) -> 
 @pytest.mark.parametrize("rows", ["bfloat16", "Triton 3.6, drafting"], indirect=True)
 @pytest.mark.parametrize(
     ("stages", "loop", "count"),
-    [("draft step", "draft loop", 17), ("sampling draft head", "sampling draft loop", 5)],
+    [("draft step", "draft loop", 17), ("sampling draft head", "sampling draft loop", 5), (*SOME_ROWS, 5)],
 )
 def test_the_drafting_loop_adds_as_its_stages_do(rows: list[Row], stages: str, loop: str, count: int) -> None:
     """All but the order of a sum is theirs by construction; that follows from how the compiler lays tiles out."""
@@ -439,7 +443,7 @@ def test_refuses_what_is_no_listing_of_a_kernel(text: str) -> None:
 # ---- filling a card
 
 
-A100, _, H200 = cards.CARDS
+A100, _, H200 = CARDS
 
 
 def launch_of(programs: int = 10**6, registers: int = 32, shared: int = 0, threads: int = 128) -> SimpleNamespace:
@@ -448,21 +452,21 @@ def launch_of(programs: int = 10**6, registers: int = 32, shared: int = 0, threa
 
 
 def test_resident_programs() -> None:
-    assert A100.resident_programs(launch_of()) == 16  # 2048 threads
-    assert A100.resident_programs(launch_of(threads=32)) == 32  # programs
-    assert A100.resident_programs(launch_of(registers=128)) == 4  # 65536 registers
-    assert A100.resident_programs(launch_of(registers=170)) == 2  # given out by eights
-    assert A100.resident_programs(launch_of(shared=40 << 10)) == 4  # 164 KB, one of each program's is the system's
-    assert H200.resident_programs(launch_of(shared=75 << 10)) == 3  # 228 KB
-    assert A100.resident_programs(launch_of(shared=200 << 10)) == 0
-    assert A100.resident_programs(launch_of(216)) == 2  # there are no more
-    assert H200.resident_programs(launch_of(96)) == 1
+    assert resident_programs(A100, launch_of()) == 16  # 2048 threads
+    assert resident_programs(A100, launch_of(threads=32)) == 32  # programs
+    assert resident_programs(A100, launch_of(registers=128)) == 4  # 65536 registers
+    assert resident_programs(A100, launch_of(registers=170)) == 2  # given out by eights
+    assert resident_programs(A100, launch_of(shared=40 << 10)) == 4  # 164 KB, one of each program's is the system's
+    assert resident_programs(H200, launch_of(shared=75 << 10)) == 3  # 228 KB
+    assert resident_programs(A100, launch_of(shared=200 << 10)) == 0
+    assert resident_programs(A100, launch_of(216)) == 2  # there are no more
+    assert resident_programs(H200, launch_of(96)) == 1
 
 
 def test_waves_and_bytes_under_way() -> None:
     """An H200 needs about 32 KB an SM."""
-    assert A100.waves(launch_of(324, registers=255)) == 1.5  # two at once
-    assert H200.waves(launch_of(66)) == H200.programs_under_way(launch_of(66)) == 0.5
+    assert waves(A100, launch_of(324, registers=255)) == 1.5  # two at once
+    assert waves(H200, launch_of(66)) == occupancy.programs_under_way(H200, launch_of(66)) == 0.5
     assert H200.bytes_needed == pytest.approx(32 << 10, rel=0.01)
 
 

@@ -210,7 +210,7 @@ def stage_bytes(kangaroo: Kangaroo, length: int) -> dict[str, int]:
     if isinstance(kangaroo.drafter, KangarooDrafter):
         adapter, exit_layer = kangaroo.drafter.adapter, kangaroo.drafter.first_layer
         found[SHALLOW] = sum(layers[:exit_layer])
-        found[STEP] = layer_bytes(adapter.layer, adapter.config.llama) + head
+        found[STEP] = layer_bytes(adapter.layer, adapter.config.llama) + adapter.head.nbytes
     return found | {PREFIX + "verify": sum(layers[exit_layer:]) + head}
 
 

@@ -16,15 +16,16 @@ from typing import Annotated, Any
 import torch
 import triton
 import typer
-from cards import ARCHITECTURES, cards_of
 from command import refuse
 from compiled import CompiledLaunch, compile_only, layouts_of_sums
+from occupancy import programs_under_way, resident_programs, waves
 from rich.console import Console
 from rich.progress import track
 from steps import META, STEPS, Call, Step
 from triton import knobs
 
 from kangaroo_kernels.attention import TILE_BYTES
+from kangaroo_kernels.cards import ARCHITECTURES, cards_of
 from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings
@@ -76,9 +77,9 @@ def row_of(step: Step, of: Call, launch: CompiledLaunch, launches: int, shape: M
         "tensor_cores": code.tensor_cores,  # the instruction that drives them, or None
         "loops": [loop._asdict() for loop in code.loops],  # those that stream; a persistent kernel has several
         "tile_bytes": tile or None,
-        "resident_programs": cards[0].resident_programs(launch),  # on the busiest SM
-        "waves": round(cards[0].waves(launch), 3),  # programs over what the card holds at once
-        "bytes_in_flight": round(depth * tile * cards[0].programs_under_way(launch)) if tile else None,  # an SM
+        "resident_programs": resident_programs(cards[0], launch),  # on the busiest SM
+        "waves": round(waves(cards[0], launch), 3),  # programs over what the card holds at once
+        "bytes_in_flight": round(depth * tile * programs_under_way(cards[0], launch)) if tile else None,  # an SM
         "bytes_needed": round(max(card.bytes_needed for card in cards)),  # an SM, to keep the memory busy
         "bytes_moved": moved,
         "floor_us": {card.name: round(1e6 * moved / card.bandwidth, 2) for card in cards} if moved else {},

@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from cards import cards_of
 from torch import Tensor
 from triton.runtime import driver
 
-from kangaroo_kernels.contract import AttentionBlock, DraftModel, Layer, Mlp
+from kangaroo_kernels.cards import cards_of
+from kangaroo_kernels.contract import AttentionBlock, DraftModel, DraftVocabulary, Layer, Mlp
 from kangaroo_kernels.draft_loop import DraftLoop
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.operation import EPS, OPERATIONS
@@ -104,9 +104,15 @@ def paged_layer(shape: ModelShape, settings: Settings) -> Calls:
 
 
 def head(
-    shape: ModelShape, settings: Settings, op: str = "sample_head", *, filtered: bool = False, drafting: bool = False
+    shape: ModelShape,
+    settings: Settings,
+    op: str = "sample_head",
+    *,
+    filtered: bool = False,
+    drafting: bool = False,
+    rows: int | None = None,
 ) -> Calls:
-    """A head, with top-k and top-p if ``filtered``.
+    """A head, with top-k and top-p if ``filtered``, of so many ``rows``, or of all.
 
     That of a drafting step is also given the flag, which it may lower, and where the next step begins.
     """
@@ -116,7 +122,21 @@ def head(
     if drafting:
         table = empty(shape.vocab_size, shape.hidden, dtype=settings.dtype)
         more |= {"threshold": empty(1), "embedding": table, "embedded": table[:1], **DRAFTING}
-    yield call(shape, settings, op, "head", **more)
+    whole = call(shape, settings, op, "head", **more)
+    if rows is None:
+        yield whole
+        return
+    x, norm, table, *numbers = whole.args
+    yield whole._replace(
+        args=(x, norm, table[:rows], *numbers),
+        kwargs=whole.kwargs | {"vocabulary": some_tokens(shape, rows)},
+        bytes_moved=rows * shape.hidden * settings.dtype.itemsize,
+    )
+
+
+def some_tokens(shape: ModelShape, rows: int) -> DraftVocabulary:
+    """The tokens of a head of so many rows."""
+    return DraftVocabulary(empty(rows, dtype=torch.int32), shape.vocab_size)
 
 
 def ending(shape: ModelShape, settings: Settings, op: str) -> Calls:
@@ -138,26 +158,34 @@ def draft_loop(
     layers: int = DRAFT_LAYERS,
     most: int = 6,
     sampled: bool = False,
+    rows: int | None = None,
     mlp: bool = False,
 ) -> Calls:
-    """The drafting loop of one launch, its bytes those of one draft; with ``mlp`` the adapter is a whole layer."""
+    """The drafting loop of one launch, its bytes those of one draft.
+
+    The head has so many ``rows``, or all; with ``mlp`` the adapter is a whole layer.
+    """
     qkv, attention, output, gate_up, down = whole = list(layer(shape, settings))
-    top = call(shape, settings, "top1_head", "head")
+    (top,) = head(shape, settings, "top1_head", rows=rows)
     _, norm, weight, phases, k_cache, v_cache, _ = qkv.args
     block = AttentionBlock(norm, weight, output.args[1], k_cache, v_cache, phases, EPS, attention.kwargs["scale"])
     each = Layer(block, Mlp(gate_up.args[1], gate_up.args[2], down.args[1]))
-    _, norm, table = top.args
-    model = DraftModel((each,) * layers, each if mlp else Layer(block, None), norm, table, EPS, table)
+    adapter = each if mlp else Layer(block, None)
+    _, norm, weight = top.args
+    table = empty(shape.vocab_size, shape.hidden, dtype=settings.dtype)
+    model = DraftModel((each,) * layers, adapter, norm, weight, EPS, table, top.kwargs.get("vocabulary"))
     architecture = driver.active.get_current_target().arch
-    config = launch_config("draft_loop", shape.vocab_size, shape.hidden, norm)
+    config = launch_config("draft_loop", len(weight), shape.hidden, norm)
     loop = DraftLoop(model, most, programs=config.programs_per_sm * cards_of(architecture)[0].sms)
     flags, positions = empty(most + 1, dtype=torch.int32), empty(most + 3, dtype=torch.int64)
-    rows = empty(most + 2, shape.hidden, dtype=settings.dtype)
+    states = empty(most + 2, shape.hidden, dtype=settings.dtype)
     numbers = {"threshold": empty(1), "seed": empty(1, dtype=torch.int64), "prepared": loop}
     numbers |= {"temperature": empty(1)} if sampled else {}
     moved = sum(each.bytes_moved or 0 for each in (*whole * layers, *whole[: LAYER if mlp else ATTENTION_BLOCK], top))
-    yield Call("draft_loop", "", (model, flags, positions, rows[:1], rows), numbers, moved)
+    yield Call("draft_loop", "", (model, flags, positions, states[:1], states), numbers, moved)
 
+
+SOME_ROWS = partial(head, drafting=True, rows=8192)
 
 STEPS = (
     Step("layer", layer),
@@ -176,4 +204,9 @@ STEPS = (
     Step("draft loop, 4 layers", partial(draft_loop, layers=4, most=15), drafting=True, variant=True),
     Step("draft loop, adapter with an MLP", partial(draft_loop, mlp=True), drafting=True, variant=True),
     Step("sampling draft loop", partial(draft_loop, sampled=True), drafting=True, variant=True),
+    Step("draft head, 8192 rows", partial(SOME_ROWS, op="top1_head"), drafting=True, variant=True),
+    Step("sampling draft head, 8192 rows", SOME_ROWS, drafting=True, variant=True),
+    Step("filtered draft head, 8192 rows", partial(SOME_ROWS, filtered=True), drafting=True, variant=True),
+    Step("draft loop, 8192 rows", partial(draft_loop, rows=8192), drafting=True, variant=True),
+    Step("sampling draft loop, 8192 rows", partial(draft_loop, sampled=True, rows=8192), drafting=True, variant=True),
 )

@@ -92,7 +92,8 @@ def find_candidates(case: Case, card: Card) -> list[LaunchConfig]:
         doublings = abs(candidate.block_n.bit_length() - default.block_n.bit_length())
         return candidate.num_warps != default.num_warps, doublings + abs(candidate.num_stages - default.num_stages)
 
-    every = (LaunchConfig(*values) for values in product(WARPS, STAGES, BLOCKS if default.block_n else (0,)))
+    sizes = product(WARPS, STAGES, BLOCKS if default.block_n else (0,), {0, default.registers})
+    every = (LaunchConfig(*values, registers=registers) for *values, registers in sizes)
     return [default, *sorted((each for each in every if each != default), key=unlike)]
 
 

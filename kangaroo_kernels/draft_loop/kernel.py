@@ -1,13 +1,13 @@
 """``draft_loop`` in Triton: shallow layers, adapter and head, token after token, in one persistent launch.
 
-Every program stays resident and takes its share of the tiles of one stage after the other. A layer has six stages:
-``qkv_rope``, ``attention``, its merge, the output projection, ``gate_up`` and the down projection. An adapter of
-attention alone has the first four of them; the head and its merge follow. Between two stages lies a barrier across the
-grid (``shared/grid.py``); before a program waits there, it prefetches what it will first read of the next weight. The
-device itself ends the loop, by the threshold. Each stage is the same function that the operation's own kernel (its
-"stage kernel") runs, with the same tiles, so the results are the same to the bit.
+Every program stays resident and takes its share of the tiles of one stage after the other. A layer has five stages:
+``qkv_rope``, ``attention``, the output projection, ``gate_up`` and the down projection. An adapter of attention alone
+has the first three of them; the head and its merge follow. Between two stages lies a barrier across the grid
+(``shared/grid.py``); before a program waits there, it prefetches what it will first read of the next weight. The device
+itself ends the loop, by the threshold. Each stage is the same function that the operation's own kernel (its "stage
+kernel") runs, with the same tiles, so the results are the same to the bit.
 
-Bytes moved: for each draft, those of all stages. Barriers for each draft: 6 per layer, 4 or 6 for the adapter, 2 for
+Bytes moved: for each draft, those of all stages. Barriers for each draft: 5 per layer, 3 or 5 for the adapter, 2 for
 the head.
 """
 
@@ -26,7 +26,6 @@ from kangaroo_kernels.draft_loop.stages import (
     GATE_UP_AT,
     GATE_UP_BIAS_AT,
     HEAD,
-    MERGE,
     MLP_NORM_AT,
     OUTPUT,
     OUTPUT_AT,
@@ -39,7 +38,6 @@ from kangaroo_kernels.draft_loop.stages import (
     Turn,
     Widths,
     attend_stage,
-    merge_stage,
     prefetch_next,
     qkv_stage,
     tensor_at,
@@ -68,6 +66,7 @@ __all__ = ["DraftLoop", "draft_loop", "draft_loop_kernel", "prepare_draft_loop"]
         "seed_ptr",
         "temperature_ptr",
         "threshold_ptr",
+        "tokens_ptr",
     ],
 )
 def draft_loop_kernel(
@@ -78,7 +77,8 @@ def draft_loop_kernel(
     head_norm_ptr,  # [K]
     head_ptr,  # [V, K]
     head_bias_ptr,  # [V] or None
-    embedding_ptr,  # [V, K]
+    tokens_ptr,  # [V] int32, the tokens of the head's rows, or None
+    embedding_ptr,  # [all tokens, K]
     flags_ptr,  # [R + 1] int32
     positions_ptr,  # [1] int64
     newest_ptr,  # [1, K]
@@ -88,6 +88,7 @@ def draft_loop_kernel(
     q_ptr,  # [2, H, D]
     sums_ptr,  # [splits, 2, H, D] float32
     stats_ptr,  # [splits, 2, H, 2] float32
+    arrivals_ptr,  # [H_kv] int32
     mixed_ptr,  # [2, H * D]
     hidden_ptr,  # [K]
     inner_ptr,  # [max(I, ADAPTER_I)]
@@ -199,19 +200,13 @@ def draft_loop_kernel(
                     row_stride = tl.where(adapting, adapter_row_stride, cache_row_stride)
                     strides = Strides(head_stride, row_stride)
                     block_scale = tl.where(adapting, adapter_scale, scale)
-                    parts = Parts(sums_ptr, stats_ptr, None, 0)
+                    queries = tl.where(adapting, ADAPTER_GROUP * ADAPTER_HEAD_DIM, GROUP * HEAD_DIM) * kv_heads
+                    parts = Parts(sums_ptr, stats_ptr, arrivals_ptr, mixed_ptr, queries)
                     if adapting & OTHER_HEADS:
                         if OTHER_HEADS:
                             attend_stage(now, q_ptr, strides, block_scale, parts, ADAPTER_HEADS)
                     else:
                         attend_stage(now, q_ptr, strides, block_scale, parts, HEADS)
-                elif stage == MERGE:
-                    if adapting & OTHER_HEADS:
-                        if OTHER_HEADS:
-                            H = ADAPTER_GROUP * kv_heads
-                            merge_stage(now, sums_ptr, stats_ptr, mixed_ptr, H, ADAPTER_HEAD_DIM, ADAPTER_BLOCK_D)
-                    else:
-                        merge_stage(now, sums_ptr, stats_ptr, mixed_ptr, GROUP * kv_heads, HEAD_DIM, BLOCK_D)
                 elif (stage == OUTPUT) | (stage == DOWN):
                     is_down = stage == DOWN
                     exit_row_ptr = exit_hidden_ptr + (drafted + 2 - M) * K
@@ -258,7 +253,7 @@ def draft_loop_kernel(
                             top1_tile(tile, x, norm, w, left, HEAD_N)
                         else:
                             drafted_at = (before + 2 + drafted).to(tl.int64)
-                            noise = Noise(tl.load(seed_ptr), stream, drafted_at, tl.load(temperature_ptr))
+                            noise = Noise(tl.load(seed_ptr), stream, drafted_at, tl.load(temperature_ptr), tokens_ptr)
                             sample_tile(tile, noise, x, norm, w, None, left, HEAD_N)
                 else:
                     for row in tl.range(program, 1, programs, disable_licm=True):
@@ -272,6 +267,7 @@ def draft_loop_kernel(
                                 threshold_ptr,
                                 Matrix(embedding_ptr, None, K, K),
                                 Matrix(newest_ptr, None, K, K),
+                                tokens_ptr,
                             ),
                         )
 
@@ -285,7 +281,7 @@ def draft_loop_kernel(
                     arrive(state_ptr)
                     arrivals += programs
                     if PREFETCHED:
-                        if (stage != ATTEND) & (stage != MERGE) & (stage != CHOOSE):
+                        if (stage != ATTEND) & (stage != CHOOSE):
                             queries = tl.where(adapting, ADAPTER_GROUP * ADAPTER_HEAD_DIM, GROUP * HEAD_DIM) * kv_heads
                             next_rows = tl.where(block == LAYERS - 1, adapter_qkv_rows, qkv_rows)
                             sizes = Sizes(queries, next_rows, V, K, inner)
@@ -332,7 +328,7 @@ def draft_loop(
     most = len(flags) - 1
     loop = DraftLoop(model, most) if prepared is None else prepared
     out = loop.check(model, flags, positions, newest, exit_hidden, out)
-    vocab_size, K = model.embedding.shape
+    vocab_size, K = loop.head[0].shape
     if temperature is not None:
         check_sampling("draft_loop", temperature, top_k, top_p, seed, newest.device)
         refuse_filters(top_k, top_p, vocab_size)
@@ -347,6 +343,7 @@ def draft_loop(
         adapter.phases,
         model.norm,
         *loop.head,
+        loop.tokens,
         model.embedding,
         flags,
         positions,
@@ -357,6 +354,7 @@ def draft_loop(
         loop.q,
         loop.sums,
         loop.stats,
+        loop.arrivals,
         loop.mixed,
         loop.hidden,
         loop.inner,

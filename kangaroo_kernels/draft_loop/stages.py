@@ -8,24 +8,23 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from kangaroo_kernels.attention import attention_merge, attention_split
+from kangaroo_kernels.attention import attention_tile
 from kangaroo_kernels.qkv_rope import qkv_rope_tile
 from kangaroo_kernels.shared.grid import prefetch
 from kangaroo_kernels.shared.launch import VECTOR_BYTES
-from kangaroo_kernels.shared.operands import Cache, Caches, Linear, Matrix, Norm, Parts, Queries, Work
+from kangaroo_kernels.shared.operands import Cache, Caches, Linear, Matrix, Norm, Queries, Work
 from kangaroo_kernels.shared.splits import count_splits_of, first_position
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES, elements
 
 # The stages, in the order of a layer and then of the head; an adapter of attention alone leaves out the MLP's two.
 QKV = tl.constexpr(0)
 ATTEND = tl.constexpr(1)
-MERGE = tl.constexpr(2)
-OUTPUT = tl.constexpr(3)
-GATE_UP = tl.constexpr(4)
-DOWN = tl.constexpr(5)
-HEAD = tl.constexpr(6)
-CHOOSE = tl.constexpr(7)
-TURNS = tl.constexpr(6)
+OUTPUT = tl.constexpr(2)
+GATE_UP = tl.constexpr(3)
+DOWN = tl.constexpr(4)
+HEAD = tl.constexpr(5)
+CHOOSE = tl.constexpr(6)
+TURNS = tl.constexpr(5)
 """Stages of a layer."""
 
 # Where a block's tensors lie: words of its row of the table.
@@ -157,7 +156,7 @@ def qkv_stage(turn, x_ptr, K, strides, eps, phases_ptr, q_ptr, heads, HAS_BIAS: 
 
 @triton.jit
 def attend_stage(turn, q_ptr, strides, scale, parts, heads):
-    """A program's splits of a block's ``attention``: those that the text has, the long ones first."""
+    """A program's splits of a block's ``attention``: those that the text has, the long ones first, and their merge."""
     H_KV = turn.kv_heads
     splits = count_splits_of(tl.minimum(turn.position + turn.M, turn.room))
     for item in tl.range(turn.program, splits * H_KV, turn.programs, disable_licm=True):
@@ -165,9 +164,10 @@ def attend_stage(turn, q_ptr, strides, scale, parts, heads):
         work = Work(split, item % H_KV, 0, first_position(split))
         keys = Cache(tensor_at(turn.base_ptr, turn.row_ptr, KEYS_AT), 0, strides.head, strides.row)
         values = Cache(tensor_at(turn.base_ptr, turn.row_ptr, VALUES_AT), 0, strides.head, strides.row)
-        attention_split(
+        attention_tile(
             work,
             turn.position,
+            splits,
             Queries(q_ptr, turn.M, heads.GROUP * H_KV, heads.GROUP * H_KV * heads.DIM, heads.DIM),
             scale,
             Caches(keys, values, None, H_KV, turn.room, 0),
@@ -178,22 +178,13 @@ def attend_stage(turn, q_ptr, strides, scale, parts, heads):
 
 
 @triton.jit
-def merge_stage(turn, sums_ptr, stats_ptr, mixed_ptr, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A program's share of the heads, whose splits it merges."""
-    splits = count_splits_of(tl.minimum(turn.position + turn.M, turn.room))
-    for item in tl.range(turn.program, turn.M * H, turn.programs, disable_licm=True):
-        parts = Parts(sums_ptr, stats_ptr, mixed_ptr, H * HEAD_DIM)
-        attention_merge(item // H, item % H, turn.position, turn.M, H, splits, parts, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
 def prefetch_next(
     turn, stage, table_ptr, head_ptr, sizes, widths: tl.constexpr, STEPS: tl.constexpr, ADAPTER_END: tl.constexpr
 ):
     """Prefetch into the L2 the first ``STEPS`` steps along K of this program's first tile of the next weight.
 
-    Those of the output projection are fetched right after QKV, since attention and its merge read no weight. The head's
-    follow the adapter's last stage, ``ADAPTER_END``.
+    Those of the output projection are fetched right after QKV, since attention reads no weight. The head's follow the
+    adapter's last stage, ``ADAPTER_END``.
     """
     QKV_N: tl.constexpr = widths.QKV
     LINEAR_N: tl.constexpr = widths.LINEAR

@@ -28,7 +28,7 @@ from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.qkv_rope import phases_of
 from kangaroo_kernels.shared.cache_layout import cache_layout
 from kangaroo_kernels.shared.grid import ERROR, STATE_WORDS
-from kangaroo_kernels.shared.head import TileResults
+from kangaroo_kernels.shared.head import TileResults, check_vocabulary
 from kangaroo_kernels.shared.launch import UNFUSED, VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
 from kangaroo_kernels.shared.splits import count_splits
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES
@@ -187,6 +187,7 @@ class DraftLoop:
         programs: how many programs a barrier waits for; only tests make it differ from ``grid``.
         error: ``[1]`` int32 on the device: 0, or 1 + the stage after which a program never came to the barrier. The
             results of that launch are worthless, and later launches do nothing until ``reset``.
+        state: the barrier's words and, behind them, the counters of attention: what ``reset`` puts back.
     """
 
     def __init__(self, model: DraftModel, most: int, programs: int | None = None, polls: int = POLLS) -> None:
@@ -198,7 +199,7 @@ class DraftLoop:
                 f"{MAX_ROWS - 1} drafts."
             )
         self.model, self.most, self.polls = model, most, polls
-        vocab_size, K = model.embedding.shape
+        K = x.shape[1]
         self.shape, self.adapter_shape = shape_of(model.layers[0].attention, x), shape_of(model.adapter.attention, x)
         inner, adapter_inner = self.inner_sizes = inner_size(model.layers[0]), inner_size(model.adapter)
         shapes = self.shape, self.adapter_shape
@@ -208,7 +209,9 @@ class DraftLoop:
                 f"the weights are {x.dtype}, the heads {widest} wide; on a GPU this kernel takes float16 or bfloat16 "
                 f"with heads of at most {WIDEST_HEAD}. Draft step by step instead."
             )
+        vocab_size = len(model.embedding if model.vocabulary is None else model.vocabulary.tokens)
         self.head = matrix_of("the head", x, model.norm, model.head, (vocab_size, K))
+        self.tokens = check_vocabulary("draft_loop", self.head[0], model.vocabulary, model.embedding)
         self._fill_table(x)
 
         self.config = launch_config("draft_loop", vocab_size, K, x)
@@ -238,8 +241,9 @@ class DraftLoop:
             block_n = launch_config(op, vocab_size, K, x).block_n
             results = TileResults(1, triton.cdiv(vocab_size, block_n), x.device, sampled=op == "sample_head")
             self.heads.append((block_n, results))
-        self.state = torch.zeros(STATE_WORDS, dtype=torch.int32, device=x.device)
-        self.error = self.state[ERROR.value : ERROR.value + 1]
+        kv_heads = max(each.kv_heads for each in shapes)
+        self.state = torch.zeros(STATE_WORDS + kv_heads, dtype=torch.int32, device=x.device)
+        self.error, self.arrivals = self.state[ERROR.value : ERROR.value + 1], self.state[STATE_WORDS:]
 
     def _fill_table(self, x: Tensor) -> None:
         """Set ``base``, ``table`` and ``biased``: where the tensors of each block lie, the adapter's last."""

@@ -41,6 +41,7 @@ def attention(
     max_length: int | None = None,
     block_table: Tensor | None = None,
     active: Tensor | None = None,
+    arrivals: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attend from M rows at ``position, position + 1, ...``, each to the cache up to its own position.
@@ -56,6 +57,8 @@ def attention(
         max_length: bound of ``position + M``, for the kernel's grid; None means the caches' capacity.
         block_table: ``[T / block_size]`` int32, the blocks of a paged cache in the order of positions.
         active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
+        arrivals: ``[>= H]`` int32, all 0, which the kernel counts in and leaves 0. Launches that may run at the same
+            time must not share them: they belong to one text. None makes new ones, at the price of another launch.
         out: ``[M, H * D]``, made if None.
 
     Returns:

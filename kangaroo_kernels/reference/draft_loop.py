@@ -85,6 +85,7 @@ def draft_loop(
         hidden = run_layer(model.adapter, rows, position - lag)[-1:]
         settings: dict[str, Any] = {
             "eps": model.eps,
+            "vocabulary": model.vocabulary,
             "threshold": threshold,
             "sure": flags[drafted + 1 : drafted + 2],
             "embedding": model.embedding,

@@ -23,6 +23,12 @@ def interleave_rope(rows: Tensor, head_dim: int) -> Tensor:
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
+def separate_rope(rows: Tensor, head_dim: int) -> Tensor:
+    """``interleave_rope`` undone: rows ``[H * D, ...]`` from adjacent pairs to half-split."""
+    heads = rows.view(-1, head_dim // 2, 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
 def rope_table(inv_freq: Tensor, length: int, scaling: float = 1.0) -> Tensor:
     """``exp(i * position * inv_freq) * scaling`` for positions ``[0, length)``: ``[length, 1, D / 2]`` complex64."""
     angles = torch.arange(length, device=inv_freq.device, dtype=torch.float32)[:, None, None] * inv_freq

@@ -7,10 +7,10 @@ Bytes moved: the head, ``V * K`` elements, once.
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import TARGET_STREAM, Top1
+from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Top1
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.reference.noise import gumbel_rows
-from kangaroo_kernels.reference.top1_head import confidence_of, finish_step, lm_head
+from kangaroo_kernels.reference.top1_head import confidence_of, finish_step, lm_head, token_of
 from kangaroo_kernels.shared.checks import SEEDS, check_count, check_sampling
 
 
@@ -46,6 +46,7 @@ def sample_head(
     stream: int = TARGET_STREAM,
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
+    vocabulary: DraftVocabulary | None = None,
     threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
@@ -58,7 +59,7 @@ def sample_head(
     Args:
         x: ``[M, K]`` hidden states before the final norm.
         norm_weight: ``[K]``, same dtype.
-        weight: ``[V, K]``.
+        weight: ``[V, K]``, or ``[R, K]`` with a vocabulary of R tokens.
         position: of the first row's new token; a tensor ``[1]`` int64 for a kernel that must not ask the host.
         eps: of the norm.
         temperature: above 0, finite.
@@ -68,6 +69,8 @@ def sample_head(
         top_p: keep this share of the probability, above 0; None keeps all.
             Temperature, top-k and top-p may also be ``[1]`` float32, int64 and float32 on the device; a captured graph
             then serves all values.
+        vocabulary: as for ``top1_head``. A token has the noise that it has in the whole vocabulary; top-k and top-p
+            choose among the weight's rows.
         threshold, active, sure, embedding, embedded, out: as for ``top1_head``.
 
     Raises:
@@ -79,7 +82,11 @@ def sample_head(
     if active is not None and not active:
         return Top1.empty(len(x), x.device) if out is None else out
     logits = lm_head(x, norm_weight, weight, eps=eps)
-    noise = gumbel_rows(int(seed) % SEEDS, stream, int(position), logits.shape[0], logits.shape[1], logits.device)
-    token = filter_logits(logits, temperature, top_k, top_p).add_(noise).argmax(dim=-1)
+    size = logits.shape[1] if vocabulary is None else vocabulary.size
+    noise = gumbel_rows(int(seed) % SEEDS, stream, int(position), logits.shape[0], size, logits.device)
+    if vocabulary is not None:
+        noise = noise.index_select(1, vocabulary.tokens)
+    row = filter_logits(logits, temperature, top_k, top_p).add_(noise).argmax(dim=-1)
     verdict = active if sure is None else sure
-    return finish_step(Top1(token, confidence_of(logits)), threshold, verdict, embedding, embedded, out)
+    found = Top1(token_of(row, vocabulary), confidence_of(logits))
+    return finish_step(found, threshold, verdict, embedding, embedded, out)

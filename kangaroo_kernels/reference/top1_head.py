@@ -6,7 +6,7 @@ Ties go to the lowest index, as with ``torch.argmax``. Bytes moved: the head, ``
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import Top1
+from kangaroo_kernels.contract import DraftVocabulary, Top1
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.reference.rms_norm import norm_linear
 
@@ -19,6 +19,11 @@ def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Te
 def confidence_of(logits: Tensor) -> Tensor:
     """The top-1 softmax probability of each row: ``[M, V]`` to ``[M]`` float32."""
     return torch.softmax(logits, dim=-1).amax(dim=-1)
+
+
+def token_of(row: Tensor, vocabulary: DraftVocabulary | None) -> Tensor:
+    """The token of each of the head's rows ``[M]`` int64: the row's own number, unless a vocabulary names another."""
+    return row if vocabulary is None else vocabulary.tokens_of(row)
 
 
 def finish_step(
@@ -45,6 +50,7 @@ def top1_head(
     weight: Weight,
     *,
     eps: float,
+    vocabulary: DraftVocabulary | None = None,
     threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
@@ -57,8 +63,9 @@ def top1_head(
     Args:
         x: ``[M, K]`` hidden states before the final norm.
         norm_weight: ``[K]``, same dtype.
-        weight: ``[V, K]``.
+        weight: ``[V, K]``, or ``[R, K]`` with a vocabulary of R tokens.
         eps: of the norm.
+        vocabulary: the tokens of the weight's rows, where these are not all; the confidence is that among them.
         threshold: for a drafting step, M = 1: ``sure`` says whether the confidence reaches it; a number, or ``[1]``
             float32 for captured work that serves every threshold.
         active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
@@ -70,5 +77,5 @@ def top1_head(
     if active is not None and not active:
         return Top1.empty(len(x), x.device) if out is None else out
     logits = lm_head(x, norm_weight, weight, eps=eps)
-    found = Top1(logits.argmax(dim=-1), confidence_of(logits))
+    found = Top1(token_of(logits.argmax(dim=-1), vocabulary), confidence_of(logits))
     return finish_step(found, threshold, active if sure is None else sure, embedding, embedded, out)

@@ -1,4 +1,6 @@
-"""A barrier across the grid of a persistent kernel, whose programs are all resident at once (a cooperative launch).
+"""How programs of one launch meet: a barrier, and a counter that tells the last one to arrive.
+
+The barrier is for a persistent kernel, whose programs are all resident at once (a cooperative launch).
 
 In every round each program adds one to a counter on the device. It does so when everything that its threads wrote is
 visible (a barrier within the program, then a release), and goes on when the counter shows that all programs have done
@@ -57,6 +59,19 @@ def leave(state_ptr, programs):
     if tl.atomic_add(state_ptr + LEFT, 1) == programs - 1:
         tl.store(state_ptr + COUNTER, 0)
         tl.store(state_ptr + LEFT, 0)
+
+
+@triton.jit
+def is_last(counter_ptr, programs):
+    """Arrive at a counter; whether all others have: then this program sees what they wrote, and the counter is 0 again.
+
+    Nobody waits, so the programs need not be resident at once.
+    """
+    tl.debug_barrier()  # every thread has written before the release below, which only one thread does
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
 
 
 @triton.jit

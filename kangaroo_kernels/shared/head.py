@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.contract import Top1
+from kangaroo_kernels.contract import DraftVocabulary, Top1
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.launch import device_number, launch_options
 from kangaroo_kernels.shared.operands import Found, Matrix, TileParts
@@ -52,7 +52,12 @@ def confidence_from(total):
 
 @triton.jit
 def finish_row(row, token, confidence, found):
-    """Write what a head found, and whether it is sure; fetch the token's embedding for the next step."""
+    """Write what a head found, and whether it is sure; fetch the token's embedding for the next step.
+
+    ``token`` is the number of the head's row that won; the best row with the lowest number has the lowest token.
+    """
+    if found.tokens_ptr is not None:
+        token = tl.load(found.tokens_ptr + token)
     tl.store(found.token_ptr + row, token.to(tl.int64))
     tl.store(found.confidence_ptr + row, confidence)
     if found.threshold_ptr is not None:
@@ -91,7 +96,16 @@ def merge_row(row, parts, found):
     finish_row(row, token, confidence_from(total), found)
 
 
-@triton.jit(do_not_specialize_on_alignment=["token_ptr", "confidence_ptr", "active_ptr", "sure_ptr", "threshold_ptr"])
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "token_ptr",
+        "confidence_ptr",
+        "active_ptr",
+        "sure_ptr",
+        "threshold_ptr",
+        "tokens_ptr",
+    ]
+)
 def merge_tiles_kernel(
     score_ptr,  # [M, tiles] float32, each tile's best score
     index_ptr,  # [M, tiles] int32, its lowest index
@@ -104,6 +118,7 @@ def merge_tiles_kernel(
     threshold_ptr,  # [1] float32 or None
     embedding_ptr,  # [V, K] or None
     embedded_ptr,  # [M, K] or None
+    tokens_ptr,  # [V] int32 or None
     TILES,
     embedding_row_stride,
     embedded_row_stride,
@@ -119,7 +134,7 @@ def merge_tiles_kernel(
     merge_row(
         tl.program_id(0),
         TileParts(score_ptr, index_ptr, largest_ptr, sum_ptr, TILES),
-        Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded),
+        Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded, tokens_ptr),
     )
 
 
@@ -173,6 +188,25 @@ def check_head(
     return out
 
 
+def check_vocabulary(
+    op: str, matrix: Tensor, vocabulary: DraftVocabulary | None, embedding: Tensor | None
+) -> Tensor | None:
+    """The tokens of a head's rows, or None for all; raises where they do not fit the head ``[R, K]``."""
+    if vocabulary is None:
+        return None
+    tokens, rows = vocabulary.tokens, matrix.shape[0]
+    if tokens.shape != (rows,) or (tokens.dtype, tokens.device) != (torch.int32, matrix.device):
+        raise ValueError(
+            f"{op}: the vocabulary's tokens are {list(tokens.shape)} {tokens.dtype} on {tokens.device}; they must be "
+            f"[{rows}] torch.int32 on {matrix.device}, one for each row of the weight."
+        )
+    if embedding is not None and embedding.shape[0] < vocabulary.size:
+        raise ValueError(
+            f"{op}: embedding has {embedding.shape[0]} rows; it must have one for each of {vocabulary.size} tokens."
+        )
+    return tokens.contiguous()
+
+
 def merge_tiles(
     tiles: TileResults,
     out: Top1,
@@ -181,6 +215,7 @@ def merge_tiles(
     embedding: Tensor | None,
     embedded: Tensor | None,
     sure: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> Top1:
     """Launch the merge."""
     sure = active if sure is None else sure
@@ -196,6 +231,7 @@ def merge_tiles(
         None if threshold is None else device_number(threshold, out.token.device),
         embedding,
         embedded,
+        tokens,
         tiles.tiles,
         0 if embedding is None else embedding.stride(0),
         0 if embedded is None else embedded.stride(0),

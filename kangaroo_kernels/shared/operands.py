@@ -145,19 +145,22 @@ class Work(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What the splits of attention leave, and where the result goes.
+    """What the splits of attention leave, who has arrived, and where the result goes.
 
     Attributes:
         sums_ptr: unnormalised sums, ``[splits, M, H, D]`` float32; None where there is only one split, whose program
             then writes the result itself.
         stats_ptr: ``[splits, M, H, 2]`` float32: maximum of base-2 scores, denominator; None where ``sums_ptr`` is.
-        out_ptr: the result, ``[M, H * D]`` of the model's dtype; None where a later stage merges.
+        arrivals_ptr: ``[blocks, H_kv]`` int32, the splits of a block of packed rows that are done; 0 again when all
+            are. None where ``sums_ptr`` is.
+        out_ptr: the result, ``[M, H * D]`` of the model's dtype.
         out_row_stride: from row to row.
     """
 
     sums_ptr: tl.tensor | None
     stats_ptr: tl.tensor | None
-    out_ptr: tl.tensor | None
+    arrivals_ptr: tl.tensor | None
+    out_ptr: tl.tensor
     out_row_stride: tl.tensor
 
 
@@ -189,6 +192,7 @@ class Found(NamedTuple):
         threshold_ptr: ``[1]`` float32, or None.
         embedding: ``[V, K]``; its pointer is None where no further step needs an embedding.
         embedded: ``[M, K]``, where the tokens' embeddings go; its pointer is None where that of ``embedding`` is.
+        tokens_ptr: ``[V]`` int32, the token of each of the head's rows; None where a row's number is its token.
     """
 
     token_ptr: tl.tensor
@@ -197,6 +201,7 @@ class Found(NamedTuple):
     threshold_ptr: tl.tensor | None
     embedding: Matrix
     embedded: Matrix
+    tokens_ptr: tl.tensor | None
 
 
 class Noise(NamedTuple):
@@ -207,9 +212,11 @@ class Noise(NamedTuple):
         stream: int32.
         position: int64, of the first row's new token.
         temperature: float32.
+        tokens_ptr: ``[V]`` int32, the token of each of the head's rows; None where a row's number is its token.
     """
 
     seed: tl.tensor
     stream: tl.tensor
     position: tl.tensor
     temperature: tl.tensor
+    tokens_ptr: tl.tensor | None

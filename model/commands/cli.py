@@ -14,7 +14,20 @@ import typer
 from kangaroo_kernels import __version__
 
 from ..errors import KangarooError
-from . import calibrate, chat, demo, export, generate, generate_data, info, train
+from . import (
+    calibrate,
+    chat,
+    demo,
+    draft_vocabulary,
+    evaluate,
+    export,
+    generate,
+    generate_data,
+    info,
+    plan,
+    serve,
+    train,
+)
 from .options import USER_ERROR, examples
 
 app = typer.Typer(
@@ -70,8 +83,12 @@ def common(
 app.command(epilog=demo.EXAMPLES)(demo.demo)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=chat.EXAMPLES)(chat.chat)
+app.command(epilog=serve.EXAMPLES)(serve.serve)
 app.command(cls=train.FileLists, epilog=generate_data.EXAMPLES)(generate_data.generate_data)
 app.command(cls=train.FileLists, epilog=train.EXAMPLES)(train.train)
+app.command(cls=train.FileLists, epilog=draft_vocabulary.EXAMPLES)(draft_vocabulary.draft_vocabulary)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
+app.command(name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=info.EXAMPLES)(info.info)

@@ -21,7 +21,6 @@ from .options import (
 )
 
 EXAMPLES = examples("demo", "demo --temperature 0.8 --seed 1", "demo --model demo --json > demo.json")
-WARM_UP_STEPS = 8
 BUSY_NOTE = "Other work kept the processor busy meanwhile, so the speeds say little; run it again on an idle machine."
 
 
@@ -45,7 +44,7 @@ def demo(
     if model not in (None, SMOLLM2, DEMO_MODEL):
         raise KangarooError(f"the demo's model is {model!r}; it must be {SMOLLM2!r} or {DEMO_MODEL!r}.")
     from ..evaluation.compare import report
-    from ..evaluation.race import Race
+    from ..evaluation.race import Race, warm_up
     from ..kangaroo import Kangaroo
     from ..request import Settings
     from .show import show_comparisons, show_legend
@@ -74,7 +73,7 @@ def demo(
         for name, text in texts.items():
             messages = [{"role": "user", "content": text}] if model == SMOLLM2 else None
             races[name] = Race(kangaroo, settings, None if messages else text, messages=messages)
-        Race(kangaroo, settings, [0]).finish(steps=WARM_UP_STEPS)
+        warm_up(kangaroo)
     comparisons, finish_reason, disturbed = [], "complete", False
     try:
         if not as_json:

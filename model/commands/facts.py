@@ -11,7 +11,7 @@ import torch
 from kangaroo_kernels import __version__
 from kangaroo_kernels.packed_weight import Layout
 
-from ..drafters.adapter import load_adapter_config
+from ..drafters.adapter import AdapterConfig, load_adapter_config
 from ..errors import KangarooError
 from ..load import kept_dtype, open_model, resolve_device, resolve_dtype
 from ..named import find_pair
@@ -96,9 +96,11 @@ class Footprint:
         exit_layer: how many of ``layers`` run before the adapter; None without one, as is every field about drafting.
         adapter_parameters: of the adapter alone; it shares the target's head.
         plain_step_bytes: all layers and the head.
-        draft_step_bytes: the first ``exit_layer`` layers, adapter and head.
+        draft_vocab_size: how many tokens the adapter may draft, and rows its head has; None where it has all.
+        draft_step_bytes: the first ``exit_layer`` layers, adapter and its head.
         verify_pass_bytes: the other layers and the head, whatever the number of drafts.
         kv_bytes_per_token: keys and values of all layers, the adapter's included.
+        drafting: how long drafts are unless a caller says otherwise.
     """
 
     layers: int
@@ -116,8 +118,10 @@ class Footprint:
     kv_bytes_per_token: int
     exit_layer: int | None = None
     adapter_parameters: int | None = None
+    draft_vocab_size: int | None = None
     draft_step_bytes: int | None = None
     verify_pass_bytes: int | None = None
+    drafting: str | None = None
 
 
 def footprint(
@@ -144,17 +148,21 @@ def footprint(
     head = norm + embedding
     layers = config.num_hidden_layers * layer
     kv_bytes = config.num_hidden_layers * _kv_values(config) * kv_size
-    drafter = {}
+    drafter: dict[str, int | None] = {}
     if adapter is not None:
         trained = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
         shallow = trained.exit_layer * layer
         own = trained.llama.attention_parameters + trained.llama.mlp_parameters + norm
         kv_bytes += _kv_values(trained.llama) * kv_size
+        drafted = None if trained.vocabulary is None else len(trained.vocabulary.tokens)
+        rows = (drafted or config.vocab_size) * config.hidden_size
         drafter = {
             "exit_layer": trained.exit_layer,
             "adapter_parameters": own,
-            "draft_step_bytes": (shallow + own + embedding) * size,
+            "draft_vocab_size": drafted,
+            "draft_step_bytes": (shallow + own + rows) * size,
             "verify_pass_bytes": (layers - shallow + head) * size,
+            "drafting": _drafting(trained),
         }
     return Footprint(
         layers=config.num_hidden_layers,
@@ -172,6 +180,11 @@ def footprint(
         kv_bytes_per_token=kv_bytes,
         **drafter,
     )
+
+
+def _drafting(adapter: AdapterConfig) -> str:
+    limits = f"up to {adapter.num_speculative_tokens} drafts, threshold {adapter.draft_confidence_threshold:g}"
+    return f"auto where the host leads the loop (a CPU), else {limits}" if adapter.calibrated else limits
 
 
 def _kv_values(config: LlamaConfig) -> int:

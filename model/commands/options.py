@@ -99,10 +99,24 @@ NumSpeculativeTokens = Annotated[
     int | None,
     typer.Option(help="The most drafts per step, 1 to 15; by default the adapter's own.", rich_help_panel=DRAFTING),
 ]
+
+
+def _threshold(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is neither a number nor 'auto'.") from error
+
+
 DraftConfidenceThreshold = Annotated[
     float | None,
     typer.Option(
-        help="Drafting stops at a confidence below this, 0 to 1; by default the adapter's own.",
+        parser=_threshold,
+        metavar="<float|auto>",
+        help="Drafting stops at a confidence below this, 0 to 1; 'auto' finds it and the draft length while it writes, "
+        "and drafts nothing where that is faster. By default as the adapter says.",
         rich_help_panel=DRAFTING,
     ),
 ]

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..evaluation.compare import Comparison, summarise
+from ..evaluation.report import Report
 from ..results import Generation, Progress
 from .facts import Environment, Footprint
 
@@ -28,6 +29,8 @@ BAR_WIDTH = 40
 LOG_SECONDS = 10.0
 SLOWEST_STEP = 3600.0
 """Seconds over which a bar looks back for its speed; one step of a stage may take minutes."""
+SHOWN_DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+"""Exit layers of a plan that are listed; its picture has all of them."""
 ENDINGS = {
     "length": "the wanted length was reached",
     "stop": "the text came to its end",
@@ -77,6 +80,8 @@ def summary(generation: Generation) -> str:
     if stats.drafted:
         facts.append(f"{stats.mean_acceptance_length:.2f} tokens a verification step")
         facts.append(f"{stats.draft_acceptance_rate:.0%} of the drafts accepted")
+    if stats.steps_without_drafts < stats.verification_steps:
+        facts.append(f"{stats.steps_without_drafts / stats.verification_steps:.0%} of the steps without drafts")
     return f"{', '.join(facts)}; {ENDINGS[generation.finish_reason or 'interrupted']}."
 
 
@@ -134,6 +139,28 @@ def acceptance_bars(rates: Sequence[float]) -> Table:
     return chart
 
 
+def show_evaluation(console: Console, out: Path, report: Report) -> None:
+    """The tables of an evaluation, and what must be known of them."""
+    if not report.rows:
+        return
+    console.print(_table(*report.table(wide=console.width > 120)))
+    if len(report.ways) > 2:
+        console.print("every way of decoding, prefill included", style="bold")
+        console.print(_table(*report.ways_table()))
+    for note in report.notes:
+        console.print(note)
+    console.print(f"Answers, report and pictures are in {out}.", soft_wrap=True)
+
+
+def _table(header: Sequence[str], cells: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    for index, name in enumerate(header):
+        table.add_column(name.replace(" ", "\n"), justify="right" if index else "left", no_wrap=True)
+    for line in cells:
+        table.add_row(*map(escape, line))
+    return table
+
+
 def show_environment(console: Console, here: Environment) -> None:
     """Versions, devices and what is supported."""
     versions = {name: number or "not installed" for name, number in here.versions.items()}
@@ -150,6 +177,25 @@ def show_footprint(console: Console, cost: Footprint) -> None:
             text = f"{value:,}" if isinstance(value, int) else value
             facts[name.replace("_", " ")] = decimal(value, precision=2) if "bytes" in name else text
     _show_facts(console, "model", facts)
+
+
+def show_plan(
+    console: Console, facts: Mapping[str, Any], grid: Mapping[int, Sequence[float]], assumptions: Sequence[str]
+) -> None:
+    """A plan's figures, the best draft length behind each exit layer, and what the figures rest on."""
+    shown = {}
+    for name, value in facts.items():
+        text = f"{value:,.2f}" if isinstance(value, float) else str(value)
+        shown[name.replace("_", " ")] = decimal(value, precision=2) if "bytes" in name else text
+    _show_facts(console, "planned, not measured", shown)
+    table = Table("exit layer", "best draft length", "speedup", box=SIMPLE_HEAD)
+    for depth in sorted({*SHOWN_DEPTHS, facts["exit_layer"], max(grid)} & grid.keys()):
+        speedups = grid[depth]
+        best = max(speedups)
+        table.add_row(str(depth), str(speedups.index(best) + 1), f"{best:.2f}x")
+    console.print(table)
+    for sentence in assumptions:
+        console.print(Text(f"- {sentence}"))
 
 
 def show_training(console: Console, out: Path, report: Mapping[str, Any]) -> None:

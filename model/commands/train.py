@@ -99,6 +99,13 @@ def train(
     vocabulary: Annotated[
         int, typer.Option(help="How many of the most frequent tokens the loss tells apart.", rich_help_panel=TRAINING)
     ] = 8192,
+    draft_vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            help="How many of the most frequent tokens the adapter may draft; by default all.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     cache: Annotated[
         bool, typer.Option("--cache", help="Keep the model's states of all data on disk.", rich_help_panel=TRAINING)
     ] = False,
@@ -140,6 +147,7 @@ def train(
         learning_rate=learning_rate,
         total_variation=total_variation,
         vocabulary=vocabulary,
+        draft_vocabulary=draft_vocabulary,
         cache=cache,
         seed=seed,
         device=device,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, DraftVocabulary
 
 from ..errors import KangarooError
 from ..target.cache import KVCache
@@ -21,6 +21,7 @@ from ..target.config import LlamaConfig, load_config_values, parse_config
 from ..target.llama import DecoderLayer, Llama
 from ..target.weights import AdapterWeights, load_adapter
 from .protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
+from .vocabulary import read_draft_vocabulary
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ class AdapterConfig:
         exit_layer: how many of the target's layers run before it.
         num_speculative_tokens: the most drafts a step that suit the pair.
         draft_confidence_threshold: the confidence below which drafting should stop.
+        calibrated: whether both were measured for this pair (``kangaroo calibrate --write``).
+        vocabulary: the tokens that it may draft; None means all.
     """
 
     llama: LlamaConfig
     exit_layer: int
     num_speculative_tokens: int
     draft_confidence_threshold: float
+    calibrated: bool = False
+    vocabulary: DraftVocabulary | None = None
 
 
 def _number(values: dict[str, Any], name: str, default: float, low: float, high: float, path: Path) -> float:
@@ -60,10 +65,11 @@ def parse_adapter_config(values: Mapping[str, Any], path: Path | str = "config.j
 
 
 def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | None) -> AdapterConfig:
-    """Read ``folder/config.json`` and check it against the target.
+    """Read ``folder/config.json``, and the draft vocabulary that it may name, and check them against the target.
 
     Raises:
-        KangarooError: another hidden size or vocabulary, no exit layer, or one out of the target's range.
+        KangarooError: another hidden size or vocabulary, no exit layer, or one out of the target's range; a draft
+            vocabulary that cannot be used.
     """
     values = load_config_values(folder, "adapter")
     path = folder / "config.json"
@@ -81,7 +87,11 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
     if gamma != int(gamma):
         raise KangarooError(f"{path}: num_speculative_tokens is {gamma!r}; it must be a whole number.")
     eta = _number(values, "draft_confidence_threshold", PAPER_DRAFT_CONFIDENCE_THRESHOLD, 0, 1, path)
-    return AdapterConfig(config, exit_layer, int(gamma), float(eta))
+    calibrated = values.get("calibrated", False)
+    if not isinstance(calibrated, bool):
+        raise KangarooError(f"{path}: calibrated is {calibrated!r}; it must be true or false.")
+    vocabulary = read_draft_vocabulary(folder, values, config.vocab_size)
+    return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary)
 
 
 def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:
@@ -92,11 +102,20 @@ def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:
 
 
 class Adapter:
-    """A loaded adapter, whose output goes to the target's head."""
+    """A loaded adapter, whose output goes to the target's head.
+
+    Attributes:
+        head: the target's head, or the rows of it that the draft vocabulary names.
+        vocabulary: the tokens of the head's rows, on the target's device; None where it has all.
+    """
 
     def __init__(self, config: AdapterConfig, weights: AdapterWeights, target: Llama) -> None:
         self.config, self.target = config, target
         self.norm = weights.norm
+        self.head, self.vocabulary = target.weights.head, config.vocabulary
+        if self.vocabulary is not None:
+            self.vocabulary = DraftVocabulary(self.vocabulary.tokens.to(target.device), self.vocabulary.size)
+            self.head = self.head.select(self.vocabulary.tokens)
         self.layer = DecoderLayer(config.llama, weights.layer, target.backend)
 
     @classmethod
@@ -135,5 +154,4 @@ class Adapter:
 
         ``position``, ``reach`` and ``active`` are those of ``Llama.run``.
         """
-        keys, values = cache.keys[0], cache.values[0]
-        return self.layer(exit_hidden, keys, values, position, cache.phases, reach=reach, active=active)
+        return self.layer(exit_hidden, cache, 0, position, reach=reach, active=active)

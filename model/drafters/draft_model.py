@@ -40,8 +40,9 @@ def prepare_loop(target: Llama, adapter: Adapter, text: "TextState", drafts: int
         tuple(layer(weights, target.config, text.cache, index) for index, weights in shallow),
         layer(adapter.layer.weights, adapter.config.llama, text.memory.cache, 0),
         adapter.norm,
-        target.weights.head,
+        adapter.head,
         adapter.config.llama.rms_norm_eps,
         target.weights.embedding,
+        adapter.vocabulary,
     )
     return PreparedLoop(model, target.backend.prepare_draft_loop(model, drafts))

@@ -4,7 +4,7 @@ The target's first layers, an adapter and the target's own head guess tokens one
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,24 +36,27 @@ class AdapterMemory:
 
     Attributes:
         cache: the adapter's keys and values; rows below ``length`` are valid.
-        length: ``n - 1``, or ``n - 2`` after a step that accepted every draft: the adapter did not run on the last one.
-            (A last step, with room for only one token, drafts nothing and leaves this length as it was.)
-        exit_hidden: ``[1 + 15 + 1, hidden]``, the exit layer's output. Row 0 belongs to position ``n - 2`` (for an
-            adapter that lags), row ``1 + j`` to position ``n - 1 + j``.
+        length: ``n - 1``, or less where the adapter lags: by one after a step that accepted every draft, since it did
+            not run on the last one; by more after steps that drafted nothing.
+        exit_hidden: ``[1 + 15 + 1, hidden]``, the exit layer's output. Row 0 belongs to position ``n - 2`` when a text
+            begins, row ``1 + j`` to position ``n - 1 + j``.
+        missed: the exit layer's output at positions ``length`` to ``n - 2``, each ``[m, hidden]``, for an adapter that
+            lags; empty on the loop that is resident on the device.
     """
 
     cache: KVCache
     length: int
     exit_hidden: Tensor
+    missed: list[Tensor] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
-        return self.cache.nbytes + self.exit_hidden.nbytes
+        return self.cache.nbytes + self.exit_hidden.nbytes + sum(rows.nbytes for rows in self.missed)
 
 
 class KangarooDrafter(Drafter):
-    """The first ``first_layer`` layers of the target, the adapter and the target's own head.
+    """The first ``first_layer`` layers of the target, the adapter and the target's own head, or some rows of it.
 
     Args:
         target: the model.
@@ -76,6 +79,7 @@ class KangarooDrafter(Drafter):
         self.first_layer = adapter.config.exit_layer
         self.num_speculative_tokens = adapter.config.num_speculative_tokens
         self.draft_confidence_threshold = adapter.config.draft_confidence_threshold
+        self.auto = adapter.config.calibrated
 
     def new_memory(self) -> AdapterMemory:
         """An empty cache, and rows of the exit layer."""
@@ -87,15 +91,18 @@ class KangarooDrafter(Drafter):
         return count if memory.cache.serves(length) else 0
 
     def prefill(self, text: "TextState", hidden: Tensor | None, reach: int, length: int) -> None:
-        """Run the adapter on every token but the last and those that are kept."""
+        """Run the adapter on every token but the last and those that are kept, and on those of them that it missed."""
         memory: AdapterMemory = text.memory
         kept = text.newest - (0 if hidden is None else len(hidden))
         memory.cache.reserve(reach, length, kept)
-        memory.length = text.newest
         memory.exit_hidden.zero_()
         if hidden is not None:
-            self.adapter.run(hidden, memory.cache, kept)
             memory.exit_hidden[0] = hidden[-1]
+            if memory.missed and kept > memory.length:
+                missed = torch.cat(memory.missed)[: kept - memory.length]
+                hidden, kept = torch.cat((missed, hidden)), memory.length
+            self.adapter.run(hidden, memory.cache, kept)
+        memory.length, memory.missed = text.newest, []
 
     # ---- led by the host
 
@@ -107,6 +114,7 @@ class KangarooDrafter(Drafter):
         target, memory = self.target, text.memory
         token, confidence = text.tokens[-1], 1.0
         tokens: list[int] = []
+        confidences: list[float] = []
         distributions: list[Tensor] = []
         while True:
             position, row = text.newest + len(tokens), 1 + len(tokens)
@@ -116,19 +124,21 @@ class KangarooDrafter(Drafter):
             if len(tokens) == most or not confidence >= threshold:  # a NaN is unsure, too
                 break
             with span("kangaroo/draft/step"):
-                lag = position - memory.length  # one row, or two where the adapter lags
-                guess, distribution = self.guess(
-                    memory.exit_hidden[row - lag : row + 1], text, chooser, position - lag, tokens
-                )
+                seen, rows = memory.length, memory.exit_hidden[row : row + 1]
+                if memory.missed:
+                    rows, memory.missed = torch.cat((*memory.missed, rows)), []
+                guess, distribution = self.guess(rows, text, chooser, seen, tokens)
                 memory.length = position + 1
                 token, confidence = int(guess.token), float(guess.confidence)
             tokens.append(token)
+            confidences.append(confidence)
             if distribution is not None:
                 distributions.append(distribution)
         return Draft(
             torch.tensor(tokens, dtype=torch.int64, device=target.device),
             memory.exit_hidden[1 : row + 1],
             torch.cat(distributions) if distributions else None,
+            tuple(confidences),
         )
 
     def guess(
@@ -138,17 +148,20 @@ class KangarooDrafter(Drafter):
 
         ``drafted`` are the tokens behind the text.
         """
-        adapter, target = self.adapter, self.target
+        adapter = self.adapter
         hidden = adapter.run(exit_hidden, text.memory.cache, position)[-1:]
         eps, following = adapter.config.llama.rms_norm_eps, position + exit_hidden.shape[0]
+        head = hidden, adapter.norm, adapter.head, eps, following
         if chooser.sampling.rejects:
-            return chooser.draft_with_distribution(hidden, adapter.norm, target.weights.head, eps, following, drafted)
-        return chooser.draft(hidden, adapter.norm, target.weights.head, eps, following, drafted=drafted), None
+            return chooser.draft_with_distribution(*head, drafted, adapter.vocabulary)
+        return chooser.draft(*head, drafted=drafted, vocabulary=adapter.vocabulary), None
 
     def commit(self, text: "TextState", count: int) -> None:
-        """Roll back by length; row 0 becomes the one that a lagging adapter will need."""
+        """Roll back by length; the rows of tokens that stand, but that the adapter has not run on, are kept for it."""
         memory: AdapterMemory = text.memory
-        memory.exit_hidden[0] = memory.exit_hidden[count]
+        ran = max(memory.length - (text.newest - count), 0)
+        if ran < count:
+            memory.missed.append(memory.exit_hidden[1 + ran : 1 + count].clone())
         memory.length = min(memory.length, text.newest)
 
     # ---- on the device
@@ -209,9 +222,10 @@ class KangarooDrafter(Drafter):
         iteration.chooser.draft(
             hidden,
             adapter.norm,
-            target.weights.head,
+            adapter.head,
             adapter.config.llama.rms_norm_eps,
             buffers.position(row + 1),
+            vocabulary=adapter.vocabulary,
             threshold=buffers.threshold,
             active=active,
             sure=buffers.drafting(row + 1),

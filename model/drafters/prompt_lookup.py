@@ -61,12 +61,16 @@ class PromptLookup(Drafter):
     """
 
     num_speculative_tokens = MAX_SPECULATIVE_TOKENS
+    auto = True  # how often a match is right depends on the text alone
 
     def __init__(self, target: "Llama") -> None:
         self.target = target
+        self.nothing = torch.tensor([], dtype=torch.int64, device=target.device)
 
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
         """At most ``most`` tokens; the threshold does not matter, since a match has no probability."""
+        if not most:
+            return Draft(self.nothing, self.target.embed(text.tokens[-1:]))
         tokens = torch.tensor(text.tokens, device=self.target.device)
         drafts, count = look_up(tokens, len(tokens), most)
         drafts = drafts[: int(count)]

@@ -35,11 +35,13 @@ class Draft:
             embeddings where ``first_layer`` is 0).
         distributions: ``[k, V]`` float32, what each token was drawn from, which rejection sampling needs; None means
             that the drafter is certain of each.
+        confidences: of each token, what was held against the threshold; None where the drafter has none.
     """
 
     tokens: Tensor
     hidden: Tensor
     distributions: Tensor | None = None
+    confidences: tuple[float, ...] | None = None
 
 
 class Stage(NamedTuple):
@@ -63,11 +65,14 @@ class Drafter(Protocol):
         num_speculative_tokens: the most drafts a step, 1 to 15, where the caller names no number.
         draft_confidence_threshold: the confidence below which drafting stops, 0 to 1, where the caller names none. What
             the confidence is, each drafter decides for itself.
+        auto: whether both are starting points where the caller names neither, and the loop led by the host finds
+            better ones while it decodes (``loop/pace.py``); it may then ask for no draft for a long time.
     """
 
     first_layer: int = 0
     num_speculative_tokens: int = PAPER_NUM_SPECULATIVE_TOKENS
     draft_confidence_threshold: float = PAPER_DRAFT_CONFIDENCE_THRESHOLD
+    auto: bool = False
 
     def new_memory(self) -> Any:
         """What the drafter keeps of one text, caches for instance; every session has its own as ``text.memory``."""

@@ -123,6 +123,7 @@ def write_defaults(adapter: Path, table: list[Row]) -> None:
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for name in ("num_speculative_tokens", "draft_confidence_threshold"):
         values[name] = table[0][name]
+    values["calibrated"] = True  # from now on they are where draft_confidence_threshold="auto" begins
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -55,6 +55,7 @@ class Comparison:
             "mean_acceptance_length": stats.mean_acceptance_length,
             "draft_acceptance_rate": stats.draft_acceptance_rate,
             "acceptance_rate_per_position": stats.acceptance_rate_per_position,
+            "steps_without_drafts": stats.steps_without_drafts,
         }
 
 
@@ -143,4 +144,6 @@ def _add(parts: Sequence[DecodeStats]) -> DecodeStats:
         decode_seconds=sum(part.decode_seconds for part in parts),
         cached_tokens=sum(part.cached_tokens for part in parts),
         prefilled_tokens=sum(part.prefilled_tokens for part in parts),
+        processor_seconds=sum(part.processor_seconds for part in parts),
+        steps_without_drafts=sum(part.steps_without_drafts for part in parts),
     )

@@ -8,7 +8,12 @@ LEAST_REPEATED = 16
 
 
 def looping_tokens(tokens: Sequence[int]) -> int:
-    """How many tokens repeat what stood one period before them, in stretches that say the same three times or more.
+    """How many tokens are in loops."""
+    return sum(in_loops(tokens))
+
+
+def in_loops(tokens: Sequence[int]) -> list[bool]:
+    """Of each token: whether it repeats what stood one period before it, in a stretch that says the same three times.
 
     A stretch counts when it repeats at least two periods and at least 16 tokens, without a token between that differs;
     what it repeats, the first period, does not count.
@@ -21,4 +26,4 @@ def looping_tokens(tokens: Sequence[int]) -> int:
                 if at - begin >= max(2 * period, LEAST_REPEATED):
                     looping[begin:at] = [True] * (at - begin)
                 begin = at + 1
-    return sum(looping)
+    return looping

@@ -3,7 +3,6 @@
 So both are as far as they would be on a machine each, and a slow second is slow for both.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -18,6 +17,12 @@ from .loops import looping_tokens
 
 BUSY = 0.85
 """A process that had the processor for less of its time than this was disturbed by others."""
+WARM_UP_STEPS = 8
+
+
+def warm_up(kangaroo: Kangaroo) -> None:
+    """Take some steps: what the first ones need (threads, binaries, captured graphs) is not a pair's speed."""
+    Race(kangaroo, Settings(max_new_tokens=8 * WARM_UP_STEPS), [0]).finish(steps=WARM_UP_STEPS)
 
 
 class Race:
@@ -41,16 +46,12 @@ class Race:
         settings = settings.with_seed()  # the same noise for both
         self.plain = kangaroo.progress(prompt, replace(settings, plain=True), messages=messages)
         self.drafted = kangaroo.progress(prompt, replace(settings, plain=False), messages=messages)
-        self._wall = self._processor = 0.0
 
     def __iter__(self) -> Iterator[tuple[Writing, Progress]]:
         running = [self.plain, self.drafted]
         while running:
             text = min(running, key=lambda one: one.outcome.stats.decode_seconds)
-            wall, processor = time.perf_counter(), time.process_time()
             step = next(text, None)
-            self._wall += time.perf_counter() - wall
-            self._processor += time.process_time() - processor
             if step is None:
                 running.remove(text)
             else:
@@ -64,7 +65,8 @@ class Race:
     @property
     def disturbed(self) -> bool:
         """Whether other work on the machine took much of the time, so that the speeds say little."""
-        return self._processor < BUSY * self._wall
+        both = [text.outcome.stats for text in (self.plain, self.drafted)]
+        return sum(each.processor_seconds for each in both) < BUSY * sum(each.decode_seconds for each in both)
 
     def comparison(self, name: str) -> Comparison:
         """The figures of both texts as they stand, under a name."""

@@ -5,7 +5,6 @@ The layers are the target's first ones, then the adapter as one more; the MLP of
 ``LlamaForCausalLM`` computes that without a change.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +17,13 @@ from torch.nn import functional as F
 
 from ..drafters.adapter import AdapterConfig, load_adapter_config
 from ..errors import KangarooError
+from ..load import open_model
 from ..named import find_pair
-from ..target.checkpoint import open_folder, read_tensors
+from ..target.checkpoint import Checkpoint, read_tensors
 from ..target.config import LlamaConfig
-from ..target.hub import GGUF, find_folder, find_model
+from ..target.hub import find_folder
 from .heads import Heads, common_heads, spread
+from .stock_folder import stock_config, stock_tensors
 
 TARGETS_ALONE = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 """Entries of a target's ``config.json`` that are null or count its layers."""
@@ -30,11 +31,10 @@ TARGETS_ALONE = ("sliding_window", "use_sliding_window", "max_window_layers", "l
 
 @dataclass(frozen=True)
 class Pair:
-    """The folders of a target and an adapter, and what their configurations say."""
+    """A target's files, an adapter's folder, and what their configurations say."""
 
-    target: Path
+    checkpoint: Checkpoint
     adapter: Path
-    target_config: LlamaConfig
     adapter_config: AdapterConfig
 
     @classmethod
@@ -47,12 +47,19 @@ class Pair:
         model, adapter = find_pair(model, adapter)
         if adapter is None:
             raise KangarooError("no adapter was given; give the folder or the hub name of one.")
-        folder = find_model(model)
-        if folder.suffix == GGUF:
-            raise KangarooError(f"{folder} is a GGUF file; engines take a drafter of the model's Hugging Face folder.")
-        config = open_folder(folder).config
+        checkpoint = open_model(model)
         adapter_folder = find_folder(adapter, "adapter")
-        return cls(folder, adapter_folder, config, load_adapter_config(adapter_folder, config, exit_layer))
+        return cls(checkpoint, adapter_folder, load_adapter_config(adapter_folder, checkpoint.config, exit_layer))
+
+    @property
+    def target(self) -> Path:
+        """The target's folder or file."""
+        return self.checkpoint.path
+
+    @property
+    def target_config(self) -> LlamaConfig:
+        """The target's configuration."""
+        return self.checkpoint.config
 
     @cached_property
     def heads(self) -> Heads:
@@ -75,7 +82,7 @@ def check_exportable(pair: Pair) -> None:
     target, adapter = pair.target_config, pair.adapter_config.llama
     for name, ours, theirs in (
         ("head_dim", adapter.head_dim, target.head_dim),
-        ("rms_norm_eps", adapter.rms_norm_eps, target.rms_norm_eps),
+        ("rms_norm_eps", _as_float32(adapter.rms_norm_eps), _as_float32(target.rms_norm_eps)),
         ("RoPE", adapter.rope, target.rope),
     ):
         if ours != theirs:
@@ -99,7 +106,7 @@ def assisted_settings(adapter: AdapterConfig) -> dict[str, Any]:
 
 def drafter_config(pair: Pair) -> dict[str, Any]:
     """The drafter's ``config.json``: the target's own, as engines already read it, with other layers and heads."""
-    values: dict[str, Any] = json.loads((pair.target / "config.json").read_text(encoding="utf-8"))
+    values = stock_config(pair.checkpoint)
     configs = pair.target_config, pair.adapter_config.llama
     return {name: value for name, value in values.items() if name not in TARGETS_ALONE} | {
         "architectures": ["LlamaForCausalLM"],
@@ -144,7 +151,7 @@ def drafter_tensors(pair: Pair) -> dict[str, Tensor]:
 def _given(pair: Pair) -> Iterator[tuple[str, Tensor]]:
     """What the checkpoints hold of the drafter, under its names and with its heads."""
     exit_layer = pair.adapter_config.exit_layer
-    for name, tensor in read_tensors(pair.target):
+    for name, tensor in stock_tensors(pair.checkpoint):
         layer = _layer(name)
         if (layer is None and name != "model.norm.weight") or (layer is not None and layer < exit_layer):
             yield name, _fitted(name, tensor, pair.target_config, pair)
@@ -201,6 +208,11 @@ def _widened(part: str, name: str, tensor: Tensor, config: LlamaConfig, pair: Pa
         )
     missing = pair.intermediate_size - own
     return F.pad(tensor, (0, missing) if axis or tensor.dim() == 1 else (0, 0, 0, missing))
+
+
+def _as_float32(number: float) -> float:
+    """As GGUF files store it and as it is computed with."""
+    return torch.tensor(number, dtype=torch.float32).item()
 
 
 def _heads_of(config: LlamaConfig) -> Heads:

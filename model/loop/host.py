@@ -19,6 +19,7 @@ from ..results import Commit
 from ..sampling import Choice, Chooser
 from ..spans import span
 from ..target.llama import Llama
+from .pace import Fixed, Limits, Pace
 from .state import TextState, not_finite
 
 
@@ -56,18 +57,23 @@ def chooser_of(target: Llama, text: TextState, request: Request) -> Chooser:
     )
 
 
-def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Request) -> Iterator[Commit]:
+def kangaroo_steps(
+    target: Llama, drafter: Drafter, text: TextState, request: Request, pace: Pace | None = None
+) -> Iterator[Commit]:
     """Steps of Kangaroo decoding until the text has ``request.length`` tokens or a stop token.
+
+    ``pace`` says how long drafts may be; None takes the request's own limits.
 
     Raises:
         KangarooError: the target's logits are not finite.
     """
     chooser, accept = chooser_of(target, text, request), target.backend.accept
     stops = torch.tensor(sorted(request.stop_tokens), dtype=torch.int64, device=target.device)
+    pace = pace or Fixed(Limits(request.max_drafts, request.threshold))
     while (remaining := request.length - len(text.tokens)) > 0:
-        most = min(request.max_drafts, remaining - 1)
-        draft = drafter.propose(text, chooser, most, request.threshold)
-        check_draft(drafter, draft, most)
+        limits = pace.limits(remaining - 1)
+        draft = drafter.propose(text, chooser, *limits)
+        check_draft(drafter, draft, limits.most)
         with span("kangaroo/verify"):
             wanted = verify(target, drafter.first_layer, text, chooser, draft)
         with span("kangaroo/accept"):
@@ -81,6 +87,7 @@ def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Re
             committed = wanted.token[: reached - before].tolist()
             text.tokens += committed  # what lies beyond in the caches is overwritten before it is read
             drafter.commit(text, len(committed))
+        pace.record(draft, agreed)
         yield Commit(
             committed,
             min(agreed, len(committed)),

@@ -46,9 +46,14 @@ class Written(NamedTuple):
     prompt: Sequence[int]
     new: list[int]
 
+    @property
+    def tokens(self) -> list[int]:
+        """Those that the caches hold."""
+        return [*self.prompt, *self.new][:-MOST_UNSEEN]
+
     def shared(self, tokens: Sequence[int]) -> int:
         """How many of ``tokens``, from the first one on, the caches hold."""
-        held = [*self.prompt, *self.new][:-MOST_UNSEEN]
+        held = self.tokens
         pairs = enumerate(zip(tokens, held, strict=False))
         return next((place for place, (token, other) in pairs if token != other), min(len(tokens), len(held)))
 

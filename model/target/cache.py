@@ -24,6 +24,8 @@ class KVCache:
         keys: one ``[H_kv, capacity, D]`` per layer; rows beyond the text's length hold old values.
         values: as ``keys``.
         phases: ``[capacity, 1, D / 2]`` complex64, made again only when a text needs more of them or other ones.
+        arrivals: ``[H]`` int32, what the kernel of ``attention`` counts in. The layers of a text run one after the
+            other, so they share it; no other text does. It is 0 between launches.
     """
 
     def __init__(self, config: LlamaConfig, layers: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -33,12 +35,15 @@ class KVCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.phases = torch.empty(0)
+        self.arrivals = torch.zeros(config.num_attention_heads, dtype=torch.int32, device=device)
 
     def reserve(self, length: int, text_length: int | None = None, keep: int = 0) -> None:
         """Make room for ``length`` positions; if the cache has to grow, only the first ``keep`` stay what they were.
 
-        ``text_length`` is how long the text may become, which dynamic RoPE depends on; None means ``length``.
+        ``text_length`` is how long the text may become, which dynamic RoPE depends on; None means ``length``. No work
+        on this cache may be under way: a launch that ended halfway would leave counts, so every text begins at 0.
         """
+        self.arrivals.zero_()
         if length > self.capacity:
             self._grow(roomy(length), keep)
         longest = length if text_length is None else text_length
@@ -59,7 +64,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
-        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.phases))
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values, self.phases, self.arrivals))
 
     def _grow(self, capacity: int, keep: int) -> None:
         old = [*self.keys, *self.values] if keep else []

@@ -25,6 +25,9 @@ FORMATS = (
 )
 """Weights in one file, and the index of weights in several, in the order in which they are looked for."""
 
+DRAFT_VOCABULARY_FILE = "draft_vocabulary.safetensors"
+"""Lies in an adapter's folder, where the adapter drafts from a part of the vocabulary (``drafters/vocabulary.py``)."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import KangarooError, reason
-from .checkpoint import FORMATS
+from .checkpoint import DRAFT_VOCABULARY_FILE, FORMATS
 
 SMALL_FILES = (
     "config.json",
@@ -22,6 +22,7 @@ SMALL_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    DRAFT_VOCABULARY_FILE,
 )
 GGUF = ".gguf"
 

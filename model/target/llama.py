@@ -30,21 +30,23 @@ class DecoderLayer:
     def __call__(
         self,
         hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        cache: KVCache,
+        layer: int,
         position: int | Tensor,
-        phases: Tensor,
         *,
         reach: int | None = None,
         active: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """``[M, hidden]`` to the same; appends M rows to ``keys`` and ``values``."""
+        """``[M, hidden]`` to the same; appends M rows to that layer of the cache."""
         attention, mlp, operations = self.weights.attention, self.weights.mlp, self.backend.for_rows(hidden.shape[0])
+        caches = cache.keys[layer], cache.values[layer]
         q = operations.qkv_rope(
-            hidden, attention.norm, attention.qkv, phases, keys, values, position, eps=self.eps, active=active
+            hidden, attention.norm, attention.qkv, cache.phases, *caches, position, eps=self.eps, active=active
         )
-        mixed = operations.attention(q, keys, values, position, scale=self.scale, max_length=reach, active=active)
+        mixed = operations.attention(
+            q, *caches, position, scale=self.scale, max_length=reach, active=active, arrivals=cache.arrivals
+        )
         attended = out if mlp is None else None
         hidden = operations.linear_residual(mixed, attention.output, hidden, active=active, out=attended)
         if mlp is None:
@@ -106,10 +108,8 @@ class Llama:
             out: ``[M, hidden]``, made if None.
         """
         for index in range(first, last):
-            keys, values, end = cache.keys[index], cache.values[index], out if index == last - 1 else None
-            hidden = self.layers[index](
-                hidden, keys, values, position, cache.phases, reach=reach, active=active, out=end
-            )
+            end = out if index == last - 1 else None
+            hidden = self.layers[index](hidden, cache, index, position, reach=reach, active=active, out=end)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

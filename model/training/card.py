@@ -1,9 +1,9 @@
 """The model card beside an adapter: what it is for, how to use it, how it was made, and its figures."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.plots import BLUE, DPI, can_draw, new_axes
 from .settings import TrainingSettings
 
 CARD = """\
@@ -66,15 +66,11 @@ def write_card(settings: TrainingSettings, report: dict[str, Any]) -> None:
 
 def draw_curve(file: Path, curve: list[dict[str, float]]) -> bool:
     """Draw the loss over the steps; False where matplotlib, an optional package, is not installed."""
-    if find_spec("matplotlib") is None:
+    if not can_draw():
         return False
-    from matplotlib.figure import Figure  # pyplot would look for a screen
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([point["step"] for point in curve], [point["loss"] for point in curve], color="#2a78d6")
+    figure, axes = new_axes()
+    axes.plot([point["step"] for point in curve], [point["loss"] for point in curve], color=BLUE)
     axes.set(xlabel="step", ylabel="training loss", yscale="log")
     axes.grid(color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=DPI)
     return True

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..drafters.vocabulary import most_frequent
+
 CHUNK = {"cpu": 256, "cuda": 2048}
 """Positions at once: on a CPU their logits over 8,192 tokens take 8 MB, which caches hold."""
 SAMPLED = 1024
@@ -39,7 +41,7 @@ class DraftLoss:
     """
 
     def __init__(self, head: Tensor, counts: Tensor, vocabulary: int, total_variation: float) -> None:
-        order = counts.argsort(descending=True, stable=True).to(head.device)
+        order = most_frequent(counts, len(counts)).to(head.device)
         self.apart = head[order[:vocabulary]].bfloat16()
         self.joined = head[order[vocabulary:]].bfloat16()
         self.total_variation = total_variation

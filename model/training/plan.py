@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..drafters.adapter import check_exit_layer, parse_adapter_config
+from ..drafters.vocabulary import check_size
 from ..errors import KangarooError
 from ..load import open_model
 from ..named import find_pair
@@ -35,6 +36,12 @@ class TargetFiles:
     config: LlamaConfig
     tokenizer: Any
     ends: set[int]
+
+    @property
+    def special(self) -> set[int]:
+        """The ends and every token that the tokenizer calls special or added."""
+        known = {*self.ends, *self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return {token for token in known if 0 <= token < self.config.vocab_size}
 
 
 def find_target(model: str) -> TargetFiles:
@@ -96,6 +103,8 @@ def read_plan(settings: TrainingSettings, corpus: Corpus | None = None) -> Plan:
         raise KangarooError(
             f"sequence_length is {settings.sequence_length}, the model's context holds {config.context_length}."
         )
+    if settings.draft_vocabulary is not None:
+        check_draft_vocabulary(settings.draft_vocabulary, target)
     saved = read_state(settings)
     weights = None if settings.start_from is None else read_weights(settings.start_from, config)
     corpus = corpus or read_corpus(settings, target.tokenizer, target.ends)
@@ -124,6 +133,17 @@ def find_cache(runs: list[TrainingSettings], plans: list[Plan]) -> Cache | None:
     folder = out / f"states-{fingerprint:08x}"
     check_room(out, 0 if folder.exists() else size)
     return Cache(folder, size)
+
+
+def check_draft_vocabulary(size: int, target: TargetFiles, name: str = "draft_vocabulary") -> None:
+    """Raise unless a draft vocabulary may have that size: without the ends, no draft would reach a text's end."""
+    check_size(size, target.config.vocab_size, name)
+    special = len(target.special)
+    if size <= special:
+        raise KangarooError(
+            f"{name} is {size}; it must be more than {special}, since the model's {special} special tokens "
+            "are always among them."
+        )
 
 
 def check_room(out: Path, size: int) -> None:

@@ -51,19 +51,21 @@ def score_held_out(
     windows: list[Window],
     progress: ProgressReport,
     deadline: float,
+    tokens: Tensor | None = None,
 ) -> dict[str, float]:
     """Agreement and expected acceptance length on held-out windows, at the positions that the target would write.
 
     After the deadline no more windows are looked at; one always is. ``exit_place`` says which of a lesson's exit layers
-    is the adapter's.
+    is the adapter's, ``tokens`` which ones it may draft; None means all.
     """
+    tokens = None if tokens is None else tokens.to(teacher.device)
     agrees, confidences = [], []
     for done, window in enumerate(windows, 1):
         (lesson,) = teacher.lessons([window.tokens])
         with autocast(teacher.device):
             guesses = adapter(lesson.exit_hidden[None, :, exit_place].float())[0]
         places = window.learned.nonzero()[:, 0].to(teacher.device)
-        agree, confidence = _judge(teacher.head.float(), guesses[places].float(), lesson.final[places].float())
+        agree, confidence = _judge(teacher.head.float(), guesses[places].float(), lesson.final[places].float(), tokens)
         agrees.append(agree)
         confidences.append(confidence)
         progress("scoring", done, len(windows), "")
@@ -76,15 +78,21 @@ def score_held_out(
     }
 
 
-def _judge(head: Tensor, guesses: Tensor, final: Tensor) -> tuple[list[bool], list[float]]:
+def _judge(
+    head: Tensor, guesses: Tensor, final: Tensor, tokens: Tensor | None = None
+) -> tuple[list[bool], list[float]]:
     """Whether both rank the same token first, and the guess's probability; ``[P, hidden]`` each.
+
+    The guess is one of ``tokens``, if they are given.
 
     All is float32: bf16's logits are equal so often that a share of the agreement would be chance.
     """
+    own = head if tokens is None else head[tokens]
     agree: list[bool] = []
     confidence: list[float] = []
     for part in in_chunks(guesses):
-        probability, choice = F.linear(guesses[part], head).softmax(-1).max(-1)
+        probability, choice = F.linear(guesses[part], own).softmax(-1).max(-1)
+        choice = choice if tokens is None else tokens[choice]
         agree += (choice == F.linear(final[part], head).argmax(-1)).tolist()
         confidence += probability.tolist()
     return agree, confidence

@@ -40,6 +40,8 @@ class TrainingSettings:
             zero in a straight line.
         total_variation: the share of the total variation distance in the loss; the rest is cross-entropy.
         vocabulary: how many tokens, the data's most frequent ones, the loss tells apart; all others are one class.
+        draft_vocabulary: how many tokens, the special ones and the data's most frequent ones, the adapter may draft,
+            with a head of so many rows; None means all.
         start_from: an adapter's folder, whose weights a new run begins with.
         cache: keep the target's states of all data on disk, in ``out``, instead of a part of them in memory.
         seed: of the windows' order and of what is drawn.
@@ -65,6 +67,7 @@ class TrainingSettings:
     learning_rate: float = 2e-2
     total_variation: float = 0.0
     vocabulary: int = 8192
+    draft_vocabulary: int | None = None
     start_from: str | None = None
     cache: bool = False
     seed: int = 0
@@ -80,10 +83,17 @@ class TrainingSettings:
             ("num_attention_heads", 1),
             ("intermediate_size", 1),
             ("vocabulary", 1),
+            ("draft_vocabulary", 1),
             ("seed", 0),
         ):
             value = getattr(self, name)
-            optional = name in ("steps", "micro_batch_size", "num_attention_heads", "intermediate_size")
+            optional = name in (
+                "steps",
+                "micro_batch_size",
+                "num_attention_heads",
+                "intermediate_size",
+                "draft_vocabulary",
+            )
             if not (optional and value is None) and (not isinstance(value, int) or value < low):
                 raise KangarooError(f"{name} is {value!r}; it must be a whole number of at least {low}.")
         if not 0 < self.learning_rate < 1:
@@ -123,7 +133,7 @@ class TrainingSettings:
 
         Defaults are left out, so that a new setting with one does not part a run from its state.
         """
-        free = {"out", "device", "held_out", "minutes", "steps", "cache", "micro_batch_size"}
+        free = {"out", "device", "held_out", "minutes", "steps", "cache", "micro_batch_size", "draft_vocabulary"}
         defaults = {field.name: field.default for field in fields(self)}
         named = {name: value for name, value in asdict(self).items() if name not in free and value != defaults[name]}
         return json.dumps(named, default=str, sort_keys=True)

@@ -59,6 +59,8 @@ class Teacher:
         except ImportError as error:
             raise KangarooError(f"transformers reads {path} with a package that is missing: {reason(error)}") from error
         self.model = model.to(device).eval().requires_grad_(False)
+        # transformers hands the head a slice, and the product of a slice would first copy the head for every text
+        self.model.lm_head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
         self.device, self.exit_layers = device, exit_layers
         self._exit_hidden: dict[int, Tensor] = {}
         for layer in exit_layers:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..drafters.vocabulary import write_draft_vocabulary
 from ..errors import KangarooError
 from ..load import resolve_device, resolve_dtype
 from .adapter_module import TrainableAdapter, save_adapter
 from .card import write_card
 from .checkpoint import REPORT_FILE, STATE_FILE, stop_between_steps, write_atomically
+from .draft_vocabulary import count_tokens, draft_tokens
 from .losses import DraftLoss
 from .optimizers import Optimizers, rise_and_fall
 from .plan import Plan, find_cache, read_plan
@@ -41,6 +43,7 @@ class AdapterTraining:
         positions: on how many positions the adapter learned in them, each counted as often as it was used.
         elapsed: seconds that they took.
         losses: the loss of every step.
+        drafted: the tokens that the adapter may draft, ascending; None means all.
     """
 
     def __init__(self, settings: TrainingSettings, lessons: Lessons, plan: Plan, processes: Processes) -> None:
@@ -56,8 +59,11 @@ class AdapterTraining:
             self.adapter.norm.load_state_dict(teacher.model.model.norm.state_dict())
         matrices = [parameter for parameter in self.adapter.parameters() if parameter.ndim == 2]
         self.optimizers = Optimizers(self.adapter, matrices, (settings.learning_rate, settings.learning_rate))
-        counts = torch.bincount(torch.cat([window.tokens for window in windows]), minlength=len(teacher.head))
+        counts = count_tokens(windows, len(teacher.head))
         self.loss = DraftLoss(teacher.head, counts, settings.vocabulary, settings.total_variation)
+        self.drafted = None
+        if settings.draft_vocabulary is not None:
+            self.drafted = draft_tokens(counts, settings.draft_vocabulary, plan.target)
         self.step, self.positions, self.elapsed = 0, 0, 0.0
         self.losses: list[float] = []
         self._unread: list[Tensor] = []
@@ -134,6 +140,8 @@ class AdapterTraining:
     def finish(self) -> dict[str, Any]:
         """Write the adapter; return what its report says of the training."""
         save_adapter(self.settings.out, self.plan.values, self.adapter, self.plan.target.config.dtype)
+        if self.drafted is not None:
+            write_draft_vocabulary(self.settings.out, self.drafted)
         return {
             "settings": self.settings.summary(),
             "steps": self.step,
@@ -242,7 +250,8 @@ def train_adapters(
     for place, training in enumerate(trainings, 1):
         reports.append(training.finish())
         by = deadline - reserve * (1 - place / len(runs) / 2)
-        reports[-1] |= score_held_out(teacher, training.adapter, training.exit, plans[0].corpus.held_out, progress, by)
+        scored = training.adapter, training.exit, plans[0].corpus.held_out
+        reports[-1] |= score_held_out(teacher, *scored, progress, by, training.drafted)
     del teacher, lessons, trainings, training  # the runtime loads the target anew
     for place, (settings, plan, report) in enumerate(zip(runs, plans, reports, strict=True), 1):
         by = deadline - reserve * (1 - place / len(runs)) / 2

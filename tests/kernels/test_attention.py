@@ -1,5 +1,6 @@
 import math
 from bisect import bisect_left
+from functools import lru_cache
 
 import pytest
 import torch
@@ -7,15 +8,16 @@ import triton
 import triton.language as tl
 from budget import assert_within_budget
 from recorded import Recorded
+from side_by_side import side_by_side
 from torch import Tensor
 from triton import knobs
 
 from kangaroo_kernels.attention import attention as kernel
-from kangaroo_kernels.attention import attention_kernel, attention_reduce_kernel
+from kangaroo_kernels.attention import attention_kernel, attention_merge
 from kangaroo_kernels.reference.attention import MANY_ROWS
 from kangaroo_kernels.reference.attention import attention as reference
 from kangaroo_kernels.shared.cache_layout import row_offsets
-from kangaroo_kernels.shared.operands import Cache
+from kangaroo_kernels.shared.operands import Cache, Heads, Parts, Queries, Work
 from kangaroo_kernels.shared.splits import count_splits, count_splits_of, first_position
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -150,12 +152,22 @@ def splits_of(capacity: int) -> list[int]:
     return starts
 
 
+@lru_cache
+def arrivals(device: torch.device) -> Tensor:
+    return torch.zeros(64, dtype=torch.int32, device=device)
+
+
 def attend(q: Tensor, keys: Tensor, values: Tensor, position: int | Tensor, scale: float, **settings: object) -> Tensor:
-    """What the kernel writes into the middle of a poisoned buffer; all of it, and nothing beside."""
+    """What the kernel writes into the middle of a poisoned buffer; all of it, and nothing beside.
+
+    Every call counts in the same words, which nobody clears.
+    """
     rows, width = q.shape[0], q.shape[1] * q.shape[2]
     buffer = torch.full((rows + 2, width + 16), NAN, dtype=q.dtype, device=q.device)
-    out = buffer[1:-1, 8:-8]
+    out, counters = buffer[1:-1, 8:-8], arrivals(q.device)
+    settings = {"arrivals": counters, **settings}
     assert kernel(q, keys, values, position, scale=scale, out=out, **settings).data_ptr() == out.data_ptr()
+    assert not counters.any()
     found = out.clone()
     out.fill_(NAN)
     assert buffer.isnan().all()
@@ -288,16 +300,14 @@ def test_no_block_is_looked_up_for_a_position_that_nobody_reads(device):
 
 def test_one_binary_serves_any_number_of_rows(device, monkeypatch):
     """Wherever they are in the text, and wherever the position lies in its buffer."""
-    recorded = [Recorded(attention_kernel), Recorded(attention_reduce_kernel)]
-    monkeypatch.setattr("kangaroo_kernels.attention.attention_kernel", recorded[0])
-    monkeypatch.setattr("kangaroo_kernels.attention.attention_reduce_kernel", recorded[1])
+    recorded = Recorded(attention_kernel)
+    monkeypatch.setattr("kangaroo_kernels.attention.attention_kernel", recorded)
     q, keys, values = on(device, HALF, inputs(16, 4, 2, 16, 40, spare=200))
     for rows in range(1, 17):
         for position in (rows, torch.tensor([0, 7], device=device)[1:]):
-            kernel(q[:rows], keys, values, position, scale=0.25)
-    for each in recorded:
-        assert len(each.launches) == 32
-        assert len(each.binaries()) == 1
+            kernel(q[:rows], keys, values, position, scale=0.25, arrivals=arrivals(device)[rows:])
+    assert len(recorded.launches) == 32
+    assert len(recorded.binaries()) == 1
 
 
 @pytest.mark.parametrize(
@@ -305,14 +315,106 @@ def test_one_binary_serves_any_number_of_rows(device, monkeypatch):
     [(128, None, 1), (129, None, 2), (700, 128, 1), (700, 129, 2), (700, 600, 5), (700, 10_000, 6), (4353, None, 34)],
 )
 def test_programs_are_launched_for_the_bound(device, monkeypatch, capacity, bound, splits):
-    """No more than the cache has positions for; the second kernel where there is something to merge."""
-    recorded = [Recorded(attention_kernel), Recorded(attention_reduce_kernel)]
-    monkeypatch.setattr("kangaroo_kernels.attention.attention_kernel", recorded[0])
-    monkeypatch.setattr("kangaroo_kernels.attention.attention_reduce_kernel", recorded[1])
+    """No more than the cache has positions for, in one launch."""
+    recorded = Recorded(attention_kernel)
+    monkeypatch.setattr("kangaroo_kernels.attention.attention_kernel", recorded)
     q, keys, values = on(device, HALF, inputs(2, 4, 2, 16, 3, spare=capacity - 5))
     kernel(q, keys, values, 3, scale=0.25, max_length=bound)
-    assert recorded[0].launches[0][0] == (1, 2, splits)
-    assert len(recorded[1].launches) == (splits > 1)
+    assert [launch[0] for launch in recorded.launches] == [(1, 2, splits)]
+
+
+# ---- the last program merges
+
+
+@triton.jit
+def merge_kernel(sums_ptr, stats_ptr, out_ptr, position, rows, heads, splits, group: tl.constexpr, dim: tl.constexpr):
+    attention_merge(
+        Work(0, tl.program_id(0), tl.program_id(1), 0),
+        position,
+        splits,
+        Queries(None, rows, heads, 0, 0),
+        Parts(sums_ptr, stats_ptr, None, out_ptr, heads * dim),
+        Heads(group, dim, 16, 16),
+    )
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 8, 9, 31, 32, 33, 80, 83])
+@pytest.mark.parametrize(("rows", "group", "head_dim"), [(1, 1, 16), (16, 3, 16), (5, 2, 11)])
+def test_splits_are_merged_in_order(device, rows, group, head_dim, splits):
+    """One after the other, to the bit; a row takes those that it sees, and the others hold NaN."""
+    starts = splits_of(10**6)
+    position, heads, generator = starts[splits] - rows // 2 - 1, 2 * group, torch.Generator().manual_seed(splits)
+    sums = torch.randn(splits, rows, heads, head_dim, generator=generator)
+    tops = torch.randint(-3, 4, (splits, rows, heads), generator=generator).float()  # exp2 is exact
+    weights = torch.rand(splits, rows, heads, generator=generator)
+    best, denominator = torch.full((rows, heads), -INFINITY), torch.zeros(rows, heads)
+    wanted = torch.zeros(rows, heads, head_dim)
+    for split, row in ((split, row) for split in range(splits) for row in range(rows)):
+        if starts[split] > position + row:
+            sums[split, row], tops[split, row], weights[split, row] = NAN, NAN, NAN
+            continue
+        higher = torch.maximum(best[row], tops[split, row])
+        fade, share = torch.exp2(best[row] - higher), torch.exp2(tops[split, row] - higher)
+        denominator[row] = denominator[row] * fade + weights[split, row] * share
+        wanted[row] = wanted[row] * fade[:, None] + sums[split, row] * share[:, None]
+        best[row] = higher
+    wanted = (wanted / denominator[..., None]).flatten(1)
+    out, stats = torch.full((rows, heads * head_dim), NAN, device=device), torch.stack((tops, weights), -1).to(device)
+    given = (sums.to(device), stats, out, position, rows, heads, splits)
+    merge_kernel[(2, triton.cdiv(rows * group, 16))](*given, group=group, dim=head_dim)
+    if device.type == "cpu":  # a GPU's division may differ in the last bit
+        assert torch.equal(out, wanted)
+    torch.testing.assert_close(out.cpu(), wanted, rtol=1e-6, atol=1e-6)
+
+
+ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs programs side by side by itself")
+
+
+@ON_A_CPU
+@pytest.mark.usefixtures("guarded_workspaces")
+@pytest.mark.parametrize(("rows", "position"), [(1, 300), (9, 500), (3, 126)])
+def test_any_program_may_be_the_last(device, rows, position):
+    """Whoever it is, the bits are the same, and the counters are 0."""
+    q, keys, values = on(device, HALF, inputs(rows, 4, 2, 16, position, spare=40))
+    wanted = attend(q, keys, values, position, 0.25)
+    for order in range(4):
+        with side_by_side(order):
+            assert torch.equal(attend(q, keys, values, position, 0.25), wanted)
+
+
+@ON_A_CPU
+@pytest.mark.usefixtures("guarded_workspaces")
+def test_the_first_program_must_not_merge(device, monkeypatch):
+    """What the others leave is not there yet."""
+    monkeypatch.setattr("kangaroo_kernels.attention.is_last", lambda pointer, splits: tl.atomic_add(pointer, 1) == 0)
+    q, keys, values = on(device, HALF, inputs(2, 4, 2, 16, 300))
+    found = kernel(q, keys, values, 300, scale=0.25, arrivals=arrivals(device).clone())
+    assert found.isnan().any()
+
+
+def test_counters_serve_again_and_again(device):
+    """Pass after pass of a text, of any number of rows, with steps that a flag leaves out, paged or not."""
+    q, keys, values = on(device, HALF, inputs(16, 4, 2, 16, 300))
+    blocks = shuffled_blocks(316, 16)
+    pools = [paged(cache[:, :316], blocks, 16) for cache in (keys, values)]
+    table, flag = (torch.tensor(each, dtype=torch.int32, device=device) for each in (blocks, [0]))
+    for rows in (1, 16, 2, 7, 1):
+        wanted = kernel(q[:rows], keys, values, 300, scale=0.25)  # counts in words of its own
+        kernel(q[:rows], keys, values, 300, scale=0.25, active=flag, arrivals=arrivals(device))
+        for bound in (316, None):
+            assert torch.equal(attend(q[:rows], keys, values, 300, 0.25, max_length=bound), wanted)
+        assert torch.equal(attend(q[:rows], *pools, 300, 0.25, block_table=table), wanted)
+    where = torch.tensor([300], device=device)
+    attend(q, keys, values, where, 0.25, max_length=140)  # a text beyond its bound: the counters are 0 nevertheless
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(3, dtype=torch.int32), torch.zeros(4), torch.zeros(2, 4, dtype=torch.int32)]
+)
+def test_counters_that_do_not_fit(device, bad):
+    q, keys, values = on(device, HALF, inputs(1, 4, 2, 16, 300))
+    with pytest.raises(TypeError, match=r"attention: arrivals is .* at least 4 zeros, int32"):
+        kernel(q, keys, values, 300, scale=0.25, arrivals=bad.to(device))
 
 
 @pytest.mark.parametrize("attention", [reference, kernel], ids=["reference", "kernel"])

@@ -47,7 +47,7 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **instead: Any) -> None:
         self.known: list[int] = []
-        names = ("is_whole", "arrive", "wait", "leave")
+        names = ("is_whole", "arrive", "wait", "leave", "is_last")
         self.barrier = SimpleNamespace(**{name: instead.get(name, getattr(grid, name).fn) for name in names})
         monkeypatch.setattr(grid, "tl", self)
         for name in ("COUNTER", "LEFT", "ERROR", "BROKEN"):
@@ -122,6 +122,35 @@ class Machine:
         return found
 
 
+class Counting(Machine):
+    """Every program leaves a part and arrives at a counter; the last one merges all parts. ``LEFT`` counts merges."""
+
+    def stage(self, index: int, stage: int) -> int:
+        def leave_part(memory: dict[int, int]) -> int:
+            memory[-1 - index] += 1
+            return 0
+
+        def merge(memory: dict[int, int]) -> int:
+            memory[LEFT] += 1
+            parts = {memory[-1 - other] for other in range(PROGRAMS)}
+            assert parts == {memory[LEFT]}, "it merges a part that is not there, or merges twice"
+            return 0
+
+        self.access(leave_part)
+        if self.barrier.is_last(COUNTER, PROGRAMS):
+            self.access(merge)
+        return ENDED
+
+
+def check_counting(machine: Counting, launches: int = 3) -> None:
+    """One after the other, as a graph that is replayed: each merges once, after all have left their parts."""
+    memory = NEW
+    for launch in range(1, launches + 1):
+        ends = machine.ends(memory)
+        memory = (0, launch, 0, *[launch] * PROGRAMS)
+        assert ends == {memory}
+
+
 def check(machine: Machine) -> None:
     """Nobody reads too early, whoever comes first; all is done and the state as before, or an error word says no."""
     ends = machine.ends()
@@ -144,6 +173,44 @@ def test_a_lost_program_is_an_error_in_every_order(monkeypatch):
         assert end[0] >= BROKEN
         assert end[1:3] == (0, 1)
         assert machine.ends(end) == {end}
+
+
+def test_the_last_to_arrive_merges(monkeypatch):
+    check_counting(Counting(monkeypatch))
+
+
+def test_a_part_that_never_comes_is_merged_by_nobody(monkeypatch):
+    """The counter stays up, so what comes after a launch that was cut off must begin by clearing it."""
+    machine = Counting(monkeypatch)
+    (end,) = machine.ends(missing=1)
+    assert end[:2] == (PROGRAMS - 1, 0)
+    with pytest.raises(AssertionError):
+        machine.ends(end)
+
+
+def last_without_reset(counter: int, programs: int) -> bool:
+    return grid.tl.atomic_add(counter, 1) == programs - 1
+
+
+def last_that_resets_first(counter: int, programs: int) -> bool:
+    last = grid.tl.atomic_add(counter, 0) == programs - 1
+    grid.tl.atomic_add(counter, 1 - programs if last else 1)
+    return last
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        last_without_reset,
+        last_that_resets_first,
+        lambda counter, programs: grid.is_last.fn(counter, programs - 1),
+        lambda counter, programs: grid.tl.atomic_add(counter, 1) == 0,
+        lambda counter, programs: False,
+    ],
+)
+def test_a_broken_counter_is_found(monkeypatch, broken):
+    with pytest.raises(AssertionError):
+        check_counting(Counting(monkeypatch, is_last=broken))
 
 
 def leave_without_reset(state: int, programs: int) -> None:

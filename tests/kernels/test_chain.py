@@ -119,7 +119,7 @@ print(json.dumps(found))
 """
 
 KERNELS = {
-    *("qkv_rope_kernel", "attention_kernel", "attention_reduce_kernel", "linear_residual_kernel", "gate_up_kernel"),
+    *("qkv_rope_kernel", "attention_kernel", "linear_residual_kernel", "gate_up_kernel"),
     *("top1_head_kernel", "merge_tiles_kernel", "sample_head_kernel", "filtered_sample_kernel"),
     *("accept_kernel", "commit_kernel"),
 }

@@ -10,10 +10,10 @@ from side_by_side import side_by_side
 
 from kangaroo_kernels.contract import DraftModel
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop
-from kangaroo_kernels.draft_loop.stages import ATTEND, CHOOSE, DOWN, GATE_UP, HEAD, MERGE, OUTPUT, QKV
+from kangaroo_kernels.draft_loop.stages import ATTEND, CHOOSE, DOWN, GATE_UP, HEAD, OUTPUT, QKV
 
 module = importlib.import_module("kangaroo_kernels.draft_loop.kernel")
-STAGES = {"qkv": QKV, "attend": ATTEND, "merge": MERGE, "output": OUTPUT, "gate_up": GATE_UP, "down": DOWN}
+STAGES = {"qkv": QKV, "attend": ATTEND, "output": OUTPUT, "gate_up": GATE_UP, "down": DOWN}
 STAGES |= {"head": HEAD, "choose": CHOOSE}
 DRAFTS, BEFORE = 2, 126
 """The most drafts, and the position before the newest token: the context crosses a split of the attention."""

@@ -68,11 +68,14 @@ print(json.dumps(list(found.values())))
 
 ARRIVAL, POLL, LOST = re.compile(r"REDG?\.E\.ADD\.STRONG\.GPU"), "LDG.E.STRONG.GPU", "ATOMG.E.MAX.S32.STRONG.GPU"
 MEMORY = ("LDG.", "LDGSTS", "STG", "ATOM", "RED.", "REDG.")
-SAMPLES = "scores += gumbel_tile", "logits / temperature + noise"
+SAMPLES = "scores += gumbels", "logits / temperature + noise"
 """The sums of a score and its noise, where they stand in the source."""
 
+MERGED = "top", "weight", "sums"
+"""What the merge of attention reads of each split."""
+
 READ_ONLY = ("norm_ptr", "phase_ptrs", "bias_ptr", "row_ptr + word", "flags_ptr)", "positions_ptr", "threshold_ptr")
-READ_ONLY += ("seed_ptr", "temperature_ptr", "source + offs", "norm.ptr")
+READ_ONLY += ("seed_ptr", "temperature_ptr", "source + offs", "norm.ptr", "tokens_ptr")
 """What no program of ``draft_loop`` writes, in the words of the lines that read it through the L1."""
 
 
@@ -104,7 +107,7 @@ def kernels() -> list[Kernel]:
 def loops(kernels: list[Kernel]) -> list[Kernel]:
     """The persistent kernels."""
     found = [kernel for kernel in kernels if kernel.name.startswith("draft_loop")]
-    assert len(found) == 18  # greedy, with an MLP and sampling, three models, two architectures
+    assert len(found) == 30  # five kinds of three models on two architectures
     return found
 
 
@@ -150,6 +153,38 @@ def test_all_threads_have_written_before_their_program_arrives(loops):
         before = [name for name in operations[:arrival] if name.startswith(("BAR.SYNC", "MEMBAR", "STG", "LDGSTS"))]
         assert before[-1].startswith("MEMBAR"), kernel.name
         assert before[-2].startswith("BAR.SYNC"), kernel.name
+
+
+# ---- the counter of attention
+
+
+def place_of(words: str, file: str = "shared/grid.py") -> str:
+    """Where a line with these words stands."""
+    lines = (ROOT / "kangaroo_kernels" / file).read_text(encoding="utf-8").splitlines()
+    (line,) = (number for number, text in enumerate(lines, 1) if words in text)
+    return f"{file}:{line}"
+
+
+def test_the_last_program_sees_what_the_others_left(kernels):
+    """All threads have written, a fence, the count; then the L1 is invalidated, and the threads go on together.
+
+    What the merge reads comes behind that, from the L2.
+    """
+    count, parts = place_of("last = tl.atomic_add"), {place_of(f"{each} = tl.load(", "attention.py") for each in MERGED}
+    merging = [kernel for kernel in kernels if any(place == count for _, place in kernel.code)]
+    assert {kernel.name.partition(",")[0] for kernel in merging} == {"attention_kernel", "draft_loop_kernel"}
+    for kernel in merging:
+        operations = kernel.operations
+        (arrival,) = (at for at, each in enumerate(kernel.code) if each[1] == count and each[0].startswith("ATOMG"))
+        assert operations[arrival] == "ATOMG.E.ADD.STRONG.GPU", kernel.name
+        before = [name for name in operations[:arrival] if name.startswith(("BAR.SYNC", "MEMBAR", "STG", "LDGSTS"))]
+        assert before[-1].startswith("MEMBAR"), kernel.name
+        assert before[-2].startswith("BAR.SYNC"), kernel.name
+        behind = [name for name in operations[arrival + 1 :] if name.startswith(("CCTL", "BAR.SYNC", *MEMORY))]
+        assert behind[:2] == ["CCTL.IVALL", "BAR.SYNC.DEFER_BLOCKING"], kernel.name
+        reads = [(at, name) for at, (name, place) in enumerate(kernel.code) if place in parts and "LDG" in name]
+        assert len(reads) >= 3 * 8, kernel.name
+        assert all(at > arrival and "STRONG.GPU" in name for at, name in reads), kernel.name
 
 
 # ---- caches that are not coherent

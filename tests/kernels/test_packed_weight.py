@@ -49,6 +49,19 @@ def test_every_layout_is_the_same_product(layout, shape, biased, rows):
     assert torch.equal(linear(x, packed), ours)
 
 
+@pytest.mark.parametrize("shape", [(67, 48), (1, 7), (1100, 1000)])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20])
+@pytest.mark.parametrize("layout", FLOAT32_LAYOUTS)
+def test_the_matrix_comes_back(layout, scale, shape):
+    weight = (matrix(shape) * scale).contiguous()
+    packed = PackedWeight(weight, layout=layout)
+    assert torch.equal(packed.unpacked(), weight)
+    rows = torch.tensor([shape[0] - 1, 0, shape[0] // 2], dtype=torch.int32)
+    some = packed.select(rows)
+    assert torch.equal(some.unpacked(), weight[rows.long()])
+    assert some.layout is (Layout.ROWS if layout is Layout.ROWS else choose_layout(weight[rows.long()]))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_what_is_not_packed_is_a_plain_linear(dtype):
     weight, bias, x = (torch.randn(size).to(dtype) for size in ((9, 8), (9,), (3, 8)))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Pair
+from pairs import with_vocabulary
 
 from kangaroo_kernels import KangarooError
 from kangaroo_kernels.model.integrations.custom_generate import generate
@@ -97,6 +98,15 @@ def test_the_folder_takes_the_callers_exit_layer_and_no_second_copy_of_the_weigh
     export_for_transformers(pair.target, pair.adapter, folder, exit_layer=3)
     assert Kangaroo.from_pretrained(folder, folder / "adapter").drafter.first_layer == 3
     assert (folder / "model.safetensors").samefile(pair.target / "model.safetensors")
+
+
+def test_the_folder_holds_a_draft_vocabulary(pair: Pair, tmp_path: Path) -> None:
+    from kangaroo_kernels import Kangaroo
+
+    folder = tmp_path / "folder"
+    export_for_transformers(pair.target, with_vocabulary(pair.adapter, tmp_path / "some", range(9)), folder)
+    drafter = Kangaroo.from_pretrained(folder, folder / "adapter").drafter
+    assert drafter.adapter.vocabulary.tokens.tolist() == [*range(9)]
 
 
 def test_what_ends_a_text_ends_it_as_in_transformers(

@@ -4,16 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import Pair
-from pairs import make_adapter, make_target
+from gguf import GGMLQuantizationType as Kind
+from gguf_files import write_gguf
+from pairs import make_adapter, make_target, with_vocabulary
 from safetensors.torch import load_file, save_file
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.demo import bundled_pair
-from kangaroo_kernels.model.integrations.export import export_drafter
+from kangaroo_kernels.model.integrations.export import export_drafter, export_for_transformers
 from kangaroo_kernels.model.integrations.heads import Heads, common_heads
+from kangaroo_kernels.model.target.gguf import open_gguf
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(67, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -91,6 +95,43 @@ def test_the_bundled_pair(tmp_path: Path) -> None:
     assert settings.eos_token_id == 0
 
 
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_gguf_target(architecture: str, kind: Kind, tmp_path: Path) -> None:
+    """Its rows of queries and keys return to transformers' order, and its tokenizer and ends become files."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "std": 0.15, "head_dim": 16}
+    home = make_target(tmp_path / "home", family=architecture, **sizes)
+    target = write_gguf(tmp_path / "model.gguf", home, kind, architecture=architecture)
+    adapter = make_adapter(tmp_path / "adapter", make_target(tmp_path / "other", **sizes), exit_layer=2, std=0.15)
+    kangaroo = Kangaroo.from_pretrained(target, adapter, device="cpu")
+    export_drafter(target, adapter, tmp_path / "out")
+    assert_the_same_drafts(stock(tmp_path / "out"), kangaroo)
+    export_for_transformers(target, adapter, tmp_path / "whole")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    with torch.inference_mode():
+        wanted = kangaroo.logits(TOKENS[0].tolist())
+        torch.testing.assert_close(model(TOKENS).logits[0], wanted, rtol=0, atol=TOLERANCE)
+    for folder in ("out", "whole"):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / folder)
+        assert tokenizer("ABBA")["input_ids"] == kangaroo.tokenizer("ABBA")["input_ids"]
+        ends = GenerationConfig.from_pretrained(tmp_path / folder).eos_token_id
+        assert set(ends if isinstance(ends, list) else [ends]) == set(open_gguf(target).config.eos_token_ids) != set()
+        stored = load_file(tmp_path / folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+        assert stored.dtype == (torch.float16 if kind == Kind.F16 else torch.float32)
+
+
+def test_angles_without_a_name_are_refused(tmp_path: Path) -> None:
+    home = make_target(tmp_path / "home")
+    divisors = {"rope_freqs.weight": np.array([1, 1, 2, 4, 8, 8], np.float32)}
+    target = write_gguf(tmp_path / "model.gguf", home, tensors=divisors)
+    adapter = make_adapter(tmp_path / "adapter", home, exit_layer=2)
+    with pytest.raises(KangarooError, match=r"divides the angles of RoPE .* Hugging Face folder"):
+        export_for_transformers(target, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_exit_layer_of_the_caller(tmp_path: Path) -> None:
     pair = made(tmp_path, {}, {}, exit_layer=None)
     with pytest.raises(KangarooError, match="names no exit_layer"):
@@ -111,7 +152,7 @@ def test_tensors_keep_the_dtype_that_they_are_stored_in(tmp_path: Path) -> None:
     ("shape", "sentence"),
     [
         ({"head_dim": 8}, "the adapter's head_dim is 8, the target's is 12; a stock Llama has one"),
-        ({"rms_norm_eps": 0.1}, "the adapter's rms_norm_eps is 0.1"),
+        ({"rms_norm_eps": 0.125}, "the adapter's rms_norm_eps is 0.125"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "the adapter's RoPE is"),
         ({"hidden_size": 64}, "this adapter is another model's"),
     ],
@@ -193,4 +234,11 @@ def test_a_mistral_becomes_a_llama(tmp_path: Path) -> None:
     values = json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": None}
     path.write_text(json.dumps(values | {"architectures": ["MistralForCausalLM"]}))
     export_drafter(pair.target, pair.adapter, tmp_path / "out")
+    assert_the_same_drafts(stock(tmp_path / "out"), pair.load(device="cpu"))
+
+
+def test_a_draft_vocabulary_is_left_out(pair: Pair, tmp_path: Path) -> None:
+    """A stock Llama's head is whole; transformers' own drafter has the target's."""
+    adapter = with_vocabulary(pair.adapter, tmp_path / "some", range(9))
+    export_drafter(pair.target, adapter, tmp_path / "out")
     assert_the_same_drafts(stock(tmp_path / "out"), pair.load(device="cpu"))

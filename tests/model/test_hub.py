@@ -28,6 +28,7 @@ REPOSITORIES: dict[str, tuple[list[str], list[str]]] = {
         ["model.safetensors.index.json", *SHARDS, "tokenizer.model"],
         ["consolidated.safetensors", "original/consolidated.00.pth", "original/params.json", "tokenizer.model.v3"],
     ),
+    "an adapter": (["model.safetensors", "draft_vocabulary.safetensors"], []),
     "templates": (["model.safetensors", "chat_template.jinja", "special_tokens_map.json"], ["model-Q4.gguf"]),
 }
 """What a repository holds beside ``TEXT`` and ``BESIDE``: what is to be fetched, and what is not."""

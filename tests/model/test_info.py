@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Pair
-from pairs import make_adapter, make_target
+from pairs import make_adapter, make_target, with_vocabulary
 from safetensors.torch import load_file
 
 from kangaroo_kernels import KangarooError
@@ -67,6 +67,14 @@ def test_the_paper_s_model(tmp_path: Path) -> None:
     assert cost.verify_pass_bytes / 1e9 == pytest.approx(12.40, abs=0.01)
     assert cost.target_parameters == 6_738_415_616
     assert cost.kv_bytes_per_token == 33 * 2 * 4096 * 4, "a CPU keeps them in float32"
+
+
+def test_a_draft_vocabulary_makes_a_draft_step_cheaper(pair: Pair, tmp_path: Path) -> None:
+    whole = footprint(pair.target, pair.adapter)
+    cost = footprint(pair.target, with_vocabulary(pair.adapter, tmp_path / "adapter", range(20)))
+    assert (whole.draft_vocab_size, cost.draft_vocab_size) == (None, 20)
+    assert whole.draft_step_bytes - cost.draft_step_bytes == (67 - 20) * 48 * 4
+    assert cost.verify_pass_bytes == whole.verify_pass_bytes
 
 
 def test_without_an_adapter_and_with_mistakes(pair: Pair) -> None:

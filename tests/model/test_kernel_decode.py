@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from pairs import make_adapter, make_target
+from no_host_reads import no_host_reads
+from pairs import make_adapter, make_target, with_vocabulary
 
 from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels.model.loop.iteration import Iteration
 
 SAMPLINGS = (
     {},
@@ -51,6 +53,32 @@ def test_kernels_draft_what_the_references_draft(pairs):
     counts = [pairs[name].generate(PROMPT, **settings).stats for name in ("triton", "reference")]
     assert counts[0].accepted_at == counts[1].accepted_at
     assert counts[0].drafted == counts[1].drafted > 0
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=IDS[:3])
+def test_a_head_of_some_tokens(pairs, folders, device, tmp_path, monkeypatch, sampling):
+    """Step by step and in one launch: plain decoding's tokens, and the references' drafts."""
+    adapter = with_vocabulary(folders[1], tmp_path / "adapter", range(0, 67, 2))
+    ours, theirs = (
+        Kangaroo.from_pretrained(folders[0], adapter, device=device, dtype="float32", kernels=name)
+        for name in ("triton", "reference")
+    )
+    settings = {"max_new_tokens": 7, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.2, **sampling}
+    wanted = theirs.generate(PROMPT, **settings)
+    assert wanted.tokens == pairs["reference"].generate(PROMPT, max_new_tokens=7, plain=True, **sampling).tokens
+    run = Iteration.run
+
+    def alone(iteration, reach):
+        with no_host_reads():
+            run(iteration, reach)
+
+    if device.type == "cpu":
+        monkeypatch.setattr(Iteration, "run", alone)
+    for persistent in (False, True):
+        ours.drafter.persistent = persistent
+        drafted = ours.generate(PROMPT, **settings)
+        assert drafted.tokens == wanted.tokens
+        assert (drafted.stats.drafted, drafted.stats.accepted_at) == (wanted.stats.drafted, wanted.stats.accepted_at)
 
 
 def test_rejection_sampling_runs_on_kernels(pairs):

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from pairs import make_adapter, make_target
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo
-from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM
+from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, DraftVocabulary
+from kangaroo_kernels.model.drafters.adapter import Adapter
+from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.sampling import Chooser, Sampling
+from kangaroo_kernels.model.target.weights import AdapterWeights
 from kangaroo_kernels.reference.noise import uniform
 
 CPU = torch.device("cpu")
@@ -314,6 +318,16 @@ def test_a_drafter_that_always_says_the_same_keeps_the_distribution(small):
         order = torch.arange(7).roll(2).expand(len(tokens), -1)
         parts.append(transform(torch.tensor(tokens), p, order, seed))
     assert uniform_p_value(torch.cat(parts)) > REJECTED
+
+
+@pytest.mark.parametrize("settings", SETTINGS[:1] + SETTINGS[-1:], ids=IDS[:1] + IDS[-1:])
+def test_a_drafter_of_some_tokens_keeps_the_distribution(small, settings):
+    """It never proposes the others, which the residual makes up for."""
+    adapter, tokens = small.drafter.adapter, torch.tensor([0, 2, 3, 6], dtype=torch.int32)
+    config = replace(adapter.config, vocabulary=DraftVocabulary(tokens, 7))
+    weights = AdapterWeights(adapter.block.weights, adapter.norm)
+    some = with_drafter(small, KangarooDrafter(small.target, Adapter(config, weights, small.target)))
+    assert decode_p_value(some, settings) > REJECTED
 
 
 @pytest.mark.parametrize("gamma", [1, 4, 15])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -22,9 +23,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels.model.text import load_tokenizer
 from kangaroo_kernels.model.training import card, states, trainer
 from kangaroo_kernels.model.training import teacher as teacher_module
 from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
+from kangaroo_kernels.model.training.draft_vocabulary import add_draft_vocabulary
 from kangaroo_kernels.model.training.plan import read_plan
 from kangaroo_kernels.model.training.scores import expected_acceptance_length
 from kangaroo_kernels.model.training.settings import TrainingSettings
@@ -339,7 +342,7 @@ def test_the_report(target: Path, text: Path, tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_picture(
     target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(card, "find_spec", lambda _: None)
+    monkeypatch.setattr(card, "can_draw", lambda: False)
     train_adapter(settings(target, text, tmp_path / "a", steps=1))
     assert "curve.png" not in (tmp_path / "a" / "README.md").read_text()
     assert not (tmp_path / "a" / "curve.png").exists()
@@ -356,6 +359,51 @@ def test_the_expected_length_is_that_of_decoding() -> None:
 def test_the_curve_keeps_to_its_points() -> None:
     points = trainer.curve([float(step) for step in range(1, 251)])
     assert len(points) == 84 and points[0] == {"step": 3, "loss": 2.0} and points[-1] == {"step": 250, "loss": 250.0}
+
+
+def test_the_most_frequent_tokens_are_drafted(target: Path, text: Path, tmp_path: Path) -> None:
+    """The special ones, too. A run that began without a draft vocabulary goes on to one, and back."""
+    out, given = tmp_path / "adapter", settings(target, text, tmp_path / "adapter")
+    assert steps_made(lambda: train_adapter(given)) == list(range(12))
+    assert steps_made(lambda: train_adapter(replace(given, steps=13, draft_vocabulary=20))) == [12]
+    tokenizer = load_tokenizer(target)
+    counted = Counter(tokenizer(TEXT)["input_ids"])
+    special = {*tokenizer.all_special_ids}
+    drafted = set(Kangaroo.from_pretrained(target, out).drafter.adapter.vocabulary.tokens.tolist())
+    assert special <= drafted and len(drafted) == 20
+    least = min(counted[token] for token in drafted - special)
+    assert {token for token in counted if counted[token] > least} <= drafted
+    train_adapter(replace(given, steps=14))
+    assert Kangaroo.from_pretrained(target, out).drafter.adapter.vocabulary is None
+
+
+def test_scores_are_those_of_the_drafted_tokens(target: Path, text: Path, tmp_path: Path) -> None:
+    """An adapter that may draft one token besides the special ones hardly ever agrees."""
+    few = train_adapter(settings(target, text, tmp_path / "few", steps=300, draft_vocabulary=3))
+    whole = train_adapter(settings(target, text, tmp_path / "whole", steps=300))
+    assert few["curve"] == whole["curve"]
+    assert few["agreement"] < whole["agreement"] / 2
+
+
+def test_an_adapter_gets_a_draft_vocabulary_without_training(target: Path, text: Path, tmp_path: Path) -> None:
+    out, again = tmp_path / "trained", tmp_path / "again"
+    train_adapter(settings(target, text, out, steps=1))
+    shutil.copytree(out, again)
+    added = add_draft_vocabulary(str(target), again, [text], 20)
+    assert (added.tokens, added.vocab_size) == (20, 67)
+    tokens = Kangaroo.from_pretrained(target, again).drafter.adapter.vocabulary.tokens
+    share = Counter(load_tokenizer(target)(TEXT)["input_ids"])
+    assert added.coverage == pytest.approx(sum(share[token] for token in tokens.tolist()) / share.total(), abs=1e-3)
+    assert 0.5 < added.coverage < 1
+
+
+@pytest.mark.parametrize(("size", "message"), [(67, "from 1 to 66"), (2, "2 special tokens"), (0, "at least 1")])
+def test_draft_vocabularies_that_cannot_serve(
+    size: int, message: str, target: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KangarooError, match=message):
+        train_adapter(settings(target, text, tmp_path / "adapter", draft_vocabulary=size))
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_held_out_files(target: Path, text: Path, tmp_path: Path) -> None:

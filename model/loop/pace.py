@@ -1,0 +1,274 @@
+"""How long the drafts of a step may be: as the request says, or found out while decoding (``auto``).
+
+Drafting pays where a step gives more tokens than plain decoding would in the same time. Both are measured while the
+text is written: ``Costs`` compares the time of steps with that of plain ones beside them, and every step with drafts
+tells what it and all stricter limits give, since fewer drafts are the beginning of the same ones. Now and then a step
+tries something else; what that loses is paid from a budget of 1 % of the tokens. The text is the same whatever is
+chosen.
+"""
+
+import copy
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+from ..drafters.protocol import Draft
+from ..request import Request
+
+LENGTHS = (1, 2, 3, 4, 6, 8, 11, 15)
+"""The draft lengths that ``auto`` chooses from, besides the drafter's own."""
+
+BUDGET = 0.01
+"""The share of the tokens that trying something else may cost."""
+
+MOST_SAVED = 2.0
+"""Tokens of the budget that may be kept for later: what was not spent in an hour does not make a slow minute."""
+
+MEMORY = 0.92
+"""What an observation counts for after the next one: about twelve of them decide."""
+
+ENOUGH, COMPARED = 3, 5
+"""Steps under some limits, and comparisons of a step with a plain one, before which nothing is concluded."""
+
+BETTER = 1.03
+"""What is this much faster than what is done takes its place."""
+
+
+class Limits(NamedTuple):
+    """What a drafter is asked for.
+
+    Attributes:
+        most: drafts.
+        threshold: the confidence below which drafting stops.
+    """
+
+    most: int
+    threshold: float
+
+
+class Pace(Protocol):
+    """Says before every step what to draft, and is told after it what came of it."""
+
+    def limits(self, room: int) -> Limits:
+        """Those of the next step, which has room for ``room`` drafts."""
+
+    def record(self, draft: Draft, agreed: int) -> None:
+        """The step is done: what was drafted, and how many of the drafts the target agreed with."""
+
+
+class Fixed:
+    """The same limits for every step."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+
+    def limits(self, room: int) -> Limits:
+        """Always the same, where there is room."""
+        most, threshold = self._limits
+        return Limits(min(most, room), threshold)
+
+    def record(self, draft: Draft, agreed: int) -> None:
+        """Nothing is learned."""
+
+
+class Costs:
+    """What a step costs by the number of its drafts, in steps of plain decoding.
+
+    Only steps side by side are compared, so a machine that is slow for a while is slow for both of them.
+    """
+
+    def __init__(self) -> None:
+        self._extra: deque[tuple[int, float]] = deque(maxlen=32)  # drafts of a step, and what each of them added
+        self._costs: dict[int, float] = {}
+
+    def compare(self, drafts: int, seconds: float, plain: float) -> None:
+        """Take note of a step and of the plain one right after it."""
+        self._extra.append((drafts, (seconds / plain - 1) / max(drafts, 1)))
+        self._costs = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether enough steps were compared."""
+        return len(self._extra) >= COMPARED
+
+    def of(self, drafts: int) -> float:
+        """The cost of a step with so many drafts: what the five nearest numbers of drafts say, by their median."""
+        if drafts not in self._costs:
+            alike = [(abs(made - drafts), extra) for made, extra in self._extra if bool(made) == bool(drafts)]
+            extra = statistics.median([extra for _, extra in sorted(alike)[:5]]) if alike else 0.0
+            self._costs[drafts] = 1 + max(drafts, 1) * max(extra, 0.0)
+        return self._costs[drafts]
+
+
+@dataclass
+class Rung:
+    """Limits, and what steps under them give: sums in which older steps count less and less.
+
+    Attributes:
+        limits: of the draft.
+        tokens: that were committed.
+        costs: of these steps, in steps of plain decoding.
+        seen: the number of steps, all counted alike.
+    """
+
+    limits: Limits
+    tokens: float = 0.0
+    costs: float = 0.0
+    seen: int = 0
+
+    def add(self, tokens: int, cost: float) -> None:
+        """Take note of a step."""
+        self.tokens = MEMORY * self.tokens + tokens
+        self.costs = MEMORY * self.costs + cost
+        self.seen += 1
+
+    @property
+    def rate(self) -> float:
+        """Tokens in the time of a plain step: above 1, drafting is faster than plain decoding."""
+        return self.tokens / self.costs
+
+    def drafts_of(self, draft: Draft) -> int:
+        """How many drafts of a step would have been made under these limits."""
+        confidences = draft.confidences or ()
+        unsure = (place for place, sure in enumerate(confidences, start=1) if not sure >= self.limits.threshold)
+        return min(len(draft.tokens), self.limits.most, next(unsure, self.limits.most))
+
+
+def ladder(own: Limits, most: int) -> list[Rung]:
+    """Limits from strict to loose, up to ``most`` drafts; the drafter's own are among them where they are no more.
+
+    Fewer drafts go with a threshold nearer to 1, more of them with one nearer to 0.
+    """
+
+    def threshold(length: int) -> float:
+        share = length / own.most
+        return 1 - (1 - own.threshold) * share if share < 1 else own.threshold / share
+
+    lengths = sorted({length for length in (*LENGTHS, own.most, most) if length <= most})
+    return [Rung(Limits(length, threshold(length))) for length in lengths]
+
+
+class Auto:
+    """Finds the limits with the most tokens a second, and drafts nothing where that is faster.
+
+    It is kept from text to text: what was found out in one is where the next one begins.
+
+    Args:
+        own: the drafter's own limits, where the search begins.
+        most: drafts a step at the most.
+        clock: gives seconds.
+
+    Attributes:
+        drafting: whether steps draft, unless they try something else.
+        rung: which limits of ``rungs`` they do it under.
+        credit: tokens that trying something else may cost.
+    """
+
+    def __init__(self, own: Limits, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.rungs, self.costs, self._clock = ladder(own, most), Costs(), clock
+        self.rung = max(index for index, rung in enumerate(self.rungs) if rung.limits.most <= own.most)
+        self.drafting, self.credit = True, 0.0
+        self._trials: list[int | None] = []  # the rungs of the next steps; None drafts nothing
+        self._trial = 0  # counts them
+        self._tried: int | None = None  # the rung of this step
+        self._whole = True  # whether this step had room for all its drafts
+        self._began = 0.0
+        self._row: list[tuple[int, float]] = []  # drafts and seconds of the steps since the last one without drafts
+
+    @property
+    def _usual(self) -> int | None:
+        return self.rung if self.drafting else None
+
+    # ---- before a step
+
+    def limits(self, room: int) -> Limits:
+        """Those that were found, or others that are tried out."""
+        if not self._trials and (self.credit > 0 or not self.costs.known):
+            self._trials = self._something_else()
+        self._tried = self._trials.pop(0) if self._trials else self._usual
+        if not room:
+            self._tried = None
+        self._began = self._clock()
+        if self._tried is None:
+            return Limits(0, 1.0)
+        most, threshold = self.rungs[self._tried].limits
+        self._whole = most <= room
+        return Limits(min(most, room), threshold)
+
+    def _something_else(self) -> list[int | None]:
+        """What the next steps try out: drafting where there is none; else looser limits, and now and then no drafts.
+
+        A drafter that was not asked for a while takes longer in its first step, so the second one is timed.
+        """
+        self._trial += 1
+        if not self.drafting or not self.costs.known:
+            return [self.rung, self.rung, None]
+        if self._trial % 3 and self.rung + 1 < len(self.rungs):
+            return [self.rung + 1] * ENOUGH
+        return [None, self.rung]
+
+    # ---- after it
+
+    def record(self, draft: Draft, agreed: int) -> None:
+        """Learn from a step."""
+        seconds, tokens, drafts = self._clock() - self._began, agreed + 1, len(draft.tokens)
+        if self._tried is not None:
+            self._row.append((drafts, seconds))
+        else:
+            if len(self._row) > 1:
+                self.costs.compare(*self._row[-1], seconds)
+            self._row = []
+        if not self.costs.known:
+            return
+        cost, rate = self.costs.of(drafts) if self._row else 1.0, self._rate()
+        if rate is not None:
+            self.credit += BUDGET * cost * rate
+            if self._tried != self._usual:
+                self.credit += tokens - cost * rate
+            self.credit = min(self.credit, MOST_SAVED)
+        if self._tried is not None and self._whole:
+            for rung in self.rungs[: self._tried + 1]:
+                made = rung.drafts_of(draft)
+                rung.add(min(agreed, made) + 1, self.costs.of(made))
+            self._choose()
+
+    def _rate(self) -> float | None:
+        """Tokens that a usual step gives in the time of a plain one; None while that is not known."""
+        rung = self.rungs[self.rung]
+        if not self.drafting:
+            return 1.0
+        return rung.rate if rung.seen >= ENOUGH else None
+
+    def _choose(self) -> None:
+        """Take the best limits up to the next looser ones, and draft where that is faster than plain decoding."""
+        within = [index for index, rung in enumerate(self.rungs[: self.rung + 2]) if rung.seen >= ENOUGH]
+        if not within:
+            return
+        best = max(within, key=lambda index: self.rungs[index].rate)
+        if self.rung not in within or self.rungs[best].rate > BETTER * self.rungs[self.rung].rate:
+            self.rung = best
+        self.drafting = self.rungs[self.rung].rate > (1.0 if self.drafting else BETTER)
+
+    def again(self) -> "Auto":
+        """For the next text: what was found so far is where it begins. The costs are the machine's, and shared."""
+        other = copy.copy(self)
+        other.rungs = [replace(rung) for rung in self.rungs]
+        other._trials, other._row = [], []
+        return other
+
+
+Paces = dict[tuple[Limits, int], Auto]
+"""The pace of the latest text, by where it began and the most drafts that it may take."""
+
+
+def pace_of(request: Request, paces: Paces) -> Pace:
+    """The pace of a request; it begins where that of the latest text of its kind stands."""
+    own = Limits(request.max_drafts, request.threshold)
+    if not request.auto:
+        return Fixed(own)
+    latest = paces.get((own, request.auto))
+    pace = paces[own, request.auto] = Auto(own, request.auto) if latest is None else latest.again()
+    return pace

@@ -1,0 +1,305 @@
+"""``draft_confidence_threshold="auto"``: it ends at the right choice, and the text is plain decoding's all along."""
+
+import random
+from collections.abc import Callable
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from drafters import Scripted, oracle, right_until, with_drafter
+from pairs import make_adapter
+
+from kangaroo_kernels import Kangaroo, KangarooError, Settings
+from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup
+from kangaroo_kernels.model.loop.pace import Auto, Costs, Limits, ladder
+from kangaroo_kernels.model.target.llama import Llama
+
+OWN = Limits(6, 0.6)
+
+
+class Clock:
+    """A machine whose time is what the test says."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Machine:
+    """Writes imagined text with an ``Auto``, on a clock that moves by what steps cost.
+
+    Args:
+        right: from the length of the text to the probability that a draft is right, which is its confidence, too.
+        draft: what a draft adds to a step that takes 1.
+        busy: from the time to a factor of all costs.
+        idle: drafts nothing although it is asked to.
+    """
+
+    def __init__(
+        self,
+        right: Callable[[int], float],
+        draft: float = 0.4,
+        busy: Callable[[float], float] = lambda now: 1.0,
+        idle: bool = False,
+    ) -> None:
+        self.right, self.draft, self.busy, self.idle = right, draft, busy, idle
+        self.dice, self.clock, self.asked, self.written = random.Random(3), Clock(), [], 0
+        self.pace = Auto(OWN, 15, self.clock)
+
+    def write(self, tokens: int) -> float:
+        """Tokens in the time of a plain step."""
+        began, first, end = self.clock.now, self.written, self.written + tokens
+        factors = []
+        while self.written < end:
+            limits = self.pace.limits(end - self.written - 1)
+            confidences: list[float] = []
+            while len(confidences) < limits.most and not self.idle and all(c >= limits.threshold for c in confidences):
+                confidences.append(self.right(self.written))
+            stands = [self.dice.random() < confidence for confidence in confidences]
+            agreed = next((place for place, right in enumerate(stands) if not right), len(stands))
+            factors.append(self.busy(self.clock.now))
+            lost = 0.2 * (self.idle and limits.most > 0)
+            self.clock.now += factors[-1] * (1 + lost + self.draft * len(stands)) * self.dice.uniform(1, 1.1)
+            self.pace.record(SimpleNamespace(tokens=stands, confidences=tuple(confidences)), agreed)
+            self.asked.append(limits.most)
+            self.written += agreed + 1
+        return (end - first) / (self.clock.now - began) * 1.05 * (sum(factors) / len(factors))
+
+    def undrafted(self) -> float:
+        """The share of the latest steps that drafted nothing."""
+        return self.asked[-100:].count(0) / 100
+
+
+@pytest.mark.parametrize("busy", [lambda now: 1.0, lambda now: 1.0 + (now // 50) % 2], ids=["calm", "busy by turns"])
+class TestEndsAtTheRightChoice:
+    def test_never_right(self, busy):
+        machine = Machine(lambda place: 0.05, busy=busy)
+        machine.write(100)
+        assert machine.write(2000) > 0.97
+        assert machine.undrafted() > 0.9
+        assert not machine.pace.drafting
+
+    def test_always_right(self, busy):
+        machine = Machine(lambda place: 1.0, draft=0.1, busy=busy)
+        machine.write(400)
+        assert machine.write(2000) > 5
+        assert machine.pace.drafting
+        assert machine.pace.rungs[machine.pace.rung].limits.most == 15
+
+    def test_often_right(self, busy):
+        """Drafts of 0.4 steps each: one, or a second after a sure one, is worth it; six never are."""
+        machine = Machine(lambda place: random.Random(place).choice((0.9, 0.5)), busy=busy)
+        machine.write(400)
+        assert machine.write(2000) > 1.05
+        assert machine.pace.rungs[machine.pace.rung].limits.most < 6
+
+    def test_right_by_phases(self, busy):
+        machine = Machine(lambda place: 0.98 if place // 500 % 2 else 0.05, draft=0.2, busy=busy)
+        machine.write(500)
+        for _ in range(2):
+            assert machine.write(500) > 2
+            assert machine.pace.drafting
+            assert machine.write(500) > 0.9
+            assert not machine.pace.drafting
+
+
+def test_a_drafter_that_has_nothing_to_say():
+    """It loses the time of looking, a fifth of a step, unless it is not asked."""
+    machine = Machine(lambda place: 0.0, idle=True)
+    machine.write(100)
+    assert machine.write(2000) > 0.97
+    assert machine.undrafted() > 0.9
+
+
+def test_an_interrupted_step_decides_nothing():
+    costs = Costs()
+    for seconds in (1.4, 1.4, 30.0, 1.4):
+        costs.compare(1, seconds, 1.0)
+    assert costs.of(1) == pytest.approx(1.4)
+    for _ in range(5):
+        costs.compare(8, 5.0, 1.0)
+    assert costs.of(8) == pytest.approx(5.0)
+    assert costs.of(15) == pytest.approx(8.5)  # on the nearest one's line
+    assert costs.of(1) == pytest.approx(1.4, abs=0.11)
+
+
+def test_the_ladder():
+    limits = [rung.limits for rung in ladder(Limits(5, 0.6), 15)]
+    assert Limits(5, 0.6) in limits
+    assert [rung.most for rung in limits] == [1, 2, 3, 4, 5, 6, 8, 11, 15]
+    assert all(strict.threshold > loose.threshold for strict, loose in pairwise(limits))
+    assert ladder(OWN, 3)[-1].limits.most == 3
+
+
+def test_shorter_drafts_are_known_from_longer_ones():
+    rung = ladder(OWN, 15)[3]  # 4 drafts, 0.73
+    for confidences, made in (((0.9, 0.7, 0.9), 2), ((0.9,) * 6, 4), ((0.9,), 1), ((float("nan"), 0.9), 1), ((), 0)):
+        assert rung.drafts_of(SimpleNamespace(tokens=confidences, confidences=confidences)) == made
+    assert rung.drafts_of(SimpleNamespace(tokens=range(9), confidences=None)) == 4
+
+
+# ---- in real text
+
+SETTINGS = (
+    {},
+    {"temperature": 0.8, "seed": 3},
+    {"temperature": 0.8, "seed": 3, "top_k": 9, "top_p": 0.9},
+    {"repetition_penalty": 1.2, "logit_bias": {3: 0.5}, "logprobs": 2},
+)
+PROMPT = [3, 1, 4, 1, 5, 9]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Time is counted in layers: each takes 1, and every further row 0.05."""
+    clock, run = Clock(), Llama.run
+
+    def counted(self: Llama, hidden: Any, cache: Any, position: Any, first: int, last: int, **more: Any) -> Any:
+        clock.now += (last - first) * (0.95 + 0.05 * len(hidden))
+        return run(self, hidden, cache, position, first, last, **more)
+
+    monkeypatch.setattr(Llama, "run", counted)
+    monkeypatch.setattr(Auto.__init__, "__defaults__", (clock,))
+    return clock
+
+
+def scripted(pair: Any, kind: str, wanted: list[int]) -> Kangaroo:
+    """A drafter that is never right, or always, or by turns of 40 tokens."""
+    kangaroo = pair.load(device="cpu")
+    kangaroo._threads = 1  # measuring would move the clock
+    never, always = right_until(wanted, 0, kangaroo.target.config.vocab_size), oracle(wanted)
+    say = {
+        "never": never,
+        "always": always,
+        "by turns": lambda place, *rest: (always if place // 40 % 2 else never)(place, *rest),
+        "itself": None,
+    }[kind]
+    return with_drafter(kangaroo, Scripted(kangaroo.drafter, say))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "sampled", "filtered", "shaped"])
+@pytest.mark.parametrize("kind", ["never", "always", "by turns", "itself"])
+def test_the_text_is_plain_decodings(pair, clock, kind, settings, guarded_workspaces):
+    plain = pair.load(device="cpu").generate(PROMPT, max_new_tokens=300, plain=True, **settings)
+    kangaroo = scripted(pair, kind, [*PROMPT, *plain.tokens])
+    for _ in range(2):  # the second text begins where the first one's search ended
+        written = kangaroo.generate(PROMPT, max_new_tokens=300, draft_confidence_threshold="auto", **settings)
+        assert written.tokens == plain.tokens
+    share = written.stats.steps_without_drafts / written.stats.verification_steps
+    assert {"never": share > 0.9, "always": share < 0.2}.get(kind, True)
+    if kind == "always":
+        assert written.stats.mean_acceptance_length > 3
+
+
+def test_prompt_lookup(pair, clock):
+    """Text in a loop is foreseen; the same drafter is not asked much where it is never right."""
+    kangaroo = Kangaroo(target := pair.load(device="cpu").target, PromptLookup(target))
+    wanted = kangaroo.generate(PROMPT * 9, max_new_tokens=200, plain=True).tokens
+    assert kangaroo.generate(PROMPT * 9, max_new_tokens=200, draft_confidence_threshold="auto").tokens == wanted
+
+
+class Leaving:
+    """Asks for no draft in some steps: ``asks`` says in which there are some, and then how many."""
+
+    def __init__(self, asks: Callable[[int], int]) -> None:
+        self.asks, self.step, self.drafts = asks, -1, []
+
+    def limits(self, room: int) -> Limits:
+        self.step += 1
+        return Limits(min(self.asks(self.step), room), 0.0)
+
+    def record(self, draft: Any, agreed: int) -> None:
+        self.drafts.append((draft.tokens.tolist(), draft.confidences))
+
+
+def begin(kangaroo: Kangaroo, session: Any, prompt: list[int], length: int, pace: Leaving) -> Any:
+    """The steps of a text at a pace."""
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr("kangaroo_kernels.model.session.pace_of", lambda *_: pace)
+        return session.generate(prompt, max_new_tokens=length).tokens
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 40])
+def test_drafts_after_a_pause(pair, steps, guarded_workspaces):
+    """They are those of a text that begins there: the adapter caught up with what it was not asked about."""
+    kangaroo = pair.load(device="cpu")
+    late = Leaving(lambda step: 5 if step in (0, steps + 1) else 0)
+    tokens = begin(kangaroo, kangaroo.session(), PROMPT, steps + 20, late)
+    assert late.drafts[0][0]
+    written = sum(1 for drafts, _ in late.drafts[1 : steps + 1] if not drafts)
+    assert written == steps
+    place = next(
+        length for length in range(steps, steps + 8) if matches(kangaroo, [*PROMPT, *tokens[:length]], late, steps + 1)
+    )
+    assert place >= steps + 1
+
+
+def matches(kangaroo: Kangaroo, text: list[int], late: Leaving, step: int) -> bool:
+    """Whether a text that begins here has that step's drafts."""
+    fresh = Leaving(lambda step: 5)
+    begin(kangaroo, kangaroo.session(), text, 6, fresh)
+    tokens, confidences = fresh.drafts[0]
+    return tokens == late.drafts[step][0] and confidences == pytest.approx(late.drafts[step][1], abs=1e-5)
+
+
+@pytest.mark.parametrize("asks", [lambda step: 0, lambda step: 4 * (step < 2), lambda step: 4 * (step % 3 == 0)])
+def test_a_session_goes_on_after_a_pause(pair, asks, guarded_workspaces):
+    """The next text's prefill takes what the adapter missed, and runs the target on what is new alone."""
+    kangaroo = pair.load(device="cpu")
+    session, fresh = kangaroo.session(), kangaroo.session()
+    prompt = [*PROMPT, *begin(kangaroo, session, PROMPT, 40, Leaving(asks)), 7, 8]
+    texts = [one.generate(prompt, max_new_tokens=30, num_speculative_tokens=4) for one in (session, fresh)]
+    assert texts[0].stats.cached_tokens == len(prompt) - 2 - 3
+    assert texts[0].tokens == texts[1].tokens
+    assert texts[0].stats.drafted == texts[1].stats.drafted
+    kept = [one.memory.drafter.cache for one in (session, fresh)]
+    torch.testing.assert_close(kept[0].keys[0][:, : len(prompt)], kept[1].keys[0][:, : len(prompt)], rtol=0, atol=1e-4)
+
+
+# ---- when it is on
+
+
+def test_what_a_request_says(tmp_path, pair):
+    adapter = make_adapter(
+        tmp_path / "calibrated",
+        pair.target,
+        exit_layer=2,
+        copy_layer=2,
+        num_speculative_tokens=3,
+        draft_confidence_threshold=0.25,
+        calibrated=True,
+    )
+    calibrated = Kangaroo.from_pretrained(pair.target, adapter, device="cpu")
+
+    def numbers(kangaroo: Kangaroo, **settings: Any) -> tuple[int, float, int]:
+        request = kangaroo.resolve([1], Settings(max_new_tokens=9, **settings))
+        return request.max_drafts, request.threshold, request.auto
+
+    assert numbers(calibrated) == (3, 0.25, 15)
+    assert numbers(calibrated, num_speculative_tokens=2) == (2, 0.25, 0)
+    assert numbers(calibrated, draft_confidence_threshold=0.5) == (3, 0.5, 0)
+    assert numbers(calibrated, temperature=1.0, acceptance="rejection") == (3, 0.25, 0)
+    assert numbers(calibrated, plain=True, draft_confidence_threshold="auto") == (0, 0.0, 0)
+    other = pair.load(device="cpu")
+    assert numbers(other) == (6, 0.6, 0)
+    assert numbers(other, draft_confidence_threshold="auto") == (6, 0.6, 15)
+    assert numbers(other, draft_confidence_threshold="auto", num_speculative_tokens=2) == (2, 0.6, 2)
+    drafted = other.progress([1], max_new_tokens=60, draft_confidence_threshold="auto", num_speculative_tokens=2)
+    assert max(step.commit.drafted for step in drafted) == 2
+
+
+def test_rejection_sampling_has_no_auto():
+    with pytest.raises(KangarooError, match="'rejection' would give other tokens every time"):
+        Settings(max_new_tokens=1, draft_confidence_threshold="auto", temperature=1.0, acceptance="rejection")
+
+
+def test_the_next_text_begins_where_the_search_stands(pair, clock):
+    kangaroo = scripted(pair, "never", [])
+    settings = {"max_new_tokens": 120, "draft_confidence_threshold": "auto"}
+    first = kangaroo.generate(PROMPT, **settings).stats
+    second = kangaroo.generate(PROMPT, **settings).stats
+    assert second.drafted < first.drafted / 2
+    assert len(kangaroo.paces) == 1
