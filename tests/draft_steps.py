@@ -35,9 +35,9 @@ def make_model(
     biases: tuple[str, ...] = ("qkv", "output", "gate_up", "down", "adapter's qkv", "head"),
     heads: tuple[int, int, int] = (4, 2, 8),
     adapter_heads: tuple[int, int, int] = (4, 2, 8),
-    adapter_inner: int | None = None,
     capacity: int = CAPACITY,
     adapter_capacity: int | None = None,
+    adapter_inner: int | None = None,
 ) -> DraftModel:
     """A small drafter; no size is a multiple of a tile. Caches are NaN but for what is drawn.
 
