@@ -25,7 +25,7 @@ sys.path.insert(0, str(TOOLS))
 
 NONSENSE = {
     "minutes learning_rate repetition_penalty": "0 -1 nan inf",
-    "arch exit_layer max_new_tokens num_speculative_tokens top_k texts": "0 -1",
+    "arch exit_layer length max_new_tokens num_speculative_tokens tensor_parallel top_k texts": "0 -1",
     "steps batch_size reuse sequence_length num_attention_heads vocabulary at_once": "0 -1",
     "draft_confidence_threshold min_p total_variation": "-0.1 1.1 nan",
     "top_p": "0 -0.1 1.1 nan",
@@ -51,6 +51,7 @@ BEFORE = {
     "calibrate": "--model demo --adapter ADAPTER --prompts PROMPTS",
     "export": "--model demo --out OUT",
     "info": "--model demo --adapter ADAPTER",
+    "plan": "--model Vicuna-7B --card H100",
 }
 """What must stand on the command line besides."""
 
