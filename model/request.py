@@ -107,7 +107,9 @@ class Settings:
                     "draft_confidence_threshold is 'auto', which follows the clock, so acceptance='rejection' would "
                     "give other tokens every time; give a number from 0 to 1."
                 )
-        elif threshold is not None and (not is_number(threshold) or not 0 <= threshold <= 1):
+        elif isinstance(threshold, str) or (
+            threshold is not None and (not is_number(threshold) or not 0 <= threshold <= 1)
+        ):
             raise KangarooError(
                 f"draft_confidence_threshold is {threshold!r}; it must be a number from 0 to 1, or 'auto'."
             )

@@ -25,7 +25,7 @@ sys.path.insert(0, str(TOOLS))
 
 NONSENSE = {
     "minutes learning_rate repetition_penalty": "0 -1 nan inf",
-    "arch exit_layer max_new_tokens num_speculative_tokens top_k texts parallel": "0 -1",
+    "arch exit_layer length max_new_tokens num_speculative_tokens parallel tensor_parallel top_k texts": "0 -1",
     "steps batch_size reuse sequence_length num_attention_heads vocabulary draft_vocabulary at_once ranks": "0 -1",
     "size": "0 -1 2048",
     "draft_confidence_threshold min_p total_variation": "-0.1 1.1 nan",
@@ -59,6 +59,7 @@ BEFORE = {
     "serve": "--model demo --adapter ADAPTER --port 0",
     "experiments": "drafting --out OUT",
     "info": "--model demo --adapter ADAPTER",
+    "plan": "--model Vicuna-7B --card H100",
 }
 """What must stand on the command line besides."""
 

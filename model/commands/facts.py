@@ -5,6 +5,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -148,7 +149,7 @@ def footprint(
     head = norm + embedding
     layers = config.num_hidden_layers * layer
     kv_bytes = config.num_hidden_layers * _kv_values(config) * kv_size
-    drafter: dict[str, int | None] = {}
+    drafter: dict[str, Any] = {}
     if adapter is not None:
         trained = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
         shallow = trained.exit_layer * layer

@@ -25,7 +25,7 @@ def plan(
         Path | None,
         typer.Option(help="How often drafts are right: JSON of 'eval' or of 'generate --compare'; else the paper's."),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of the text whose keys and values are read.")] = 1024,
+    length: Annotated[int, typer.Option(help="Tokens of the text, whose keys and values are read.")] = 1024,
     picture: Annotated[Path | None, typer.Option(help="Draw the speedup by exit layer and draft length here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -41,14 +41,14 @@ def plan(
         raise KangarooError(
             f"num_speculative_tokens is {num_speculative_tokens}; it must be a whole number from 1 to 15."
         )
-    if context < 1:
-        raise KangarooError(f"context is {context}; it must be at least 1.")
+    if length < 1:
+        raise KangarooError(f"length is {length}; it must be at least 1.")
     try:
         report = None if profile is None else json.loads(profile.read_text(encoding="utf-8"))
     except ValueError as error:
         raise KangarooError(f"{profile} is no JSON; give what kangaroo eval or --compare --json printed.") from error
     rates = PAPER if profile is None else read_profile(report, str(profile))
-    planned = Plan(find_shape(model), find_machine(card), rates, tensor_parallel, context)
+    planned = Plan(find_shape(model), find_machine(card), rates, tensor_parallel, length)
     depth = max(1, planned.shape.layers // 16) if exit_layer is None else exit_layer
     found, grid = planned.predict(depth, num_speculative_tokens), planned.grid()
     drawn = None

@@ -80,7 +80,7 @@ def summary(generation: Generation) -> str:
     if stats.drafted:
         facts.append(f"{stats.mean_acceptance_length:.2f} tokens a verification step")
         facts.append(f"{stats.draft_acceptance_rate:.0%} of the drafts accepted")
-    if stats.steps_without_drafts < stats.verification_steps:
+    if stats.drafted and stats.steps_without_drafts:
         facts.append(f"{stats.steps_without_drafts / stats.verification_steps:.0%} of the steps without drafts")
     return f"{', '.join(facts)}; {ENDINGS[generation.finish_reason or 'interrupted']}."
 

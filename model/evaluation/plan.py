@@ -211,10 +211,10 @@ class Plan:
     def __post_init__(self) -> None:
         if self.cards < 1 or self.shape.heads % self.cards:
             raise KangarooError(
-                f"{self.cards} cards cannot share {self.shape.heads} attention heads; give a number that divides them."
+                f"tensor_parallel is {self.cards}; it must divide the {self.shape.heads} attention heads."
             )
         if self.cards > 1 and self.machine is CPU:
-            raise KangarooError("tensor parallel CPUs are not planned for; give a GPU.")
+            raise KangarooError(f"tensor_parallel is {self.cards}, and CPUs do not share a model; give a GPU.")
 
     @property
     def bytes_per_card(self) -> float:

@@ -135,11 +135,11 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
     ("arguments", "said"),
     [
         (("--card", "H900"), "known are A100, H100, H200, CPU"),
-        (("--card", "H100", "--tensor-parallel", 3), "3 cards cannot share 32 attention heads"),
+        (("--card", "H100", "--tensor-parallel", 3), "tensor_parallel is 3; it must divide the 32 attention heads"),
         (("--card", "CPU", "--tensor-parallel", 2), "give a GPU"),
         (("--card", "H100", "--exit-layer", 32), "allows 1 to 31"),
         (("--card", "H100", "--num-speculative-tokens", 16), "from 1 to 15"),
-        (("--card", "H100", "--context", 0), "at least 1"),
+        (("--card", "H100", "--length", 0), "at least 1"),
         (("--card", "H100", "--profile", __file__), "is no JSON"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Rollback moves lengths and copies one row: property tests of the state from step to step, without a model."""
+"""Rollback moves lengths and keeps what the adapter missed: property tests of the state, without a model."""
 
 from dataclasses import dataclass, field
 
@@ -65,6 +65,7 @@ class PaperDrafter(KangarooDrafter):
             st.integers(0, 6),  # drafts that are right
             st.lists(st.sampled_from([0.2, 0.9]), min_size=6, max_size=6),
             st.integers(1, 7),  # the limit
+            st.booleans(),  # whether drafts are asked for
         ),
         min_size=1,
         max_size=8,
@@ -81,13 +82,14 @@ def test_every_row_is_that_of_the_committed_text(prompt, gamma, steps, data):
     if len(prompt) > 1:  # as prefill leaves it
         hidden = paper.run(paper.embed(prompt[:-1]), state.cache, 0, 0, 1)
         memory.cache.write(0, hidden[:, 0].tolist())
-    for right, confidences, limit in steps:
-        said = data.draw(st.lists(st.integers(0, 9), min_size=gamma, max_size=gamma))
+    for right, confidences, limit, asked in steps:
+        most, behind = gamma if asked else 0, state.newest - memory.length
+        said = data.draw(st.lists(st.integers(0, 9), min_size=most, max_size=most))
         drafter.script = list(zip(said, confidences, strict=False))
-        draft = drafter.propose(state, None, gamma, 0.5)
+        draft = drafter.propose(state, None, most, 0.5)
         tokens = draft.tokens.tolist()
         assert tokens == said[: len(tokens)]
-        assert len(tokens) == gamma or confidences[len(tokens) - 1] < 0.5
+        assert len(tokens) == most or confidences[len(tokens) - 1] < 0.5
         chain = [state.tokens[-1], *tokens]
         assert draft.hidden[:, 0].tolist() == [1000.0 * (state.newest + row) + token for row, token in enumerate(chain)]
         wanted = [token if place < right else (token + 1) % 10 for place, token in enumerate(tokens)] + [7]
@@ -102,14 +104,14 @@ def test_every_row_is_that_of_the_committed_text(prompt, gamma, steps, data):
 
         text = state.tokens
         assert text == before + committed
-        assert state.newest - 1 <= memory.length <= state.newest
         assert state.cache.rows[: state.newest] == [float(token) for token in text[: state.newest]]
         hidden = [1000.0 * position + token for position, token in enumerate(text)]
         assert memory.cache.rows[: memory.length] == hidden[: memory.length]
-        assert float(memory.exit_hidden[0]) == hidden[state.newest - 1]
-        # the adapter lags after full acceptance and never else
+        missed = torch.cat(memory.missed)[:, 0].tolist() if memory.missed else []
+        assert missed == hidden[memory.length : state.newest]
+        # the adapter lags by one after full acceptance, by one more after every pause, and never else
         full = accepted == len(tokens) and len(committed) == len(tokens) + 1
-        assert (memory.length < state.newest) == full
+        assert len(missed) == (full if asked else behind + 1)
 
 
 def test_by_hand():
@@ -118,8 +120,9 @@ def test_by_hand():
     drafter.commit(text, 3)
     assert text.newest == 5
     assert memory.length == 5
-    assert memory.exit_hidden[:, 0].tolist() == [3, 1, 2, 3, 4, 5]
+    assert memory.missed == []
     text.tokens.append(9)
     drafter.commit(text, 1)
     assert memory.length == 5  # one behind: the row before the newest token has not been through the adapter
+    assert [rows.tolist() for rows in memory.missed] == [[[1.0]]]
     assert text.newest == 6

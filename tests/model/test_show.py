@@ -48,6 +48,11 @@ def test_pieces_are_the_text_of_each_token(pair: Pair) -> None:
             "8 tokens in 2.00 s (4 tokens/s), 2.00 tokens a verification step, 67% of the drafts accepted; "
             "the model's context is full.",
         ),
+        (
+            Generation("", [], DecodeStats(8, 4, 6, 4, [4], 0.1, 2.0, steps_without_drafts=1), "stop"),
+            "8 tokens in 2.00 s (4 tokens/s), 2.00 tokens a verification step, 67% of the drafts accepted, "
+            "25% of the steps without drafts; the text came to its end.",
+        ),
     ],
 )
 def test_summary(generation: Generation, line: str) -> None:
