@@ -49,6 +49,7 @@ BEFORE = {
     "train": "--model demo --data README.md --exit-layer 4 --out OUT",
     "generate_data": "--model demo --prompts README.md --out OUT.jsonl",
     "calibrate": "--model demo --adapter ADAPTER --prompts PROMPTS",
+    "compile": "--model demo --arch sm_90 --out OUT",
     "export": "--model demo --out OUT",
     "info": "--model demo --adapter ADAPTER",
 }

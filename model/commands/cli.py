@@ -14,7 +14,7 @@ import typer
 from kangaroo_kernels import __version__
 
 from ..errors import KangarooError
-from . import calibrate, chat, demo, export, generate, generate_data, info, train
+from . import calibrate, chat, compile, demo, export, generate, generate_data, info, train
 from .options import USER_ERROR, examples
 
 app = typer.Typer(
@@ -74,4 +74,5 @@ app.command(cls=train.FileLists, epilog=generate_data.EXAMPLES)(generate_data.ge
 app.command(cls=train.FileLists, epilog=train.EXAMPLES)(train.train)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.command("compile", epilog=compile.EXAMPLES)(compile.compile_kernels)
 app.command(epilog=info.EXAMPLES)(info.info)

@@ -175,7 +175,7 @@ def _mlp_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpac
 
 
 def load_target(
-    tensors: NamedTensors,
+    tensors: NamedTensors | None,
     config: LlamaConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -187,7 +187,8 @@ def load_target(
     """Load the tensors of a Llama model.
 
     Args:
-        tensors: all of them, from a folder (``read_tensors``) or from elsewhere.
+        tensors: all of them, from a folder (``read_tensors``) or from elsewhere; None leaves the matrices unfilled, for
+            a device without memory (``meta``).
         config: the shape that they must have.
         device: where they go.
         dtype: in which they are kept.
@@ -214,7 +215,8 @@ def load_target(
         block = _attention_places(places, config, prefix, layout)
         _mlp_places(places, config, prefix, block)
         blocks.append(block)
-    places.fill(tensors, tied, source)
+    if tensors is not None:
+        places.fill(tensors, tied, source)
     places.slots.clear()
     layers = [
         LayerWeights(_finish_attention(block), block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down"))
@@ -224,7 +226,7 @@ def load_target(
 
 
 def load_adapter(
-    tensors: NamedTensors,
+    tensors: NamedTensors | None,
     config: LlamaConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -240,6 +242,7 @@ def load_adapter(
     places = _Places(device, dtype, rounded_to)
     norm = places.pack({"norm.weight": (config.hidden_size,)})
     block = _attention_places(places, config, "layers.0.", layout)
-    places.fill(tensors, {}, source)
+    if tensors is not None:
+        places.fill(tensors, {}, source)
     places.slots.clear()
     return AdapterWeights(_finish_attention(block), norm)
