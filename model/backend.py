@@ -83,10 +83,11 @@ def load_backend(kernels: str | None, device: torch.device, dtype: torch.dtype) 
         )
     if device.type == "cpu" and dtype == torch.bfloat16:
         raise KangarooError("Triton's interpreter gets bfloat16 products wrong; use dtype float32 or float16 with it.")
-    return _triton_backend()
+    return triton_backend()
 
 
-def _triton_backend() -> Backend:
+def triton_backend() -> Backend:
+    """The kernels, wherever they are to run."""
     from kangaroo_kernels.draft_loop import prepare_draft_loop
     from kangaroo_kernels.sample_head import lm_head as kernel_lm_head
 

@@ -54,6 +54,7 @@ BEFORE = {
     "generate_data": "--model demo --prompts README.md --out OUT.jsonl",
     "draft_vocabulary": "--model demo --adapter ADAPTER --data README.md",
     "calibrate": "--model demo --adapter ADAPTER --prompts PROMPTS",
+    "compile": "--model demo --arch sm_90 --out OUT",
     "export": "--model demo --out OUT",
     "eval": "--model demo --questions bench/domains.jsonl --out OUT",
     "serve": "--model demo --adapter ADAPTER --port 0",

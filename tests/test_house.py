@@ -31,6 +31,7 @@ ROOMS = (
     ("load", "writer"),
     ("session",),
     ("kangaroo",),
+    ("ahead",),
     ("integrations",),
     ("evaluation",),
     ("training", "serving"),

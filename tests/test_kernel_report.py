@@ -430,8 +430,8 @@ def test_machine_code_is_read(left: str, depth: int) -> None:
     listing = CODE.replace("LEFT", left)
     code = sass.read_machine_code(listing)
     assert code[:5] == (40, 16, 1024, 2, "HMMA")
-    assert code.loops == (({16: 1, 4: 1}, {2: 1}, depth),)
-    assert sass.read_machine_code(listing.replace("LDGSTS", "LDS")).loops == (({}, {16: 1}, 0),)
+    assert code.loops == (({16: 1, 4: 1}, {2: 1}, depth, 8, 1),)
+    assert sass.read_machine_code(listing.replace("LDGSTS", "LDS")).loops == (({}, {16: 1}, 0, 2, 0),)
 
 
 @pytest.mark.parametrize("text", ["", CODE.replace("REG", ""), CODE.replace(";", "")])

@@ -1,7 +1,7 @@
 """Compile what launchers launch, for a GPU that is not here.
 
-``compile_only`` puts a driver without a device in Triton's place: launchers called on ``meta`` tensors then compile
-their kernels with the very arguments, specialisation and launch configuration that a GPU would see, and nothing runs.
+``compile_only`` records what ``compile_for`` compiles: launchers called on ``meta`` tensors compile their kernels with
+the very arguments, specialisation and launch configuration that a GPU would see, and nothing runs.
 """
 
 import re
@@ -13,35 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from sass import MachineCode, read_machine_code
 from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kangaroo_kernels.launch_config import LaunchConfig, configured_by, pick
-
-WARP_SIZE = 32
-
-
-class CompileOnly:
-    """The part of a Triton driver that compiling asks for."""
-
-    def __init__(self, architecture: int) -> None:
-        self.target = GPUTarget("cuda", architecture, WARP_SIZE)
-
-    def get_current_target(self) -> GPUTarget:
-        """What is compiled for."""
-        return self.target
-
-    def get_current_device(self) -> str:
-        """The key of Triton's caches; no GPU has it."""
-        return f"compile only: {self.target}"
-
-    def get_current_stream(self, device: object) -> int:
-        """None is needed."""
-        return 0
+from kangaroo_kernels.shared.absent_gpu import WARP_SIZE, compile_for
 
 
 class CompiledLaunch(NamedTuple):
@@ -132,35 +108,27 @@ def compile_only(architecture: int) -> Iterator[list[CompiledLaunch]]:
     Triton's driver, its ``JITFunction`` and the launch configurations are as before afterwards.
     """
     launches: list[CompiledLaunch] = []
-    run, active = JITFunction.run, driver._active  # driver.active would look for a GPU
+    with compile_for(architecture):
+        run = JITFunction.run
 
-    def compile_and_record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        launches.append(
-            CompiledLaunch(
-                kernel=kernel.fn.__name__,
-                architecture=architecture,
-                grid=(*grid, 1, 1)[:3],
-                num_warps=compiled.metadata.num_warps,
-                num_stages=compiled.metadata.num_stages,
-                constants={param.name: bound[param.name] for param in kernel.params if param.is_constexpr},
-                dynamic_shared=compiled.metadata.shared,
-                binary=compiled.hash,
-                ttgir=compiled.asm["ttgir"],
-                cubin=compiled.asm["cubin"],
+        def compile_and_record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            compiled = run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+            bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+            launches.append(
+                CompiledLaunch(
+                    kernel=kernel.fn.__name__,
+                    architecture=architecture,
+                    grid=(*grid, 1, 1)[:3],
+                    num_warps=compiled.metadata.num_warps,
+                    num_stages=compiled.metadata.num_stages,
+                    constants={param.name: bound[param.name] for param in kernel.params if param.is_constexpr},
+                    dynamic_shared=compiled.metadata.shared,
+                    binary=compiled.hash,
+                    ttgir=compiled.asm["ttgir"],
+                    cubin=compiled.asm["cubin"],
+                )
             )
-        )
-        return compiled
+            return compiled
 
-    def shipped(op: str, n: int, k: int, dtype: torch.dtype) -> LaunchConfig:
-        return pick((f"sm_{architecture}.json",), op, n, k, str(dtype).removeprefix("torch."))
-
-    JITFunction.run = compile_and_record
-    driver.set_active(CompileOnly(architecture))
-    try:
-        with configured_by(shipped):
-            yield launches
-    finally:
-        JITFunction.run = run
-        driver._active = active
+        JITFunction.run = compile_and_record  # compile_for puts the original back
+        yield launches

@@ -11,6 +11,9 @@ INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 """Bytes a thread loads, by the operation's suffix; 4 without one."""
 
+PRODUCTS = "HGMMA", "HMMA"
+"""Of the tensor cores."""
+
 COPY, LOAD = "LDGSTS", "LDG"
 """From global memory to shared memory asynchronously (PTX's ``cp.async``), and to a register."""
 
@@ -40,11 +43,16 @@ class Loop(NamedTuple):
         copies: asynchronous copies to shared memory an iteration, by width in bytes.
         loads: loads into registers an iteration, by width: each is waited for, nothing hides it.
         depth: iterations whose copies are under way while the loop waits for the oldest; 0 without copies.
+        instructions: of an iteration.
+        chain: the most products of the tensor cores in an iteration that add to one register, each to the result of the
+            one before.
     """
 
     copies: Counter[int]
     loads: Counter[int]
     depth: float
+    instructions: int
+    chain: int
 
 
 class MachineCode(NamedTuple):
@@ -95,7 +103,8 @@ def read_loop(loop: list[Instruction]) -> Loop:
     left = [int(each.rpartition(",")[2], 16) for each in waits]
     depth = (min(left) + groups) / groups if groups and left else 0.0
     copies, loads = (Counter(each.width for each in loop if each.base == base) for base in (COPY, LOAD))
-    return Loop(copies, loads, depth)
+    sums = Counter(each.operands.partition(",")[0] for each in loop if each.base in PRODUCTS)
+    return Loop(copies, loads, depth, len(loop), max(sums.values(), default=0))
 
 
 def read_machine_code(listing: str) -> MachineCode:
@@ -117,7 +126,7 @@ def read_machine_code(listing: str) -> MachineCode:
         stack_bytes=stack,
         static_shared=shared,
         spills=bases["STL"] + bases["LDL"],
-        tensor_cores=next((name for name in ("HGMMA", "HMMA") if name in bases), None),
+        tensor_cores=next((name for name in PRODUCTS if name in bases), None),
         loops=tuple([each for each in loops if each.copies] or most),
         operations=tuple(each.operation for each in code),
     )

@@ -17,6 +17,7 @@ from ..errors import KangarooError
 from . import (
     calibrate,
     chat,
+    compile,
     demo,
     draft_vocabulary,
     evaluate,
@@ -91,4 +92,5 @@ app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(name="eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
+app.command("compile", epilog=compile.EXAMPLES)(compile.compile_kernels)
 app.command(epilog=info.EXAMPLES)(info.info)

@@ -183,7 +183,7 @@ def _mlp_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpac
 
 
 def load_target(
-    tensors: NamedTensors,
+    tensors: NamedTensors | None,
     config: LlamaConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -195,7 +195,8 @@ def load_target(
     """Load the tensors of a Llama model.
 
     Args:
-        tensors: all of them, from a folder (``read_tensors``) or from elsewhere.
+        tensors: all of them, from a folder (``read_tensors``) or from elsewhere; None leaves the matrices unfilled, for
+            a device without memory (``meta``).
         config: the shape that they must have.
         device: where they go.
         dtype: in which they are kept.
@@ -218,14 +219,15 @@ def load_target(
     norm = places.pack({"model.norm.weight": (config.hidden_size,)})
     numbers = range(config.num_hidden_layers)
     blocks = [_layer_places(places, config, f"model.layers.{number}.", layout) for number in numbers]
-    places.fill(tensors, tied, source)
+    if tensors is not None:
+        places.fill(tensors, tied, source)
     places.slots.clear()
     layers = [_finish_layer(block) for block in blocks]
     return TargetWeights(embedding, layers, norm, PackedWeight(head, layout=layout), rounded_to)
 
 
 def load_adapter(
-    tensors: NamedTensors,
+    tensors: NamedTensors | None,
     config: LlamaConfig,
     device: torch.device,
     dtype: torch.dtype,
@@ -241,6 +243,7 @@ def load_adapter(
     places = _Places(device, dtype, rounded_to)
     norm = places.pack({"norm.weight": (config.hidden_size,)})
     block = _layer_places(places, config, "layers.0.", layout)
-    places.fill(tensors, {}, source)
+    if tensors is not None:
+        places.fill(tensors, {}, source)
     places.slots.clear()
     return AdapterWeights(_finish_layer(block), norm)

@@ -25,6 +25,7 @@ CASES = [
 ]
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize(("shape", "workload"), CASES)
 @torch.inference_mode()
 def test_an_operation(shape, workload, device):

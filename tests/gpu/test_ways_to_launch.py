@@ -37,6 +37,7 @@ def decodes(way, temperature, device, tokens):
             yield kangaroo.generate(prompt, draft_confidence_threshold=threshold, **settings).tokens
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("temperature", [0.0, 0.8] if ON_GPU else [0.0])
 @pytest.mark.parametrize("way", WAYS if ON_GPU else ["in one kernel"])
 def test_every_way_gives_the_same_tokens(way, temperature, device):

@@ -47,6 +47,7 @@ def model_of(monkeypatch, device):
     torch.cuda.empty_cache()
 
 
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_the_bits_of_the_stages(name, model_of):

@@ -450,6 +450,7 @@ def test_one_launch_drafts_what_the_steps_draft(kernels, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_first
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
 def test_on_a_gpu_graphs_change_nothing(pair, monkeypatch, sampling):
     """Captured, recaptured at every bucket, or launched kernel by kernel: the same tokens and counts."""

@@ -33,21 +33,11 @@ from steps import META, STEPS
 from triton.runtime import cache
 
 from kangaroo_kernels.launch_config import chained
-from kangaroo_kernels.model.loop.device import LEAST_REACH
-from kangaroo_kernels.model.loop.graphs import GraphRunner
-from kangaroo_kernels.model.loop.iteration import Iteration
-from kangaroo_kernels.model.loop.state import TextState
-from kangaroo_kernels.model.request import Request
-from kangaroo_kernels.model.sampling import Sampling
+from kangaroo_kernels.model.ahead import decode_works
 from kangaroo_kernels.workloads import MODELS, TINY, ModelShape, Settings, workloads
 
 CPU, BFLOAT16 = torch.device("cpu"), torch.bfloat16
 LENGTHS = (128, 256, 1000, 2048, 8192, 32768)
-SAMPLINGS = (Sampling(), Sampling(temperature=0.8), Sampling(temperature=0.8, top_k=50, top_p=0.9))
-CAPACITY = 8192 + 64
-REACHES = (LEAST_REACH, 2048, CAPACITY)
-"""Which kernels are launched depends on them no further than these do: 2 splits, a multiple of 16, and 33."""
-
 CHAIN_TESTS = "tests/kernels/test_chain.py"
 """One of them decodes, so they are led with the references computing."""
 
@@ -57,7 +47,7 @@ def model(shape: ModelShape) -> None:
     for on in (False, True):
         with chained(on), torch.inference_mode():
             operations(shape, on)
-            iterations(shape, on)
+            iterations(shape)
 
 
 def operations(shape: ModelShape, on: bool) -> None:
@@ -73,23 +63,11 @@ def operations(shape: ModelShape, on: bool) -> None:
                 call.launch()
 
 
-def iterations(shape: ModelShape, on: bool) -> None:
-    """Plain decoding and Kangaroo at every reach; two layers stand for all, which are alike."""
+def iterations(shape: ModelShape) -> None:
+    """Every kind of decoding; two layers stand for all, which are alike."""
     target = random_model.random_target(shape._replace(layers=2), META, BFLOAT16)
-    runner, cache = GraphRunner(META), target.new_cache()
-    cache.reserve(CAPACITY)
-    for drafts in (0, 6):
-        for sampling in SAMPLINGS:
-            request = Request((1, 2, 3), 200, False, sampling, drafts, 0.6, frozenset(), ())
-            for persistent in (False, True) if drafts and not on else (False,):
-                drafter, memory = random_model.random_drafter(target, 1, persistent=persistent), None
-                if drafts:
-                    memory = drafter.new_memory()
-                    memory.cache.reserve(CAPACITY)
-                text = TextState([1, 2, 3], cache, memory)
-                iteration = Iteration(target, drafter if drafts else None, text, request, runner)
-                for reach in (*REACHES[:2], cache.capacity):
-                    iteration.run(reach)
+    for work in decode_works(target, random_model.random_drafter(target, 1)):
+        work.run()
 
 
 def empty(*shape: int, dtype: Any = None, device: Any = None, **how: Any) -> torch.Tensor:

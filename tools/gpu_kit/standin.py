@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compiled import CompileOnly
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -24,6 +23,7 @@ from kangaroo_kernels import launch_config
 from kangaroo_kernels.draft_loop.table import gpu_options
 from kangaroo_kernels.model import backend
 from kangaroo_kernels.operation import OPERATIONS, Operation
+from kangaroo_kernels.shared.absent_gpu import CompileOnly
 from kangaroo_kernels.shared.chain import chain
 from kangaroo_kernels.shared.launch import require_interpreter
 
@@ -111,7 +111,7 @@ def install() -> None:
             both = computing(operation)
             replace(operation.launcher, both)
             vars(operation)["launcher"] = both
-        replace(backend.load_backend, lambda kernels, device, dtype: backend._triton_backend())
+        replace(backend.load_backend, lambda kernels, device, dtype: backend.triton_backend())
 
 
 install()

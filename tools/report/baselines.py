@@ -32,6 +32,8 @@ SETTLED = 8
 """Tokens before the clock starts; of a text shorter than four times that, a quarter."""
 
 EAGER, COMPILED = WAYS = ("transformers, eager", "transformers, static, compiled")
+ASSISTED = "transformers, assisted by our drafter"
+"""``generate`` with ``assistant_model``, of a trained pair."""
 
 
 def contexts_of(job: Job) -> tuple[int, ...]:
@@ -63,13 +65,17 @@ def settings_of(way: str, job: Job) -> dict[str, Any]:
     return {"cache_implementation": "static", "disable_compile": job.smoke} if way == COMPILED else {}
 
 
-def timed(model: Any, prompt: list[int], tokens: int, way: str, job: Job) -> tuple[list[int], float | None]:
+def timed(
+    model: Any, prompt: list[int], tokens: int, way: str, job: Job, **settings: Any
+) -> tuple[list[int], float | None]:
     """Generate greedily: up to so many new tokens, and tokens a second; None for a text that ended before the clock.
+
+    ``settings`` go to ``generate``.
 
     Raises:
         RuntimeError: ``generate`` compiled nothing where it should; it says nothing where something does not suit it.
     """
-    how, settled = settings_of(way, job), len(prompt) + max(1, min(SETTLED, tokens // 4))
+    how, settled = settings_of(way, job) | settings, len(prompt) + max(1, min(SETTLED, tokens // 4))
     row = torch.tensor([prompt], device=job.device)
     marks: list[tuple[float, int]] = []
 

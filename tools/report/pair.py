@@ -14,6 +14,7 @@ from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model.demo import DemoPair
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.evaluation.compare import Comparison, compare, summarise
+from kangaroo_kernels.model.integrations.assistant import assistant
 
 from . import baselines
 from .job import Job
@@ -77,9 +78,14 @@ def beside_transformers(job: Job, pair: DemoPair, kangaroo: Kangaroo, decoded: l
         loaded: Any = AutoModelForCausalLM.from_pretrained(pair.target, dtype=kangaroo.target.dtype)
         return loaded.to(job.device).eval()
 
+    @lru_cache
+    def drafter() -> Any:
+        return assistant(model(), pair.adapter)
+
     def cell(text: Decoded, way: str) -> dict[str, Any]:
+        settings = {"assistant_model": drafter()} if way == baselines.ASSISTED else {}
         for _ in range(2):  # the first warms up
-            tokens, speed = baselines.timed(model(), text.prompt, len(text.new), way, job)
+            tokens, speed = baselines.timed(model(), text.prompt, len(text.new), way, job, **settings)
         return {
             "tokens_per_second": speed,
             "kangaroo_speedup": text.speed / speed if speed else None,
@@ -88,5 +94,5 @@ def beside_transformers(job: Job, pair: DemoPair, kangaroo: Kangaroo, decoded: l
         }
 
     longest_first = sorted(decoded, key=lambda each: -len(each.prompt) - len(each.new))
-    for text, way in product(longest_first, baselines.WAYS):
+    for text, way in product(longest_first, (*baselines.WAYS, baselines.ASSISTED)):
         job.cell("cells", {"prompt": text.name, "way": way}, partial(cell, text, way))

@@ -1,0 +1,239 @@
+"""Compile ahead: every kernel that decoding a model launches goes into Triton's cache, for a GPU that need not be here.
+
+Nothing is computed and no weight is read: the model lies on PyTorch's ``meta`` device, and the decode's own code
+launches its kernels there (``kangaroo_kernels/shared/absent_gpu.py``).
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, WIDEST_HEAD
+
+from .backend import triton_backend
+from .drafters.adapter import Adapter, load_adapter_config
+from .drafters.kangaroo import KangarooDrafter
+from .drafters.prompt_lookup import PromptLookup
+from .drafters.protocol import Drafter
+from .errors import KangarooError
+from .load import open_model, resolve_dtype
+from .loop.graphs import GraphRunner
+from .loop.host import reach_of
+from .loop.iteration import Iteration
+from .loop.state import TextState
+from .named import find_pair
+from .request import Request
+from .sampling import Chooser, Sampling
+from .target.config import LlamaConfig
+from .target.hub import find_folder
+from .target.llama import Llama
+from .target.weights import load_adapter, load_target
+
+META, GPU = torch.device("meta"), torch.device("cuda")
+OLDEST, CHAINS_FROM = 80, 90
+"""The lowest architecture that the kernels are written for, and the first that can chain launches."""
+
+SAMPLINGS = (Sampling(), Sampling(temperature=0.8), *(Sampling(0.8, *each) for each in ((50,), (50, 0.9), (None, 0.9))))
+LENGTHS = (8, 300)
+"""Texts with room for one split of the attention, and for several. Which kernels are launched depends on no more."""
+
+DRAFTS = (1, 2, 13, MAX_SPECULATIVE_TOKENS)
+"""Numbers of drafts. Triton has kernels of their own for sizes of 1 and for multiples of 16: those that count drafts,
+positions (three more) and rows (one more)."""
+
+TEXT = [0, 0, 0]
+
+
+class Work(NamedTuple):
+    """A part of the compiling.
+
+    Attributes:
+        name: what is compiled, for people.
+        run: compiles it.
+    """
+
+    name: str
+    run: Callable[[], None]
+
+
+def read_architecture(name: str | None) -> int:
+    """90 for ``sm_90``; None means the GPU that is here.
+
+    Raises:
+        KangarooError: no such architecture, one that is too old, or no GPU.
+    """
+    if name is None:
+        if not torch.cuda.is_available():
+            raise KangarooError("there is no GPU here to compile for; name its architecture, as in --arch sm_90.")
+        major, minor = torch.cuda.get_device_capability()
+        return 10 * major + minor
+    number = name.removeprefix("sm_")
+    if not number.isascii() or not number.isdigit() or int(number) < OLDEST:
+        raise KangarooError(f"architecture {name!r} is unknown; it must be sm_{OLDEST} (an A100) or later, as sm_90.")
+    return int(number)
+
+
+def blank_pair(
+    model: str | Path, adapter: str | Path | None = None, exit_layer: int | None = None, dtype: str | None = None
+) -> tuple[Llama, Drafter]:
+    """A model and its drafter as ``from_pretrained`` makes them for a GPU, without their numbers.
+
+    Of the model, only the configuration is read. The layers are alike, so those up to the first behind the exit stand
+    for all of them.
+
+    Raises:
+        KangarooError: as ``load_pair``.
+    """
+    model, adapter = find_pair(model, adapter)
+    if exit_layer is not None and adapter is None:
+        raise KangarooError("exit_layer was given without an adapter; give both or neither.")
+    config = open_model(model).config
+    precision = resolve_dtype(dtype, GPU, config.dtype)
+    if adapter is None:
+        target = blank_target(replace(config, num_hidden_layers=1), precision)
+        return target, PromptLookup(target)
+    settings = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
+    target = blank_target(replace(config, num_hidden_layers=settings.exit_layer + 1), precision)
+    weights = load_adapter(None, settings.llama, META, precision, target.backend.layout)
+    return target, KangarooDrafter(target, Adapter(settings, weights, target))
+
+
+def blank_target(config: LlamaConfig, dtype: torch.dtype) -> Llama:
+    """A model on ``meta``."""
+    try:
+        backend = triton_backend()
+    except ImportError as error:
+        raise KangarooError("Triton is not installed here; install triton.") from error
+    return Llama(config, load_target(None, config, META, dtype, backend.layout), backend)
+
+
+def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
+    """Everything that decoding on a GPU launches, plain and drafted, on both loops; for use within ``compile_for``."""
+    for length in LENGTHS:
+        yield Work("led by the host", partial(lead_by_host, target, drafter, length))
+        for sampling in SAMPLINGS:
+            yield Work("plain", partial(iterate, target, None, sampling, 0, length))
+            for drafts in DRAFTS:
+                yield Work(f"{drafts} drafts", partial(iterate, target, drafter, sampling, drafts, length))
+            persistent = in_one_launch(drafter)
+            if persistent is not None:
+                works = partial(iterate, target, persistent, sampling)
+                yield Work("persistent", partial(works, drafter.num_speculative_tokens, length))
+
+
+def in_one_launch(drafter: Drafter) -> KangarooDrafter | None:
+    """The drafter with ``persistent=True``; None where it has no adapter, or ``draft_loop`` cannot take it."""
+    if not isinstance(drafter, KangarooDrafter):
+        return None
+    heads = drafter.target.config.head_dim, drafter.adapter.config.llama.head_dim
+    if drafter.target.dtype == torch.float32 or max(heads) > WIDEST_HEAD:
+        return None
+    return KangarooDrafter(drafter.target, drafter.adapter, persistent=True)
+
+
+def blank_text(target: Llama, drafter: Drafter | None, length: int) -> TextState:
+    """A text whose caches have room for ``length`` tokens."""
+    cache, memory = target.new_cache(), None
+    cache.reserve(reach_of(length), length)
+    if drafter is not None:
+        memory = drafter.new_memory()
+        text = TextState(list(TEXT), cache, memory)
+        drafter.prefill(text, None, reach_of(length), length)
+    return TextState(list(TEXT), cache, memory)
+
+
+def iterate(target: Llama, drafter: Drafter | None, sampling: Sampling, drafts: int, length: int) -> None:
+    """An iteration of the loop on the device."""
+    text = blank_text(target, drafter, length)
+    request = Request(tuple(TEXT), length, False, sampling, drafts, 0.6, frozenset(target.config.eos_token_ids), ())
+    Iteration(target, drafter, text, request, GraphRunner(META, capture=False)).run(text.cache.capacity)
+
+
+def lead_by_host(target: Llama, drafter: Drafter, length: int) -> None:
+    """The launches of the loop led by the host, whose positions are numbers."""
+    text, weights, config = blank_text(target, drafter, length), target.weights, target.config
+    stops = sorted(config.eos_token_ids)
+    heads = [(weights.norm, weights.head, config.rms_norm_eps)]
+    for rows in (1, 2):
+        hidden = target.run(target.embed([0] * rows), text.cache, len(TEXT), 0, config.num_hidden_layers)
+        wanted = torch.empty(rows, dtype=torch.int64, device=META)
+        ends = (torch.empty(count, dtype=torch.int64, device=META) for count in {0, len(stops)})
+        for each in ends:
+            confidence = torch.empty(rows, dtype=torch.float32, device=META)
+            target.backend.accept(wanted[1:], wanted, each, len(TEXT), length, confidence=confidence)
+    if isinstance(drafter, KangarooDrafter):
+        adapter = drafter.adapter
+        adapter.run(hidden, text.memory.cache, len(TEXT) - 1)
+        heads.append((adapter.norm, weights.head, adapter.config.llama.rms_norm_eps))
+    for sampling, head in itertools.product(SAMPLINGS, heads):
+        chooser = Chooser(sampling.without_idle_filters(config.vocab_size), target.backend)
+        chooser.target(hidden[:1], *head, len(TEXT))
+        chooser.logits(hidden[:1], *head)
+
+
+def default_folder() -> Path:
+    """Where Triton keeps what it compiles."""
+    from triton import knobs
+
+    return Path(knobs.cache.dir)
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """Within it, Triton's cache is ``folder``."""
+    from triton import knobs
+
+    with knobs.cache.scope():
+        knobs.cache.dir = str(folder.resolve())
+        yield
+
+
+def works_for(pairs: Sequence[tuple[Llama, Drafter]], architecture: int) -> list[Work]:
+    """All the works of some models, each chained and not where the architecture can chain launches."""
+    from kangaroo_kernels.launch_config import chained
+
+    def within(on: bool, work: Work) -> Work:
+        def run() -> None:
+            with chained(on), torch.inference_mode():
+                work.run()
+
+        return Work(work.name + on * ", chained", run)
+
+    ways = (False, True) if architecture >= CHAINS_FROM else (False,)
+    return [within(on, work) for pair in pairs for on in ways for work in decode_works(*pair)]
+
+
+def compile_ahead(works: Sequence[Work], architecture: int, folder: Path, done: Callable[[Work], None]) -> int:
+    """Do all works; ``done`` is told of each. Return how many kernels were compiled that ``folder`` did not have.
+
+    Raises:
+        KangarooError: Triton interprets here, or its assembler fails.
+    """
+    from triton import knobs
+    from triton.runtime.errors import PTXASError
+
+    from kangaroo_kernels.launch_config import files_for
+    from kangaroo_kernels.shared.absent_gpu import compile_for
+
+    if knobs.runtime.interpret:
+        raise KangarooError("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it.")
+    here = torch.cuda.is_available() and read_architecture(None) == architecture
+    files = files_for(torch.device("cuda", torch.cuda.current_device())) if here else ()
+    before = set(folder.iterdir()) if folder.is_dir() else set[Path]()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with kept_in(folder), compile_for(architecture, files):
+            for work in works:
+                work.run()
+                done(work)
+    except (PTXASError, RuntimeError) as error:
+        if "ptxas" not in str(error).lower():
+            raise
+        raise KangarooError(f"Triton's assembler cannot compile for sm_{architecture}: {str(error).strip()}") from error
+    return sum(any(path.glob("*.cubin")) for path in set(folder.iterdir()) - before)

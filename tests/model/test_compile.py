@@ -1,0 +1,82 @@
+"""``kangaroo compile``: afterwards a decode finds every kernel that it launches, and mistakes end in a sentence."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from compiling import ROOT
+from typer.testing import CliRunner
+
+from kangaroo_kernels.model.commands.cli import app
+
+DECODE = """
+import json
+import sys
+
+sys.path += ["tools", "tools/gpu_kit"]
+import standin  # the place of a GPU: it launches, and the references compute
+
+# isort: split
+from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.launch_config import chained
+
+target, adapter = sys.argv[1:]
+ways = [{}, {"plain": True}, {"num_speculative_tokens": 3}, {"repetition_penalty": 1.1}, {"acceptance": "rejection"}]
+for on, persistent in ((False, False), (True, False), (False, True)):
+    kangaroo = Kangaroo.from_pretrained(target, adapter, dtype="float16", persistent=persistent)
+    for way in ways:
+        for sampling in ({}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}):
+            for text in ("ab", "ab" * 90):
+                with chained(on):
+                    kangaroo.generate(text, max_new_tokens=4, **way, **sampling)
+print(json.dumps([sorted(set(standin.compiled)), len(standin.found)]))
+"""
+
+
+def run(*command: Any, **environment: str) -> str:
+    """What a program prints that does not interpret Triton."""
+    here = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    line = [sys.executable, *map(str, command)]
+    done = subprocess.run(line, cwd=ROOT, env=here, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_decode_finds_every_kernel(pair, tmp_path):
+    """Of the model only config.json is there when its kernels are compiled, and no weight of the adapter."""
+    configs = []
+    for folder in (pair.target, pair.adapter):
+        configs.append(tmp_path / folder.name)
+        configs[-1].mkdir()
+        shutil.copy(folder / "config.json", configs[-1])
+    cache, used = tmp_path / "cache", tmp_path / "used"
+    command = ["compile", "--model", configs[0], "--adapter", configs[1], "--dtype", "float16", "--arch", "sm_90"]
+    entry = "from kangaroo_kernels.model.commands.cli import main; main()"
+    assert f"{cache} holds the kernels for sm_90; " in run("-c", entry, *command, "--out", cache)
+    settings = {"TRITON_CACHE_DIR": str(cache), "STANDIN": "compute", "STANDIN_USED": str(used)}
+    compiled, found = json.loads(run("-c", DECODE, pair.target, pair.adapter, **settings))
+    assert compiled == []
+    assert found > 40
+    assert "; 0 of them are new." in run("-c", entry, *command, "--out", cache)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--arch", "sm_75"], "architecture 'sm_75' is unknown; it must be sm_80 (an A100) or later, as sm_90."),
+        (["--arch", "hopper"], "architecture 'hopper' is unknown"),
+        ([], "there is no GPU here to compile for; name its architecture, as in --arch sm_90."),
+        (["--arch", "sm_90", "--model", "demo", "--adapter", "x"], "--adapter goes with one --model, got 2"),
+        (["--arch", "sm_90", "--exit-layer", "2"], "exit_layer was given without an adapter"),
+        (["--arch", "sm_90"], "TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it."),
+    ],
+)
+def test_mistakes_end_in_a_sentence(monkeypatch, pair, tmp_path, words, sentence):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    done = CliRunner().invoke(app, ["compile", "--model", str(pair.target), "--out", str(tmp_path / "out"), *words])
+    assert sentence in str(done.exception)
+    assert not (tmp_path / "out").exists()
