@@ -15,7 +15,6 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
-from cards import Card, cards_of
 from compiled import CompiledLaunch, compile_only
 from kernel_report import Models, select, tile_of
 from rich.console import Console
@@ -24,6 +23,7 @@ from rich.table import Table
 from sass import Loop
 from steps import META, STEPS
 
+from kangaroo_kernels.cards import Card, cards_of
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 from kangaroo_kernels.workloads import ModelShape, Settings
 
