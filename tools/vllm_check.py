@@ -11,6 +11,7 @@ of heads that they divide, so target and drafter are written for them with furth
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -83,9 +84,9 @@ class Vllm:
             draft = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": DRAFTS}
             engine["speculative_config"] = draft
         job = {"engine": engine, "prompts": self.prompts, "new_tokens": NEW_TOKENS, "out": str(out)}
-        done = subprocess.run(
-            [self.python, self.script], input=json.dumps(job), text=True, cwd=self.folder, check=False
-        )
+        environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each rank wants a NUMA node
+        command, told = [self.python, self.script], json.dumps(job)
+        done = subprocess.run(command, input=told, text=True, cwd=self.folder, env=environment, check=False)
         if done.returncode:
             refuse("vllm_check", f"vLLM ended with status {done.returncode}; what it says stands above.")
         answer: dict[str, Any] = json.loads(out.read_text())
