@@ -20,16 +20,12 @@ def draw(experiment: str, records: Records, speed: str, file: Path) -> None:
 
 def as_rows(records: Records) -> list[Row]:
     """The figures as ``statistics`` has them."""
-    return [
-        Row(
-            **{
-                name: Estimate(**each) if isinstance(each, dict) else each
-                for name, each in record.items()
-                if name != "settings"
-            }
-        )
-        for record in records
-    ]
+    rows = []
+    for record in records:
+        figures: dict[str, Any] = {name: each for name, each in record.items() if name != "settings"}
+        figures |= {name: Estimate(**each) for name, each in figures.items() if isinstance(each, dict)}
+        rows.append(Row(**figures))
+    return rows
 
 
 def heat_maps(records: Records, speed: str) -> Any:
