@@ -109,6 +109,9 @@ def train(
     cache: Annotated[
         bool, typer.Option("--cache", help="Keep the model's states of all data on disk.", rich_help_panel=TRAINING)
     ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the losses for TensorBoard, too.", rich_help_panel=TRAINING)
+    ] = False,
     seed: Annotated[int, typer.Option(help="The seed of the order of the data.", rich_help_panel=TRAINING)] = 0,
     device: Device = None,
     as_json: Json = False,
@@ -149,6 +152,7 @@ def train(
         vocabulary=vocabulary,
         draft_vocabulary=draft_vocabulary,
         cache=cache,
+        tensorboard=tensorboard,
         seed=seed,
         device=device,
     )

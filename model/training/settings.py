@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class TrainingSettings:
             with a head of so many rows; None means all.
         start_from: an adapter's folder, whose weights a new run begins with.
         cache: keep the target's states of all data on disk, in ``out``, instead of a part of them in memory.
+        tensorboard: write the losses for TensorBoard, too, into ``out``.
         seed: of the windows' order and of what is drawn.
         device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
 
@@ -70,6 +72,7 @@ class TrainingSettings:
     draft_vocabulary: int | None = None
     start_from: str | None = None
     cache: bool = False
+    tensorboard: bool = False
     seed: int = 0
     device: str | None = None
 
@@ -101,6 +104,8 @@ class TrainingSettings:
         if not 0 <= self.total_variation <= 1:
             raise KangarooError(f"total_variation is {self.total_variation!r}; it must be a number from 0 to 1.")
         check_minutes(self.minutes)
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise KangarooError("tensorboard is not installed; pip install tensorboard, or leave --tensorboard out.")
         if not self.data:
             raise KangarooError("no data files were given; give at least one.")
 
@@ -133,7 +138,17 @@ class TrainingSettings:
 
         Defaults are left out, so that a new setting with one does not part a run from its state.
         """
-        free = {"out", "device", "held_out", "minutes", "steps", "cache", "micro_batch_size", "draft_vocabulary"}
+        free = {
+            "out",
+            "device",
+            "held_out",
+            "minutes",
+            "steps",
+            "cache",
+            "micro_batch_size",
+            "draft_vocabulary",
+            "tensorboard",
+        }
         defaults = {field.name: field.default for field in fields(self)}
         named = {name: value for name, value in asdict(self).items() if name not in free and value != defaults[name]}
         return json.dumps(named, default=str, sort_keys=True)

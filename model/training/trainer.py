@@ -67,6 +67,7 @@ class AdapterTraining:
         self.step, self.positions, self.elapsed = 0, 0, 0.0
         self.losses: list[float] = []
         self._unread: list[Tensor] = []
+        self._board: Any = None
         if plan.saved is not None:
             self.adapter.load_state_dict(plan.saved["adapter"])
             self.optimizers.load_state_dict(plan.saved["optimizers"])
@@ -118,11 +119,27 @@ class AdapterTraining:
             KangarooError: it is no number any more.
         """
         if self._unread:
-            self.losses += torch.stack(self._unread).tolist()
+            latest = torch.stack(self._unread).tolist()
+            self.losses += latest
             self._unread.clear()
+            self.show(latest)
             if not math.isfinite(self.losses[-1]):
                 raise KangarooError(f"the loss is {self.losses[-1]} at step {self.step}; take a lower learning_rate.")
         return self.losses[-1]
+
+    def show(self, latest: list[float]) -> None:
+        """Write the losses of the last steps for TensorBoard, where it was asked for; the first process does."""
+        if self.processes.rank or not self.settings.tensorboard:
+            return
+        first = self.step - len(latest) + 1
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # what a killed run wrote behind its last state is made again
+            self._board = SummaryWriter(self.settings.out, purge_step=first)
+        for step, loss in enumerate(latest, first):
+            self._board.add_scalar("loss", loss, step)
+        self._board.flush()
 
     def checkpoint(self) -> None:
         """Keep what a stopped run needs to go on; the first process does."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.text import load_tokenizer
 from kangaroo_kernels.model.training import card, states, trainer
+from kangaroo_kernels.model.training import settings as settings_module
 from kangaroo_kernels.model.training import teacher as teacher_module
 from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
 from kangaroo_kernels.model.training.draft_vocabulary import add_draft_vocabulary
@@ -404,6 +405,28 @@ def test_draft_vocabularies_that_cannot_serve(
     with pytest.raises(KangarooError, match=message):
         train_adapter(settings(target, text, tmp_path / "adapter", draft_vocabulary=size))
     assert not (tmp_path / "adapter").exists()
+
+
+def test_losses_for_tensorboard(target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every loss once, and after a resumption those behind the state anew."""
+    shown: dict[int, float] = {}
+    made: list[tuple[Path, int]] = []
+    board = SimpleNamespace(add_scalar=lambda name, value, step: shown.update({step: value}), flush=lambda: None)
+
+    def writer(folder: Path, purge_step: int) -> SimpleNamespace:
+        made.append((folder, purge_step))
+        return board
+
+    with pytest.raises(KangarooError, match="tensorboard is not installed; pip install"):
+        monkeypatch.setattr(settings_module, "find_spec", lambda _: None)
+        settings(target, text, tmp_path / "a", tensorboard=True)
+    monkeypatch.setattr(settings_module, "find_spec", lambda _: True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
+    run = settings(target, text, tmp_path / "a", tensorboard=True)
+    train_adapter(run)
+    train_adapter(replace(run, steps=14))
+    assert made == [(run.out, 1), (run.out, 13)]
+    assert shown == dict(enumerate(state(run.out)["losses"], 1))
 
 
 def test_held_out_files(target: Path, text: Path, tmp_path: Path) -> None:
