@@ -25,7 +25,7 @@ BUDGET = 0.01
 """The share of the tokens that trying something else may cost."""
 
 MOST_SAVED = 2.0
-"""Tokens of the budget that may be kept for later: what was not spent in an hour does not make a slow minute."""
+"""Tokens of the budget that may be kept for later, or owed: one hour's trials do not decide about the next."""
 
 MEMORY = 0.92
 """What an observation counts for after the next one: about twelve of them decide."""
@@ -95,10 +95,11 @@ class Costs:
         return len(self._extra) >= COMPARED
 
     def of(self, drafts: int) -> float:
-        """The cost of a step with so many drafts: what the five nearest numbers of drafts say, by their median."""
+        """The cost of a step with so many drafts: the median of the five comparisons nearest to it."""
         if drafts not in self._costs:
-            alike = [(abs(made - drafts), extra) for made, extra in self._extra if bool(made) == bool(drafts)]
-            extra = statistics.median([extra for _, extra in sorted(alike)[:5]]) if alike else 0.0
+            alike = [(made, extra) for made, extra in reversed(self._extra) if bool(made) == bool(drafts)]
+            nearest = sorted(alike, key=lambda pair: abs(pair[0] - drafts))[:5]  # of several alike, the latest
+            extra = statistics.median([extra for _, extra in nearest]) if nearest else 0.0
             self._costs[drafts] = 1 + max(drafts, 1) * max(extra, 0.0)
         return self._costs[drafts]
 
@@ -121,14 +122,19 @@ class Rung:
 
     def add(self, tokens: int, cost: float) -> None:
         """Take note of a step."""
-        self.tokens = MEMORY * self.tokens + tokens
-        self.costs = MEMORY * self.costs + cost
+        self.tokens += tokens
+        self.costs += cost
         self.seen += 1
+
+    def fade(self) -> None:
+        """A step later, what was seen counts for less."""
+        self.tokens *= MEMORY
+        self.costs *= MEMORY
 
     @property
     def rate(self) -> float:
         """Tokens in the time of a plain step: above 1, drafting is faster than plain decoding."""
-        return self.tokens / self.costs
+        return self.tokens / max(self.costs, 1e-9)
 
     def drafts_of(self, draft: Draft) -> int:
         """How many drafts of a step would have been made under these limits."""
@@ -228,8 +234,10 @@ class Auto:
             self.credit += BUDGET * cost * rate
             if self._tried != self._usual:
                 self.credit += tokens - cost * rate
-            self.credit = min(self.credit, MOST_SAVED)
+            self.credit = min(max(self.credit, -MOST_SAVED), MOST_SAVED)
         if self._tried is not None and self._whole:
+            for rung in self.rungs:
+                rung.fade()
             for rung in self.rungs[: self._tried + 1]:
                 made = rung.drafts_of(draft)
                 rung.add(min(agreed, made) + 1, self.costs.of(made))

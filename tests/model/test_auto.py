@@ -118,6 +118,8 @@ def test_an_interrupted_step_decides_nothing():
     costs = Costs()
     for seconds in (1.4, 1.4, 30.0, 1.4):
         costs.compare(1, seconds, 1.0)
+    for slow in (2.0, 9.0):
+        costs.compare(1, 1.4 * slow, slow)  # and neither does a machine that is slow for both
     assert costs.of(1) == pytest.approx(1.4)
     for _ in range(5):
         costs.compare(8, 5.0, 1.0)
