@@ -17,6 +17,7 @@ import torch
 import typer
 from compiled import CompiledLaunch, compile_only
 from kernel_report import Models, select, tile_of
+from occupancy import resident_programs
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -103,7 +104,7 @@ def step_seconds(loop: Loop, launch: CompiledLaunch, card: Card, active: int, gi
 def seconds_of(launch: CompiledLaunch, card: Card, steps: int, given: Assumptions) -> tuple[float, str]:
     """How long the loops of a launch take: one wave of resident programs after the other, as fast as what binds it."""
     loop = max(launch.code.loops, key=attrgetter("instructions"))
-    slots, left = card.sms * max(1, card.resident_programs(launch)), launch.programs
+    slots, left = card.sms * max(1, resident_programs(card, launch)), launch.programs
     total, bound = 0.0, ""
     while left:
         active = min(slots, left)
@@ -128,7 +129,7 @@ def figures(shape: ModelShape, given: Assumptions = ASSUMPTIONS) -> list[Figure]
             for card in cards_of(ARCHITECTURE):
                 seconds, bound = seconds_of(launch, card, steps, given)
                 least = (call.bytes_moved or 0) / card.bandwidth
-                on_an_sm, whole = card.resident_programs(launch), seconds + given.start
+                on_an_sm, whole = resident_programs(card, launch), seconds + given.start
                 shares = least / whole, least / (seconds + given.chained)
                 place = shape.name, call.role, card.name
                 found.append(Figure(*place, launch.programs, on_an_sm, 1e6 * whole, *shares, bound))
