@@ -258,7 +258,7 @@ class Auto:
         best = max(within, key=lambda index: self.rungs[index].rate)
         if self.rung not in within or self.rungs[best].rate > BETTER * self.rungs[self.rung].rate:
             self.rung = best
-        self.drafting = self.rungs[self.rung].rate > (1.0 if self.drafting else BETTER)
+        self.drafting = self.rungs[self.rung].rate > (1 / BETTER if self.drafting else BETTER)
 
     def again(self) -> "Auto":
         """For the next text: what was found so far is where it begins. The costs are the machine's, and shared."""
