@@ -144,7 +144,7 @@ def attention_merge(work, position, splits, q, parts, heads):
                 weight = tl.load(parts.stats_ptr + slots * 2 + 1, mask=row_mask, other=0.0, cache_modifier=".cg")
                 sums_ptrs = parts.sums_ptr + slots[:, None] * HEAD_DIM + dims[None, :]
                 sums = tl.load(sums_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-                fetched = fetched + ((top, weight, sums),)  # noqa: RUF005 (Triton knows no starred elements)
+                fetched = fetched + ((top, weight, sums),)  # type: ignore  # noqa: RUF005 (not in Triton)
             for offset in tl.static_range(MERGED):
                 top, weight, sums = fetched[offset]
                 there = start + offset < seen  # a split that a row does not see changes none of its bits

@@ -9,7 +9,7 @@ import pytest
 from compiling import ROOT, printed_by
 
 sys.path.insert(0, str(ROOT / "tools"))
-model, cards, sass = (import_module(name) for name in ("bandwidth_model", "cards", "sass"))
+model, cards, sass = (import_module(name) for name in ("bandwidth_model", "kangaroo_kernels.cards", "sass"))
 _, H100, H200 = cards.CARDS
 COMMAND = "tools/bandwidth_model.py", "--model", "1B", "--json"
 TILE = 16 * 512

@@ -93,7 +93,7 @@ def find_candidates(case: Case, card: Card) -> list[LaunchConfig]:
         return candidate.num_warps != default.num_warps, doublings + abs(candidate.num_stages - default.num_stages)
 
     sizes = product(WARPS, STAGES, BLOCKS if default.block_n else (0,), {0, default.registers})
-    every = (LaunchConfig(warps, stages, block, registers=registers) for warps, stages, block, registers in sizes)
+    every = (LaunchConfig(warps, stages, block_n, registers=most) for warps, stages, block_n, most in sizes)
     return [default, *sorted((each for each in every if each != default), key=unlike)]
 
 

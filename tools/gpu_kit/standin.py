@@ -19,10 +19,11 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kangaroo_kernels import launch_config
+from kangaroo_kernels import launch_config, sample_head
 from kangaroo_kernels.draft_loop.table import gpu_options
 from kangaroo_kernels.model import backend
-from kangaroo_kernels.operation import OPERATIONS, Operation
+from kangaroo_kernels.operation import OPERATIONS
+from kangaroo_kernels.reference import top1_head
 from kangaroo_kernels.shared.absent_gpu import CompileOnly
 from kangaroo_kernels.shared.chain import chain
 from kangaroo_kernels.shared.launch import require_interpreter
@@ -55,9 +56,8 @@ def on_meta(function: Callable[..., Any]) -> Callable[..., Any]:
     return wraps(function)(lambda x, *more: function(x.new_empty(0, device="meta"), *more))
 
 
-def computing(operation: Operation) -> Callable[..., Any]:
+def computing(launch: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
     """The launcher, then the reference."""
-    launch, compute = operation.launcher, operation.reference
 
     @wraps(launch)
     def both(*args: Any, **kwargs: Any) -> Any:
@@ -108,9 +108,10 @@ def install() -> None:
     cuda.mem_get_info = lambda *args: (0, 0)
     if COMPUTING:
         for operation in OPERATIONS.values():
-            both = computing(operation)
+            both = computing(operation.launcher, operation.reference)
             replace(operation.launcher, both)
             vars(operation)["launcher"] = both
+        replace(sample_head.lm_head, computing(sample_head.lm_head, top1_head.lm_head))
         replace(backend.load_backend, lambda kernels, device, dtype: backend.triton_backend())
 
 
