@@ -268,6 +268,17 @@ def test_lessons_that_had_to_go_are_made_again(
     assert all(torch.equal(*pair) for pair in zip(first, lessons[3], strict=True))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says where memory lies")
+def test_kept_lessons_do_not_lie_on_the_heap(target: Path, text: Path, tmp_path: Path) -> None:
+    """There they would keep the temporaries of all steps from giving their memory back."""
+    plan = read_plan(settings(target, text, tmp_path / "a"))
+    lessons = states.Lessons(Teacher(target, torch.device("cpu"), exit_layers=[2]), plan.corpus.windows)
+    kept = [part for index in range(40) for part in lessons[index]]
+    heap = next(line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("[heap]"))
+    first, last = (int(end, 16) for end in heap.split()[0].split("-"))
+    assert not any(first <= part.data_ptr() < last for part in kept)
+
+
 def test_reuse_asks_the_target_less_often(target: Path, text: Path, tmp_path: Path) -> None:
     once, often = (
         lessons_made(lambda: train_adapter(settings(target, text, tmp_path / str(reuse), steps=20, reuse=reuse)))  # noqa: B023
