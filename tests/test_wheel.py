@@ -66,16 +66,19 @@ def test_every_module_is_inside(names: list[str]) -> None:
     assert {name for name in names if name.endswith((".py", "py.typed"))} == kernels | model
 
 
-def test_the_demo_pair_is_inside(names: list[str]) -> None:
-    shipped = {f"kangaroo_kernels/model/demo_pair/{name}" for name in files_of(ROOT / "model" / "demo_pair", ("*",))}
-    assert shipped == {name for name in names if "/demo_pair/" in name}
+@pytest.mark.parametrize("folder", ["demo_pair", "smollm2_adapter"])
+def test_what_was_trained_is_inside(folder: str, names: list[str]) -> None:
+    shipped = {f"kangaroo_kernels/model/{folder}/{name}" for name in files_of(ROOT / "model" / folder, ("*",))}
+    assert shipped == {name for name in names if f"/{folder}/" in name}
+    assert len(shipped) > 4
 
 
 def test_nothing_else_is_inside(names: list[str]) -> None:
+    known = (".dist-info/", "/demo_pair/", "/smollm2_adapter/")
     others = [
         name
         for name in names
-        if not name.endswith((".py", "py.typed")) and ".dist-info/" not in name and "/demo_pair/" not in name
+        if not name.endswith((".py", "py.typed")) and not any(folder in name for folder in known)
     ]
     configs = sorted((ROOT / "kangaroo_kernels" / "configs").glob("*.json"))
     assert configs
