@@ -338,7 +338,7 @@ def attention(
         BLOCK_SIZE=keys.block_size,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=config.registers or None,
+        maxnreg=(config.registers or None) if splits > 1 else None,  # the limit is for the merge
         **launch_options(q),
     )
     return out

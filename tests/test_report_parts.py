@@ -57,21 +57,23 @@ def test_a_forward_that_was_not_compiled_is_no_compiled_way(job, monkeypatch):
 
 
 def test_a_pair_is_set_beside_transformers(job, monkeypatch):
-    def timed(model, prompt, tokens, way, job):
+    def timed(model, prompt, tokens, way, job, assistant_model=None):
+        assert (assistant_model == "ASSISTANT") == (way == baselines.ASSISTED)
         if way == baselines.COMPILED and tokens == 3:
             raise RuntimeError("no C compiler")
         return [1, 2, 9, 4][:tokens], 20.0
 
     monkeypatch.setattr(pair.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.nn.Identity())
+    monkeypatch.setattr(pair, "assistant", lambda *_: "ASSISTANT")
     monkeypatch.setattr(baselines, "timed", timed)
     texts = [pair.Decoded("short", [5], [1, 2, 3], 90.0), pair.Decoded("long", [5] * 8, [1, 2, 3, 4], 60.0)]
     kangaroo = SimpleNamespace(target=SimpleNamespace(dtype=torch.bfloat16))
-    pair.beside_transformers(job, SimpleNamespace(target="TARGET"), kangaroo, texts)
+    pair.beside_transformers(job, SimpleNamespace(target="TARGET", adapter="ADAPTER"), kangaroo, texts)
     found = json.loads(job.piece.read_text())
-    assert [cell["prompt"] for cell in found["cells"]] == ["long", "long", "short", "short"]
+    assert [cell["prompt"] for cell in found["cells"]] == ["long"] * 3 + ["short"] * 3
     figures = {"tokens_per_second": 20.0, "kangaroo_speedup": 3.0, "new_tokens": 4, "agreeing_tokens": 2}
     assert found["cells"][1] == {"prompt": "long", "way": baselines.COMPILED, **figures}
-    assert "error" in found["cells"][3]
+    assert "error" in found["cells"][4]
 
 
 def test_transformers_has_its_share_of_the_time(job):

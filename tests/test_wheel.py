@@ -76,9 +76,7 @@ def test_what_was_trained_is_inside(folder: str, names: list[str]) -> None:
 def test_nothing_else_is_inside(names: list[str]) -> None:
     known = (".dist-info/", "/demo_pair/", "/smollm2_adapter/")
     others = [
-        name
-        for name in names
-        if not name.endswith((".py", "py.typed")) and not any(folder in name for folder in known)
+        name for name in names if not name.endswith((".py", "py.typed")) and not any(folder in name for folder in known)
     ]
     configs = sorted((ROOT / "kangaroo_kernels" / "configs").glob("*.json"))
     assert configs

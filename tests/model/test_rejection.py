@@ -325,7 +325,7 @@ def test_a_drafter_of_some_tokens_keeps_the_distribution(small, settings):
     """It never proposes the others, which the residual makes up for."""
     adapter, tokens = small.drafter.adapter, torch.tensor([0, 2, 3, 6], dtype=torch.int32)
     config = replace(adapter.config, vocabulary=DraftVocabulary(tokens, 7))
-    weights = AdapterWeights(adapter.block.weights, adapter.norm)
+    weights = AdapterWeights(adapter.layer.weights, adapter.norm)
     some = with_drafter(small, KangarooDrafter(small.target, Adapter(config, weights, small.target)))
     assert decode_p_value(some, settings) > REJECTED
 
