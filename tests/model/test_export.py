@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf_files import write_gguf
 from pairs import make_adapter, make_target, with_vocabulary
 from safetensors.torch import load_file, save_file
+from smollm2 import real
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.demo import bundled_pair
@@ -120,6 +121,20 @@ def test_a_gguf_target(architecture: str, kind: Kind, tmp_path: Path) -> None:
         assert set(ends if isinstance(ends, list) else [ends]) == set(open_gguf(target).config.eos_token_ids) != set()
         stored = load_file(tmp_path / folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
         assert stored.dtype == (torch.float16 if kind == Kind.F16 else torch.float32)
+
+
+@real
+def test_smollm2(tmp_path: Path) -> None:
+    """A GGUF file and an adapter with an MLP and a head of some tokens; the export has the head of all."""
+    export_drafter("smollm2", None, tmp_path / "out")
+    kangaroo = Kangaroo.from_pretrained("smollm2", device="cpu")
+    tokens = kangaroo.tokenizer("The capital of France is Paris, and", return_tensors="pt")["input_ids"]
+    wanted = kangaroo.draft_logits(tokens[0].tolist())
+    there = wanted.isfinite()
+    assert there[0].sum() == len(kangaroo.drafter.adapter.vocabulary.tokens)
+    with torch.inference_mode():
+        found = stock(tmp_path / "out")(tokens).logits[0]
+    torch.testing.assert_close(found[there], wanted[there], rtol=0, atol=10 * TOLERANCE)
 
 
 def test_angles_without_a_name_are_refused(tmp_path: Path) -> None:
