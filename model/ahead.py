@@ -100,7 +100,8 @@ def blank_pair(
         return target, PromptLookup(target)
     settings = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
     target = blank_target(replace(config, num_hidden_layers=settings.exit_layer + 1), precision)
-    weights = load_adapter(None, settings.llama, META, precision, target.backend.layout)
+    size = settings.deep_state_size
+    weights = load_adapter(None, settings.llama, META, precision, target.backend.layout, deep_state_size=size)
     return target, KangarooDrafter(target, Adapter(settings, weights, target))
 
 

@@ -204,9 +204,13 @@ class Kangaroo(Writer):
         adapter = self.drafter.adapter
         with own_state(self.target.device):
             exit_hidden = self._run_all(tokens, self.drafter.first_layer)
+            states = None
+            if adapter.state is not None:
+                final = self._run_all(tokens, self.target.config.num_hidden_layers)
+                states = torch.nn.functional.pad(final[:-1], (0, 0, 1, 0))
             cache = adapter.new_cache()
             cache.reserve(len(tokens))
-            hidden = adapter.run(exit_hidden, cache, 0)
+            hidden = adapter.run(exit_hidden, cache, 0, states)
             logits = lm_head(hidden, adapter.norm, adapter.head, eps=adapter.config.llama.rms_norm_eps)
             return whole_rows(logits, adapter.vocabulary)
 

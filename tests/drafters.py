@@ -42,15 +42,14 @@ class Scripted(KangarooDrafter):
         return draft
 
     def guess(
-        self, exit_hidden: Tensor, text: TextState, chooser: Chooser, position: int, drafted: Sequence[int] = ()
+        self, hidden: Tensor, chooser: Chooser, position: int, drafted: Sequence[int] = ()
     ) -> tuple[Top1, Tensor | None]:
-        guess, distribution = super().guess(exit_hidden, text, chooser, position, drafted)
-        following = position + exit_hidden.shape[0]
+        guess, distribution = super().guess(hidden, chooser, position, drafted)
         token, confidence = int(guess.token), float(guess.confidence)
-        self.own.append((following, token, confidence))
+        self.own.append((position, token, confidence))
         if self.say is None:
             return guess, distribution
-        token, confidence = self.say(following, following - len(text.tokens), token, confidence)
+        token, confidence = self.say(position, position - len(self.states[-1].tokens), token, confidence)
         if distribution is not None:  # what is always said was drawn from a distribution that knows nothing else
             distribution = torch.nn.functional.one_hot(torch.tensor([token]), distribution.shape[-1]).float()
         return Top1(torch.tensor([token]), torch.tensor([confidence])), distribution
@@ -60,9 +59,9 @@ class NotANumber(KangarooDrafter):
     """An adapter whose output is NaN throughout."""
 
     def guess(
-        self, exit_hidden: Tensor, text: TextState, chooser: Chooser, position: int, drafted: Sequence[int] = ()
+        self, hidden: Tensor, chooser: Chooser, position: int, drafted: Sequence[int] = ()
     ) -> tuple[Top1, Tensor | None]:
-        return super().guess(torch.full_like(exit_hidden, float("nan")), text, chooser, position, drafted)
+        return super().guess(torch.full_like(hidden, float("nan")), chooser, position, drafted)
 
 
 def oracle(text: Sequence[int], confidence: float = 1.0) -> Say:

@@ -77,6 +77,7 @@ def make_adapter(
     exit_layer: int | None,
     copy_layer: int | None = None,
     mlp: bool = False,
+    deep_state_size: int = 0,
     std: float = 0.25,
     seed: int = 1,
     **config: Any,
@@ -88,6 +89,7 @@ def make_adapter(
         copy_layer: takes this target layer's attention and the target's final norm, so that the adapter agrees with
             the target now and then; None draws everything at random.
         mlp: whether it has that layer's MLP, too.
+        deep_state_size: the inner size of a SwiGLU over its deep state, drawn at random; 0 leaves it away.
         std: of the random matrices.
         config: further entries of ``config.json``, such as ``num_speculative_tokens``; they win.
     """
@@ -103,6 +105,13 @@ def make_adapter(
         for name, tensor in adapter.items():
             noise = torch.randn(tensor.shape, generator=generator)
             adapter[name] = (1 + 0.2 * noise if "norm" in name else std * noise).to(tensor.dtype)
+    if deep_state_size:
+        hidden, dtype = len(adapter["norm.weight"]), adapter["norm.weight"].dtype
+        shapes = {"gate": (deep_state_size, hidden), "up": (deep_state_size, hidden), "down": (hidden, deep_state_size)}
+        for name, shape in shapes.items():
+            adapter[f"state_mlp.{name}_proj.weight"] = (std * torch.randn(shape, generator=generator)).to(dtype)
+        adapter["state_layernorm.weight"] = (1 + 0.2 * torch.randn(hidden, generator=generator)).to(dtype)
+        config["deep_state_size"] = deep_state_size
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.clone() for name, tensor in adapter.items()}, folder / "model.safetensors")
     values = json.loads((target / "config.json").read_text())

@@ -153,7 +153,7 @@ def footprint(
     if adapter is not None:
         trained = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
         shallow = trained.exit_layer * layer
-        own = trained.llama.attention_parameters + trained.llama.mlp_parameters + norm
+        own = trained.parameters
         kv_bytes += _kv_values(trained.llama) * kv_size
         drafted = None if trained.vocabulary is None else len(trained.vocabulary.tokens)
         rows = (drafted or config.vocab_size) * config.hidden_size

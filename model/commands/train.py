@@ -89,6 +89,18 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = None,
+    deep_state_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Show the adapter the model's last state at the position before, through an MLP of this inner size; "
+            "without, it sees the exit layer alone, as in the paper.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    unrolled_drafts: Annotated[
+        int,
+        typer.Option(help="How many drafts in a row a deep state learns for.", rich_help_panel=TRAINING),
+    ] = 2,
     learning_rate: Annotated[float, typer.Option(help="The highest rate of the run.", rich_help_panel=TRAINING)] = 2e-2,
     total_variation: Annotated[
         float,
@@ -147,6 +159,8 @@ def train(
         sequence_length=sequence_length,
         num_attention_heads=num_attention_heads,
         intermediate_size=intermediate_size,
+        deep_state_size=deep_state_size,
+        unrolled_drafts=unrolled_drafts,
         learning_rate=learning_rate,
         total_variation=total_variation,
         vocabulary=vocabulary,

@@ -1,8 +1,11 @@
 """The adapter: the small trained network that turns the exit layer's hidden states into drafts.
 
 ``h + attention(rms_norm(h))``, a norm, then the target's own LM head (arXiv 2404.18911, section 3.1); where its
-configuration says ``"mlp": true``, a layer's SwiGLU follows the attention. The folder holds a ``config.json`` (a
-one-layer Llama configuration with an added ``exit_layer``) and the weights.
+configuration says ``"mlp": true``, a layer's SwiGLU follows the attention. With a **deep state** its input is
+``h + swiglu(rms_norm(s))``, where s is the target's last layer's output at the position before; for a position behind a
+draft, which the target has not seen yet, the adapter's own output stands in (as EAGLE feeds back features, arXiv
+2401.15077). The folder holds a ``config.json`` (a one-layer Llama configuration with an added ``exit_layer``) and the
+weights.
 """
 
 from collections.abc import Mapping
@@ -35,6 +38,7 @@ class AdapterConfig:
         draft_confidence_threshold: the confidence below which drafting should stop.
         calibrated: whether both were measured for this pair (``kangaroo calibrate --write``).
         vocabulary: the tokens that it may draft; None means all.
+        deep_state_size: the inner size of the SwiGLU over the deep state; 0 where it has none.
     """
 
     llama: LlamaConfig
@@ -43,6 +47,14 @@ class AdapterConfig:
     draft_confidence_threshold: float
     calibrated: bool = False
     vocabulary: DraftVocabulary | None = None
+    deep_state_size: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Of the adapter alone; it shares the target's head."""
+        hidden, size = self.llama.hidden_size, self.deep_state_size
+        state = hidden + 3 * hidden * size if size else 0
+        return self.llama.attention_parameters + self.llama.mlp_parameters + hidden + state
 
 
 def _number(values: dict[str, Any], name: str, default: float, low: float, high: float, path: Path) -> float:
@@ -91,7 +103,10 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
     if not isinstance(calibrated, bool):
         raise KangarooError(f"{path}: calibrated is {calibrated!r}; it must be true or false.")
     vocabulary = read_draft_vocabulary(folder, values, config.vocab_size)
-    return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary)
+    deep_state_size = values.get("deep_state_size", 0)
+    if not isinstance(deep_state_size, int) or isinstance(deep_state_size, bool) or deep_state_size < 0:
+        raise KangarooError(f"{path}: deep_state_size is {deep_state_size!r}; it must be a whole number, 0 for none.")
+    return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary, deep_state_size)
 
 
 def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:
@@ -107,11 +122,12 @@ class Adapter:
     Attributes:
         head: the target's head, or the rows of it that the draft vocabulary names.
         vocabulary: the tokens of the head's rows, on the target's device; None where it has all.
+        state: the SwiGLU over the deep state; None where it has none.
     """
 
     def __init__(self, config: AdapterConfig, weights: AdapterWeights, target: Llama) -> None:
         self.config, self.target = config, target
-        self.norm = weights.norm
+        self.norm, self.state = weights.norm, weights.state
         self.head, self.vocabulary = target.weights.head, config.vocabulary
         if self.vocabulary is not None:
             self.vocabulary = DraftVocabulary(self.vocabulary.tokens.to(target.device), self.vocabulary.size)
@@ -134,6 +150,7 @@ class Adapter:
             target.backend.layout,
             str(folder),
             target.weights.rounded_to,
+            config.deep_state_size,
         )
         return cls(config, weights, target)
 
@@ -146,12 +163,22 @@ class Adapter:
         exit_hidden: Tensor,
         cache: KVCache,
         position: int | Tensor,
+        states: Tensor | None = None,
         *,
         reach: int | None = None,
         active: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Turn the exit layer's rows at ``position, ...`` into the input of the adapter's norm: ``[M, hidden]``.
 
-        ``position``, ``reach`` and ``active`` are those of ``Llama.run``.
+        ``position``, ``reach``, ``active`` and ``out`` are those of ``Llama.run``. ``states`` is ``[M, hidden]``, the
+        last layer's output at the position before each row, for an adapter with a deep state; ``out`` may be ``states``
+        itself.
         """
-        return self.layer(exit_hidden, cache, 0, position, reach=reach, active=active)
+        hidden = exit_hidden
+        if self.state is not None:
+            assert states is not None
+            operations, eps = self.target.backend.for_rows(hidden.shape[0]), self.config.llama.rms_norm_eps
+            inner = operations.gate_up(states, self.state.norm, self.state.gate_up, eps=eps, active=active)
+            hidden = operations.linear_residual(inner, self.state.down, hidden, active=active)
+        return self.layer(hidden, cache, 0, position, reach=reach, active=active, out=out)

@@ -42,17 +42,30 @@ class AdapterMemory:
             begins, row ``1 + j`` to position ``n - 1 + j``.
         missed: the exit layer's output at positions ``length`` to ``n - 2``, each ``[m, hidden]``, for an adapter that
             lags; empty on the loop that is resident on the device.
+        states: ``[positions + 1, hidden]``, whose row p is the target's last layer's output at position ``p - 1``;
+            None without a deep state.
+        own: ``[2, hidden]``, the adapter's latest output on the resident loop; None without a deep state.
     """
 
     cache: KVCache
     length: int
     exit_hidden: Tensor
     missed: list[Tensor] = field(default_factory=list)
+    states: Tensor | None = None
+    own: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory."""
-        return self.cache.nbytes + self.exit_hidden.nbytes + sum(rows.nbytes for rows in self.missed)
+        rows = (self.exit_hidden, *self.missed, self.states, self.own)
+        return self.cache.nbytes + sum(each.nbytes for each in rows if each is not None)
+
+    def reserve_states(self, reach: int, kept: int) -> None:
+        """Make room for the states of ``reach`` positions; those before the first ``kept`` positions stay."""
+        if self.states is not None and len(self.states) <= reach:
+            longer = self.states.new_zeros(reach + 1, self.states.shape[1])
+            longer[: kept + 1] = self.states[: kept + 1]
+            self.states = longer
 
 
 class KangarooDrafter(Drafter):
@@ -62,7 +75,8 @@ class KangarooDrafter(Drafter):
         target: the model.
         adapter: trained for it.
         persistent: on the kernels, draft in one launch (``draft_loop``) instead of kernel by kernel. The references
-            still draft step by step, and so does a request with top-k or top-p, which need a row of logits.
+            still draft step by step, and so do an adapter with a deep state, and a request with top-k or top-p, which
+            need a row of logits.
 
     Raises:
         KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU.
@@ -82,9 +96,12 @@ class KangarooDrafter(Drafter):
         self.auto = adapter.config.calibrated
 
     def new_memory(self) -> AdapterMemory:
-        """An empty cache, and rows of the exit layer."""
-        rows = self.target.weights.embedding.new_zeros(MOST_ROWS, self.target.config.hidden_size)
-        return AdapterMemory(self.adapter.new_cache(), 0, rows)
+        """An empty cache, and rows of states."""
+        make, hidden = self.target.weights.embedding.new_zeros, self.target.config.hidden_size
+        memory = AdapterMemory(self.adapter.new_cache(), 0, make(MOST_ROWS, hidden))
+        if self.adapter.state is not None:
+            memory.states, memory.own = make(1, hidden), make(2, hidden)  # nothing stands before position 0
+        return memory
 
     def keep(self, memory: AdapterMemory, count: int, length: int) -> int:
         """All, unless a text of that length has other RoPE angles."""
@@ -96,13 +113,22 @@ class KangarooDrafter(Drafter):
         kept = text.newest - (0 if hidden is None else len(hidden))
         memory.cache.reserve(reach, length, kept)
         memory.exit_hidden.zero_()
+        memory.reserve_states(reach, kept)
+        self.observe(text, kept, text.newest)
         if hidden is not None:
             memory.exit_hidden[0] = hidden[-1]
             if memory.missed and kept > memory.length:
                 missed = torch.cat(memory.missed)[: kept - memory.length]
                 hidden, kept = torch.cat((missed, hidden)), memory.length
-            self.adapter.run(hidden, memory.cache, kept)
+            states = None if memory.states is None else memory.states[kept : text.newest]
+            self.adapter.run(hidden, memory.cache, kept, states)
         memory.length, memory.missed = text.newest, []
+
+    def observe(self, text: "TextState", first: int, last: int) -> None:
+        """Keep what the target's last layer gave for the positions from ``first`` to before ``last``."""
+        if text.memory.states is not None and last > first:
+            assert text.final is not None
+            text.memory.states[first + 1 : last + 1] = text.final[: last - first]
 
     # ---- led by the host
 
@@ -113,6 +139,7 @@ class KangarooDrafter(Drafter):
         """
         target, memory = self.target, text.memory
         token, confidence = text.tokens[-1], 1.0
+        own: Tensor | None = None
         tokens: list[int] = []
         confidences: list[float] = []
         distributions: list[Tensor] = []
@@ -127,7 +154,11 @@ class KangarooDrafter(Drafter):
                 seen, rows = memory.length, memory.exit_hidden[row : row + 1]
                 if memory.missed:
                     rows, memory.missed = torch.cat((*memory.missed, rows)), []
-                guess, distribution = self.guess(rows, text, chooser, seen, tokens)
+                states = own
+                if own is None and memory.states is not None:
+                    states = memory.states[seen : position + 1]
+                own = self.adapter.run(rows, memory.cache, seen, states)[-1:]
+                guess, distribution = self.guess(own, chooser, position + 1, tokens)
                 memory.length = position + 1
                 token, confidence = int(guess.token), float(guess.confidence)
             tokens.append(token)
@@ -142,27 +173,32 @@ class KangarooDrafter(Drafter):
         )
 
     def guess(
-        self, exit_hidden: Tensor, text: "TextState", chooser: "Chooser", position: int, drafted: Sequence[int] = ()
+        self, hidden: Tensor, chooser: "Chooser", position: int, drafted: Sequence[int] = ()
     ) -> tuple[Top1, Tensor | None]:
-        """Adapter and head over the exit layer's rows at ``position, ...``: the token after the last of them.
+        """The head over the adapter's output ``[1, hidden]``: the token at ``position``.
 
         ``drafted`` are the tokens behind the text.
         """
         adapter = self.adapter
-        hidden = adapter.run(exit_hidden, text.memory.cache, position)[-1:]
-        eps, following = adapter.config.llama.rms_norm_eps, position + exit_hidden.shape[0]
-        head = hidden, adapter.norm, adapter.head, eps, following
+        head = hidden, adapter.norm, adapter.head, adapter.config.llama.rms_norm_eps, position
         if chooser.sampling.rejects:
             return chooser.draft_with_distribution(*head, drafted, adapter.vocabulary)
         return chooser.draft(*head, drafted=drafted, vocabulary=adapter.vocabulary), None
 
     def commit(self, text: "TextState", count: int) -> None:
-        """Roll back by length; the rows of tokens that stand, but that the adapter has not run on, are kept for it."""
+        """Roll back by length; the rows of tokens that stand, but that the adapter has not run on, are kept for it.
+
+        With a deep state it runs on the last of them again: where that was a draft, its own output stood in before it.
+        """
         memory: AdapterMemory = text.memory
-        ran = max(memory.length - (text.newest - count), 0)
+        before, most = text.newest - count, count
+        if memory.states is not None:
+            self.observe(text, before, text.newest)
+            most = count - 1
+        ran = min(max(memory.length - before, 0), most)
         if ran < count:
             memory.missed.append(memory.exit_hidden[1 + ran : 1 + count].clone())
-        memory.length = min(memory.length, text.newest)
+        memory.length = min(memory.length, before + ran)
 
     # ---- on the device
 
@@ -170,6 +206,8 @@ class KangarooDrafter(Drafter):
         """Give the iteration the row before the newest token, and tell its runner which memory graphs will rely on."""
         memory: AdapterMemory = iteration.text.memory
         iteration.runner.rely_on("adapter", memory.cache.keys[0], memory.cache.phases)
+        if memory.states is not None:
+            iteration.runner.rely_on("states", memory.states)
         iteration.buffers.exit_hidden[0] = memory.exit_hidden[0]
         if self._in_one_launch(iteration):
             self._loop(iteration)  # prepared here, since no work inside an iteration may ask the host
@@ -187,7 +225,7 @@ class KangarooDrafter(Drafter):
 
     def _in_one_launch(self, iteration: "Iteration") -> bool:
         sampling = iteration.chooser.sampling
-        return self.persistent and sampling.top_k is None and sampling.top_p is None
+        return self.persistent and self.adapter.state is None and sampling.top_k is None and sampling.top_p is None
 
     def _loop(self, iteration: "Iteration") -> PreparedLoop:
         def prepare() -> PreparedLoop:
@@ -213,14 +251,19 @@ class KangarooDrafter(Drafter):
         """Adapter and head on a row: a draft, its confidence, the next row's flag and embedding.
 
         In the first step the adapter also takes the row before the newest token: it has not seen it if every draft of
-        the iteration before was accepted.
+        the iteration before was accepted, and not with the target's own state if it was a draft.
         """
         adapter, buffers, target = self.adapter, iteration.buffers, self.target
+        memory: AdapterMemory = iteration.text.memory
         first, active = row if row else -1, buffers.drafting(row)
         exit_hidden, position = buffers.hidden(first, row + 1), buffers.position(first)
-        hidden = adapter.run(exit_hidden, iteration.text.memory.cache, position, reach=reach, active=active)[-1:]
+        states = out = None
+        if memory.states is not None and memory.own is not None:
+            states = memory.own[1:] if row else memory.states.index_select(0, buffers.positions[:2].clamp(min=0))
+            out = memory.own[1:] if row else memory.own
+        hidden = adapter.run(exit_hidden, memory.cache, position, states, reach=reach, active=active, out=out)
         iteration.chooser.draft(
-            hidden,
+            hidden[-1:],
             adapter.norm,
             adapter.head,
             adapter.config.llama.rms_norm_eps,
@@ -233,6 +276,17 @@ class KangarooDrafter(Drafter):
             embedded=buffers.newest,
             out=buffers.draft(row),
         )
+
+    def observations(self, iteration: "Iteration") -> Iterator[Stage]:
+        """With a deep state, keep what the last layer gave for every row; rows that fall are written again."""
+        if self.adapter.state is not None:
+            yield Stage("kangaroo/observe", partial(self.observe_all, iteration))
+
+    def observe_all(self, iteration: "Iteration") -> None:
+        """``observe`` for the rows of an iteration."""
+        assert iteration.final is not None
+        following = iteration.buffers.positions[2 : len(iteration.final) + 2]
+        iteration.text.memory.states.index_copy_(0, following, iteration.final)
 
     def draft_all(self, iteration: "Iteration") -> None:
         """Draft in one launch, which ends with the first unsure draft."""

@@ -95,7 +95,7 @@ class Drafter(Protocol):
         """Begin a text.
 
         Args:
-            text: its tokens, caches and memory.
+            text: its tokens, caches and memory; ``text.final`` is the last layer's output at the same positions.
             hidden: ``[m, hidden]``, what layer ``first_layer`` reads for the m tokens before the last: all of them, or
                 those that ``keep`` left; None for a prompt of one token.
             reach: positions that may be written, drafts beyond the end included.
@@ -111,7 +111,10 @@ class Drafter(Protocol):
         raise NotImplementedError
 
     def commit(self, text: "TextState", count: int) -> None:
-        """Roll back to the text, whose last ``count`` tokens have just been committed; for the loop led by the host."""
+        """Roll back to the text, whose last ``count`` tokens have just been committed; for the loop led by the host.
+
+        ``text.final`` is the last layer's output for the newest token before them and for the drafts.
+        """
         return None
 
     def attach(self, iteration: "Iteration") -> None:
@@ -135,6 +138,13 @@ class Drafter(Protocol):
         """
         raise NotImplementedError
 
+    def observations(self, iteration: "Iteration") -> Iterable[Stage]:
+        """Look at what the target found, for the loop on the device: work between verification and commit.
+
+        ``iteration.final`` is the last layer's output for every row. The rules of ``stages`` hold.
+        """
+        return ()
+
 
 def provides(drafter: object, method: str) -> bool:
     """Whether a drafter has a method of its own, and not the one that ``Drafter`` only declares."""
@@ -153,7 +163,7 @@ def check_drafter(drafter: Any, target: "Llama") -> None:
             f"this {type(drafter).__name__} was made for another target; make one for the target that it drafts for."
         )
     name, layers, most = type(drafter).__name__, target.config.num_hidden_layers, MAX_SPECULATIVE_TOKENS
-    for method in ("new_memory", "keep", "prefill", "commit", "attach"):
+    for method in ("new_memory", "keep", "prefill", "commit", "attach", "observations"):
         if not callable(getattr(drafter, method, None)):
             raise KangarooError(f"{name} has no {method}(); derive it from Drafter, which has one that does nothing.")
     first, drafts = getattr(drafter, "first_layer", None), getattr(drafter, "num_speculative_tokens", None)

@@ -16,7 +16,7 @@ from ..errors import KangarooError
 from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, load_config_values, parse_config
 from ..target.hub import find_folder
-from .stock_llama import assisted_settings
+from .stock_llama import assisted_settings, refuse_deep_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +80,7 @@ def assistant(model: Any, adapter: str | Path, exit_layer: int | None = None) ->
     target = model_config(model)
     folder = find_folder(adapter, "adapter")
     found = load_adapter_config(folder, target, exit_layer)
+    refuse_deep_state(found, folder)
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = found.exit_layer + 1
     with torch.device("meta"):  # only a frame: each of its modules is replaced

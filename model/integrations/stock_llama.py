@@ -80,6 +80,7 @@ def check_exportable(pair: Pair) -> None:
         KangarooError: they do not.
     """
     target, adapter = pair.target_config, pair.adapter_config.llama
+    refuse_deep_state(pair.adapter_config, pair.adapter)
     for name, ours, theirs in (
         ("head_dim", adapter.head_dim, target.head_dim),
         ("rms_norm_eps", _as_float32(adapter.rms_norm_eps), _as_float32(target.rms_norm_eps)),
@@ -90,6 +91,15 @@ def check_exportable(pair: Pair) -> None:
                 f"{pair.adapter}: the adapter's {name} is {ours}, the target's is {theirs}; a stock Llama has one for "
                 "all its layers and cannot hold this drafter exactly."
             )
+
+
+def refuse_deep_state(adapter: AdapterConfig, folder: Path) -> None:
+    """Raise for an adapter that reads the target's last layer: a drafter that is a model of its own never sees it."""
+    if adapter.deep_state_size:
+        raise KangarooError(
+            f"{folder}: the adapter has a deep state, which is the target's last layer's output; a drafter outside of "
+            "the target cannot have it. Train one without --deep-state-size for other engines."
+        )
 
 
 def assisted_settings(adapter: AdapterConfig) -> dict[str, Any]:

@@ -36,14 +36,13 @@ def prefill(target: Llama, drafter: Drafter | None, text: TextState, length: int
     reach = reach_of(length)  # the same for any number of drafts, so that they all find the same memory
     text.cache.reserve(reach, length, kept)
     hidden = target.embed(text.tokens[kept:-1]) if len(text.tokens) > 1 else None
-    first = 0
-    if drafter is not None:
-        first = drafter.first_layer
-        if hidden is not None:
-            hidden = target.run(hidden, text.cache, kept, 0, first)
-        drafter.prefill(text, hidden, reach, length)
+    first = 0 if drafter is None else drafter.first_layer
     if hidden is not None:
-        target.run(hidden, text.cache, kept, first, target.config.num_hidden_layers)
+        hidden = target.run(hidden, text.cache, kept, 0, first)
+        final = target.run(hidden, text.cache, kept, first, target.config.num_hidden_layers)
+    if drafter is not None:
+        text.final = None if hidden is None else final
+        drafter.prefill(text, hidden, reach, length)
 
 
 def chooser_of(target: Llama, text: TextState, request: Request) -> Chooser:
@@ -119,8 +118,8 @@ def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, d
     The layers below ``first_layer`` are not run again; the others and the LM head run over all positions at once.
     """
     config, weights = target.config, target.weights
-    hidden = target.run(draft.hidden, text.cache, text.newest, first_layer, config.num_hidden_layers)
-    head = (hidden, weights.norm, weights.head, config.rms_norm_eps, text.newest + 1)
+    text.final = target.run(draft.hidden, text.cache, text.newest, first_layer, config.num_hidden_layers)
+    head = (text.final, weights.norm, weights.head, config.rms_norm_eps, text.newest + 1)
     if chooser.sampling.rejects:
         certain = one_hot(draft.tokens, config.vocab_size).float()
         distributions = certain if draft.distributions is None else draft.distributions

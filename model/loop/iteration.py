@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+from torch import Tensor
+
 from ..drafters.protocol import Drafter, Stage
 from ..request import Request
 from ..sampling import Chooser
@@ -34,6 +36,7 @@ class Iteration:
         max_drafts: R.
         buffers: the device memory.
         chooser: picks tokens, its numbers read from the buffers.
+        final: ``[R + 1, hidden]``, the last layer's output of the verification, for ``Drafter.observations``.
         key: what a captured iteration has baked in besides its reach: shapes, and which kernels are launched. Numbers,
             the threshold and the temperature too, are read from device memory.
     """
@@ -49,6 +52,7 @@ class Iteration:
         name = "plain" if drafter is None else f"{self.max_drafts} drafts"
         self.buffers = buffers_for(target, text, request, self.max_drafts, runner, name)
         self.chooser = Chooser(sampling, target.backend, self.buffers.sampling)
+        self.final: Tensor | None = None
         runner.rely_on("target", text.cache.keys[0], text.cache.phases)
         begin(self.buffers, target, text.tokens, request)
         if drafter is not None:
@@ -61,6 +65,8 @@ class Iteration:
         if self.drafter is not None:
             yield from self.drafter.stages(self, reach)
         yield Stage("kangaroo/verify", partial(self.verify, reach))
+        if self.drafter is not None:
+            yield from self.drafter.observations(self)
         yield Stage("kangaroo/accept", self.accept)
         yield Stage("kangaroo/commit", self.commit)
 
@@ -75,9 +81,9 @@ class Iteration:
         target, weights, config, buffers = self.target, self.target.weights, self.target.config, self.buffers
         rows = buffers.newest if self.drafter is None else buffers.hidden(0, self.max_drafts + 1)
         position, layers = buffers.position(0), config.num_hidden_layers
-        hidden = target.run(rows, self.text.cache, position, self.first_layer, layers, reach=reach)
+        self.final = target.run(rows, self.text.cache, position, self.first_layer, layers, reach=reach)
         following = buffers.position(1)
-        self.chooser.target(hidden, weights.norm, weights.head, config.rms_norm_eps, following, out=buffers.wanted)
+        self.chooser.target(self.final, weights.norm, weights.head, config.rms_norm_eps, following, out=buffers.wanted)
 
     def accept(self) -> None:
         """How many drafts stand, how long the text becomes, whether it ends."""

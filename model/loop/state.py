@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..errors import KangarooError
 from ..target.cache import KVCache
@@ -18,11 +19,14 @@ class TextState:
         tokens: prompt and committed tokens.
         cache: the target's keys and values; rows below ``n - 1`` are valid in every layer.
         memory: what ``Drafter.new_memory`` made; the drafter alone reads and writes it.
+        final: ``[m, hidden]``, the last layer's output of the latest prefill or verification, on the loop led by the
+            host.
     """
 
     tokens: list[int]
     cache: KVCache
     memory: Any = None
+    final: Tensor | None = None
 
     @property
     def newest(self) -> int:

@@ -116,10 +116,11 @@ class TargetWeights:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The adapter's layer and its own final norm."""
+    """The adapter's layer, its own final norm, and the SwiGLU over its deep state, if it has one."""
 
     layer: LayerWeights
     norm: Tensor
+    state: Mlp | None = None
 
 
 class _Unpacked:
@@ -138,15 +139,18 @@ def _layer_places(places: _Places, config: LlamaConfig, prefix: str, layout: Lay
     block = _Unpacked(layout)
     _attention_places(places, config, prefix, block)
     if config.has_mlp:
-        _mlp_places(places, config, prefix, block)
+        names = f"{prefix}post_attention_layernorm.weight", f"{prefix}mlp"
+        _mlp_places(places, config, config.intermediate_size, *names, block)
     return block
 
 
 def _finish_layer(block: _Unpacked) -> LayerWeights:
     attention = AttentionWeights(block.vectors["norm"], block.packed("qkv"), block.packed("output"))
-    if "mlp_norm" not in block.vectors:
-        return LayerWeights(attention, None)
-    return LayerWeights(attention, Mlp(block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down")))
+    return LayerWeights(attention, _finish_mlp(block) if "mlp_norm" in block.vectors else None)
+
+
+def _finish_mlp(block: _Unpacked) -> Mlp:
+    return Mlp(block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down"))
 
 
 def _attention_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpacked) -> None:
@@ -167,9 +171,8 @@ def _attention_places(places: _Places, config: LlamaConfig, prefix: str, block: 
     block.vectors["norm"] = places.pack({norm: (hidden,)})
 
 
-def _mlp_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpacked) -> None:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    name = f"{prefix}mlp.{{}}_proj.{{}}"
+def _mlp_places(places: _Places, config: LlamaConfig, inner: int, norm: str, mlp: str, block: _Unpacked) -> None:
+    hidden, name = config.hidden_size, f"{mlp}.{{}}_proj.{{}}"
 
     def pack(parts: Mapping[str, int], columns: int) -> tuple[Tensor, Tensor | None]:
         weight = places.pack({name.format(part, "weight"): (size, columns) for part, size in parts.items()})
@@ -179,7 +182,7 @@ def _mlp_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpac
 
     block.matrices["gate_up"] = pack({"gate": inner, "up": inner}, hidden)
     block.matrices["down"] = pack({"down": hidden}, inner)
-    block.vectors["mlp_norm"] = places.pack({f"{prefix}post_attention_layernorm.weight": (hidden,)})
+    block.vectors["mlp_norm"] = places.pack({norm: (hidden,)})
 
 
 def load_target(
@@ -234,16 +237,21 @@ def load_adapter(
     layout: Layout | None = None,
     source: str = "the adapter",
     rounded_to: torch.dtype | None = None,
+    deep_state_size: int = 0,
 ) -> AdapterWeights:
     """Load an adapter's tensors, ours or the paper's authors' (same names); arguments as for ``load_target``.
+
+    ``deep_state_size`` is the inner size of the SwiGLU over its deep state; 0 means that it has none.
 
     Raises:
         KangarooError: as for ``load_target``.
     """
     places = _Places(device, dtype, rounded_to)
     norm = places.pack({"norm.weight": (config.hidden_size,)})
-    block = _layer_places(places, config, "layers.0.", layout)
+    block, state = _layer_places(places, config, "layers.0.", layout), _Unpacked(layout)
+    if deep_state_size:
+        _mlp_places(places, config, deep_state_size, "state_layernorm.weight", "state_mlp", state)
     if tensors is not None:
         places.fill(tensors, {}, source)
     places.slots.clear()
-    return AdapterWeights(_finish_layer(block), norm)
+    return AdapterWeights(_finish_layer(block), norm, _finish_mlp(state) if deep_state_size else None)

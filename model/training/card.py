@@ -53,7 +53,7 @@ def write_card(settings: TrainingSettings, report: dict[str, Any]) -> None:
         model=name,
         use=settings.model if on_hub else name,
         exit_layer=settings.exit_layer,
-        form=f"a layer with an MLP of {inner}" if (inner := settings.intermediate_size) else "one layer of attention",
+        form=describe(settings),
         parameters=report["parameters"],
         figures="\n".join(figures),
         steps=report["steps"],
@@ -62,6 +62,12 @@ def write_card(settings: TrainingSettings, report: dict[str, Any]) -> None:
     if draw_curve(settings.out / "curve.png", report["curve"]):
         card += PICTURE
     (settings.out / "README.md").write_text(card, encoding="utf-8")
+
+
+def describe(settings: TrainingSettings) -> str:
+    """The adapter's form in words."""
+    form = f"a layer with an MLP of {inner}" if (inner := settings.intermediate_size) else "one layer of attention"
+    return f"{form} and a deep state of {size}," if (size := settings.deep_state_size) else form
 
 
 def draw_curve(file: Path, curve: list[dict[str, float]]) -> bool:

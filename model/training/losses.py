@@ -47,13 +47,13 @@ class DraftLoss:
         self.total_variation = total_variation
 
     def backward(
-        self, guesses: Tensor, final: Tensor, log_total: Tensor, generator: torch.Generator
+        self, guesses: Tensor, normed: Tensor, log_total: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """The mean loss over some positions, and its gradient for ``guesses``.
 
         Args:
             guesses: ``[P, hidden]``, the adapter's output.
-            final: ``[P, hidden]``, the target's.
+            normed: ``[P, hidden]``, the target's.
             log_total: ``[P]``, as in ``Lesson``.
             generator: draws the sample of the joined class, on the CPU.
 
@@ -66,14 +66,14 @@ class DraftLoss:
         for part in in_chunks(guesses):
             guess = guesses[part].detach().requires_grad_()
             with torch.enable_grad():
-                chunk = self.distance(guess.bfloat16(), final[part], log_total[part], joined).sum() / len(guesses)
+                chunk = self.distance(guess.bfloat16(), normed[part], log_total[part], joined).sum() / len(guesses)
             (gradient[part],) = torch.autograd.grad(chunk, guess)
             loss += chunk.detach()
         return loss, gradient
 
-    def distance(self, guess: Tensor, final: Tensor, log_total: Tensor, joined: Tensor) -> Tensor:
+    def distance(self, guess: Tensor, normed: Tensor, log_total: Tensor, joined: Tensor) -> Tensor:
         """The loss of each position, ``[P]`` float32; the arguments are bf16."""
-        target = (F.linear(final, self.apart).float() - log_total[:, None]).exp()
+        target = (F.linear(normed, self.apart).float() - log_total[:, None]).exp()
         logits = F.linear(guess, self.apart).float()
         if len(joined):
             target = torch.cat((target, (1 - target.sum(-1, keepdim=True)).clamp(min=0)), dim=-1)

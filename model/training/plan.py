@@ -106,7 +106,11 @@ def read_plan(settings: TrainingSettings, corpus: Corpus | None = None) -> Plan:
     if settings.draft_vocabulary is not None:
         check_draft_vocabulary(settings.draft_vocabulary, target)
     saved = read_state(settings)
-    weights = None if settings.start_from is None else read_weights(settings.start_from, config)
+    weights = (
+        None
+        if settings.start_from is None
+        else read_weights(settings.start_from, config, settings.deep_state_size or 0)
+    )
     corpus = corpus or read_corpus(settings, target.tokenizer, target.ends)
     fingerprint = zlib.crc32(settings.fingerprint().encode())
     for window in corpus.windows:

@@ -1,6 +1,7 @@
 """How good an adapter is on held-out data: by agreement, by the acceptance length that follows, and by decoding."""
 
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,23 +22,32 @@ DECODED = 8
 NEW_TOKENS = 64
 
 
-def expected_acceptance_length(agrees: list[list[bool]], confidences: list[list[float]]) -> float:
+class Judged(NamedTuple):
+    """A drafter's choices in a window, by position: whether they are the target's, and their probabilities."""
+
+    agrees: list[bool]
+    confidences: list[float]
+
+
+def expected_acceptance_length(windows: list[list[Judged]]) -> float:
     """The mean acceptance length of greedy decoding that writes these windows, at the paper's draft settings.
 
     Args:
-        agrees: for each window, by position: whether the drafter's first choice is the target's.
-        confidences: the drafter's probability of its choice, likewise.
+        windows: the choices as the first draft of a step, as the second, and so on; later drafts are as the last.
 
     A step drafts until the first unsure draft, which still counts, and keeps the drafts up to the first wrong one.
     """
     steps = tokens = 0
-    for agree, confidence in zip(agrees, confidences, strict=True):
-        at = 0
-        while at < len(agree):
+    for passes in windows:
+        at, length = 0, len(passes[0].agrees)
+        while at < length:
             taken = 0
-            while taken < PAPER_NUM_SPECULATIVE_TOKENS and at + taken < len(agree) and agree[at + taken]:
+            while taken < PAPER_NUM_SPECULATIVE_TOKENS and at + taken < length:
+                judged = passes[min(taken, len(passes) - 1)]
+                if not judged.agrees[at + taken]:
+                    break
                 taken += 1
-                if confidence[at + taken - 1] < PAPER_DRAFT_CONFIDENCE_THRESHOLD:
+                if judged.confidences[at + taken - 1] < PAPER_DRAFT_CONFIDENCE_THRESHOLD:
                     break
             steps, tokens, at = steps + 1, tokens + taken + 1, at + taken + 1
     return tokens / steps if steps else 0.0
@@ -59,43 +69,46 @@ def score_held_out(
     is the adapter's, ``tokens`` which ones it may draft; None means all.
     """
     tokens = None if tokens is None else tokens.to(teacher.device)
-    agrees, confidences = [], []
+    judged: list[list[Judged]] = []
     for done, window in enumerate(windows, 1):
         (lesson,) = teacher.lessons([window.tokens])
         with autocast(teacher.device):
-            guesses = adapter(lesson.exit_hidden[None, :, exit_place].float())[0]
+            passes = adapter(
+                lesson.exit_hidden[None, :, exit_place].float(),
+                lesson.final[None].float(),
+                PAPER_NUM_SPECULATIVE_TOKENS if adapter.has_state else 1,
+            )
         places = window.learned.nonzero()[:, 0].to(teacher.device)
-        agree, confidence = _judge(teacher.head.float(), guesses[places].float(), lesson.final[places].float(), tokens)
-        agrees.append(agree)
-        confidences.append(confidence)
+        normed = teacher.normed(lesson.final[places]).float()
+        judged.append(_judge(teacher.head.float(), [guesses[0, places].float() for guesses in passes], normed, tokens))
         progress("scoring", done, len(windows), "")
         if time.perf_counter() > deadline:
             break
-    right, count = (sum(map(of, agrees)) for of in (sum, len))
+    right, count = (sum(of(passes[0].agrees) for passes in judged) for of in (sum, len))
     return {
         "agreement": round(right / count, 4),
-        "expected_acceptance_length": round(expected_acceptance_length(agrees, confidences), 3),
+        "expected_acceptance_length": round(expected_acceptance_length(judged), 3),
     }
 
 
-def _judge(
-    head: Tensor, guesses: Tensor, final: Tensor, tokens: Tensor | None = None
-) -> tuple[list[bool], list[float]]:
-    """Whether both rank the same token first, and the guess's probability; ``[P, hidden]`` each.
+def _judge(head: Tensor, passes: list[Tensor], normed: Tensor, tokens: Tensor | None = None) -> list[Judged]:
+    """Whether each pass's guesses and the target rank the same token first, and the guesses' probabilities.
 
-    The guess is one of ``tokens``, if they are given.
-
-    All is float32: bf16's logits are equal so often that a share of the agreement would be chance.
+    ``[P, hidden]`` each, the inputs of the head. A guess is one of ``tokens``, if they are given. All is float32:
+    bf16's logits are equal so often that a share of the agreement would be chance.
     """
     own = head if tokens is None else head[tokens]
-    agree: list[bool] = []
-    confidence: list[float] = []
-    for part in in_chunks(guesses):
-        probability, choice = F.linear(guesses[part], own).softmax(-1).max(-1)
-        choice = choice if tokens is None else tokens[choice]
-        agree += (choice == F.linear(final[part], head).argmax(-1)).tolist()
-        confidence += probability.tolist()
-    return agree, confidence
+    wanted = torch.cat([F.linear(normed[part], head).argmax(-1) for part in in_chunks(normed)])
+    judged = []
+    for guesses in passes:
+        agrees, confidences = list[bool](), list[float]()
+        for part in in_chunks(guesses):
+            probability, choice = F.linear(guesses[part], own).softmax(-1).max(-1)
+            choice = choice if tokens is None else tokens[choice]
+            agrees += (choice == wanted[part]).tolist()
+            confidences += probability.tolist()
+        judged.append(Judged(agrees, confidences))
+    return judged
 
 
 def decode_held_out(

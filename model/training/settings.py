@@ -37,6 +37,9 @@ class TrainingSettings:
         sequence_length: the most tokens per window.
         num_attention_heads: of the adapter (as many key-value heads); None takes the target's numbers.
         intermediate_size: of a SwiGLU behind the adapter's attention; None leaves it away, as in the paper.
+        deep_state_size: the inner size of a SwiGLU over the target's last layer's output at the position before; None
+            leaves it away, as in the paper.
+        unrolled_drafts: how many drafts in a row an adapter with a deep state learns for.
         learning_rate: of Muon (matrices) and AdamW (norms) at its height; it warms up over 2 % of the run and falls to
             zero in a straight line.
         total_variation: the share of the total variation distance in the loss; the rest is cross-entropy.
@@ -66,6 +69,8 @@ class TrainingSettings:
     sequence_length: int = 256
     num_attention_heads: int | None = None
     intermediate_size: int | None = None
+    deep_state_size: int | None = None
+    unrolled_drafts: int = 2
     learning_rate: float = 2e-2
     total_variation: float = 0.0
     vocabulary: int = 8192
@@ -85,6 +90,8 @@ class TrainingSettings:
             ("sequence_length", 8),
             ("num_attention_heads", 1),
             ("intermediate_size", 1),
+            ("deep_state_size", 1),
+            ("unrolled_drafts", 1),
             ("vocabulary", 1),
             ("draft_vocabulary", 1),
             ("seed", 0),
@@ -95,6 +102,7 @@ class TrainingSettings:
                 "micro_batch_size",
                 "num_attention_heads",
                 "intermediate_size",
+                "deep_state_size",
                 "draft_vocabulary",
             )
             if not (optional and value is None) and (not isinstance(value, int) or value < low):

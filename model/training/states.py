@@ -23,15 +23,19 @@ class Batch(NamedTuple):
 
     Attributes:
         exit_hidden: ``[B, T, E, hidden]`` bf16, shorter windows padded at their end.
+        final: ``[B, T, hidden]`` bf16, the last layer's output, likewise.
         places: ``[P]`` int64, the learned positions among the ``B * T``.
-        final: ``[P, hidden]`` bf16, the target's states at them.
+        normed: ``[P, hidden]`` bf16, what the target's head reads at them.
         log_total: ``[P]`` float32, as in ``Lesson``.
+        halves: which of the P are every window's first, third, ... one, and which are the others.
     """
 
     exit_hidden: Tensor
-    places: Tensor
     final: Tensor
+    places: Tensor
+    normed: Tensor
     log_total: Tensor
+    halves: tuple[Tensor, Tensor]
 
 
 def in_pages_of_its_own(tensor: Tensor) -> Tensor:
@@ -96,10 +100,12 @@ class Lessons:
         """The lessons of some windows; nothing here waits for a GPU."""
         lessons = [self[index] for index in indices]
         exit_hidden = pad_sequence([lesson.exit_hidden for lesson in lessons], batch_first=True)
+        final = pad_sequence([lesson.final for lesson in lessons], batch_first=True)
         width, device = exit_hidden.shape[1], exit_hidden.device
         learned = [self.windows[index].learned.nonzero()[:, 0] for index in indices]
-        flat = torch.cat([row * width + at for row, at in enumerate(learned)])
-        places = [at.to(device, non_blocking=True) for at in learned]
-        final = torch.cat([lesson.final[at] for lesson, at in zip(lessons, places, strict=True)])
-        log_total = torch.cat([lesson.log_total[at] for lesson, at in zip(lessons, places, strict=True)])
-        return Batch(exit_hidden, flat.to(device, non_blocking=True), final, log_total)
+        odd = torch.cat([torch.arange(len(at)) % 2 for at in learned])
+        halves = [(odd == rest).nonzero()[:, 0].to(device, non_blocking=True) for rest in (0, 1)]
+        flat = torch.cat([row * width + at for row, at in enumerate(learned)]).to(device, non_blocking=True)
+        log_total = pad_sequence([lesson.log_total for lesson in lessons], batch_first=True).flatten()[flat]
+        normed = self.teacher.normed(final.flatten(0, 1)[flat])
+        return Batch(exit_hidden, final, flat, normed, log_total, (halves[0], halves[1]))

@@ -13,13 +13,16 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import KangarooError, reason
 from .losses import in_chunks
 
+FINAL = -1
+"""Where the last layer's output is kept, among those of the exit layers."""
+
 
 class Lesson(NamedTuple):
     """What an adapter learns from a window of T tokens.
 
     Attributes:
         exit_hidden: ``[T, E, hidden]`` bf16, the states of E exit layers; an adapter reads those of its own.
-        final: ``[T, hidden]`` bf16, the input of the head; the head makes the target's distribution of it again.
+        final: ``[T, hidden]`` bf16, the last layer's output; norm and head make the target's distribution of it again.
         log_total: ``[T]`` float32, the logarithm of that softmax's denominator, over the whole vocabulary.
     """
 
@@ -62,18 +65,25 @@ class Teacher:
         # transformers hands the head a slice, and the product of a slice would first copy the head for every text
         self.model.lm_head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
         self.device, self.exit_layers = device, exit_layers
-        self._exit_hidden: dict[int, Tensor] = {}
+        self._kept: dict[int, Tensor] = {}
         for layer in exit_layers:
             self.model.model.layers[layer].register_forward_pre_hook(partial(self._keep, layer), with_kwargs=True)
+        self.model.model.norm.register_forward_pre_hook(partial(self._keep, FINAL), with_kwargs=True)
 
     def _keep(self, layer: int, _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        self._exit_hidden[layer] = args[0] if args else kwargs["hidden_states"]
+        self._kept[layer] = args[0] if args else kwargs["hidden_states"]
 
     @property
     def head(self) -> Tensor:
         """The LM head ``[V, hidden]``."""
         weight: Tensor = self.model.lm_head.weight
         return weight
+
+    @torch.no_grad()
+    def normed(self, final: Tensor) -> Tensor:
+        """The input of the head: ``[..., hidden]`` bf16, of the last layer's output."""
+        normed: Tensor = self.model.model.norm(final).bfloat16()
+        return normed
 
     @torch.no_grad()
     def lessons(self, rows: Sequence[Tensor]) -> list[Lesson]:
@@ -83,12 +93,13 @@ class Teacher:
         """
         with autocast(self.device):
             padded = pad_sequence(list(rows), batch_first=True).to(self.device)
-            final = self.model.model(input_ids=padded, use_cache=False).last_hidden_state.bfloat16()
-        head, lessons = self.head.bfloat16(), []
-        exit_hidden = torch.stack([self._exit_hidden[layer] for layer in self.exit_layers], dim=2).bfloat16()
+            self.model.model(input_ids=padded, use_cache=False)
+        final, head, lessons = self._kept[FINAL].bfloat16(), self.head.bfloat16(), []
+        exit_hidden = torch.stack([self._kept[layer] for layer in self.exit_layers], dim=2).bfloat16()
         for index, row in enumerate(rows):
             own, shallow = final[index, : len(row)].clone(), exit_hidden[index, : len(row)].clone()
-            totals = [F.linear(own[part], head).float().logsumexp(-1) for part in in_chunks(own)]
+            normed = self.normed(own)
+            totals = [F.linear(normed[part], head).float().logsumexp(-1) for part in in_chunks(own)]
             lessons.append(Lesson(shallow, own, torch.cat(totals)))
         return lessons
 

@@ -25,13 +25,15 @@ from .plan import Plan, find_cache, read_plan
 from .processes import Processes, join_processes
 from .scores import decode_held_out, score_held_out
 from .settings import ProgressReport, TrainingSettings
-from .states import AT_ONCE, Lessons
+from .states import AT_ONCE, Batch, Lessons
 from .teacher import Teacher, autocast
 
 CHECKPOINT_SECONDS = 60.0
 SCORING_SHARE = 0.15
 """Of the minutes, kept for scoring."""
 CURVE_POINTS = 100
+LATER_WEIGHT = 0.8
+"""What the second draft of a step counts in the loss, and the square of it the third: they are made less often."""
 
 
 class AdapterTraining:
@@ -52,7 +54,9 @@ class AdapterTraining:
         self.exit = teacher.exit_layers.index(settings.exit_layer)
         windows = plan.corpus.windows
         torch.manual_seed(settings.seed)
-        self.adapter = TrainableAdapter(plan.config, settings.sequence_length).to(teacher.device)
+        size = settings.deep_state_size or 0
+        self.adapter = TrainableAdapter(plan.config, settings.sequence_length, size).to(teacher.device)
+        self.passes = settings.unrolled_drafts if size else 1
         if plan.weights is not None:
             self.adapter.load_state_dict(plan.weights, strict=False)  # without an MLP's, it begins as nothing
         else:
@@ -100,17 +104,33 @@ class AdapterTraining:
         total, sampling = torch.zeros((), device=self.teacher.device), generator.get_state()
         for part in self.parts(drawn):
             batch = self.lessons.batch(part)
-            with autocast(self.teacher.device):
-                guesses = self.adapter(batch.exit_hidden[:, :, self.exit].float()).flatten(0, 1)[batch.places]
             generator.set_state(sampling)  # all parts see one sample of the joined class
-            loss, gradient = self.loss.backward(guesses, batch.final, batch.log_total, generator)
-            weight = len(batch.places) / positions
-            guesses.backward(gradient * weight)
-            total += loss * weight
+            total += self.learn(batch, positions, generator)
         self._unread.append(self.processes.add_up(self.adapter, total))
         self.optimizers.step(rise_and_fall(share))
         self.positions += positions
         self.step += 1
+
+    def learn(self, batch: Batch, positions: int, generator: torch.Generator) -> Tensor:
+        """Add the gradient of some of a step's windows, which has so many positions in all; return their share of loss.
+
+        The first draft of a step learns on all positions, each later one on half of them, since all cost the same.
+        """
+        with autocast(self.teacher.device):
+            passes = self.adapter(batch.exit_hidden[:, :, self.exit].float(), batch.final.float(), self.passes)
+        falling = [LATER_WEIGHT**later for later in range(self.passes)]
+        weights = [weight / sum(falling) for weight in falling]
+        total, rows, gradients = torch.zeros((), device=self.teacher.device), list[Tensor](), list[Tensor]()
+        for later, (guesses, weight) in enumerate(zip(passes, weights, strict=True)):
+            chosen, share = (batch.halves[later % 2], 0.5) if later else (slice(None), 1.0)
+            rows.append(guesses.flatten(0, 1)[batch.places[chosen]])
+            told = batch.normed[chosen], batch.log_total[chosen]
+            loss, gradient = self.loss.backward(rows[-1], *told, generator)
+            part = weight * len(rows[-1]) / (share * positions)
+            gradients.append(gradient * part)
+            total += loss * part
+        torch.autograd.backward(rows, gradients)
+        return total
 
     def latest_loss(self) -> float:
         """The loss of the last step; it waits for a GPU.

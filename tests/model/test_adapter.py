@@ -53,12 +53,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def expected_draft_logits(target: Path, adapter: Path, exit_layer: int, tokens: list[int]) -> torch.Tensor:
     """``head(norm(f(h)))`` on transformers' own hidden states.
 
-    ``f`` is ``h + attention(rms_norm(h))``, followed by ``h + swiglu(rms_norm(h))`` where the adapter has an MLP.
+    ``f`` is ``h + attention(rms_norm(h))``, followed by ``h + swiglu(rms_norm(h))`` where the adapter has an MLP. Where
+    it has a deep state, ``h`` is first the exit layer's plus a SwiGLU of the last layer's at the position before.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     model = AutoModelForCausalLM.from_pretrained(target).float()
+    last: list[torch.Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, given: last.append(given[0][0]))
     hidden = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states[exit_layer][0]
     config = AutoConfig.from_pretrained(adapter)
     weights = load_file(adapter / "model.safetensors")
@@ -70,6 +73,11 @@ def expected_draft_logits(target: Path, adapter: Path, exit_layer: int, tokens: 
     def heads(name: str) -> torch.Tensor:
         return project(name, normed).unflatten(-1, (-1, config.head_dim)).transpose(0, 1)
 
+    if "state_layernorm.weight" in weights:
+        state = torch.cat((torch.zeros_like(hidden[:1]), last[0][:-1]))
+        normed = rms_norm(state, weights["state_layernorm.weight"], config.rms_norm_eps)
+        gate, up, down = (weights[f"state_mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+        hidden = hidden + linear(silu(linear(normed, gate)) * linear(normed, up), down)
     normed = rms_norm(hidden, weights["layers.0.input_layernorm.weight"], config.rms_norm_eps)
     cos, sin = LlamaRotaryEmbedding(config)(hidden, torch.arange(len(tokens))[None])
     q, k, v = rotate(heads("q"), cos[0], sin[0]), rotate(heads("k"), cos[0], sin[0]), heads("v")
@@ -122,6 +130,23 @@ def test_an_adapter_with_an_mlp(shape: dict[str, bool], tmp_path: Path) -> None:
     (bare / "config.json").write_text(json.dumps(values | {"mlp": True}))
     with pytest.raises(KangarooError, match="tensors are missing"):
         Kangaroo.from_pretrained(target, bare, device="cpu")
+
+
+@pytest.mark.parametrize("mlp", [False, True])
+def test_an_adapter_with_a_deep_state(mlp: bool, tmp_path: Path) -> None:
+    target = make_target(tmp_path / "target", std=0.15)
+    adapter = make_adapter(tmp_path / "adapter", target, exit_layer=2, std=0.15, mlp=mlp, deep_state_size=30)
+    assert_draft_parity(target, adapter, 2, Kangaroo.from_pretrained(target, adapter, device="cpu"))
+    values = json.loads((adapter / "config.json").read_text())
+    for said, words in (
+        (0, "unexpected tensor 'state_"),
+        (-1, "a whole number"),
+        (True, "a whole number"),
+        (9, "shape"),
+    ):
+        (adapter / "config.json").write_text(json.dumps(values | {"deep_state_size": said}))
+        with pytest.raises(KangarooError, match=words):
+            Kangaroo.from_pretrained(target, adapter, device="cpu")
 
 
 @pytest.mark.parametrize("exit_layer", [1, 2, 3])

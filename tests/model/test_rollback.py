@@ -48,11 +48,14 @@ class PaperDrafter(KangarooDrafter):
     """Says what it is told and writes the adapter's "keys"."""
 
     def __init__(self, paper: Paper) -> None:
-        self.target, self.first_layer = paper, 1
+        self.target, self.adapter, self.first_layer = paper, self, 1
         self.script: list[tuple[int, float]] = []
 
-    def guess(self, exit_hidden, text, chooser, position, drafted=()):
-        text.memory.cache.write(position, exit_hidden[:, 0].tolist())
+    def run(self, exit_hidden, cache, position, states):
+        cache.write(position, exit_hidden[:, 0].tolist())
+        return exit_hidden
+
+    def guess(self, hidden, chooser, position, drafted=()):
         token, confidence = self.script.pop(0)
         return Top1(torch.tensor([token]), torch.tensor([confidence])), None
 

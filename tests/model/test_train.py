@@ -30,7 +30,7 @@ from kangaroo_kernels.model.training import teacher as teacher_module
 from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
 from kangaroo_kernels.model.training.draft_vocabulary import add_draft_vocabulary
 from kangaroo_kernels.model.training.plan import read_plan
-from kangaroo_kernels.model.training.scores import expected_acceptance_length
+from kangaroo_kernels.model.training.scores import Judged, expected_acceptance_length
 from kangaroo_kernels.model.training.settings import TrainingSettings
 from kangaroo_kernels.model.training.teacher import Teacher
 from kangaroo_kernels.model.training.trainer import train_adapter
@@ -105,15 +105,16 @@ def test_an_adapter_of_qwen2_is_a_layer_of_llamas(text: Path, tmp_path: Path) ->
     assert drafted.tokens == plain.tokens and drafted.stats.drafted
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_attention_heads": 6, "intermediate_size": 40}])
+@pytest.mark.parametrize("shape", [{}, {"num_attention_heads": 6, "intermediate_size": 40}, {"deep_state_size": 30}])
 def test_the_runtime_runs_what_was_trained(shape: dict[str, int], target: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     train_adapter(settings(target, text, out, **shape))
     kangaroo = Kangaroo.from_pretrained(target, out)
     config = kangaroo.drafter.adapter.config.llama
+    size = shape.get("deep_state_size", 0)
     asked = {"num_attention_heads": 4, "intermediate_size": 0, "head_dim": 12} | shape
-    assert {name: getattr(config, name) for name in asked} == asked
-    adapter = TrainableAdapter(config, 32)
+    assert {name: getattr(config, name, size) for name in asked} == asked
+    adapter = TrainableAdapter(config, 32, size)
     adapter.load_state_dict(load_file(out / "model.safetensors"))
     teacher = Teacher(target, torch.device("cpu"), exit_layers=[2])
     tokens = torch.randint(67, (32,), generator=torch.Generator().manual_seed(3))
@@ -121,10 +122,11 @@ def test_the_runtime_runs_what_was_trained(shape: dict[str, int], target: Path, 
         patch.setattr(Tensor, "bfloat16", Tensor.float)  # lessons without their rounding
         patch.setattr(teacher_module, "autocast", lambda _: nullcontext())
         (lesson,) = teacher.lessons([tokens])
-        wanted = adapter(lesson.exit_hidden[None, :, 0])[0] @ teacher.head.T
+        wanted = adapter(lesson.exit_hidden[None, :, 0], lesson.final[None])[0][0] @ teacher.head.T
+        targets = teacher.normed(lesson.final) @ teacher.head.T
     ours = kangaroo.logits(tokens.tolist())
     torch.testing.assert_close(kangaroo.draft_logits(tokens.tolist()), wanted, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(ours, lesson.final @ teacher.head.T, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours, targets, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.logsumexp(-1), lesson.log_total, atol=1e-4, rtol=1e-4)
 
 
@@ -137,7 +139,7 @@ import os, signal
 from pathlib import PosixPath
 from kangaroo_kernels.model.training import trainer
 from kangaroo_kernels.model.training.plan import read_plan
-from kangaroo_kernels.model.training.scores import expected_acceptance_length
+from kangaroo_kernels.model.training.scores import Judged, expected_acceptance_length
 from kangaroo_kernels.model.training.settings import TrainingSettings
 
 def kill(self, share, update=trainer.AdapterTraining.update):
@@ -203,21 +205,24 @@ def test_a_warm_start_begins_with_the_weights(target: Path, text: Path, tmp_path
         train_adapter(first)
 
 
-def test_an_adapter_of_attention_alone_gets_an_mlp(target: Path, text: Path, tmp_path: Path) -> None:
-    """Its function is the same at first, and every part of the MLP learns."""
+@pytest.mark.parametrize("more", ["intermediate_size", "deep_state_size"])
+def test_an_adapter_of_attention_alone_gets_more(more: str, target: Path, text: Path, tmp_path: Path) -> None:
+    """Its function is the same at first, and every part of the MLP or the deep state learns."""
     first = settings(target, text, tmp_path / "a")
     train_adapter(first)
-    grown = replace(first, out=tmp_path / "b", start_from=str(first.out), intermediate_size=40)
+    grown = replace(first, out=tmp_path / "b", start_from=str(first.out), **{more: 40})
     train_adapter(replace(grown, steps=1, learning_rate=1e-9))
     one, other = (Kangaroo.from_pretrained(target, out).draft_logits([5, 6, 7, 8]) for out in (first.out, grown.out))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     longer = replace(grown, out=tmp_path / "c")
     train_adapter(longer)
     one, other = (load_file(out / "model.safetensors") for out in (grown.out, longer.out))
-    for name in (name for name in one if "mlp" in name or "post_attention" in name):
+    learning = [name for name in one if "mlp" in name or "post_attention" in name or "state" in name]
+    assert len(learning) == 4
+    for name in learning:
         assert not torch.allclose(one[name], other[name], atol=1e-4), name
-    with pytest.raises(KangarooError, match="--intermediate-size"):
-        train_adapter(replace(grown, out=tmp_path / "d", start_from=str(longer.out), intermediate_size=8))
+    with pytest.raises(KangarooError, match="--" + more.replace("_", "-")):
+        train_adapter(replace(grown, out=tmp_path / "d", start_from=str(longer.out), **{more: 8}))
 
 
 def test_exit_layers_side_by_side_learn_as_alone(target: Path, text: Path, tmp_path: Path) -> None:
@@ -319,17 +324,24 @@ def test_two_processes_make_the_steps_of_one(target: Path, text: Path, tmp_path:
     assert said == ["[0, 32] True", "[16, 48] False"]
 
 
+@pytest.mark.parametrize(("deep", "positions"), [(None, [3 * 32, 32]), (20, [3 * 32, 3 * 16, 3 * 16, 32, 16, 16])])
 def test_parts_of_a_batch_make_its_step(
-    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deep: int | None,
+    positions: list[int],
+    target: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With a deep state, a step's second and third draft learn on half of the positions."""
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
     for module in (teacher_module, trainer):
         monkeypatch.setattr(module, "autocast", lambda _: nullcontext())
-    whole = settings(target, text, tmp_path / "a", steps=4)
+    whole = settings(target, text, tmp_path / "a", steps=4, deep_state_size=deep, unrolled_drafts=3)
     parts = replace(whole, out=tmp_path / "b", micro_batch_size=3)
     train_adapter(whole)
     sizes = calls(trainer.DraftLoss, "backward", lambda _, guesses, *rest: len(guesses), lambda: train_adapter(parts))
-    assert sizes == [3 * 32, 32] * 4
+    assert sizes == positions * 4
     assert state(parts.out)["losses"] == pytest.approx(state(whole.out)["losses"], rel=1e-4)
     assert steps_made(lambda: train_adapter(replace(parts, steps=5, micro_batch_size=1))) == [4]
 
@@ -362,10 +374,12 @@ def test_without_matplotlib_there_is_no_picture(
 
 def test_the_expected_length_is_that_of_decoding() -> None:
     """Three windows by hand: a chain of six and a bonus token, an unsure draft that ends a step, a wrong one."""
-    assert expected_acceptance_length([[True] * 7], [[0.9] * 7]) == 7
-    assert expected_acceptance_length([[True] * 4], [[0.9, 0.1, 0.9, 0.9]]) == (3 + 2) / 2
-    assert expected_acceptance_length([[True, False, False]], [[0.9] * 3]) == (2 + 1) / 2
-    assert expected_acceptance_length([[]], [[]]) == 0
+    assert expected_acceptance_length([[Judged([True] * 7, [0.9] * 7)]]) == 7
+    assert expected_acceptance_length([[Judged([True] * 4, [0.9, 0.1, 0.9, 0.9])]]) == (3 + 2) / 2
+    first, later = Judged([True, False, False], [0.9] * 3), Judged([False, True, True], [0.9] * 3)
+    assert expected_acceptance_length([[first]]) == (2 + 1) / 2
+    assert expected_acceptance_length([[first, later]]) == 3 + 1
+    assert expected_acceptance_length([[Judged([], [])]]) == 0
 
 
 def test_the_curve_keeps_to_its_points() -> None:
