@@ -75,6 +75,7 @@ class Kangaroo(Writer):
         kernels: str | None = None,
         graphs: bool = True,
         persistent: bool = False,
+        kv_dtype: str | torch.dtype | None = None,
     ) -> "Kangaroo":
         """Load a checkpoint and an adapter for it.
 
@@ -93,11 +94,13 @@ class Kangaroo(Writer):
             persistent: on the kernels, draft in one persistent launch (``draft_loop``) instead of kernel by kernel. The
                 references draft step by step all the same, and so do requests with top-k or top-p, or whose loop the
                 host leads (``Settings``).
+            kv_dtype: "float16" rounds the keys and values that a CPU's texts keep, which halves their memory; None
+                keeps them in float32.
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.
         """
-        loaded = load_pair(model, adapter, exit_layer, device, dtype, kernels)
+        loaded = load_pair(model, adapter, exit_layer, device, dtype, kernels, kv_dtype)
         if loaded.adapter is None:
             drafter: Drafter = PromptLookup(loaded.target)
         else:

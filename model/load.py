@@ -51,6 +51,7 @@ def load_pair(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     kernels: str | None = None,
+    kv_dtype: str | torch.dtype | None = None,
 ) -> Loaded:
     """Load a checkpoint and perhaps an adapter for it; arguments and errors as for ``Kangaroo.from_pretrained``."""
     where = resolve_device(device)
@@ -63,6 +64,7 @@ def load_pair(
     precision = resolve_dtype(dtype, where, config.dtype)
     backend = load_backend(kernels, where, precision)
     kept = kept_dtype(precision, where, backend.resident)
+    keys_and_values = resolve_kv_dtype(kv_dtype, kept, backend.resident)
     # what can fail quickly comes before the weights
     if adapter_folder is not None:
         load_adapter_config(adapter_folder, config, exit_layer)
@@ -77,7 +79,7 @@ def load_pair(
         adjacent_pairs=checkpoint.adjacent_pairs,
         rounded_to=precision,
     )
-    target = Llama(config, weights, backend)
+    target = Llama(config, weights, backend, keys_and_values)
     loaded = None if adapter_folder is None else Adapter.load(adapter_folder, target, exit_layer)
     return Loaded(target, loaded, tokenizer)
 
@@ -113,6 +115,23 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     if resolved is None or resolved not in DTYPES.values():
         raise KangarooError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}.")
     return resolved
+
+
+def resolve_kv_dtype(dtype: str | torch.dtype | None, kept: torch.dtype, resident: bool = False) -> torch.dtype:
+    """What keys and values are kept in: ``kept``, what the model computes with, unless float16 was asked for.
+
+    Raises:
+        KangarooError: any other dtype, or a model whose own keys and values are no larger.
+    """
+    if dtype is None:
+        return kept
+    if dtype not in ("float16", torch.float16):
+        raise KangarooError(f"kv_dtype {dtype!r} is not supported; use 'float16', or leave it out.")
+    if resident:
+        raise KangarooError("on the kernels the cache has the model's own dtype; leave kv_dtype out, and choose dtype.")
+    if kept != torch.float32:
+        raise KangarooError(f"kv_dtype='float16' saves nothing beside a model that computes in {kept}; leave it out.")
+    return torch.float16
 
 
 def kept_dtype(precision: torch.dtype, device: torch.device, resident: bool = False) -> torch.dtype:

@@ -3,7 +3,8 @@
     out[m] = softmax(scale * q[m] @ K[:position + m + 1]^T) @ V[:position + m + 1]
 
 Grouped queries (GQA) are packed into the rows, so the cache is read once for all of a group.
-Bytes moved: ``2 * H_kv * (position + M) * D`` elements.
+Bytes moved: ``2 * H_kv * (position + M) * D`` elements. A cache of another dtype than the queries', float16 beside
+float32, is converted as it is read: half the bytes come from memory, and every product and sum is the queries'.
 """
 
 from functools import lru_cache
@@ -48,8 +49,8 @@ def attention(
 
     Args:
         q: ``[M, H, D]``, any strides.
-        k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D); ``H`` is a multiple of ``H_kv``. With a block
-            table, ``[blocks, H_kv, block_size, D]``.
+        k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D), any dtype (the kernel: of ``q``); ``H`` is a
+            multiple of ``H_kv``. With a block table, ``[blocks, H_kv, block_size, D]``.
         v_cache: as ``k_cache``. Rows from ``position + M`` on have no effect.
         position: absolute position of the first query row; a tensor ``[1]`` int64 for a kernel that must not ask the
             host.
@@ -89,8 +90,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float
         whole = position == 0  # else the mask is made anew: it is as large as the text, and rarely wanted again
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
-            keys[None],
-            values[None],
+            keys.to(q.dtype)[None],
+            values.to(q.dtype)[None],
             attn_mask=None if whole else _causal_mask.__wrapped__(rows, length, 1, q.dtype, q.device),
             is_causal=whole,
             scale=scale,
@@ -98,13 +99,15 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float
         )
         return out[0].transpose(0, 1).reshape(rows, -1)
     group = heads // kv_heads
-    keys = keys.transpose(1, 2)
+    keys = keys.to(q.dtype).transpose(1, 2)
     if rows == 1:  # most of decoding: nothing is masked, and the heads lie in order already
         packed = q.view(kv_heads, group, head_dim)
         scores = torch.baddbmm(_unused(q.dtype, q.device), packed, keys, beta=0, alpha=scale)
-        return torch.bmm(torch.softmax(scores, dim=-1), values).view(1, -1)
+        del keys  # where they were converted, the values take the same memory, which the processor still holds
+        return torch.bmm(torch.softmax(scores, dim=-1), values.to(q.dtype)).view(1, -1)
     packed = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * rows, head_dim)
     mask = _causal_mask(rows, length, group, q.dtype, q.device)
     scores = torch.baddbmm(mask, packed, keys, alpha=scale)
-    out = torch.bmm(torch.softmax(scores, dim=-1), values)
+    del keys
+    out = torch.bmm(torch.softmax(scores, dim=-1), values.to(q.dtype))
     return out.view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, -1)

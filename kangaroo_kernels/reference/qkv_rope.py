@@ -41,6 +41,17 @@ def paged_rows(block_table: Tensor, first: int, last: int, block_size: int) -> t
     return block_table.long()[positions // block_size], positions % block_size
 
 
+def cached(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys and values as a cache of ``dtype`` keeps them. What overflows there is NaN, which every later row notices.
+
+    Infinity would not do: a key of infinity can give a score of minus infinity, and its position would pass unseen.
+    """
+    if rows.dtype == dtype:
+        return rows
+    nan = float("nan")
+    return rows.to(dtype).nan_to_num_(nan=nan, posinf=nan, neginf=nan)
+
+
 def qkv_rope(
     x: Tensor,
     norm_weight: Tensor,
@@ -62,8 +73,8 @@ def qkv_rope(
         norm_weight: ``[K]``, same dtype.
         weight: ``[(H + 2 * H_kv) * D, K]``, rows q, k, v, the first two with ``interleave_rope`` applied.
         table: ``[T, 1, D / 2]`` complex64 from ``rope_table``, or the same as ``[T, 1, D / 2, 2]`` float32.
-        k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D); rows ``position .. position + M`` are written.
-            With a block table, ``[blocks, H_kv, block_size, D]``.
+        k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D), any dtype (the kernel: of ``x``); rows
+            ``position .. position + M`` are written. With a block table, ``[blocks, H_kv, block_size, D]``.
         v_cache: as ``k_cache``.
         position: absolute position of the first row; a tensor ``[1]`` int64 for a kernel that must not ask the host.
         eps: of the norm.
@@ -81,8 +92,7 @@ def qkv_rope(
     position = int(position)
     rows, last = x.shape[0], position + x.shape[0]
     qkv = norm_linear(x, norm_weight, eps, weight).view(rows, -1, head_dim)
-    turned: Tensor
-    turned, new_values = qkv.split_with_sizes((qkv.shape[1] - kv_heads, kv_heads), dim=1)
+    turned = qkv[:, :-kv_heads]
     phases = (table if table.is_complex() else torch.view_as_complex(table))[position:last]
     if qkv.dtype == torch.float32:
         torch.view_as_complex(turned.view(rows, -1, head_dim // 2, 2)).mul_(phases)
@@ -90,7 +100,8 @@ def qkv_rope(
         pairs = torch.view_as_complex(turned.float().view(rows, -1, head_dim // 2, 2))
         turned.copy_(torch.view_as_real(pairs * phases).flatten(-2))
     queries: Tensor
-    queries, new_keys = turned.split_with_sizes((turned.shape[1] - kv_heads, kv_heads), dim=1)
+    queries, new = qkv.split_with_sizes((qkv.shape[1] - 2 * kv_heads, 2 * kv_heads), dim=1)
+    new_keys, new_values = cached(new, k_cache.dtype).split(kv_heads, dim=1)
     if block_table is None:
         k_cache[:, position:last].copy_(new_keys.transpose(0, 1))
         v_cache[:, position:last].copy_(new_values.transpose(0, 1))

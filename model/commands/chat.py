@@ -23,6 +23,7 @@ from .options import (
     Dtype,
     ExitLayer,
     Kernels,
+    KvDtype,
     MinP,
     Model,
     NumSpeculativeTokens,
@@ -66,6 +67,7 @@ def chat(
     exit_layer: ExitLayer = None,
     device: Device = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     kernels: Kernels = None,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
@@ -104,7 +106,7 @@ def chat(
     notes = Console(stderr=True, highlight=False)
     try:
         with notes.status("loading the model"):
-            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels)
+            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype)
         check_template(kangaroo.tokenizer)
         colored = Console() if color and sys.stdout.isatty() else None
         chatting = Chat(kangaroo.session(), settings, notes, colored, system)

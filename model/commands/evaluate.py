@@ -17,6 +17,7 @@ from .options import (
     Device,
     Dtype,
     Json,
+    KvDtype,
     Model,
     Seed,
     Temperature,
@@ -49,6 +50,7 @@ def evaluate(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     as_json: Json = False,
 ) -> None:
     """Answer questions plainly and with Kangaroo in turns; report acceptance, speed and identity by category.
@@ -85,12 +87,13 @@ def evaluate(
         "temperature": temperature,
         "seed": seed,
         "dtype": dtype,
+        "kv_dtype": kv_dtype,
         "against": against,
     }
     run = Run(out, asked, in_turns(read_questions(questions), per_category))
     console = Console(stderr=as_json)
     with console.status("loading the model"):
-        kangaroo = Kangaroo.from_pretrained(model, adapter, device=device, dtype=dtype)
+        kangaroo = Kangaroo.from_pretrained(model, adapter, device=device, dtype=dtype, kv_dtype=kv_dtype)
         others, missing = transformers_ways(kangaroo, model, adapter, dtype) if against else ({}, "")
     if missing:
         typer.echo(missing, err=True)

@@ -14,7 +14,7 @@ from kangaroo_kernels.packed_weight import Layout
 
 from ..drafters.adapter import AdapterConfig, load_adapter_config
 from ..errors import KangarooError
-from ..load import kept_dtype, open_model, resolve_device, resolve_dtype
+from ..load import kept_dtype, open_model, resolve_device, resolve_dtype, resolve_kv_dtype
 from ..named import find_pair
 from ..request import LED_BY_HOST
 from ..target.architectures import ARCHITECTURES
@@ -131,6 +131,7 @@ def footprint(
     exit_layer: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    kv_dtype: str | None = None,
 ) -> Footprint:
     """Read the configurations of a model and perhaps an adapter; arguments as for ``Kangaroo.from_pretrained``.
 
@@ -143,7 +144,8 @@ def footprint(
         raise KangarooError("exit_layer was given without an adapter; give both or neither.")
     config = open_model(model).config
     loaded = resolve_dtype(dtype, where, config.dtype)
-    size, kv_size = loaded.itemsize, kept_dtype(loaded, where).itemsize
+    size, kept = loaded.itemsize, kept_dtype(loaded, where)
+    kv_size = resolve_kv_dtype(kv_dtype, kept, where.type == "cuda").itemsize
     layer = config.attention_parameters + config.mlp_parameters
     norm, embedding = config.hidden_size, config.vocab_size * config.hidden_size
     head = norm + embedding

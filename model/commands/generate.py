@@ -21,6 +21,7 @@ from .options import (
     IgnoreEos,
     Json,
     Kernels,
+    KvDtype,
     LogitBias,
     Logprobs,
     MinNewTokens,
@@ -69,6 +70,7 @@ def generate(
     exit_layer: ExitLayer = None,
     device: Device = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     kernels: Kernels = None,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
@@ -121,7 +123,7 @@ def generate(
     comparison = None
     try:
         with console.status("loading the model"):
-            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels)
+            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype)
         for step in kangaroo.progress(text, settings):
             generation = step.generation
             if not as_json:

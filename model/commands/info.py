@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from ..errors import KangarooError
-from .options import LOADING, Adapter, Device, Dtype, ExitLayer, Json, examples, print_json
+from .options import LOADING, Adapter, Device, Dtype, ExitLayer, Json, KvDtype, examples, print_json
 
 EXAMPLES = examples("info", "info --model demo", "info --model my-llama --adapter my-adapter --json")
 
@@ -21,6 +21,7 @@ def info(
     exit_layer: ExitLayer = None,
     device: Device = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     as_json: Json = False,
 ) -> None:
     """Show versions, devices, what is supported here, and how many bytes a model's steps read."""
@@ -31,7 +32,7 @@ def info(
         raise KangarooError("--adapter was given without --model; give both or neither.")
     here, cost = environment(), None
     if model is not None:
-        cost = footprint(model, adapter, exit_layer, device, dtype)
+        cost = footprint(model, adapter, exit_layer, device, dtype, kv_dtype)
     if as_json:
         print_json(asdict(here) | {"model": None if cost is None else asdict(cost)})
         return

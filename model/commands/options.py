@@ -36,6 +36,13 @@ Dtype = Annotated[
         rich_help_panel=LOADING,
     ),
 ]
+KvDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="'float16' halves the memory of a text's keys and values on a CPU, which rounds them.",
+        rich_help_panel=LOADING,
+    ),
+]
 Kernels = Annotated[
     str | None,
     typer.Option(help="'triton' or 'reference'; by default 'triton' only on a GPU.", rich_help_panel=LOADING),

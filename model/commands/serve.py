@@ -10,7 +10,7 @@ import typer
 
 from ..errors import KangarooError
 from ..named import SMOLLM2
-from .options import Adapter, Device, Dtype, ExitLayer, Kernels, Model, examples
+from .options import Adapter, Device, Dtype, ExitLayer, Kernels, KvDtype, Model, examples
 
 if TYPE_CHECKING:
     from ..kangaroo import Kangaroo
@@ -51,6 +51,7 @@ def serve(
     exit_layer: ExitLayer = None,
     device: Device = None,
     dtype: Dtype = None,
+    kv_dtype: KvDtype = None,
     kernels: Kernels = None,
 ) -> None:
     """Serve a model as OpenAI's API does: chat, completions, models; also /health and /metrics.
@@ -77,7 +78,7 @@ def serve(
                 "--no-key to serve everyone who reaches it."
             )
         with notes.status("loading the model"):
-            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels)
+            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype)
             desk = Desk(kangaroo, parallel, queue, longest_text(kangaroo, context))
 
         def tell() -> None:

@@ -156,7 +156,7 @@ class Adapter:
 
     def new_cache(self) -> KVCache:
         """An empty cache for the one layer."""
-        return KVCache(self.config.llama, 1, self.target.device, self.target.dtype)
+        return KVCache(self.config.llama, 1, self.target.device, self.target.kv_dtype)
 
     def run(
         self,

@@ -65,6 +65,8 @@ class Written(NamedTuple):
 def not_finite(text: TextState, dtype: torch.dtype) -> KangarooError:
     """The error for a text whose next token the target cannot name: a logit is NaN or infinite, or all are -inf."""
     advice = "try dtype='float32'" if dtype != torch.float32 else "the checkpoint may be damaged"
+    if text.cache.dtype != dtype:
+        dtype, advice = text.cache.dtype, "leave kv_dtype out"
     return KangarooError(
         f"the target's logits after {len(text.tokens)} tokens are not finite: values overflowed in {dtype}; {advice}."
     )

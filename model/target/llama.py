@@ -62,20 +62,28 @@ class Llama:
         config: its shape.
         device: where it lives.
         dtype: of its weights and hidden states.
+        kv_dtype: in which caches keep keys and values; ``dtype``, unless another is given.
         backend: what it computes with.
         lock: held by whoever runs a step; the texts of a target, and of all targets on one GPU, take turns.
     """
 
-    def __init__(self, config: LlamaConfig, weights: TargetWeights, backend: Backend = REFERENCES) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        weights: TargetWeights,
+        backend: Backend = REFERENCES,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         self.config, self.weights, self.backend = config, weights, backend
         self.device, self.dtype = weights.embedding.device, weights.embedding.dtype
+        self.kv_dtype = kv_dtype or self.dtype
         on_gpu = self.device.type == "cuda"
         self.lock = GPU_LOCKS.setdefault(self.device, threading.RLock()) if on_gpu else threading.RLock()
         self.layers = [DecoderLayer(config, layer, backend) for layer in weights.layers]
 
     def new_cache(self) -> KVCache:
         """An empty cache for all layers."""
-        return KVCache(self.config, self.config.num_hidden_layers, self.device, self.dtype)
+        return KVCache(self.config, self.config.num_hidden_layers, self.device, self.kv_dtype)
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Token embeddings: ``[M, hidden]``."""

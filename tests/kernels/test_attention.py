@@ -122,6 +122,21 @@ def test_nothing_beyond_a_rows_own_position_is_read(heads, kv_heads, rows):
         assert not torch.allclose(spoiled[-1], wanted[-1])
 
 
+@pytest.mark.parametrize("rows", [1, 4, MANY_ROWS])
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_a_cache_in_float16(rows, paged):
+    """Its numbers, in the arithmetic of the queries."""
+    q, *caches = inputs(rows, 4, 2, 16, 9, spare=rows + 3)
+    settings = {"scale": 0.25}
+    if paged:
+        caches = [cache.unflatten(1, (2, -1)).transpose(0, 1).contiguous() for cache in caches]
+        settings["block_table"] = torch.arange(2, dtype=torch.int32)
+    halves = [cache.half() for cache in caches]
+    out = reference(q, *halves, 9, **settings)
+    assert torch.equal(out, reference(q, *(half.float() for half in halves), 9, **settings))
+    assert not torch.equal(out, reference(q, *caches, 9, **settings))
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
 def test_rows_at_once_are_rows_one_by_one(heads, kv_heads):
     q, keys, values = inputs(16, heads, kv_heads, 16, 5)

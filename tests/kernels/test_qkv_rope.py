@@ -110,6 +110,20 @@ def test_a_cache_of_other_strides(rows):
     assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_cache_in_float16(rows):
+    """Rounded; what overflows is NaN and not infinite, since a score of minus infinity would pass in silence."""
+    x, norm, _, _, packed = inputs(rows, 4, 2, False, torch.float32)
+    norm = 1e4 * norm
+    exact, halves = ([torch.zeros(2, 30, 8, dtype=dtype) for _ in range(2)] for dtype in (torch.float32, torch.float16))
+    for caches in (exact, halves):
+        qkv_rope(x, norm, packed, rope_table(inv_freq(8), 40), *caches, 7, eps=EPS)
+    for whole, half in zip(exact, halves, strict=True):
+        rounded = whole.half()
+        assert rounded.isinf().any() and rounded.isfinite().any()
+        torch.testing.assert_close(half, rounded.where(rounded.isfinite(), torch.nan), equal_nan=True, rtol=0, atol=0)
+
+
 def test_scores_depend_on_the_distance_alone():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 4, 2, generator=generator).double() for _ in range(2))

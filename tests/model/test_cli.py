@@ -176,6 +176,7 @@ def test_a_difference_is_an_exit_code(run: Run, pair: Pair, monkeypatch: pytest.
         (["--prompt", "A", "--exit-layer", "4"], "exit_layer is 4"),
         (["--prompt", "A", "--device", "tpu"], "device 'tpu' is unknown"),
         (["--prompt", "A", "--dtype", "int8"], "dtype 'int8' is not supported"),
+        (["--prompt", "A", "--kv-dtype", "int8"], "kv_dtype 'int8' is not supported"),
         (["--prompt", "A", "--acceptance", "always"], "acceptance is 'always'"),
         (["--prompt", "A", "--model", "./no-such-folder"], "model folder './no-such-folder' does not exist."),
         (["--prompt", "A", "--adapter", "./no-such-folder"], "adapter folder './no-such-folder' does not exist."),
