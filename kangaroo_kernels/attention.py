@@ -25,6 +25,7 @@ from kangaroo_kernels.shared.cache_layout import CacheLayout, cache_layout, row_
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_max_length
 from kangaroo_kernels.shared.grid import is_last
+from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     check_flag,
     check_out,
@@ -170,6 +171,7 @@ def attention_tile(work, position, splits, q, scale, caches, parts, heads, STAGE
             attention_merge(work, position, splits, q, parts, heads)
 
 
+@stable_key
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr", "arrivals_ptr"])
 def attention_kernel(
     q_ptr,  # [M, H, D]

@@ -11,6 +11,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, Record
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_commit_counts, check_commit_states
+from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import CHUNK
 
@@ -27,6 +28,7 @@ def copy_row(source_ptr, target_ptr, K):
         tl.store(target_ptr + offs, tl.load(source_ptr + offs, mask=offs < K), mask=offs < K)
 
 
+@stable_key
 @triton.jit(do_not_specialize=["R", "CAPACITY", "POSITIONS"])
 def commit_kernel(
     decision_ptr,  # [3] int64

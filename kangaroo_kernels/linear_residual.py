@@ -10,6 +10,7 @@ from torch import Tensor
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
+from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import aligned_rows, check_operands, check_out, launch_options, weight_and_bias
 from kangaroo_kernels.shared.operands import Linear, Matrix
 from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, project, skipped
@@ -31,6 +32,7 @@ def linear_residual_tile(tile, x, w, residual, out, BLOCK_N: tl.constexpr):
     tl.store(out.ptr + rows[:, None] * out.row_stride + cols[None, :], values.to(out.ptr.dtype.element_ty), mask=mask)
 
 
+@stable_key
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
 def linear_residual_kernel(
     x_ptr,  # [M, K]

@@ -14,6 +14,7 @@ from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.cache_layout import cache_layout, row_offsets
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
+from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     aligned_rows,
     check_operands,
@@ -66,6 +67,7 @@ def qkv_rope_tile(tile, position, x, norm, w, phases_ptr, q, caches, HEAD_DIM: t
     tl.store(caches.v.ptr + v_rows[:, None] + v_cols[None, :], out, mask=row_mask[:, None] & is_value[None, :])
 
 
+@stable_key
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
 def qkv_rope_kernel(
     x_ptr,  # [M, K]

@@ -31,6 +31,7 @@ from kangaroo_kernels.shared.head import (
     merge_tiles,
     nan_wins,
 )
+from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     aligned_rows,
     check_operands,
@@ -84,6 +85,7 @@ def sample_tile(tile, noise, x, norm, w, logits_ptr, parts, BLOCK_N: tl.constexp
         tl.store(parts.sum_ptr + slots, total, mask=rows < M)
 
 
+@stable_key
 @triton.jit(
     do_not_specialize=["M", "stream"],
     do_not_specialize_on_alignment=["position_ptr", "seed_ptr", "active_ptr", "temperature_ptr", "tokens_ptr"],
@@ -184,6 +186,7 @@ def kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept):
     return tl.maximum(smallest, kept)
 
 
+@stable_key
 @triton.jit(
     do_not_specialize=["stream"],
     do_not_specialize_on_alignment=[

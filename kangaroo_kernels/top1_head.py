@@ -24,6 +24,7 @@ from kangaroo_kernels.shared.head import (
     merge_tiles,
     nan_wins,
 )
+from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import aligned_rows, check_operands, launch_options, weight_and_bias
 from kangaroo_kernels.shared.operands import Linear, Matrix, Norm, TileParts
 from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
@@ -48,6 +49,7 @@ def top1_tile(tile, x, norm, w, parts, BLOCK_N: tl.constexpr):
     tl.store(parts.sum_ptr + slots, total, mask=rows < M)
 
 
+@stable_key
 @triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["active_ptr"])
 def top1_head_kernel(
     x_ptr,  # [M, K]

@@ -14,6 +14,7 @@ if not torch.cuda.is_available():  # before anything imports Triton: its interpr
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import row_by_row
+from lost_gpu import pytest_runtest_makereport  # noqa: F401 (a hook)
 from pairs import make_adapter, make_target, make_tokenizer
 
 from kangaroo_kernels import Kangaroo

@@ -315,6 +315,8 @@ def test_a_lost(monkeypatch):
 @pytest.mark.parametrize("workers", [(), ("-n", "2")], ids=["alone", "workers"])
 def test_outcomes_are_counted_and_a_lost_gpu_ends_a_worker_alone(workers, tmp_path):
     (tmp_path / "test_some.py").write_text(TESTS + (LOST if workers else ""))
+    hooks = "import sys; sys.path.append({tests!r})\nfrom lost_gpu import pytest_runtest_makereport\n"
+    (tmp_path / "conftest.py").write_text(hooks.format(tests=str(Path(__file__).parent)))
     (tmp_path / "test_broken.py").write_text("import nothing_of_this_name")
     done = work("tests", tmp_path, f"tests.SMOKE_TESTS = {[str(tmp_path), *workers]}")
     assert done.returncode == 0, done.stderr

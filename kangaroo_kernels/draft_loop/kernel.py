@@ -49,6 +49,7 @@ from kangaroo_kernels.sample_head import real_filter, sample_tile
 from kangaroo_kernels.shared.checks import check_sampling
 from kangaroo_kernels.shared.grid import arrive, is_whole, leave, wait
 from kangaroo_kernels.shared.head import merge_row
+from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import device_number, device_seed
 from kangaroo_kernels.shared.operands import Found, Heads, Linear, Matrix, Noise, Norm, Parts, TileParts
 from kangaroo_kernels.top1_head import top1_tile
@@ -56,6 +57,7 @@ from kangaroo_kernels.top1_head import top1_tile
 __all__ = ["DraftLoop", "draft_loop", "draft_loop_kernel", "prepare_draft_loop"]
 
 
+@stable_key
 @triton.jit(
     do_not_specialize=["LAYERS", "R", "T", "ADAPTER_T", "programs", "polls", "stream"],
     do_not_specialize_on_alignment=[

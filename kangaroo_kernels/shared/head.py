@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kangaroo_kernels.contract import DraftVocabulary, Top1
 from kangaroo_kernels.shared.chain import follow
+from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import device_number, launch_options
 from kangaroo_kernels.shared.operands import Found, Matrix, TileParts
 from kangaroo_kernels.shared.tiles import CHUNK, skipped
@@ -96,6 +97,7 @@ def merge_row(row, parts, found):
     finish_row(row, token, confidence_from(total), found)
 
 
+@stable_key
 @triton.jit(
     do_not_specialize_on_alignment=[
         "token_ptr",

@@ -1,17 +1,14 @@
 """Parts that are tests, counted while they run: a test that hangs does not take the others' results along.
 
-This module is a pytest plugin as well. After an illegal access every later call of that process fails, so a failed test
-is followed by a synchronisation, and where that raises, the process ends; pytest-xdist starts another worker, which
-goes on with the tests that are left. What the test said goes to the file ``$GUARD_LOG``.
+This module is a pytest plugin as well, for the workers of pytest-xdist. What a test said that left the GPU unusable
+(``tests/lost_gpu.py``) goes to ``lost.txt``.
 """
 
 import importlib.util
 import os
-from collections.abc import Generator
 from typing import Any
 
 import pytest
-import torch
 
 from .job import ROOT, Job, log_compilations
 from .parts import Part
@@ -23,20 +20,6 @@ SHOWN_FAILURES = 20
 def pytest_configure() -> None:
     """Every worker tells what it compiles."""
     log_compilations()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: Any, call: Any) -> Generator[None, Any, Any]:
-    """Look after the GPU behind a test that failed."""
-    report = yield
-    if report.failed and torch.cuda.is_initialized():
-        try:
-            torch.cuda.synchronize()
-        except Exception as error:  # whatever it is, this context is lost
-            with open(os.environ.get("GUARD_LOG", os.devnull), "a", encoding="utf-8") as log:
-                log.write(f"{item.nodeid}: {report.longreprtext[-1500:]}\nafterwards: {error}\n\n")
-            os._exit(3)
-    return report
 
 
 class Counter:
@@ -85,7 +68,7 @@ class Counter:
 def run(job: Job, part: Part) -> None:
     """Run the GPU's tests among those of a part, in this process or in workers; in a smoke run on the CPU."""
     os.chdir(ROOT)
-    os.environ["GUARD_LOG"] = str((job.folder / "lost.txt").resolve())
+    os.environ["LOST_GPU_LOG"] = str((job.folder / "lost.txt").resolve())
     counter, chosen = Counter(job), [*part.tests, "-m", "gpu"]
     if job.smoke:
         os.environ["GPU_TESTS_ON_CPU"] = "1"
