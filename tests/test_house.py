@@ -44,7 +44,7 @@ LIBRARIES = {"torch", "triton", "transformers", "tokenizers", "safetensors", "hu
 TERMINAL = {"typer", "rich", "pynvml"}
 FOR_THE_TERMINAL = {"commands", "evaluation", "training"}
 OPTIONAL = {
-    "evaluation": {"matplotlib"},
+    "evaluation": {"matplotlib", "pyarrow"},
     "training": {"matplotlib"},
     "serving": {"fastapi", "starlette", "uvicorn", "prometheus_client"},
 }
@@ -360,7 +360,8 @@ def requirements(table: str) -> dict[str, set[SpecifierSet]]:
 def test_libraries_are_declared() -> None:
     """What model/ imports stands in ``pyproject.toml``."""
     names = {top(name) for path in modules(MODEL) + modules(KERNELS) for name in names_in(path) if is_library(name)}
-    assert requirements("plots").keys() | requirements("serve").keys() >= EXTRAS - {"starlette"}
+    extras = set().union(*(requirements(name) for name in ("plots", "parquet", "serve")))
+    assert extras >= EXTRAS - {"starlette"}
     known = {name.replace("-", "_") for name in requirements("dependencies")} | EXTRAS
     assert names - {"kangaroo_kernels", "pynvml"} <= known  # nvidia-ml-py's own name for itself
 

@@ -34,7 +34,7 @@ EXAMPLES = examples(
 def evaluate(
     model: Model,
     questions: Annotated[
-        Path, typer.Option(help="A .jsonl file in Spec-Bench's form: question_id, category and turns a line.")
+        Path, typer.Option(help="Questions as Spec-Bench (.jsonl) or SPEED-Bench (.parquet, .jsonl) has them.")
     ],
     out: Annotated[Path, typer.Option(help="A folder for answers, report and pictures; a run in it goes on.")],
     adapter: Adapter = None,

@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..drafters.protocol import PAPER_NUM_SPECULATIVE_TOKENS
 from .options import Json, examples, print_json
 
 EXAMPLES = examples(
     "plan --model Llama-3.1-8B --card H100",
+    "plan --model Llama-3.1-8B --card H100 --intermediate-size 14336 --draft-vocabulary 16384 --profile report.json",
+    "plan --model smollm2 --card CPU",
     "plan --model Llama-3.1-405B --card H200 --tensor-parallel 8 --profile eval.json --picture plan.png",
 )
 
@@ -18,9 +21,25 @@ EXAMPLES = examples(
 def plan(
     model: Annotated[str, typer.Option(help="A shape by its name, as in Vicuna-7B; or a folder, GGUF or config.json.")],
     card: Annotated[str, typer.Option(help="'A100', 'H100', 'H200' or 'CPU'.")],
+    adapter: Annotated[
+        str | None, typer.Option(help="The adapter's folder, whose form counts; 'smollm2' and 'demo' have their own.")
+    ] = None,
     tensor_parallel: Annotated[int, typer.Option(help="Cards that share the model.")] = 1,
-    exit_layer: Annotated[int | None, typer.Option(help="Layers before the adapter; by default a sixteenth.")] = None,
-    num_speculative_tokens: Annotated[int, typer.Option(help="The most drafts per step, 1 to 15.")] = 6,
+    exit_layer: Annotated[
+        int | None, typer.Option(help="Layers before the adapter; by default its own, or a sixteenth.")
+    ] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(help="The most drafts per step, 1 to 15; by default the adapter's own, or 6.")
+    ] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(help="Of the adapter's MLP; by default its own, or none.")
+    ] = None,
+    draft_vocabulary: Annotated[
+        int | None, typer.Option(help="Tokens that the adapter drafts; by default its own, or all.")
+    ] = None,
+    deep_state: Annotated[
+        bool | None, typer.Option(help="Whether the adapter takes in the target's final state; by default its own.")
+    ] = None,
     profile: Annotated[
         Path | None,
         typer.Option(help="How often drafts are right: JSON of 'eval' or of 'generate --compare'; else the paper's."),
@@ -34,10 +53,12 @@ def plan(
     Nothing is loaded or run. What the figures rest on is listed below them.
     """
     from ..errors import KangarooError
-    from ..evaluation.plan import PAPER, Plan, find_machine, find_shape, read_profile
+    from ..evaluation.acceptance import PAPER, read_profile
+    from ..evaluation.machines import find_machine
+    from ..evaluation.plan import Plan, find_shapes
     from .show import show_plan
 
-    if not 1 <= num_speculative_tokens <= 15:
+    if num_speculative_tokens is not None and not 1 <= num_speculative_tokens <= 15:
         raise KangarooError(
             f"num_speculative_tokens is {num_speculative_tokens}; it must be a whole number from 1 to 15."
         )
@@ -48,9 +69,14 @@ def plan(
     except ValueError as error:
         raise KangarooError(f"{profile} is no JSON; give what kangaroo eval or --compare --json printed.") from error
     rates = PAPER if profile is None else read_profile(report, str(profile))
-    planned = Plan(find_shape(model), find_machine(card), rates, tensor_parallel, length)
-    depth = max(1, planned.shape.layers // 16) if exit_layer is None else exit_layer
-    found, grid = planned.predict(depth, num_speculative_tokens), planned.grid()
+    shape, form, trained = find_shapes(model, adapter, exit_layer)
+    form = form.with_parts(intermediate_size, draft_vocabulary, deep_state)
+    planned = Plan(shape, find_machine(card), rates, form, tensor_parallel, length)
+    depth = max(1, shape.layers // 16) if trained is None else trained.exit_layer
+    depth = depth if exit_layer is None else exit_layer
+    own = PAPER_NUM_SPECULATIVE_TOKENS if trained is None else trained.num_speculative_tokens
+    most = num_speculative_tokens or own
+    found, grid = planned.predict(depth, most), planned.grid()
     drawn = None
     if picture is not None:
         from ..evaluation.plan_picture import plot_plan
@@ -58,11 +84,11 @@ def plan(
         plot_plan(planned, grid, picture)
         drawn = str(picture)
     facts = {
-        "model": planned.shape.name,
+        "model": shape.name,
         "card": planned.machine.name,
         "tensor_parallel": tensor_parallel,
         "exit_layer": depth,
-        "num_speculative_tokens": num_speculative_tokens,
+        "num_speculative_tokens": most,
         "bytes_per_card": round(planned.bytes_per_card),
         **found._asdict(),
     }

@@ -5,158 +5,96 @@ reading the weights is the work. Tensor parallel cards read a share of the bytes
 ``a(i)`` the chance that draft i of a step is accepted and ``d(i)`` the chance that it is made,
 
     tokens a step = 1 + sum a(i)
-    seconds a step = sum d(i) * (shallow layers, adapter, head) + (shallow layers)
+    seconds a step = sum d(i) * (shallow layers, adapter, the adapter's head) + (shallow layers)
                      + (other layers and head over 1 + sum d(i) rows)
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from kangaroo_kernels.cards import CARDS, Card
 from kangaroo_kernels.workloads import LARGER_MODELS, MODELS, ModelShape, workloads
 
+from ..drafters.adapter import AdapterConfig, load_adapter_config
+from ..drafters.vocabulary import check_size
 from ..errors import KangarooError
 from ..load import open_model
 from ..named import find_pair
-from ..target.config import load_config_values, parse_config
+from ..target.config import LlamaConfig, load_config_values, parse_config
+from ..target.hub import find_folder
+from .acceptance import PAPER, Profile
+from .machines import CPU, Machine
 
-SHARE, SECONDS_PER_OPERATION, ROW_COST, EXCHANGE = 0.85, 2e-6, 0.005, 10e-6
-"""Assumed of every GPU, since none was measured by this project: the share of the memory's measured bandwidth, the time
-that each launch adds within a CUDA graph, what a further row adds to a pass, the seconds of an exchange among cards."""
-
-LAYER_OPERATIONS, ADAPTER_OPERATIONS = 5, 3
+ATTENTION_OPERATIONS, LAYER_OPERATIONS = 3, 5
 MOST_DRAFTS = 8
 """Of the picture."""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a pass of the model costs.
+class AdapterForm(NamedTuple):
+    """What a draft reads behind the shallow layers.
 
     Attributes:
-        name: in a report.
-        bandwidth: bytes of weights a second.
-        seconds_per_operation: that each operation adds.
-        row_cost: what every further row adds to the reading of the weights, as a share.
-        exchange: seconds of an exchange among tensor parallel cards.
-        source: where the figures come from.
+        shape: of a model with the adapter's layer alone: ``inner`` is 0 where it has no MLP, and ``vocab_size`` counts
+            the rows of its head.
+        deep_state: whether one more ``[hidden, hidden]`` matrix takes in the target's final state.
     """
 
-    name: str
-    bandwidth: float
-    seconds_per_operation: float
-    row_cost: float
-    exchange: float
-    source: str
+    shape: ModelShape
+    deep_state: bool = False
 
+    def with_parts(
+        self, intermediate_size: int | None = None, draft_vocabulary: int | None = None, deep_state: bool | None = None
+    ) -> "AdapterForm":
+        """The form with some parts replaced; None keeps them.
 
-def gpu(card: Card) -> Machine:
-    """A card at the assumed share of its bandwidth."""
-    source = (
-        f"assumed, not measured: {SHARE:.0%} of the {card.bandwidth / 1e12:g} TB/s that others measured, "
-        f"{1e6 * SECONDS_PER_OPERATION:g} us a launch, {ROW_COST:.1%} a further row"
-    )
-    return Machine(card.name, SHARE * card.bandwidth, SECONDS_PER_OPERATION, ROW_COST, EXCHANGE, source)
-
-
-CPU = Machine(
-    name="CPU",
-    bandwidth=21.5e9,
-    seconds_per_operation=5.5e-6,
-    row_cost=0.13,
-    exchange=0.0,
-    source="two cores of an AMD EPYC (Zen 5): bandwidth and time of an operation fitted to the plain decoding in "
-    "bench/results/cpu/decode.json and smollm2.json; a further row as docs/LOG.md has it",
-)
-MACHINES = {machine.name: machine for machine in (*map(gpu, CARDS), CPU)}
-
-
-def find_machine(name: str) -> Machine:
-    """A machine by its name, in whatever case.
-
-    Raises:
-        KangarooError: an unknown name.
-    """
-    found = next((machine for known, machine in MACHINES.items() if known.lower() == name.lower()), None)
-    if found is None:
-        raise KangarooError(f"the card is {name!r}; known are {', '.join(MACHINES)}.")
-    return found
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How often drafts are right.
-
-    Attributes:
-        accepted: the share of steps that accept a draft at each position.
-        blind: the share of drafts that are made all the same behind a draft that will be refused.
-        source: where the figures come from.
-    """
-
-    accepted: tuple[float, ...]
-    blind: float
-    source: str
-
-    @classmethod
-    def of(cls, accepted: Sequence[float], drafts: float, source: str) -> "Profile":
-        """From the number of drafts a step: those that are not behind an accepted one were made blindly."""
-        before = [1.0, *accepted[:-1]]
-        refused = sum(1 - share for share in before)
-        blind = (drafts - sum(before)) / refused if refused else 0.0
-        return cls(tuple(accepted), min(max(blind, 0.0), 1.0), source)
-
-    def first(self, most: int) -> tuple[list[float], list[float]]:
-        """The share of steps that accept, and that make, each of ``most`` drafts.
-
-        A draft beyond the profile's last is as likely after the one before as that last one was.
+        Raises:
+            KangarooError: a size that no adapter of this model can have.
         """
-        accepted = [1.0, *self.accepted]
-        going_on = accepted[-1] / accepted[-2] if accepted[-1] else 0.0
-        while len(accepted) <= most:
-            accepted.append(accepted[-1] * going_on)
-        made = [share + self.blind * (1 - share) for share in accepted[:most]]
-        return accepted[1 : most + 1], made
+        shape = self.shape
+        if intermediate_size is not None:
+            if intermediate_size < 1:
+                raise KangarooError(f"intermediate_size is {intermediate_size}; it must be a whole number from 1 on.")
+            shape = shape._replace(inner=intermediate_size)
+        if draft_vocabulary is not None:
+            check_size(draft_vocabulary, shape.vocab_size, "draft_vocabulary")
+            shape = shape._replace(vocab_size=draft_vocabulary)
+        return AdapterForm(shape, self.deep_state if deep_state is None else deep_state)
+
+    def describe(self, target: ModelShape) -> str:
+        """The form in a sentence."""
+        mlp = f"attention and an MLP of {self.shape.inner:,}" if self.shape.inner else "attention alone"
+        heads, theirs = self.shape.heads, target.heads
+        of_its_own = "" if (heads, self.shape.kv_heads) == (theirs, target.kv_heads) else " with heads of its own"
+        deep = ", takes in the target's final state by one more matrix" if self.deep_state else ""
+        rows = self.shape.vocab_size
+        head = "the target's head" if rows == target.vocab_size else f"{rows:,} rows of the target's head"
+        return f"The adapter is {mlp}{of_its_own}{deep}, and drafts with {head}."
 
 
-def geometric(length: float, drafts: int, source: str) -> Profile:
-    """The profile in which every draft is as likely as the one before, for a mean acceptance length."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(middle**place for place in range(drafts + 1)) < length else (low, middle)
-    return Profile(tuple(low**place for place in range(1, drafts + 1)), 0.0, source)
+def paper_form(target: ModelShape) -> AdapterForm:
+    """The paper's adapter: attention alone, with the target's own heads and LM head."""
+    return AdapterForm(target._replace(inner=0, layers=1))
 
 
-PAPER = geometric(
-    1.93,
-    6,
-    "1.93 tokens a step as in the paper on Vicuna-7B; all drafts equally likely, none made behind a refused one",
-)
+@dataclass(frozen=True)
+class Work:
+    """A part of a pass.
 
-
-def read_profile(report: Any, source: str) -> Profile:
-    """The profile of a report of ``kangaroo eval``, ``generate --compare`` or ``demo``, all of its texts together.
-
-    Raises:
-        KangarooError: it has no acceptance rates, or nothing was drafted.
+    Attributes:
+        operations: that are launched.
+        size: bytes that they read.
+        exchanges: among tensor parallel cards.
     """
-    row = report if isinstance(report, Mapping) else {}
-    row = row.get("total") or row.get("comparison") or (row.get("categories") or [row])[-1]
-    try:
-        if "acceptance_histogram" in row:
-            histogram, steps = row["acceptance_histogram"], row["num_spec_steps"]
-            accepted = [sum(histogram[place:]) / steps for place in range(1, len(histogram))]
-            drafts = row["num_draft_tokens"] / steps
-        else:
-            accepted = row["acceptance_rate_per_position"]
-            drafts = sum(accepted) / row["draft_acceptance_rate"]
-        return Profile.of([float(share) for share in accepted] or [0.0], drafts, source)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise KangarooError(
-            f"{source} has no acceptance rates; give the JSON of kangaroo eval or of --compare."
-        ) from error
+
+    operations: int
+    size: int
+    exchanges: int
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.operations + other.operations, self.size + other.size, self.exchanges + other.exchanges)
+
+    def __mul__(self, count: int) -> "Work":
+        return Work(count * self.operations, count * self.size, count * self.exchanges)
 
 
 class Prediction(NamedTuple):
@@ -169,7 +107,7 @@ class Prediction(NamedTuple):
         tokens_per_step: the mean acceptance length.
         break_even_tokens_per_step: how many there must be for a speedup of 1.
         drafts_per_step: that are made.
-        draft_ms: of a draft: shallow layers, adapter, head.
+        draft_ms: of a draft: shallow layers, adapter, the adapter's head.
         verify_ms: of the pass over the rest.
         plain_ms: of a plain step.
     """
@@ -193,6 +131,7 @@ class Plan:
         shape: the model's.
         machine: where it runs.
         profile: how often drafts are right.
+        form: the adapter's; None is the paper's.
         cards: how many share the model.
         length: of the text, whose keys and values a step reads.
         itemsize: bytes of a weight.
@@ -204,6 +143,7 @@ class Plan:
     shape: ModelShape
     machine: Machine
     profile: Profile = PAPER
+    form: AdapterForm | None = None
     cards: int = 1
     length: int = 1024
     itemsize: int = 2
@@ -217,25 +157,56 @@ class Plan:
             raise KangarooError(f"tensor_parallel is {self.cards}, and CPUs do not share a model; give a GPU.")
 
     @property
+    def adapter(self) -> AdapterForm:
+        """The adapter's form."""
+        return self.form or paper_form(self.shape)
+
+    @property
     def bytes_per_card(self) -> float:
         """Of weights, and of keys and values, that each card holds."""
-        layer, _, head = self._bytes()
-        return (layer * self.shape.layers + 2 * head) / self.cards  # at most: many models tie their embeddings
+        held = self.layers(self.shape.layers) + self.head * 2  # at most: many models tie their embeddings
+        own_rows = self.adapter.shape.vocab_size < self.shape.vocab_size
+        held += self.draft(0) if own_rows else self._layer(self.adapter.shape)
+        return held.size / self.cards
 
-    def _bytes(self) -> tuple[int, int, int]:
-        """Of a layer, of an adapter and of the head, keys and values included."""
-        each = [
-            work.bytes_moved(1, self.length, self.itemsize) for work in workloads(self.shape)[: LAYER_OPERATIONS + 1]
-        ]
-        return sum(each[:LAYER_OPERATIONS]), sum(each[:ADAPTER_OPERATIONS]), each[-1]
+    def _work(self, shape: ModelShape, first: int, last: int, exchanges: int) -> Work:
+        moved = [each.bytes_moved(1, self.length, self.itemsize) for each in workloads(shape)[first:last]]
+        return Work(len(moved), sum(moved), exchanges)
 
-    def seconds(self, layers: int, adapters: int, heads: int, rows: float = 1.0) -> float:
-        """Of a pass of ``rows`` through so many layers, adapters and heads."""
-        machine, exchanges = self.machine, 2 * layers + adapters + heads
-        moved = sum(count * size for count, size in zip((layers, adapters, heads), self._bytes(), strict=True))
-        operations = LAYER_OPERATIONS * layers + ADAPTER_OPERATIONS * adapters + heads
-        reading = moved / self.cards / machine.bandwidth * (1 + machine.row_cost * (rows - 1))
-        return operations * machine.seconds_per_operation + reading + (self.cards > 1) * exchanges * machine.exchange
+    def _layer(self, shape: ModelShape) -> Work:
+        """A layer of that shape, keys and values included."""
+        operations = LAYER_OPERATIONS if shape.inner else ATTENTION_OPERATIONS
+        return self._work(shape, 0, operations, exchanges=2 if shape.inner else 1)
+
+    def _head(self, shape: ModelShape) -> Work:
+        return self._work(shape, LAYER_OPERATIONS, LAYER_OPERATIONS + 1, exchanges=1)
+
+    def layers(self, count: int) -> Work:
+        """So many of the model's layers."""
+        return self._layer(self.shape) * count
+
+    @property
+    def head(self) -> Work:
+        """The model's head."""
+        return self._head(self.shape)
+
+    @property
+    def plain(self) -> Work:
+        """A plain step."""
+        return self.layers(self.shape.layers) + self.head
+
+    def draft(self, exit_layer: int) -> Work:
+        """A draft behind so many layers: these, the adapter and its head."""
+        shape, deep_state = self.adapter
+        work = self.layers(exit_layer) + self._layer(shape) + self._head(shape)
+        return work + Work(1, self.itemsize * shape.hidden**2, 1) if deep_state else work
+
+    def seconds(self, work: Work, rows: float = 1.0) -> float:
+        """Of a pass of ``rows`` that does such work."""
+        machine = self.machine
+        reading = work.size / self.cards / machine.bandwidth * (1 + machine.row_cost * (rows - 1))
+        exchanging = work.exchanges * machine.exchange if self.cards > 1 else 0.0
+        return work.operations * machine.seconds_per_operation + reading + exchanging
 
     def predict(self, exit_layer: int, most: int) -> Prediction:
         """Decoding with the adapter behind ``exit_layer`` layers and at most ``most`` drafts a step.
@@ -247,9 +218,9 @@ class Plan:
             raise KangarooError(f"exit_layer is {exit_layer}; {self.shape.name} allows 1 to {self.shape.layers - 1}.")
         accepted, made = self.profile.first(most)
         tokens, drafts = 1 + sum(accepted), sum(made)
-        plain, draft = self.seconds(self.shape.layers, 0, 1), self.seconds(exit_layer, 1, 1)
-        verify = self.seconds(self.shape.layers - exit_layer, 0, 1, rows=1 + drafts)
-        step = drafts * draft + self.seconds(exit_layer, 0, 0) + verify
+        plain, draft = self.seconds(self.plain), self.seconds(self.draft(exit_layer))
+        verify = self.seconds(self.layers(self.shape.layers - exit_layer) + self.head, rows=1 + drafts)
+        step = drafts * draft + self.seconds(self.layers(exit_layer)) + verify
         return Prediction(
             plain_tokens_per_second=1 / plain,
             kangaroo_tokens_per_second=tokens / step,
@@ -273,7 +244,7 @@ class Plan:
             f"{self.machine.name}: {self.machine.source}.",
             f"Drafts: {self.profile.source}.",
             "The drafter is as often right behind every exit layer; drafts beyond the profile's go on as its last one.",
-            "The adapter is attention alone, with the target's head.",
+            self.adapter.describe(self.shape),
             f"A weight takes {self.itemsize} bytes, and so does each number of {self.length} tokens' keys and values.",
         ]
         if self.cards > 1:
@@ -290,21 +261,55 @@ SHAPES = {
 }
 
 
-def find_shape(model: str) -> ModelShape:
-    """The shape of a model: by its name, or from a folder, GGUF file, hub name or ``config.json``.
+class Found(NamedTuple):
+    """A model, and the adapter that was given for it or comes with it.
+
+    Attributes:
+        shape: the model's.
+        form: the adapter's; the paper's where there is none.
+        adapter: its configuration; None where there is none.
+    """
+
+    shape: ModelShape
+    form: AdapterForm
+    adapter: AdapterConfig | None = None
+
+
+def find_shapes(model: str, adapter: str | None = None, exit_layer: int | None = None) -> Found:
+    """A model by its name, or from a folder, GGUF file, hub name or ``config.json``, and its adapter.
 
     Raises:
-        KangarooError: neither a known name nor a model.
+        KangarooError: neither a known name nor a model; an adapter that is not this model's, or one for a mere name.
     """
     if model.lower() in SHAPES:
-        return SHAPES[model.lower()]
+        shape = SHAPES[model.lower()]
+        if adapter is not None:
+            raise KangarooError(
+                f"{shape.name} is a shape without files, and {adapter} is made for a model; give that model's folder "
+                "or config.json, or the adapter's form by --intermediate-size and the like."
+            )
+        return Found(shape, paper_form(shape))
     path = Path(model)
+    files, drafter = find_pair(model, adapter)
     if path.suffix == ".json":
-        config = parse_config(load_config_values(path.parent, "model"), path)
+        config, name = parse_config(load_config_values(path.parent, "model"), path), path.parent.name
     else:
-        config = open_model(find_pair(model, None)[0]).config
+        config, name = open_model(files).config, path.name
+    shape = shape_of(config, name)
+    if drafter is None:
+        return Found(shape, paper_form(shape))
+    folder = find_folder(drafter, "adapter")
+    trained = load_adapter_config(folder, config, exit_layer)
+    rows = config.vocab_size if trained.vocabulary is None else len(trained.vocabulary.tokens)
+    deep_state = load_config_values(folder, "adapter").get("deep_state") is True
+    form = AdapterForm(shape_of(trained.llama, "adapter")._replace(vocab_size=rows), deep_state)
+    return Found(shape, form, trained)
+
+
+def shape_of(config: LlamaConfig, name: str) -> ModelShape:
+    """The sizes of a configuration."""
     return ModelShape(
-        path.parent.name if path.suffix == ".json" else path.name,
+        name,
         config.hidden_size,
         config.intermediate_size,
         config.num_attention_heads,

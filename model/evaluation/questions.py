@@ -1,12 +1,18 @@
-"""Questions as Spec-Bench keeps them: a JSON object a line, with ``question_id``, ``category`` and ``turns``.
+"""Questions as Spec-Bench and SPEED-Bench keep them.
 
-SPEED-Bench's have the same fields and others, which are not read. Sources: github.com/hemingkx/Spec-Bench,
-huggingface.co/datasets/nvidia/SPEED-Bench.
+Spec-Bench has a JSON object a line, with ``question_id``, ``category`` and ``turns``. SPEED-Bench has the same columns,
+and others that are not read, in Parquet files. Two programs of NVIDIA's fill in the texts that SPEED-Bench may not pass
+on: the ``prepare_data.py`` of Model-Optimizer writes Parquet again, the ``prepare.py`` of NeMo Skills JSON lines with
+``messages`` in the place of ``turns``.
+
+Sources: github.com/hemingkx/Spec-Bench, huggingface.co/datasets/nvidia/SPEED-Bench,
+github.com/NVIDIA/Model-Optimizer (examples/specdec_bench), github.com/NVIDIA-NeMo/Skills.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -34,37 +40,55 @@ class Question:
 
 
 def read_questions(file: Path) -> list[Question]:
-    """The questions of a file, in its order.
+    """The questions of a file of JSON lines, or of a Parquet file, in its order.
 
     Raises:
-        KangarooError: a file or a line that is none, with the line's number; two questions of one id.
+        KangarooError: a file that cannot be read, or a Parquet file without pyarrow; a line or row that is no question,
+            with its number; two questions of one id.
     """
-    if file.suffix == ".parquet":
-        raise KangarooError(
-            f"{file} is a Parquet file; write it as JSON lines first, with pandas: "
-            "read_parquet(FILE).to_json(OUT, orient='records', lines=True)."
-        )
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise KangarooError(f"{file} is not UTF-8 text (byte {error.start}).") from error
+    rows = _read_parquet(file) if file.suffix == ".parquet" else _read_lines(file)
     found: dict[int | str, Question] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            question = _read_line(line, f"{file}, line {number}")
-            if question.question_id in found:
-                raise KangarooError(f"{file}, line {number}: the question_id {question.question_id!r} stands twice.")
-            found[question.question_id] = question
+    for place, values in rows:
+        question = _check(values, place)
+        if question.question_id in found:
+            raise KangarooError(f"{place}: the question_id {question.question_id!r} stands twice.")
+        found[question.question_id] = question
     if not found:
         raise KangarooError(f"{file} holds no questions.")
     return list(found.values())
 
 
-def _read_line(line: str, place: str) -> Question:
+def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """The values of each line, with the line's place for errors."""
     try:
-        values: Any = json.loads(line)
-    except ValueError as error:
-        raise KangarooError(f"{place} is no JSON ({error}).") from error
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise KangarooError(f"{file} is not UTF-8 text (byte {error.start}).") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"{file}, line {number}"
+            try:
+                yield place, json.loads(line)
+            except ValueError as error:
+                raise KangarooError(f"{place} is no JSON ({error}).") from error
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, Any]]:
+    """The values of each row, with the row's place for errors."""
+    if find_spec("pyarrow") is None:
+        raise KangarooError(f"{file} is a Parquet file, which is read with pyarrow; pip install pyarrow.")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        rows: list[Any] = read_table(file).to_pylist()
+    except ArrowException as error:
+        raise KangarooError(f"{file} is damaged or no Parquet file ({' '.join(str(error).split())}).") from error
+    for number, values in enumerate(rows, 1):
+        yield f"{file}, row {number}", values
+
+
+def _check(values: Any, place: str) -> Question:
     if not isinstance(values, dict):
         raise KangarooError(f"{place} must be an object with question_id, category and turns.")
     number, category, turns = (values.get(name) for name in ("question_id", "category", "turns"))
@@ -72,11 +96,22 @@ def _read_line(line: str, place: str) -> Question:
         raise KangarooError(f"{place}: question_id is {number!r}; it must be a whole number or a text.")
     if not isinstance(category, str) or not category:
         raise KangarooError(f"{place}: category is {category!r}; it must be a text.")
+    if turns is None and "messages" in values:
+        turns = _said_by_the_user(values["messages"], place)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
         raise KangarooError(f"{place}: turns must be a list of at least one text, none of them empty.")
     if any(turn.startswith(NOT_FILLED_IN) for turn in turns):
         raise KangarooError(f"{place}: the text is missing; fill it in with SPEED-Bench's own prepare_data.py.")
     return Question(number, category, tuple(turns))
+
+
+def _said_by_the_user(messages: Any, place: str) -> list[Any]:
+    """The contents of messages, all of which must be the user's."""
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict) and message.get("role") == "user" for message in messages
+    ):
+        raise KangarooError(f"{place}: messages must be a list of the user's messages alone, each with a content.")
+    return [message.get("content") for message in messages]
 
 
 def in_turns(questions: Sequence[Question], per_category: int | None = None) -> list[Question]:

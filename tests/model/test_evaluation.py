@@ -13,6 +13,7 @@ from pairs import CHAT_TEMPLATE, make_adapter, make_target, make_tokenizer
 from kangaroo_kernels import Kangaroo, KangarooError, Settings
 from kangaroo_kernels.model.demo import bundled_pair
 from kangaroo_kernels.model.evaluation import plots
+from kangaroo_kernels.model.evaluation import questions as questions_module
 from kangaroo_kernels.model.evaluation.answers import Answer, Turn
 from kangaroo_kernels.model.evaluation.evaluate import KANGAROO, PLAIN, Run, answer, evaluate, first_difference
 from kangaroo_kernels.model.evaluation.others import ASSISTED, TRANSFORMERS, steps_of, transformers_ways
@@ -72,11 +73,39 @@ def test_a_line_that_is_no_question(line: str, sentence: str, tmp_path: Path) ->
 def test_a_file_that_holds_none(tmp_path: Path) -> None:
     with pytest.raises(KangarooError, match="holds no questions"):
         read_questions(write(tmp_path / "empty.jsonl", ""))
-    with pytest.raises(KangarooError, match="is a Parquet file"):
-        read_questions(tmp_path / "test.parquet")
     (tmp_path / "latin.jsonl").write_bytes(b"\xff")
     with pytest.raises(KangarooError, match="not UTF-8"):
         read_questions(tmp_path / "latin.jsonl")
+
+
+SPEED_BENCH = {"sub_category": "x", "source": "y", "src_id": "z", "difficulty": None, "multiturn": True}
+"""Columns of SPEED-Bench's that are not read; its question_id is a text."""
+
+
+def test_speed_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data set's Parquet, and the JSON lines that NeMo Skills makes of it, which have messages for turns."""
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+
+    questions = [replace(question, question_id=f"q{number}") for number, question in enumerate(QUESTIONS)]
+    rows = [{**vars(question), "turns": list(question.turns), **SPEED_BENCH} for question in questions]
+    write_table(Table.from_pylist(rows), tmp_path / "test.parquet")
+    assert read_questions(tmp_path / "test.parquet") == questions
+    lines = [row | {"messages": [{"role": "user", "content": turn} for turn in row.pop("turns")]} for row in rows]
+    assert read_questions(write(tmp_path / "qualitative.jsonl", *lines)) == questions
+
+    lines[1]["messages"].insert(0, {"role": "system", "content": "S"})
+    with pytest.raises(KangarooError, match="line 2: messages must be a list of the user's"):
+        read_questions(write(tmp_path / "qualitative.jsonl", *lines))
+    write_table(Table.from_pylist([{"question_id": "q", "turns": ["x"]}]), tmp_path / "test.parquet")
+    with pytest.raises(KangarooError, match=r"test.parquet, row 1: category is None"):
+        read_questions(tmp_path / "test.parquet")
+    (tmp_path / "test.parquet").write_text("no Parquet")
+    with pytest.raises(KangarooError, match="is damaged or no Parquet file"):
+        read_questions(tmp_path / "test.parquet")
+    monkeypatch.setattr(questions_module, "find_spec", lambda _: None)
+    with pytest.raises(KangarooError, match="pip install pyarrow"):
+        read_questions(tmp_path / "test.parquet")
 
 
 def test_categories_take_turns() -> None:
