@@ -21,6 +21,9 @@ FILE_OPTIONS = {"--data", "--held-out", "--prompts"}
 POOR_AGREEMENT = 0.25
 """Below this, drafts are wrong so often that nobody should use the adapter without having looked."""
 
+FAR_BETTER = 0.15
+"""An adapter that is so much better on its own data than on other data has learned it by heart."""
+
 
 class FileLists(TyperCommand):
     """A command whose options in ``FILE_OPTIONS`` take every file up to the next option, as from a shell's ``*``."""
@@ -197,6 +200,12 @@ def warn(report: Mapping[str, Any]) -> str:
         return (
             f"This adapter agrees with the model on {report['agreement']:.0%} of the held-out tokens, too few to be of "
             "use. Train it on with more --steps or --minutes, or on more data."
+        )
+    known = report.get("agreement_on_learned_windows", 0.0)
+    if known > report["agreement"] + FAR_BETTER:
+        return (
+            f"This adapter agrees with the model on {known:.0%} of the tokens that it learned from, and on "
+            f"{report['agreement']:.0%} of held-out ones: more data would help it more than more time."
         )
     if report.get("speedup", 1) < 1:
         return f"On the held-out prompts, decoding is slower with this adapter ({report['speedup']:.2f}x plain)."

@@ -35,6 +35,7 @@ PICTURE = "\n![The loss over the steps](curve.png)\n"
 
 FIGURES = {
     "agreement": "drafter and model rank the same token first",
+    "agreement_on_learned_windows": "the same on texts that it learned from",
     "expected_acceptance_length": "mean acceptance length that follows from it",
     "mean_acceptance_length": "mean acceptance length, measured in greedy decoding",
     "plain_tokens_per_second": "tokens/s, plain decoding",

@@ -53,42 +53,59 @@ def expected_acceptance_length(windows: list[list[Judged]]) -> float:
     return tokens / steps if steps else 0.0
 
 
-@torch.no_grad()
-def score_held_out(
-    teacher: Teacher,
-    adapter: TrainableAdapter,
-    exit_place: int,
-    windows: list[Window],
-    progress: ProgressReport,
-    deadline: float,
-    tokens: Tensor | None = None,
-) -> dict[str, float]:
-    """Agreement and expected acceptance length on held-out windows, at the positions that the target would write.
+class Judge:
+    """Judges an adapter on windows, at the positions that the target would write.
 
-    After the deadline no more windows are looked at; one always is. ``exit_place`` says which of a lesson's exit layers
-    is the adapter's, ``tokens`` which ones it may draft; None means all.
+    Args:
+        teacher: the target.
+        adapter: reads that one of a lesson's exit layers which stands at ``exit_place``.
+        tokens: those that it may draft; None means all.
     """
-    tokens = None if tokens is None else tokens.to(teacher.device)
-    judged: list[list[Judged]] = []
-    for done, window in enumerate(windows, 1):
+
+    def __init__(self, teacher: Teacher, adapter: TrainableAdapter, exit_place: int, tokens: Tensor | None) -> None:
+        self.teacher, self.adapter, self.exit_place = teacher, adapter, exit_place
+        self.tokens = None if tokens is None else tokens.to(teacher.device)
+
+    @torch.no_grad()
+    def judge(self, window: Window, drafts: int = 1) -> list[Judged]:
+        """The choices as the first draft of a step, as the second, and so on."""
+        teacher = self.teacher
         (lesson,) = teacher.lessons([window.tokens])
+        exit_hidden, final = lesson.exit_hidden[None, :, self.exit_place].float(), lesson.final[None].float()
         with autocast(teacher.device):
-            passes = adapter(
-                lesson.exit_hidden[None, :, exit_place].float(),
-                lesson.final[None].float(),
-                PAPER_NUM_SPECULATIVE_TOKENS if adapter.has_state else 1,
-            )
+            passes = self.adapter(exit_hidden, final, drafts)
         places = window.learned.nonzero()[:, 0].to(teacher.device)
-        normed = teacher.normed(lesson.final[places]).float()
-        judged.append(_judge(teacher.head.float(), [guesses[0, places].float() for guesses in passes], normed, tokens))
-        progress("scoring", done, len(windows), "")
-        if time.perf_counter() > deadline:
-            break
-    right, count = (sum(of(passes[0].agrees) for passes in judged) for of in (sum, len))
+        guesses, normed = [each[0, places].float() for each in passes], teacher.normed(lesson.final[places]).float()
+        return _judge(teacher.head.float(), guesses, normed, self.tokens)
+
+
+def score(
+    judge: Judge, held_out: list[Window], learned: list[Window], progress: ProgressReport, deadline: float
+) -> dict[str, float]:
+    """Agreement on held-out windows and on some that were learned, and the expected acceptance length of the former.
+
+    After the deadline no more windows are looked at; one of each always is.
+    """
+    drafts = PAPER_NUM_SPECULATIVE_TOKENS if judge.adapter.has_state else 1
+    judged: dict[bool, list[list[Judged]]] = {True: [], False: []}
+    total = len(held_out) + len(learned)
+    for known, windows in ((False, held_out), (True, learned)):
+        for window in windows:
+            judged[known].append(judge.judge(window, 1 if known else drafts))
+            progress("scoring", sum(map(len, judged.values())), total, "")
+            if time.perf_counter() > deadline:
+                break
     return {
-        "agreement": round(right / count, 4),
-        "expected_acceptance_length": round(expected_acceptance_length(judged), 3),
+        "agreement": _agreement(judged[False]),
+        "agreement_on_learned_windows": _agreement(judged[True]),
+        "expected_acceptance_length": round(expected_acceptance_length(judged[False]), 3),
     }
+
+
+def _agreement(windows: list[list[Judged]]) -> float:
+    """The share of first drafts that are right."""
+    right, count = (sum(of(passes[0].agrees) for passes in windows) for of in (sum, len))
+    return round(right / count, 4)
 
 
 def _judge(head: Tensor, passes: list[Tensor], normed: Tensor, tokens: Tensor | None = None) -> list[Judged]:

@@ -18,12 +18,13 @@ from ..load import resolve_device, resolve_dtype
 from .adapter_module import TrainableAdapter, save_adapter
 from .card import write_card
 from .checkpoint import REPORT_FILE, STATE_FILE, stop_between_steps, write_atomically
+from .data import Window
 from .draft_vocabulary import count_tokens, draft_tokens
 from .losses import DraftLoss
 from .optimizers import Optimizers, rise_and_fall
 from .plan import Plan, find_cache, read_plan
 from .processes import Processes, join_processes
-from .scores import decode_held_out, score_held_out
+from .scores import Judge, decode_held_out, score
 from .settings import ProgressReport, TrainingSettings
 from .states import AT_ONCE, Batch, Lessons
 from .teacher import Teacher, autocast
@@ -32,6 +33,8 @@ CHECKPOINT_SECONDS = 60.0
 SCORING_SHARE = 0.15
 """Of the minutes, kept for scoring."""
 CURVE_POINTS = 100
+LEARNED_WINDOWS = 16
+"""The most windows of the run's own that are measured on, to tell what the adapter knows from what it foresees."""
 LATER_WEIGHT = 0.8
 """What the second draft of a step counts in the loss, and the square of it the third: they are made less often."""
 
@@ -85,6 +88,14 @@ class AdapterTraining:
         newest = settings.batch_size + self.step * settings.batch_size // settings.reuse
         oldest = max(0, newest - self.lessons.capacity * self.processes.count)
         return (torch.randint(oldest, newest, (settings.batch_size,), generator=generator) % count).tolist()
+
+    def learned(self) -> list[Window]:
+        """Some of the windows that were reached, spread evenly."""
+        windows = self.plan.corpus.windows
+        reached = min(
+            self.settings.batch_size + self.step * self.settings.batch_size // self.settings.reuse, len(windows)
+        )
+        return windows[: reached : -(-reached // LEARNED_WINDOWS)]
 
     def parts(self, windows: list[int]) -> list[list[int]]:
         """Those of a step's windows that are this process's own, as many at once as the settings say.
@@ -287,8 +298,8 @@ def train_adapters(
     for place, training in enumerate(trainings, 1):
         reports.append(training.finish())
         by = deadline - reserve * (1 - place / len(runs) / 2)
-        scored = training.adapter, training.exit, plans[0].corpus.held_out
-        reports[-1] |= score_held_out(teacher, *scored, progress, by, training.drafted)
+        judge = Judge(teacher, training.adapter, training.exit, training.drafted)
+        reports[-1] |= score(judge, plans[0].corpus.held_out, training.learned(), progress, by)
     del teacher, lessons, trainings, training  # the runtime loads the target anew
     for place, (settings, plan, report) in enumerate(zip(runs, plans, reports, strict=True), 1):
         by = deadline - reserve * (1 - place / len(runs)) / 2

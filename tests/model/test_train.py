@@ -460,6 +460,8 @@ def test_held_out_files(target: Path, text: Path, tmp_path: Path) -> None:
     ours = train_adapter(settings(target, text, tmp_path / "a"))
     theirs = train_adapter(settings(target, text, tmp_path / "b", held_out=(other,)))
     assert ours["agreement"] != theirs["agreement"]
+    by_heart = train_adapter(settings(target, text, tmp_path / "c", held_out=(other,), steps=300))
+    assert by_heart["agreement_on_learned_windows"] > by_heart["agreement"] + 0.2
     assert ours["curve"] != theirs["curve"]  # 3 % more to learn from
 
 
@@ -491,7 +493,7 @@ def test_a_deadline_ends_everything(limits: dict[str, float], target: Path, text
     now, told = time.perf_counter(), list[str]()
     run = settings(target, text, tmp_path / "past", held_out=(text,), **limits)
     past = train_adapter(run, lambda stage, *_: told.append(stage), deadline=now)
-    assert told == ["training", "scoring"]  # of 64 held-out windows, one
+    assert told == ["training", "scoring", "scoring"]  # of 64 held-out windows, one, and one that was learned
     assert past["steps"] == 1 and "agreement" in past and "speedup" not in past
     assert train_adapter(settings(target, text, tmp_path / "far"), deadline=now + 3600)["steps"] == 12
 
