@@ -5,12 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kangaroo_kernels.reference.attention import rows_are_alike
+
 from .backend import load_backend
 from .drafters.adapter import Adapter, load_adapter_config
 from .errors import KangarooError
 from .named import find_pair
 from .target.checkpoint import Checkpoint, open_folder
-from .target.config import DTYPES
+from .target.config import DTYPES, LlamaConfig
 from .target.hub import GGUF, find_folder, find_model
 from .target.llama import Llama
 from .target.weights import load_target
@@ -64,7 +66,7 @@ def load_pair(
     precision = resolve_dtype(dtype, where, config.dtype)
     backend = load_backend(kernels, where, precision)
     kept = kept_dtype(precision, where, backend.resident)
-    keys_and_values = resolve_kv_dtype(kv_dtype, kept, backend.resident)
+    keys_and_values = resolve_kv_dtype(kv_dtype, precision, kept, config)
     # what can fail quickly comes before the weights
     if adapter_folder is not None:
         load_adapter_config(adapter_folder, config, exit_layer)
@@ -117,20 +119,32 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     return resolved
 
 
-def resolve_kv_dtype(dtype: str | torch.dtype | None, kept: torch.dtype, resident: bool = False) -> torch.dtype:
-    """What keys and values are kept in: ``kept``, what the model computes with, unless float16 was asked for.
+def resolve_kv_dtype(
+    dtype: str | torch.dtype | None, precision: torch.dtype, kept: torch.dtype, config: LlamaConfig
+) -> torch.dtype:
+    """What keys and values are kept in: what the model computes with (``kept``), unless float16 was asked for.
+
+    Float16 is for a CPU and weights of that ``precision``. Such weights give a row the same bits in any pass, and so
+    must attention: else a key could be rounded another way in a pass of many rows than in plain decoding.
 
     Raises:
-        KangarooError: any other dtype, or a model whose own keys and values are no larger.
+        KangarooError: any other dtype, a model that it is not for, or a machine that does not keep a row's bits.
     """
     if dtype is None:
         return kept
     if dtype not in ("float16", torch.float16):
         raise KangarooError(f"kv_dtype {dtype!r} is not supported; use 'float16', or leave it out.")
-    if resident:
-        raise KangarooError("on the kernels the cache has the model's own dtype; leave kv_dtype out, and choose dtype.")
     if kept != torch.float32:
-        raise KangarooError(f"kv_dtype='float16' saves nothing beside a model that computes in {kept}; leave it out.")
+        raise KangarooError(f"kv_dtype is for a CPU's float32 arithmetic, this model computes in {kept}; leave it out.")
+    if precision != torch.float16:
+        raise KangarooError("kv_dtype='float16' goes with weights that are rounded alike; give dtype='float16', too.")
+    if "fbgemm" not in torch.backends.quantized.supported_engines or not rows_are_alike(
+        config.num_attention_heads // config.num_key_value_heads, config.head_dim
+    ):
+        raise KangarooError(
+            "kv_dtype='float16' needs products that give a row the same bits in any pass, which this processor's "
+            "libraries do not; leave it out."
+        )
     return torch.float16
 
 

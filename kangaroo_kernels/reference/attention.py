@@ -3,20 +3,26 @@
     out[m] = softmax(scale * q[m] @ K[:position + m + 1]^T) @ V[:position + m + 1]
 
 Grouped queries (GQA) are packed into the rows, so the cache is read once for all of a group.
-Bytes moved: ``2 * H_kv * (position + M) * D`` elements. A cache of another dtype than the queries', float16 beside
-float32, is converted as it is read: half the bytes come from memory, and every product and sum is the queries'.
+Bytes moved: ``2 * H_kv * (position + M) * D`` elements.
+
+A cache may be of another dtype than the queries: float16 beside float32. It is converted as it is read, so half the
+bytes come from memory, and every product and sum is a float32 one.
 """
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kangaroo_kernels.reference.qkv_rope import paged_rows
 from kangaroo_kernels.shared.checks import check_max_length
 
 MANY_ROWS = 64
 """From this many rows on (a prefill), PyTorch's fused attention repays its overhead."""
+
+ROWS, POSITIONS, SUMMED = 4, 16, 192
+"""What ``_attend_alike`` fills rows and positions up to multiples of, and how many positions it sums at a time."""
 
 
 @lru_cache(maxsize=8)
@@ -30,6 +36,12 @@ def _causal_mask(rows: int, length: int, group: int, dtype: torch.dtype, device:
     """Additive, ``group`` times over: row m of the last ``rows`` positions sees ``length - rows + m + 1`` keys."""
     mask = torch.full((rows, length), float("-inf"), dtype=dtype, device=device)
     return mask.triu_(length - rows + 1).repeat(group, 1)
+
+
+@lru_cache(maxsize=64)
+def _unseen(rows: int, positions: int, group: int, device: torch.device) -> Tensor:
+    """Which of ``positions``, from the first row's own one on, row m does not see, ``group`` times over."""
+    return torch.ones(rows, positions, dtype=torch.bool, device=device).triu_(1).repeat(group, 1)
 
 
 def attention(
@@ -49,8 +61,8 @@ def attention(
 
     Args:
         q: ``[M, H, D]``, any strides.
-        k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D), any dtype (the kernel: of ``q``); ``H`` is a
-            multiple of ``H_kv``. With a block table, ``[blocks, H_kv, block_size, D]``.
+        k_cache: ``[H_kv, T, D]``, any strides (the kernel: 1 along D), any dtype (the kernel: that of ``q``); ``H`` is
+            a multiple of ``H_kv``. With a block table, ``[blocks, H_kv, block_size, D]``.
         v_cache: as ``k_cache``. Rows from ``position + M`` on have no effect.
         position: absolute position of the first query row; a tensor ``[1]`` int64 for a kernel that must not ask the
             host.
@@ -73,12 +85,14 @@ def attention(
         return q.new_empty(q.shape[0], q.shape[1] * q.shape[2]) if out is None else out
     position = int(position)
     length = position + q.shape[0]
-    if block_table is None:
-        keys, values = k_cache[:, :length], v_cache[:, :length]
-    else:
+    keys, values = k_cache, v_cache
+    if block_table is not None:
         blocks, slots = paged_rows(block_table, 0, length, k_cache.shape[2])
         keys, values = k_cache[blocks, :, slots].transpose(0, 1), v_cache[blocks, :, slots].transpose(0, 1)
-    result = _attend(q, keys, values, position, scale)
+    if keys.dtype != q.dtype and q.shape[0] < MANY_ROWS:
+        result = _attend_alike(q, keys, values, position, scale)
+    else:
+        result = _attend(q, keys[:, :length].to(q.dtype), values[:, :length].to(q.dtype), position, scale)
     return result if out is None else out.copy_(result)
 
 
@@ -90,8 +104,8 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float
         whole = position == 0  # else the mask is made anew: it is as large as the text, and rarely wanted again
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
-            keys.to(q.dtype)[None],
-            values.to(q.dtype)[None],
+            keys[None],
+            values[None],
             attn_mask=None if whole else _causal_mask.__wrapped__(rows, length, 1, q.dtype, q.device),
             is_causal=whole,
             scale=scale,
@@ -99,15 +113,60 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float
         )
         return out[0].transpose(0, 1).reshape(rows, -1)
     group = heads // kv_heads
-    keys = keys.to(q.dtype).transpose(1, 2)
+    keys = keys.transpose(1, 2)
     if rows == 1:  # most of decoding: nothing is masked, and the heads lie in order already
         packed = q.view(kv_heads, group, head_dim)
         scores = torch.baddbmm(_unused(q.dtype, q.device), packed, keys, beta=0, alpha=scale)
-        del keys  # where they were converted, the values take the same memory, which the processor still holds
-        return torch.bmm(torch.softmax(scores, dim=-1), values.to(q.dtype)).view(1, -1)
+        return torch.bmm(torch.softmax(scores, dim=-1), values).view(1, -1)
     packed = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * rows, head_dim)
     mask = _causal_mask(rows, length, group, q.dtype, q.device)
     scores = torch.baddbmm(mask, packed, keys, alpha=scale)
-    del keys
-    out = torch.bmm(torch.softmax(scores, dim=-1), values.to(q.dtype))
+    out = torch.bmm(torch.softmax(scores, dim=-1), values)
     return out.view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, -1)
+
+
+@lru_cache(maxsize=8)
+def rows_are_alike(group: int, head_dim: int) -> bool:
+    """Whether, over a float16 cache, rows at once have the bits that each has alone on this machine; it is tried.
+
+    ``group`` is the number of query heads that share a key-value head.
+    """
+    most, generator, scale = 16, torch.Generator().manual_seed(0), head_dim**-0.5
+    for position in (0, SUMMED - 7, 2 * SUMMED - 1):
+        q = torch.randn(most, 2 * group, head_dim, generator=generator)
+        caches = torch.randn(2, 2, position + most, head_dim, generator=generator).half()
+        alone = [attention(q[row : row + 1], *caches, position + row, scale=scale) for row in range(most)]
+        for rows in (2, 3, 5, most):
+            if not torch.equal(attention(q[:rows], *caches, position, scale=scale), torch.cat(alone[:rows])):
+                return False
+    return True
+
+
+def _attend_alike(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float) -> Tensor:
+    """``attention`` over contiguous positions, where a row has the same bits whatever is computed beside it.
+
+    Where a last bit differed, a later layer's key could round to another float16 number: a difference in the fourth
+    digit between plain decoding and verification. MKL, PyTorch's library on x86, keeps a row's bits (seen on AMD Zen 5)
+    but for three cases: rows left over by fours, columns left over by sixteens, and sums of more than 192 products,
+    which it cuts by their number. So rows and positions are filled up, and values are summed 192 positions at a time.
+    ``rows_are_alike`` says whether that suffices on this machine.
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads, length = keys.shape[0], position + rows
+    group, filled = heads // kv_heads, length + -length % POSITIONS
+    used = group * rows
+    packed = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, used, head_dim)
+    packed = pad(packed, (0, 0, 0, -used % ROWS))
+    keys = keys[:, :filled].to(q.dtype)
+    keys = pad(keys, (0, 0, 0, filled - keys.shape[1])) if keys.shape[1] < filled else keys
+    scores = torch.baddbmm(_unused(q.dtype, q.device), packed, keys.transpose(1, 2), beta=0, alpha=scale)
+    del keys  # the values will take the same memory, which the processor still holds
+    # what lies beyond a row may be anything, NaN too, and is overwritten
+    scores[:, :used, position:].masked_fill_(_unseen(rows, filled - position, group, q.device), float("-inf"))
+    weights, out = torch.softmax(scores, dim=-1), _unused(q.dtype, q.device)
+    for first in range(0, length, SUMMED):
+        part = values[:, first : min(first + SUMMED, length)].to(q.dtype)
+        if part.shape[1] < POSITIONS:  # PyTorch multiplies the smallest matrices by itself, in another order
+            part = pad(part, (0, 0, 0, POSITIONS - part.shape[1]))
+        out = torch.baddbmm(out, weights[..., first : first + part.shape[1]], part, beta=min(first, 1))
+    return out[:, :used].view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, -1)

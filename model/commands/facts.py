@@ -145,7 +145,7 @@ def footprint(
     config = open_model(model).config
     loaded = resolve_dtype(dtype, where, config.dtype)
     size, kept = loaded.itemsize, kept_dtype(loaded, where)
-    kv_size = resolve_kv_dtype(kv_dtype, kept, where.type == "cuda").itemsize
+    kv_size = resolve_kv_dtype(kv_dtype, loaded, kept, config).itemsize
     layer = config.attention_parameters + config.mlp_parameters
     norm, embedding = config.hidden_size, config.vocab_size * config.hidden_size
     head = norm + embedding

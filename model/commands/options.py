@@ -39,7 +39,7 @@ Dtype = Annotated[
 KvDtype = Annotated[
     str | None,
     typer.Option(
-        help="'float16' halves the memory of a text's keys and values on a CPU, which rounds them.",
+        help="'float16' halves the memory of a text's keys and values on a CPU; it goes with --dtype float16.",
         rich_help_panel=LOADING,
     ),
 ]

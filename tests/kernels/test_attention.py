@@ -122,21 +122,6 @@ def test_nothing_beyond_a_rows_own_position_is_read(heads, kv_heads, rows):
         assert not torch.allclose(spoiled[-1], wanted[-1])
 
 
-@pytest.mark.parametrize("rows", [1, 4, MANY_ROWS])
-@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
-def test_a_cache_in_float16(rows, paged):
-    """Its numbers, in the arithmetic of the queries."""
-    q, *caches = inputs(rows, 4, 2, 16, 9, spare=rows + 3)
-    settings = {"scale": 0.25}
-    if paged:
-        caches = [cache.unflatten(1, (2, -1)).transpose(0, 1).contiguous() for cache in caches]
-        settings["block_table"] = torch.arange(2, dtype=torch.int32)
-    halves = [cache.half() for cache in caches]
-    out = reference(q, *halves, 9, **settings)
-    assert torch.equal(out, reference(q, *(half.float() for half in halves), 9, **settings))
-    assert not torch.equal(out, reference(q, *caches, 9, **settings))
-
-
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2)])
 def test_rows_at_once_are_rows_one_by_one(heads, kv_heads):
     q, keys, values = inputs(16, heads, kv_heads, 16, 5)
@@ -144,6 +129,37 @@ def test_rows_at_once_are_rows_one_by_one(heads, kv_heads):
     for row in range(16):
         single = reference(q[row : row + 1], keys, values, 5 + row, scale=0.25)
         torch.testing.assert_close(single[0], whole[row], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 17, MANY_ROWS])
+@pytest.mark.parametrize("position", [0, 9, 250])
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_a_cache_in_float16(paged, position, rows):
+    """Its numbers, in the arithmetic of the queries; what lies beyond a row is not read."""
+    q, *caches = inputs(rows, 6, 2, 16, position, spare=4 + (position + rows) % 2)
+    exact = [cache.half().float() for cache in caches]
+    halves, settings = [cache.half() for cache in caches], {"scale": 0.25}
+    if paged:
+        halves = [cache.unflatten(1, (2, -1)).transpose(0, 1).contiguous() for cache in halves]
+        settings["block_table"] = torch.arange(2, dtype=torch.int32)
+    truth = formula(q.double(), *(cache.double() for cache in exact), position, 0.25)
+    ours = reference(q, *halves, position, **settings)
+    assert_within_budget(ours, truth, formula(q, *exact, position, 0.25), slack=4)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries sum in other orders")
+@pytest.mark.parametrize("position", [0, 5, 100, 186, 380, 700, 2000])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (8, 2, 64), (4, 4, 12), (4, 2, 16), (6, 1, 128)]
+)
+def test_a_cache_in_float16_gives_rows_at_once_their_bits(heads, kv_heads, head_dim, position):
+    """Those of each alone, also where a pass goes beyond what is summed at once."""
+    q, *caches = inputs(40, heads, kv_heads, head_dim, position)
+    keys, values = (cache.half() for cache in caches)
+    single = [reference(q[row : row + 1], keys, values, position + row, scale=0.25) for row in range(40)]
+    for rows, first in ((2, 0), (2, 5), (3, 1), (4, 3), (5, 9), (7, 0), (16, 0), (16, 20), (40, 0)):
+        whole = reference(q[first : first + rows], keys, values, position + first, scale=0.25)
+        assert torch.equal(whole, torch.cat(single[first : first + rows]))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 70])

@@ -67,7 +67,9 @@ def test_the_paper_s_model(tmp_path: Path) -> None:
     assert cost.verify_pass_bytes / 1e9 == pytest.approx(12.40, abs=0.01)
     assert cost.target_parameters == 6_738_415_616
     assert cost.kv_bytes_per_token == 33 * 2 * 4096 * 4, "a CPU keeps them in float32"
-    asked = footprint(tmp_path / "target", tmp_path / "adapter", exit_layer=2, device="cpu", kv_dtype="float16")
+    asked = footprint(
+        tmp_path / "target", tmp_path / "adapter", exit_layer=2, device="cpu", dtype="float16", kv_dtype="float16"
+    )
     assert asked.kv_bytes_per_token == 33 * 2 * 4096 * 2
 
 
