@@ -136,6 +136,8 @@ REFUSALS = {
     "gpu_report --only pair": "the part pair needs --pair DIR",
     "gpu_report --pair {} --only decode": "--pair DIR the part pair",
     "gpu_report --pair {}": "target does not exist. tools/train_demo.py writes such a pair.",
+    "gpu_report --only vllm": "the part vllm needs --vllm PYTHON",
+    "gpu_report --vllm {}/none": "{}/none does not exist; give the Python of an environment that has vLLM.",
     "gpu_report --smoke": "--smoke needs --out",
     "gpu_report --smoke --out {}/file/inside": "{}/file/inside cannot be written: Not a directory.",
     "gpu_report --first --only decode": "--first has parts of its own; leave --only and --pair out.",

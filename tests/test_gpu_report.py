@@ -86,13 +86,16 @@ def test_every_part_finds_its_figures(smoke):
     assert all(cell["us"]["p50"] > 0 and cell["relative_error"] < 1e-5 for cell in measured["cells"])
     assert [cell["way"] for cell in decode_cells(smoke.parts)] == [*decode.WAYS, *baselines.WAYS]
     assert all(cell["tokens_per_second"] > 0 for cell in (*decode_cells(smoke.parts), *found["cells"]))
+    for cell in (*decode_cells(smoke.parts), *decoded["steps"]):
+        assert cell["agreeing_tokens"] == cell["new_tokens"] > 4, "float32 on a CPU: the same text"
+    assert "vLLM was not measured" in smoke.text
     stagewise = [(drafts, way) for drafts in (1, 2, 6) for way in decode.DRAFTING[:2]]
     last = [(drafts, "in one kernel") for drafts in (1, 2, 6)]  # what may do harm
     assert [(step["drafts"], step["drafting"]) for step in decoded["steps"]] == stagewise + last
     assert [row["stage"] for row in smoke.parts["timeline"]["stages"]][-1] == "iteration"
     assert found["total"]["identical"] and found["total"]["mean_acceptance_length"] > 1.3
     same = [(cell["agreeing_tokens"], cell["new_tokens"]) for cell in found["cells"]]
-    assert same == [(24, 24)] * 6, "float32 on a CPU: the same text"
+    assert same == [(24, 24)] * 8, "float32 on a CPU: the same text"
 
 
 def test_a_report_that_is_ended_writes_what_it_has(tmp_path):
@@ -360,15 +363,20 @@ def test_everything_wrong_is_told_and_spoils_no_page():
         "tests": piece(failures=[{"test": "tests/x.py::test_y", "reason": "E  1 != 2"}]),
         "decode": piece(
             cells=[where | {"way": "plain", "error": "OutOfMemoryError"}, where | {"skipped": "no time left"}],
-            steps=[where | {"drafts": 6, "drafting": "in one kernel", "error": "lost"}],
+            steps=[
+                where | {"drafts": 6, "drafting": "kernel by kernel", "agreeing_tokens": 3, "new_tokens": 4},
+                where | {"drafts": 6, "drafting": "in one kernel", "error": "lost"},
+            ],
             not_run=2,
         ),
+        "baselines": piece(cells=[where | {"way": "eager", "agreeing_tokens": 3, "new_tokens": 4}]),
         "pair": piece(total={"identical": False}),
     }
     assert list(complaints(parts)) == [
         "kernels failed (at: 7 of 9): Killed",
         "tests: tests/x.py::test_y failed: E  1 != 2",
         "decode, m, 8, plain: OutOfMemoryError",
+        "decode, m, 8, 6, kernel by kernel: its tokens differ from plain decoding's.",
         "decode, m, 8, 6, in one kernel: lost",
         "pair: Kangaroo's tokens differ from plain decoding's.",
     ]
@@ -378,10 +386,11 @@ def test_everything_wrong_is_told_and_spoils_no_page():
 def test_figures_are_set_against_plain_decoding_the_kernel_and_the_ceiling():
     where = {"model": "m|n", "context": 128}
     plain = {"way": "plain", "tokens_per_second": 100.0, "us_per_step": 120.0, "bytes_per_token": 2 * 10**10}
+    drafted = {"way": "kangaroo", "tokens_per_second": 150.0, "agreeing_tokens": 63, "new_tokens": 64}
     step = {"drafts": 2, "drafting": "in one kernel", "us_per_step": 150.0}
     cell = {"model": "m", "op": "attention", "role": "kv", "length": 2048, "gigabytes_per_second": 900.0}
     decoded = piece(
-        cells=[where | plain, where | {"way": "kangaroo", "tokens_per_second": 150.0}],
+        cells=[where | plain, where | drafted],
         steps=[where | step, {"model": "m|n", "context": 256} | step],
     )
     measured = [
@@ -390,10 +399,10 @@ def test_figures_are_set_against_plain_decoding_the_kernel_and_the_ceiling():
     ]
     text = page_of(environment=piece(ceiling={"read": 4000.0}), decode=decoded, kernels=piece(cells=measured))
     for row in (
-        r"| m\|n | 128 | plain | 100.0 | 1.00 | 50.0 % | - |",  # a bar in a name ends no column
-        r"| m\|n | 128 | kangaroo | 150.0 | 1.50 | - | - |",
-        r"| m\|n | 128 | 2 | in one kernel | 150.0 | 1.25 |",  # a step that lasts as long as 1.25 plain ones
-        r"| m\|n | 256 | 2 | in one kernel | 150.0 | - |",
+        r"| m\|n | 128 | plain | 100.0 | 1.00 | 50.0 % | - | - |",  # a bar in a name ends no column
+        r"| m\|n | 128 | kangaroo | 150.0 | 1.50 | - | - | 63 of 64 |",
+        r"| m\|n | 128 | 2 | in one kernel | 150.0 | 1.25 | - |",  # a step that lasts as long as 1.25 plain ones
+        r"| m\|n | 256 | 2 | in one kernel | 150.0 | - | - |",
         "| m | attention 2048 | 10.0 | 900 | 90.0 % | 11.0 | - | 2.50 | - |",
     ):
         assert row in text

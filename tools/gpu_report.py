@@ -10,6 +10,7 @@ with their own date and commit.
 """
 
 import hashlib
+import importlib.util
 import shlex
 import signal
 import subprocess
@@ -25,7 +26,7 @@ import typer
 from command import INCOMPLETE, INTERRUPTED, refuse, require_time
 from report.job import ROOT, Job, write_json
 from report.page import complaints, page, state_of
-from report.parts import ENVIRONMENT, FIRST, PAIR, PARTS, Part, choose
+from report.parts import ENVIRONMENT, FIRST, PAIR, PARTS, VLLM, Part, choose
 from report.runner import GRACE, read_json, run_part
 
 from kangaroo_kernels import KangarooError, launch_config
@@ -106,10 +107,16 @@ def main(
     minutes: Annotated[float, typer.Option(help="The time limit of the whole.")] = 9.0,
     only: Annotated[
         str | None,
-        typer.Option(help=f"Parts to run, with commas between them: {', '.join(p.name for p in (*PARTS, PAIR))}."),
+        typer.Option(
+            help=f"Parts to run, with commas between them: {', '.join(p.name for p in (*PARTS, VLLM, PAIR))}."
+        ),
     ] = None,
     pair: Annotated[
         Path | None, typer.Option(help="Measure a trained pair: a folder with target/, adapter/ and prompts.json.")
+    ] = None,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(help="Measure vLLM, too: the Python of an environment that has it; by default this one's, if so."),
     ] = None,
     first: Annotated[
         bool, typer.Option("--first", help="For a card's first minutes: is it right, how fast is one model's shape?")
@@ -122,8 +129,15 @@ def main(
     parts = choose(only)
     if first and (only is not None or pair is not None):
         refuse(NAME, "--first has parts of its own; leave --only and --pair out.")
+    if vllm is None and importlib.util.find_spec("vllm"):
+        vllm = Path(sys.executable)
     if only is None:
         parts = list(FIRST if first else PARTS) if pair is None else [ENVIRONMENT, PAIR]
+        parts += [VLLM] if vllm and not first and pair is None else []
+    elif VLLM in parts and vllm is None:
+        refuse(NAME, "the part vllm needs --vllm PYTHON, the Python of an environment that has vLLM.")
+    if vllm and not vllm.is_file():
+        refuse(NAME, f"{vllm} does not exist; give the Python of an environment that has vLLM.")
     if (PAIR in parts) != (pair is not None):
         refuse(NAME, "the part pair needs --pair DIR, and --pair DIR the part pair; --only has one without the other.")
     try:
@@ -137,7 +151,9 @@ def main(
     if out is None:
         out = ROOT / "bench/results" / launch_config.file_name(torch.cuda.get_device_name()).removesuffix(".json")
     out = out.resolve()
-    status = measure(parts, Job(out / "report.json", out, 60 * minutes, smoke, brief=first, pair=pair))
+    status = measure(
+        parts, Job(out / "report.json", out, 60 * minutes, smoke, brief=first, pair=pair, vllm=vllm and vllm.absolute())
+    )
     if first:
         typer.echo((out / "report.md").read_text(encoding="utf-8"))
     raise typer.Exit(status)

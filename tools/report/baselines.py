@@ -1,27 +1,37 @@
-"""What a user would pick instead, on the same card: transformers' ``generate``, two ways, with random weights.
+"""What a user would pick instead, on the same card and the same random weights.
 
-- ``eager``: as it comes (SDPA, dynamic cache).
-- ``static, compiled``: ``cache_implementation="static"``, for which ``generate`` compiles the forward pass.
+- ``transformers, eager``: ``generate`` as it comes (SDPA, dynamic cache).
+- ``plain PyTorch, compiled``: a whole step compiled as gpt-fast does it (``plain_llama.py``), with no ``generate``
+  around it.
+- ``transformers, static, compiled``: ``cache_implementation="static"``, for which ``generate`` compiles the forward
+  pass.
 
 Tokens a second of the steps, without the prefill and the first ``SETTLED`` tokens: ``generate`` makes a new static
 cache in every call, for which the compiled forward records its CUDA graphs again. A stopping criterion waits for the
-device there, and the clock runs from there to the end. ``pair.py`` measures a trained target so, too.
+device there, and the clock runs from there to the end. Every cell says how many of its tokens are those of this
+library's plain decoding, up to the first other one. ``pair.py`` measures a trained target so, too.
 """
 
 import gc
 import time
 import warnings
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator
+from functools import cache, cached_property, partial
+from itertools import product
 from typing import Any
 
 import torch
 import torch._dynamo.utils
 import transformers
-from random_model import random_prompt
+from plain_llama import PlainLlama
+from random_model import RESIDENT_REFERENCES, random_prompt, random_target
+from right import agreeing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteriaList
 
+from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.model.target.llama import Llama
+from kangaroo_kernels.reference.qkv_rope import separate_rope
 from kangaroo_kernels.workloads import ModelShape
 
 from .job import Job
@@ -31,7 +41,11 @@ NEW_TOKENS = 64
 SETTLED = 8
 """Tokens before the clock starts; of a text shorter than four times that, a quarter."""
 
-EAGER, COMPILED = WAYS = ("transformers, eager", "transformers, static, compiled")
+EAGER, PLAIN_TORCH, COMPILED = WAYS = (
+    "transformers, eager",
+    "plain PyTorch, compiled",
+    "transformers, static, compiled",
+)
 ASSISTED = "transformers, assisted by our drafter"
 """``generate`` with ``assistant_model``, of a trained pair."""
 
@@ -41,27 +55,55 @@ def contexts_of(job: Job) -> tuple[int, ...]:
     return (20,) if job.smoke else CONTEXTS
 
 
-def transformers_model(shape: ModelShape, job: Job) -> Any:
-    """A random ``LlamaForCausalLM``, made on the device."""
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=1 << 16,
+def in_transformers(target: Llama) -> Any:
+    """The target as a ``LlamaForCausalLM`` on copies of its weights, since those belong to inference mode."""
+    config = target.config
+    stock = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
     )
-    with job.device:
-        return AutoModelForCausalLM.from_config(config, dtype=job.dtype).eval()
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(stock, dtype=target.dtype).eval()
+    model.load_state_dict({name: tensor.clone() for name, tensor in named_tensors(target)}, assign=True)
+    with target.device:  # what is computed and not loaded
+        model.model.rotary_emb = type(model.model.rotary_emb)(stock)
+    return model
+
+
+def named_tensors(target: Llama) -> Iterator[tuple[str, Tensor]]:
+    """A target's weights under transformers' names."""
+    weights, head_dim = target.weights, target.config.head_dim
+    heads, kv_heads = target.config.num_attention_heads, target.config.num_key_value_heads
+    yield from (("model.embed_tokens.weight", weights.embedding), ("model.norm.weight", weights.norm))
+    yield "lm_head.weight", weights.head.unpacked()
+    for index, layer in enumerate(weights.layers):
+        attention, mlp, name = layer.attention, layer.mlp, f"model.layers.{index}."
+        assert mlp is not None
+        q, k, v = attention.qkv.unpacked().split([head_dim * each for each in (heads, kv_heads, kv_heads)])
+        gate, up = mlp.gate_up.unpacked().chunk(2)
+        yield from (
+            (name + "input_layernorm.weight", attention.norm),
+            (name + "post_attention_layernorm.weight", mlp.norm),
+        )
+        for part, rows in (("q", separate_rope(q, head_dim)), ("k", separate_rope(k, head_dim)), ("v", v)):
+            yield f"{name}self_attn.{part}_proj.weight", rows
+        yield name + "self_attn.o_proj.weight", attention.output.unpacked()
+        for part, rows in (("gate", gate), ("up", up), ("down", mlp.down.unpacked())):
+            yield f"{name}mlp.{part}_proj.weight", rows
 
 
 def settings_of(way: str, job: Job) -> dict[str, Any]:
-    """What makes ``generate`` take that way; a smoke run has the static cache alone."""
+    """What makes transformers' ``generate`` take that way; a smoke run has the static cache alone."""
     return {"cache_implementation": "static", "disable_compile": job.smoke} if way == COMPILED else {}
 
 
@@ -98,22 +140,66 @@ def timed(
     return text[len(prompt) :], new / (ended - marks[0][0]) if new else None
 
 
+def timed_plain(model: PlainLlama, prompt: list[int], tokens: int, job: Job) -> tuple[list[int], float | None]:
+    """As ``timed``, in plain PyTorch."""
+    settled = max(1, min(SETTLED, tokens // 4))
+    text, seconds = model.generate(prompt, tokens, settled, job.synchronize)
+    return text, (tokens - settled) / seconds if tokens > settled else None
+
+
+class Subject:
+    """A random model in the form that each way takes, made when it is first asked for.
+
+    Args:
+        shape: of the model.
+        job: which says where it lives.
+        tokens: that each way writes.
+    """
+
+    def __init__(self, shape: ModelShape, job: Job, tokens: int) -> None:
+        self.shape, self.job, self.tokens = shape, job, tokens
+        self.ours = cache(self._ours)
+
+    @cached_property
+    def target(self) -> Llama:
+        """The weights."""
+        backend = RESIDENT_REFERENCES if self.job.smoke else None
+        return random_target(self.shape, self.job.device, self.job.dtype, backend=backend)
+
+    @cached_property
+    def stock(self) -> Any:
+        """In transformers."""
+        return in_transformers(self.target)
+
+    def _ours(self, context: int) -> list[int]:
+        """What this library's plain decoding writes."""
+        prompt = random_prompt(self.shape, context)
+        return Kangaroo(self.target).generate(prompt, max_new_tokens=self.tokens, plain=True).tokens
+
+    def measure(self, context: int, way: str) -> dict[str, Any]:
+        """A way's speed and its verdict; the first of two decodes warms up."""
+        prompt, wanted = random_prompt(self.shape, context), self.ours(context)
+        if way == PLAIN_TORCH:
+            plain = PlainLlama(self.target, context + self.tokens, compiled=not self.job.smoke)
+            decode: Callable[[], tuple[list[int], float | None]]
+            decode = partial(timed_plain, plain, prompt, self.tokens, self.job)
+        else:
+            decode = partial(timed, self.stock, prompt, self.tokens, way, self.job)
+        decode()
+        text, speed = decode()
+        return {"tokens_per_second": speed, "new_tokens": self.tokens, "agreeing_tokens": agreeing(wanted, text)}
+
+
 def run(job: Job) -> None:
-    """Eager for every model, then the compiled way, whose compilations take long, the shortest context first."""
+    """Eager for every model, then the compiled ways, whose compilations take long, the shortest context first."""
     contexts, tokens = contexts_of(job), 6 if job.smoke else NEW_TOKENS
-    for way, some in ((EAGER, contexts), (COMPILED, contexts[:1]), (COMPILED, contexts[1:])):
+    for ways, some in ((WAYS[:1], contexts), (WAYS[1:], contexts[:1]), (WAYS[1:], contexts[1:])):
         for shape in job.models:
-            model = lru_cache(partial(transformers_model, shape, job))
-
-            def measure(context: int, shape: ModelShape, way: str, model: Callable[[], Any]) -> dict[str, Any]:
-                for _ in range(2):  # the first warms up
-                    _, speed = timed(model(), random_prompt(shape, context), tokens, way, job)
-                return {"tokens_per_second": speed, "new_tokens": tokens}
-
-            for context in some:
+            subject = Subject(shape, job, tokens)
+            for way, context in product(ways, some):
                 entry = {"model": shape.name, "context": context, "way": way}
-                job.cell("cells", entry, partial(measure, context, shape, way, model))
-            model.cache_clear()
-            torch.compiler.reset()
+                job.cell("cells", entry, partial(subject.measure, context, way))
+                torch.compiler.reset()
+            del subject
             gc.collect()
             job.free()

@@ -3,18 +3,19 @@
 With random weights no draft is sure and next to none is accepted: Kangaroo's own decode is at its worst, a draft a step
 for nothing. So steps that make some number of drafts, whatever their confidence, are timed besides. The page sets them
 against a plain step: that is how many tokens such a step must yield to pay. Tokens a second are of the steps, prefill
-left out. Steps in one kernel come behind all others: what that kernel does wrong may end the process. A smoke run takes
-the same loop over the references.
+left out. Every cell says how many of its tokens are plain decoding's. Steps in one kernel come behind all others: what
+that kernel does wrong may end the process. A smoke run takes the same loop over the references.
 """
 
 import gc
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from statistics import median
 from typing import Any
 
 from iteration_profile import stage_bytes
 from random_model import random_kangaroo, random_prompt, sharing_weights
+from right import agreeing
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.launch_config import chained
@@ -52,14 +53,22 @@ def measure_model(job: Job, shape: ModelShape, ways: tuple[str, ...]) -> None:
     """The decodes of one model, or its steps by the number of drafts, in these ways."""
     made: dict[str, Kangaroo] = {}
 
+    @cache
+    def wanted(context: int, tokens: int) -> list[int]:
+        """What plain decoding writes, launch by launch."""
+        plain = sharing_weights(made[KANGAROO], graphs=False)
+        return plain.generate(random_prompt(shape, context), max_new_tokens=tokens, plain=True).tokens
+
     def measure(context: int, way: str, tokens: int, **settings: Any) -> dict[str, Any]:
         """All on the same weights; a graph keeps what it was captured with, so each way has its own."""
+        tokens = SMOKE_TOKENS if job.smoke else tokens
         if not made:
             made[KANGAROO] = random_kangaroo(shape, job.device, job.dtype, references=job.smoke)
         if way not in made:
             made[way] = sharing_weights(made[KANGAROO], persistent=way == ONE_KERNEL)
         with chained(way in (PLAIN_CHAINED, STAGEWISE_CHAINED)):
-            return timed(made[way], random_prompt(shape, context), tokens, job, settings)
+            found, text = timed(made[way], random_prompt(shape, context), tokens, job, settings)
+        return found | {"agreeing_tokens": agreeing(wanted(context, tokens), text)}
 
     contexts = contexts_of(job)
     if ways == WAYS:
@@ -73,11 +82,13 @@ def measure_model(job: Job, shape: ModelShape, ways: tuple[str, ...]) -> None:
         job.cell("steps", entry, partial(measure, contexts[0], drafting, STEP_TOKENS, **forced))
 
 
-def timed(kangaroo: Kangaroo, prompt: list[int], tokens: int, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
-    """Medians over the decodes that count; of a plain one also the bytes that a step must read."""
-    rounds, tokens = (1, SMOKE_TOKENS) if job.smoke else (1 + ROUNDS, tokens)
-    runs = [kangaroo.generate(prompt, max_new_tokens=tokens, **settings).stats for _ in range(rounds)]
-    runs = runs[1:] or runs
+def timed(
+    kangaroo: Kangaroo, prompt: list[int], tokens: int, job: Job, settings: dict[str, Any]
+) -> tuple[dict[str, Any], list[int]]:
+    """Medians over the decodes that count, of a plain one also the bytes that a step must read; and the tokens."""
+    rounds = 1 if job.smoke else 1 + ROUNDS
+    texts = [kangaroo.generate(prompt, max_new_tokens=tokens, **settings) for _ in range(rounds)]
+    runs = [text.stats for text in texts[1:] or texts]
     found = {
         "tokens_per_second": median(run.tokens_per_second for run in runs),
         "us_per_step": median(1e6 * run.decode_seconds / run.verification_steps for run in runs),
@@ -88,4 +99,4 @@ def timed(kangaroo: Kangaroo, prompt: list[int], tokens: int, job: Job, settings
     if settings.get("plain"):
         length = len(prompt) + runs[0].new_tokens // 2
         found["bytes_per_token"] = sum(stage_bytes(Kangaroo(kangaroo.target), length).values())
-    return found
+    return found, texts[-1].tokens

@@ -53,6 +53,7 @@ class Job:
         smoke: whether to run at tiny size on the CPU.
         brief: whether the first model alone is measured, at its shortest context.
         pair: folder of a trained pair, for the part that measures one.
+        vllm: the Python of an environment that has vLLM, for the part that measures it.
         values: what it found.
     """
 
@@ -62,6 +63,7 @@ class Job:
     smoke: bool = False
     brief: bool = False
     pair: Path | None = None
+    vllm: Path | None = None
     values: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ STAGE_COLUMNS: tuple[tuple[str, str, int | str], ...] = (
     *(("launches", "launches", 1), ("bytes", "bytes_moved", 0), ("GB/s", "gigabytes_per_second", 0)),
 )
 """Of ``iteration_profile.stage_rows``; on a CPU launches are operations."""
+SAME = "same tokens", "same", ""
 CELL_KEYS = ("model", "prompt", "context", "way", "drafts", "drafting")
 
 
@@ -51,12 +52,18 @@ def complaints(parts: Mapping[str, Values]) -> Iterator[str]:
             yield f"{name} did not end within its {piece['limit']:.0f} s and was stopped{at}."
         for cell in cells_of(piece):
             if "error" in cell:
-                label = ", ".join(str(cell[key]) for key in CELL_KEYS if key in cell)
-                yield f"{name}, {label}: {cell['error']}"
+                yield f"{name}, {label_of(cell)}: {cell['error']}"
+            elif name == "decode" and cell.get("agreeing_tokens", cell.get("new_tokens")) != cell.get("new_tokens"):
+                yield f"{name}, {label_of(cell)}: its tokens differ from plain decoding's."
         for failure in piece.get("failures", ()):
             yield f"{name}: {failure['test']} failed: {failure['reason']}"
         if piece.get("total") and not piece["total"]["identical"]:
             yield f"{name}: Kangaroo's tokens differ from plain decoding's."
+
+
+def label_of(cell: Values) -> str:
+    """What was measured, in words."""
+    return ", ".join(str(cell[key]) for key in CELL_KEYS if key in cell)
 
 
 def state_of(piece: Values) -> str:
@@ -81,8 +88,8 @@ def kernel_rows(cells: Sequence[Values]) -> Iterator[Values]:
 
 
 def decode_cells(parts: Mapping[str, Values]) -> list[Values]:
-    """Those of the library and of transformers."""
-    return [cell for name in ("decode", "baselines") for cell in parts.get(name, {}).get("cells", ())]
+    """Those of the library and of what a user would pick instead."""
+    return [cell for name in ("decode", "baselines", "vllm") for cell in parts.get(name, {}).get("cells", ())]
 
 
 def beside_plain(cells: Sequence[Values], plain: Sequence[Values], ceiling: float | None) -> Iterator[Values]:
@@ -92,12 +99,14 @@ def beside_plain(cells: Sequence[Values], plain: Sequence[Values], ceiling: floa
     """
     known = {(cell["model"], cell["context"]): cell for cell in plain if cell["way"] == "plain"}
     for cell in cells:
-        other, added = known.get((cell["model"], cell["context"]), {}), dict[str, float]()
+        other, added = known.get((cell["model"], cell["context"]), {}), dict[str, Any]()
         for key, name in (("tokens_per_second", "gain"), ("us_per_step", "pays_from")):
             if cell.get(key) and other.get(key):
                 added[name] = cell[key] / other[key]
         if ceiling and cell.get("tokens_per_second") and "bytes_per_token" in cell:
             added["share"] = cell["tokens_per_second"] * cell["bytes_per_token"] / 1e9 / ceiling
+        if "agreeing_tokens" in cell:
+            added["same"] = f"{cell['agreeing_tokens']} of {cell['new_tokens']}"
         yield {**cell, **added}
 
 
@@ -171,25 +180,29 @@ def decoding(parts: Mapping[str, Values]) -> Iterator[str]:
         yield (
             "Tokens a second of the steps at batch 1, prefill left out, random weights, medians. Of the ceiling: the "
             "bytes that a plain step must read over its time, and the card's measured read speed. Kangaroo is at its "
-            "worst: random weights draft once a step, and next to nothing is accepted. Of transformers the first "
-            "tokens are left out, too: the compiled way records its graphs anew in every call."
+            "worst: random weights draft once a step, and next to nothing is accepted. Of the other programs the first "
+            "tokens are left out, too: transformers' compiled way records its graphs anew in every call. All have the "
+            "same weights. Same tokens: how many are those of plain decoding before the first other one; another "
+            "program's may differ by rounding, ours may not."
         )
     if cells:
         ceiling = parts.get("environment", {}).get("ceiling", {}).get("read")
         columns = ("way", "way", ""), ("tokens/s", "tokens_per_second", 1), ("x plain", "gain", 2)
-        more = ("of the ceiling", "share", "%"), ("tokens a step", "mean_acceptance_length", 2)
+        more = *(("of the ceiling", "share", "%"), ("tokens a step", "mean_acceptance_length", 2)), SAME
         yield table(beside_plain(cells, cells, ceiling), *where, *columns, *more)
+    if "baselines" in parts and "vllm" not in parts:
+        yield "vLLM was not measured: it is not installed here. `--vllm PYTHON` names the Python that has it."
     if steps:
         yield (
             "Steps that make so many drafts, whatever their confidence, verification included. A step pays from as "
             "many tokens as there are plain steps in its time."
         )
         made = ("drafts a step", "drafts", 0), ("drafting", "drafting", ""), ("us a step", "us_per_step", 1)
-        yield table(beside_plain(steps, cells, None), *where, *made, ("pays from, tokens a step", "pays_from", 2))
+        yield table(beside_plain(steps, cells, None), *where, *made, ("pays from, tokens a step", "pays_from", 2), SAME)
 
 
 def pair(found: Values) -> Iterator[str]:
-    """A trained pair, plain and Kangaroo, then transformers."""
+    """A trained pair, plain and Kangaroo, then the others."""
     if not found.get("total"):
         return
     yield "## A trained pair"
@@ -204,8 +217,8 @@ def pair(found: Values) -> Iterator[str]:
     yield table(rows, ("prompt", "name", ""), *speeds, ("x plain", "speedup", 2), *more, ("same tokens", "same", ""))
     if cells := [cell for cell in found.get("cells", ()) if cell.get("new_tokens")]:
         yield (
-            "The same target and prompts in transformers' `generate`: tokens a second without the prefill and the "
-            "first tokens. Its text may differ from ours by rounding."
+            "The same target and prompts in what a user would pick instead: tokens a second without the prefill and "
+            "the first tokens. A text may differ from ours by rounding."
         )
         speeds = ("tokens/s", "tokens_per_second", 1), ("Kangaroo / it", "kangaroo_speedup", 2)
         same = ("same tokens until a difference", "agreeing_tokens", 0), ("of", "new_tokens", 0)

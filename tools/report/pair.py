@@ -1,13 +1,16 @@
 """A trained pair on held-out prompts: real acceptance, real speed, whether the tokens are plain decoding's.
 
-Then the same prompts with the pair's target in transformers' ``generate``, as ``baselines.py`` runs random models: what
-a user would pick instead. In a low precision its text may differ from ours by rounding; how many tokens agree is noted.
+Then the same prompts with the pair's target in what a user would pick instead, as ``baselines.py`` runs random models,
+and in transformers with our drafter as its assistant. In a low precision a text may differ from ours by rounding; how
+many tokens agree is noted.
 """
 
 from functools import lru_cache, partial
-from itertools import product, takewhile
+from itertools import product
 from typing import Any, NamedTuple
 
+from plain_llama import PlainLlama
+from right import agreeing
 from transformers import AutoModelForCausalLM
 
 from kangaroo_kernels import Kangaroo
@@ -21,7 +24,7 @@ from .job import Job
 
 NEW_TOKENS, ROUNDS, PROMPTS = 256, 3, 12
 OWN_SHARE = 0.6
-"""Of the time, for plain decoding and Kangaroo at most; transformers has the rest."""
+"""Of the time, for plain decoding and Kangaroo at most; the others have the rest."""
 
 
 class Decoded(NamedTuple):
@@ -34,7 +37,7 @@ class Decoded(NamedTuple):
 
 
 def run(job: Job) -> None:
-    """Every prompt, plain and Kangaroo in turns, then all of them together; then transformers."""
+    """Every prompt, plain and Kangaroo in turns, then all of them together; then the others."""
     assert job.pair is not None
     pair = DemoPair(job.pair)
     kangaroo = Kangaroo.from_pretrained(pair.target, pair.adapter, device=job.device)
@@ -64,14 +67,16 @@ def run(job: Job) -> None:
         prompt = kangaroo.tokenizer(text)["input_ids"]
         decoded.append(Decoded(name, prompt, plain.tokens, comparison.kangaroo_tokens_per_second))
         job.note(prompts=[each.as_dict() for each in comparisons], total=summarise(comparisons).as_dict())
-    beside_transformers(job, pair, kangaroo, decoded)
+    beside_others(job, pair, kangaroo, decoded)
 
 
-def beside_transformers(job: Job, pair: DemoPair, kangaroo: Kangaroo, decoded: list[Decoded]) -> None:
+def beside_others(job: Job, pair: DemoPair, kangaroo: Kangaroo, decoded: list[Decoded]) -> None:
     """Every prompt in every way, a cell each, with how many tokens agree before the first that differs.
 
-    The longest text comes first: ``generate`` keeps the length of its static cache from then on, and compiles once.
+    The longest text comes first: ``generate`` keeps the length of its static cache from then on, and compiles once. So
+    does plain PyTorch's cache, which has room for the longest.
     """
+    longest_first = sorted(decoded, key=lambda each: -len(each.prompt) - len(each.new))
 
     @lru_cache
     def model() -> Any:
@@ -82,17 +87,26 @@ def beside_transformers(job: Job, pair: DemoPair, kangaroo: Kangaroo, decoded: l
     def drafter() -> Any:
         return assistant(model(), pair.adapter)
 
-    def cell(text: Decoded, way: str) -> dict[str, Any]:
+    @lru_cache
+    def plain() -> PlainLlama:
+        longest = longest_first[0]
+        return PlainLlama(kangaroo.target, len(longest.prompt) + len(longest.new), compiled=not job.smoke)
+
+    def decode(text: Decoded, way: str) -> tuple[list[int], float | None]:
+        if way == baselines.PLAIN_TORCH:
+            return baselines.timed_plain(plain(), text.prompt, len(text.new), job)
         settings = {"assistant_model": drafter()} if way == baselines.ASSISTED else {}
+        return baselines.timed(model(), text.prompt, len(text.new), way, job, **settings)
+
+    def cell(text: Decoded, way: str) -> dict[str, Any]:
         for _ in range(2):  # the first warms up
-            tokens, speed = baselines.timed(model(), text.prompt, len(text.new), way, job, **settings)
+            tokens, speed = decode(text, way)
         return {
             "tokens_per_second": speed,
             "kangaroo_speedup": text.speed / speed if speed else None,
             "new_tokens": len(text.new),
-            "agreeing_tokens": sum(takewhile(bool, map(int.__eq__, text.new, tokens))),
+            "agreeing_tokens": agreeing(text.new, tokens),
         }
 
-    longest_first = sorted(decoded, key=lambda each: -len(each.prompt) - len(each.new))
     for text, way in product(longest_first, (*baselines.WAYS, baselines.ASSISTED)):
         job.cell("cells", {"prompt": text.name, "way": way}, partial(cell, text, way))

@@ -36,9 +36,10 @@ PARTS = (
     Part("equality", 45, "bits and tokens at real models' shapes", ("tests/gpu",)),
     KERNELS,
     DECODE,
-    Part("baselines", 130, "transformers on the same card"),
+    Part("baselines", 130, "transformers and compiled PyTorch on the same card"),
     Part("timeline", 20, "one iteration, kernel by kernel"),
 )
+VLLM = Part("vllm", 120, "vLLM on the same card")
 PAIR = Part("pair", 90, "a trained pair on held-out prompts")
 
 REAL_SHAPES, LAUNCHES, ONE_KERNEL = (
@@ -65,7 +66,7 @@ FIRST = (
 
 def choose(only: str | None) -> list[Part]:
     """The report's parts whose names stand in ``only``, with commas between them; all of them without it."""
-    parts = {part.name: part for part in (*PARTS, PAIR)}
+    parts = {part.name: part for part in (*PARTS, VLLM, PAIR)}
     names = list(parts) if only is None else [name.strip() for name in only.split(",")]
     if unknown := [name for name in names if name not in parts]:
         refuse("gpu_report", f"there is no part called {', '.join(map(repr, unknown))}; there are {', '.join(parts)}.")

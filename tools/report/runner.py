@@ -15,7 +15,7 @@ from typing import Any
 
 from . import tests
 from .job import ROOT, Job, log_compilations
-from .parts import FIRST, PAIR, PARTS, Part
+from .parts import FIRST, PAIR, PARTS, VLLM, Part
 
 WORKER = (sys.executable, "-m", "report.runner")
 GRACE = 8.0
@@ -107,10 +107,10 @@ def work(name: str, told: str) -> None:
     # the runner's interrupt must arrive, also where the report was started with Ctrl-C ignored (nohup, a shell's "&")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     given = json.loads(told)
-    paths = {key: Path(given[key]) for key in ("piece", "folder", "pair") if given[key]}
+    paths = {key: Path(given[key]) for key in ("piece", "folder", "pair", "vllm") if given.get(key)}
     job = Job(**given | paths)
     log_compilations()
-    part = next(part for part in (FIRST if job.brief else (*PARTS, PAIR)) if part.name == name)
+    part = next(part for part in (FIRST if job.brief else (*PARTS, VLLM, PAIR)) if part.name == name)
     if part.tests:
         tests.run(job, part)
     else:
