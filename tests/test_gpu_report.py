@@ -56,9 +56,9 @@ def read(file):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """A folder in which the first minutes have run, then the parts that are the report's alone, and a pair."""
+    """A folder in which the first call of ``gpu_kit`` has run, then what is the second one's alone, and a pair."""
     folder = tmp_path_factory.mktemp("report")
-    for parts in (("--first",), ("--only", "baselines,timeline,pair", "--pair", str(DEMO_PAIR))):
+    for parts in (("--first",), ("--only", "equality,baselines,timeline,pair", "--pair", str(DEMO_PAIR))):
         done = run(line("--smoke", *parts, folder))
         assert done.returncode == 0, done.stderr
     parts = read(folder / "report.json")["parts"]
@@ -66,7 +66,7 @@ def smoke(tmp_path_factory):
 
 
 def test_every_part_has_run_and_earlier_ones_are_kept(smoke):
-    assert list(smoke.parts) == [*FIRST_NAMES, "baselines", "timeline", "pair"]
+    assert list(smoke.parts) == [*FIRST_NAMES, "equality", "baselines", "timeline", "pair"]
     assert {piece["status"] for piece in smoke.parts.values()} == {"done"}
     assert list(complaints(smoke.parts)) == []
     for name, piece in smoke.parts.items():
@@ -74,11 +74,12 @@ def test_every_part_has_run_and_earlier_ones_are_kept(smoke):
         assert ("--first" in piece["command"]) == (name in FIRST_NAMES)
         assert piece["compiled"] == 0, "the interpreter compiles nothing"
     assert f"**{SMOKE_LABEL}**" in smoke.text
+    assert len(list(smoke.folder.iterdir())) <= 8, "what comes back from a rented GPU"
     assert (smoke.folder / "timeline.png").read_bytes().startswith(b"\x89PNG") and "](timeline.png)" in smoke.text
 
 
 def test_every_part_finds_its_figures(smoke):
-    for name, passed in (("operations", 7), ("launches", 1), ("loop", 2), ("tests", 55)):
+    for name, passed in (("operations", 7), ("launches", 1), ("loop", 2), ("tests", 55), ("equality", 13)):
         counted = smoke.parts[name]
         assert (counted["passed"], counted["collected"], counted["not_run"]) == (passed, passed, 0)
     measured, decoded, found = (smoke.parts[name] for name in ("kernels", "decode", "pair"))

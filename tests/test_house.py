@@ -36,6 +36,7 @@ ROOMS = (
     ("evaluation",),
     ("training", "serving"),
     ("commands",),
+    ("__main__",),
 )
 """Modules and folders of model/. Each may import those of a line above its own, never of the same line."""
 

@@ -77,6 +77,34 @@ def disassemble(cubin: bytes) -> MachineCode:
     return read_machine_code(listing_of(cubin))
 
 
+ARITHMETIC = re.compile(
+    r'^\s*(?:%\S+ = )?"?(arith\.\w+f|arith\.[us]itofp|arith\.fpto[us]i|math\.\w+|tt\.dot|tt\.extern_elementwise'
+    r"|tt\.fp_to_fp|tt\.precise_\w+|ttng\.warp_group_dot)\b(.*) loc\((.*)\)$",
+    re.MULTILINE,
+)
+"""An operation on floating-point numbers, what it is about, and its location."""
+
+
+def aliases(ttgir: str) -> dict[str, str]:
+    """The layouts and locations that stand at the end of a listing."""
+    return dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+
+
+def lines_of(location: str, alias: dict[str, str]) -> Iterator[str]:
+    """``file:line`` from the innermost outwards, of a line, an alias, one with a name in front, or a call."""
+    for file, line, other in re.findall(r'"[^"]*?([^"/]+)":(\d+):|(#loc\d*)', location):
+        yield from lines_of(alias[other], alias) if other else (f"{file}:{line}",)
+
+
+def arithmetic_of(ttgir: str) -> dict[str, list[str]]:
+    """Which floating-point operations come of each source line, with the dtypes of their operands and results."""
+    alias, found = aliases(ttgir), dict[str, set[str]]()
+    for operation, rest, location in ARITHMETIC.findall(ttgir):
+        dtypes = dict.fromkeys(re.findall(r"(?:\b|x)(b?f(?:16|32|64))\b", rest))
+        found.setdefault(next(lines_of(location, alias)), set()).add(" ".join((operation, *dtypes)))
+    return {place: sorted(operations) for place, operations in found.items()}
+
+
 def layouts_of_sums(ttgir: str) -> dict[str, list[str]]:
     """How the tiles of products and sums lie across the threads, which is what the order of the addends follows from.
 
@@ -84,20 +112,14 @@ def layouts_of_sums(ttgir: str) -> dict[str, list[str]]:
         For each place, from the line of the sum outwards to the kernel's (``"tiles.py:104 gate_up.py:42 .."``), its
         tiles' types in the compiler's words, shape and layout. Tiles in shared memory have no part in the order.
     """
-    alias = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
-
-    def lines(location: str) -> Iterator[str]:
-        """Of a location, which is a line, an alias, a name in front of one, or a call and where it was made."""
-        for file, line, other in re.findall(r'"[^"]*?([^"/]+)":(\d+):|(#loc\d*)', location):
-            yield from lines(alias[other]) if other else (f"{file}:{line}",)
-
+    alias = aliases(ttgir)
     product = r"(?:tt\.dot|ttng\.warp_group_dot) .*? : (.*) loc\((.*)\)$"
     total = r'"tt\.reduce".*\n.*\n.*arith\.addf.*\n.*\n *\}\) : (.*) loc\((.*)\)$'
     found: dict[str, set[str]] = {}
     for types, location in re.findall(product, ttgir, re.MULTILINE) + re.findall(total, ttgir, re.MULTILINE):
         tiles = re.findall(r"(?<!\w)tensor<(?:[^<>]|<[^<>]*>)*>", types)
         words = [re.sub(r"#\w+\b(?!\.)", lambda name: alias.get(name[0], name[0]), tile) for tile in tiles]
-        found.setdefault(" ".join(lines(location)), set()).add(", ".join(words))
+        found.setdefault(" ".join(lines_of(location, alias)), set()).add(", ".join(words))
     return {place: sorted(layouts) for place, layouts in found.items()}
 
 

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kangaroo_kernels.model.target.config import LlamaConfig
 from kangaroo_kernels.model.target.llama import Llama
 from kangaroo_kernels.model.target.weights import LayerWeights
+from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.reference.qkv_rope import rope_table
 
 GRANULE = 8
@@ -34,6 +35,11 @@ def turned(x: Tensor, phases: Tensor) -> Tensor:
     return pairs.flatten(-2).to(x.dtype)
 
 
+def matrix(weight: Weight) -> Tensor:
+    """A weight without a bias, ``[N, K]``."""
+    return weight if isinstance(weight, Tensor) else weight.unpacked()
+
+
 class PlainLayer(nn.Module):
     """A decoder layer and its cache.
 
@@ -43,15 +49,22 @@ class PlainLayer(nn.Module):
         room: positions of the cache.
     """
 
+    norm: Tensor
+    qkv: Tensor
+    output: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, weights: LayerWeights, config: LlamaConfig, room: int) -> None:
         super().__init__()
         attention, mlp = weights.attention, weights.mlp
         assert mlp is not None
         self.eps, self.heads = config.rms_norm_eps, (config.num_attention_heads, config.num_key_value_heads)
         self.head_dim = config.head_dim
-        qkv, output, gate_up, down = (
-            each.unpacked() for each in (attention.qkv, attention.output, mlp.gate_up, mlp.down)
-        )
+        qkv, output, gate_up, down = map(matrix, (attention.qkv, attention.output, mlp.gate_up, mlp.down))
         cache = qkv.new_zeros(config.num_key_value_heads, room, config.head_dim)
         tensors = {"norm": attention.norm, "qkv": qkv, "output": output, "mlp_norm": mlp.norm}
         tensors |= {"gate_up": gate_up, "down": down, "keys": cache, "values": cache.clone()}
@@ -83,6 +96,12 @@ class PlainLlama(nn.Module):
         compiled: whether a step is compiled, which takes a GPU.
     """
 
+    embedding: Tensor
+    norm: Tensor
+    head: Tensor
+    phases: Tensor
+    seen: Tensor
+
     def __init__(self, target: Llama, length: int, *, compiled: bool) -> None:
         super().__init__()
         config, weights = target.config, target.weights
@@ -91,7 +110,7 @@ class PlainLlama(nn.Module):
         self.layers = nn.ModuleList(PlainLayer(layer, config, room) for layer in weights.layers)
         phases = torch.view_as_real(rope_table(config.inv_freq(room).to(target.device), room))[:, 0]
         seen = torch.ones(room, room, dtype=torch.bool, device=target.device).tril()
-        tensors = {"embedding": weights.embedding, "norm": weights.norm, "head": weights.head.unpacked()}
+        tensors = {"embedding": weights.embedding, "norm": weights.norm, "head": matrix(weights.head)}
         for name, tensor in (tensors | {"phases": phases, "seen": seen}).items():
             self.register_buffer(name, tensor)
         self.step: Callable[..., Tensor] = (

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch._dynamo.utils
 import transformers
-from plain_llama import PlainLlama
+from plain_llama import PlainLlama, matrix
 from random_model import RESIDENT_REFERENCES, random_prompt, random_target
 from right import agreeing
 from torch import Tensor
@@ -85,20 +85,20 @@ def named_tensors(target: Llama) -> Iterator[tuple[str, Tensor]]:
     weights, head_dim = target.weights, target.config.head_dim
     heads, kv_heads = target.config.num_attention_heads, target.config.num_key_value_heads
     yield from (("model.embed_tokens.weight", weights.embedding), ("model.norm.weight", weights.norm))
-    yield "lm_head.weight", weights.head.unpacked()
+    yield "lm_head.weight", matrix(weights.head)
     for index, layer in enumerate(weights.layers):
         attention, mlp, name = layer.attention, layer.mlp, f"model.layers.{index}."
         assert mlp is not None
-        q, k, v = attention.qkv.unpacked().split([head_dim * each for each in (heads, kv_heads, kv_heads)])
-        gate, up = mlp.gate_up.unpacked().chunk(2)
+        q, k, v = matrix(attention.qkv).split([head_dim * each for each in (heads, kv_heads, kv_heads)])
+        gate, up = matrix(mlp.gate_up).chunk(2)
         yield from (
             (name + "input_layernorm.weight", attention.norm),
             (name + "post_attention_layernorm.weight", mlp.norm),
         )
         for part, rows in (("q", separate_rope(q, head_dim)), ("k", separate_rope(k, head_dim)), ("v", v)):
             yield f"{name}self_attn.{part}_proj.weight", rows
-        yield name + "self_attn.o_proj.weight", attention.output.unpacked()
-        for part, rows in (("gate", gate), ("up", up), ("down", mlp.down.unpacked())):
+        yield name + "self_attn.o_proj.weight", matrix(attention.output)
+        for part, rows in (("gate", gate), ("up", up), ("down", matrix(mlp.down))):
             yield f"{name}mlp.{part}_proj.weight", rows
 
 
