@@ -13,6 +13,7 @@ from kangaroo_kernels.reference.top1_head import lm_head
 
 from .chat import chat_tokens
 from .drafters.kangaroo import KangarooDrafter
+from .drafters.kangaroo_with_lookup import KangarooWithLookup
 from .drafters.prompt_lookup import PromptLookup
 from .drafters.protocol import Drafter, check_drafter, check_loop
 from .errors import KangarooError
@@ -76,6 +77,7 @@ class Kangaroo(Writer):
         graphs: bool = True,
         persistent: bool = False,
         kv_dtype: str | torch.dtype | None = None,
+        prompt_lookup: bool = False,
     ) -> "Kangaroo":
         """Load a checkpoint and an adapter for it.
 
@@ -96,13 +98,17 @@ class Kangaroo(Writer):
                 host leads (``Settings``).
             kv_dtype: "float16" rounds the keys and values that a CPU's texts keep, which halves their memory and makes
                 long texts faster; it goes with ``dtype="float16"``. None keeps them in float32.
+            prompt_lookup: beside an adapter, also draft what followed the text's last tokens before, where that
+                promises more; for a CPU.
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.
         """
-        loaded = load_pair(model, adapter, exit_layer, device, dtype, kernels, kv_dtype)
+        loaded = load_pair(model, adapter, exit_layer, device, dtype, kernels, kv_dtype, prompt_lookup)
         if loaded.adapter is None:
             drafter: Drafter = PromptLookup(loaded.target)
+        elif prompt_lookup:
+            drafter = KangarooWithLookup(loaded.target, loaded.adapter)
         else:
             drafter = KangarooDrafter(loaded.target, loaded.adapter, persistent)
         return cls(loaded.target, drafter, loaded.tokenizer, graphs, name=str(model))

@@ -54,6 +54,7 @@ def load_pair(
     dtype: str | torch.dtype | None = None,
     kernels: str | None = None,
     kv_dtype: str | torch.dtype | None = None,
+    prompt_lookup: bool = False,
 ) -> Loaded:
     """Load a checkpoint and perhaps an adapter for it; arguments and errors as for ``Kangaroo.from_pretrained``."""
     where = resolve_device(device)
@@ -68,6 +69,11 @@ def load_pair(
     kept = kept_dtype(precision, where, backend.resident)
     keys_and_values = resolve_kv_dtype(kv_dtype, precision, kept, config)
     # what can fail quickly comes before the weights
+    if prompt_lookup and adapter_folder is not None and backend.resident:
+        raise KangarooError(
+            "prompt_lookup=True beside an adapter is for the loop that the host leads; leave it out, or use "
+            "kernels='reference'."
+        )
     if adapter_folder is not None:
         load_adapter_config(adapter_folder, config, exit_layer)
     tokenizer = checkpoint.tokenizer()

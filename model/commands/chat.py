@@ -27,6 +27,7 @@ from .options import (
     MinP,
     Model,
     NumSpeculativeTokens,
+    PromptLookup,
     RepetitionPenalty,
     Seed,
     Temperature,
@@ -69,6 +70,7 @@ def chat(
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
     kernels: Kernels = None,
+    prompt_lookup: PromptLookup = False,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -106,7 +108,9 @@ def chat(
     notes = Console(stderr=True, highlight=False)
     try:
         with notes.status("loading the model"):
-            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype)
+            kangaroo = Kangaroo.from_pretrained(
+                model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype, prompt_lookup=prompt_lookup
+            )
         check_template(kangaroo.tokenizer)
         colored = Console() if color and sys.stdout.isatty() else None
         chatting = Chat(kangaroo.session(), settings, notes, colored, system)

@@ -19,6 +19,7 @@ from .options import (
     Json,
     KvDtype,
     Model,
+    PromptLookup,
     Seed,
     Temperature,
     examples,
@@ -51,6 +52,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
+    prompt_lookup: PromptLookup = False,
     as_json: Json = False,
 ) -> None:
     """Answer questions plainly and with Kangaroo in turns; report acceptance, speed and identity by category.
@@ -88,12 +90,15 @@ def evaluate(
         "seed": seed,
         "dtype": dtype,
         "kv_dtype": kv_dtype,
+        "prompt_lookup": prompt_lookup or None,
         "against": against,
     }
     run = Run(out, asked, in_turns(read_questions(questions), per_category))
     console = Console(stderr=as_json)
     with console.status("loading the model"):
-        kangaroo = Kangaroo.from_pretrained(model, adapter, device=device, dtype=dtype, kv_dtype=kv_dtype)
+        kangaroo = Kangaroo.from_pretrained(
+            model, adapter, device=device, dtype=dtype, kv_dtype=kv_dtype, prompt_lookup=prompt_lookup
+        )
         others, missing = transformers_ways(kangaroo, model, adapter, dtype) if against else ({}, "")
     if missing:
         typer.echo(missing, err=True)

@@ -28,6 +28,7 @@ from .options import (
     MinP,
     Model,
     NumSpeculativeTokens,
+    PromptLookup,
     RepetitionPenalty,
     Seed,
     Temperature,
@@ -72,6 +73,7 @@ def generate(
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
     kernels: Kernels = None,
+    prompt_lookup: PromptLookup = False,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -123,7 +125,9 @@ def generate(
     comparison = None
     try:
         with console.status("loading the model"):
-            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype)
+            kangaroo = Kangaroo.from_pretrained(
+                model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype, prompt_lookup=prompt_lookup
+            )
         for step in kangaroo.progress(text, settings):
             generation = step.generation
             if not as_json:

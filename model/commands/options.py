@@ -47,6 +47,14 @@ Kernels = Annotated[
     str | None,
     typer.Option(help="'triton' or 'reference'; by default 'triton' only on a GPU.", rich_help_panel=LOADING),
 ]
+PromptLookup = Annotated[
+    bool,
+    typer.Option(
+        "--prompt-lookup",
+        help="Beside an adapter, also draft what followed the same words before; for a CPU.",
+        rich_help_panel=DRAFTING,
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 decodes greedily.", rich_help_panel=SAMPLING)]
 TopK = Annotated[int | None, typer.Option(help="Sample among this many tokens.", rich_help_panel=SAMPLING)]
 TopP = Annotated[

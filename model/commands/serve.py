@@ -10,7 +10,7 @@ import typer
 
 from ..errors import KangarooError
 from ..named import SMOLLM2
-from .options import Adapter, Device, Dtype, ExitLayer, Kernels, KvDtype, Model, examples
+from .options import Adapter, Device, Dtype, ExitLayer, Kernels, KvDtype, Model, PromptLookup, examples
 
 if TYPE_CHECKING:
     from ..kangaroo import Kangaroo
@@ -53,6 +53,7 @@ def serve(
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
     kernels: Kernels = None,
+    prompt_lookup: PromptLookup = False,
 ) -> None:
     """Serve a model as OpenAI's API does: chat, completions, models; also /health and /metrics.
 
@@ -78,7 +79,9 @@ def serve(
                 "--no-key to serve everyone who reaches it."
             )
         with notes.status("loading the model"):
-            kangaroo = Kangaroo.from_pretrained(model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype)
+            kangaroo = Kangaroo.from_pretrained(
+                model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype, prompt_lookup=prompt_lookup
+            )
             desk = Desk(kangaroo, parallel, queue, longest_text(kangaroo, context))
 
         def tell() -> None:
