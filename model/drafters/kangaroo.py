@@ -62,7 +62,8 @@ class KangarooDrafter(Drafter):
         target: the model.
         adapter: trained for it.
         persistent: on the kernels, draft in one launch (``draft_loop``) instead of kernel by kernel. The references
-            still draft step by step, and so does a request with top-k or top-p, which need a row of logits.
+            still draft step by step, and so does a request with top-k or top-p, which need a row of logits, or with a
+            threshold of ``auto``.
 
     Raises:
         KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU.
@@ -187,7 +188,8 @@ class KangarooDrafter(Drafter):
 
     def _in_one_launch(self, iteration: "Iteration") -> bool:
         sampling = iteration.chooser.sampling
-        return self.persistent and sampling.top_k is None and sampling.top_p is None
+        step_by_step = iteration.auto or sampling.top_k is not None or sampling.top_p is not None
+        return self.persistent and not step_by_step
 
     def _loop(self, iteration: "Iteration") -> PreparedLoop:
         def prepare() -> PreparedLoop:
@@ -213,12 +215,15 @@ class KangarooDrafter(Drafter):
         """Adapter and head on a row: a draft, its confidence, the next row's flag and embedding.
 
         In the first step the adapter also takes the row before the newest token: it has not seen it if every draft of
-        the iteration before was accepted.
+        the iteration before was accepted. Where no draft shall follow the newest token, the adapter runs all the same
+        and misses nothing.
         """
         adapter, buffers, target = self.adapter, iteration.buffers, self.target
         first, active = row if row else -1, buffers.drafting(row)
         exit_hidden, position = buffers.hidden(first, row + 1), buffers.position(first)
         hidden = adapter.run(exit_hidden, iteration.text.memory.cache, position, reach=reach, active=active)[-1:]
+        if iteration.auto and not row:
+            buffers.begin_drafting()
         iteration.chooser.draft(
             hidden,
             adapter.norm,
@@ -226,7 +231,7 @@ class KangarooDrafter(Drafter):
             adapter.config.llama.rms_norm_eps,
             buffers.position(row + 1),
             vocabulary=adapter.vocabulary,
-            threshold=buffers.threshold,
+            threshold=buffers.threshold(row + 1),
             active=active,
             sure=buffers.drafting(row + 1),
             embedding=target.weights.embedding,
@@ -244,7 +249,7 @@ class KangarooDrafter(Drafter):
             buffers.positions,
             buffers.newest,
             buffers.exit_hidden,
-            threshold=buffers.threshold,
+            threshold=buffers.threshold(0),
             temperature=None if chooser.sampling.greedy else buffers.sampling.temperature,
             seed=buffers.sampling.seed,
             stream=chooser.draft_stream,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kangaroo_kernels.model.loop.mailbox import Mailbox
+from kangaroo_kernels.model.loop.mailbox import Mailbox, Stopwatch
 
 
 def test_records_are_read_in_order_as_they_were_posted(device):
@@ -29,13 +29,25 @@ def test_no_more_than_its_slots_may_be_unread(device):
         mailbox.post()
 
 
+def test_pieces_of_work_are_timed_in_order(device):
+    watch, work = Stopwatch(device), torch.ones(512, 512, device=device)
+    for times in (1, 200):
+        watch.mark()
+        for _ in range(times):
+            work = (work @ work).clamp(max=1)
+        watch.mark()
+    assert 0 < watch.read() < watch.read()
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_posting_does_not_wait(device):
     source = torch.zeros(3, dtype=torch.int64, device=device)
-    mailbox = Mailbox(source, 1)
+    mailbox, watch = Mailbox(source, 1), Stopwatch(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
+        watch.mark()
         mailbox.post()
+        watch.mark()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert mailbox.read() == [0, 0, 0]
+    assert mailbox.read() == [0, 0, 0] and watch.read() >= 0
