@@ -37,8 +37,8 @@ def plan(
     draft_vocabulary: Annotated[
         int | None, typer.Option(help="Tokens that the adapter drafts; by default its own, or all.")
     ] = None,
-    deep_state: Annotated[
-        bool | None, typer.Option(help="Whether the adapter takes in the target's final state; by default its own.")
+    deep_state_size: Annotated[
+        int | None, typer.Option(help="Of the adapter's MLP over the target's last state; by default its own, or none.")
     ] = None,
     profile: Annotated[
         Path | None,
@@ -70,7 +70,7 @@ def plan(
         raise KangarooError(f"{profile} is no JSON; give what kangaroo eval or --compare --json printed.") from error
     rates = PAPER if profile is None else read_profile(report, str(profile))
     shape, form, trained = find_shapes(model, adapter, exit_layer)
-    form = form.with_parts(intermediate_size, draft_vocabulary, deep_state)
+    form = form.with_parts(intermediate_size, draft_vocabulary, deep_state_size)
     planned = Plan(shape, find_machine(card), rates, form, tensor_parallel, length)
     depth = max(1, shape.layers // 16) if trained is None else trained.exit_layer
     depth = depth if exit_layer is None else exit_layer

@@ -36,14 +36,17 @@ class AdapterForm(NamedTuple):
     Attributes:
         shape: of a model with the adapter's layer alone: ``inner`` is 0 where it has no MLP, and ``vocab_size`` counts
             the rows of its head.
-        deep_state: whether one more ``[hidden, hidden]`` matrix takes in the target's final state.
+        deep_state_size: the inner size of the MLP that takes in the target's last state; 0 where it has none.
     """
 
     shape: ModelShape
-    deep_state: bool = False
+    deep_state_size: int = 0
 
     def with_parts(
-        self, intermediate_size: int | None = None, draft_vocabulary: int | None = None, deep_state: bool | None = None
+        self,
+        intermediate_size: int | None = None,
+        draft_vocabulary: int | None = None,
+        deep_state_size: int | None = None,
     ) -> "AdapterForm":
         """The form with some parts replaced; None keeps them.
 
@@ -51,21 +54,23 @@ class AdapterForm(NamedTuple):
             KangarooError: a size that no adapter of this model can have.
         """
         shape = self.shape
+        for name, size in (("intermediate_size", intermediate_size), ("deep_state_size", deep_state_size)):
+            if size is not None and size < 1:
+                raise KangarooError(f"{name} is {size}; it must be a whole number of at least 1.")
         if intermediate_size is not None:
-            if intermediate_size < 1:
-                raise KangarooError(f"intermediate_size is {intermediate_size}; it must be a whole number from 1 on.")
             shape = shape._replace(inner=intermediate_size)
         if draft_vocabulary is not None:
             check_size(draft_vocabulary, shape.vocab_size, "draft_vocabulary")
             shape = shape._replace(vocab_size=draft_vocabulary)
-        return AdapterForm(shape, self.deep_state if deep_state is None else deep_state)
+        return AdapterForm(shape, self.deep_state_size if deep_state_size is None else deep_state_size)
 
     def describe(self, target: ModelShape) -> str:
         """The form in a sentence."""
         mlp = f"attention and an MLP of {self.shape.inner:,}" if self.shape.inner else "attention alone"
         heads, theirs = self.shape.heads, target.heads
         of_its_own = "" if (heads, self.shape.kv_heads) == (theirs, target.kv_heads) else " with heads of its own"
-        deep = ", takes in the target's final state by one more matrix" if self.deep_state else ""
+        size = self.deep_state_size
+        deep = f", takes in the target's last state by an MLP of {size:,}" if size else ""
         rows = self.shape.vocab_size
         head = "the target's head" if rows == target.vocab_size else f"{rows:,} rows of the target's head"
         return f"The adapter is {mlp}{of_its_own}{deep}, and drafts with {head}."
@@ -197,9 +202,12 @@ class Plan:
 
     def draft(self, exit_layer: int) -> Work:
         """A draft behind so many layers: these, the adapter and its head."""
-        shape, deep_state = self.adapter
+        shape, deep_state_size = self.adapter
         work = self.layers(exit_layer) + self._layer(shape) + self._head(shape)
-        return work + Work(1, self.itemsize * shape.hidden**2, 1) if deep_state else work
+        if not deep_state_size:
+            return work
+        mlp = shape._replace(inner=deep_state_size)
+        return work + self._work(mlp, ATTENTION_OPERATIONS, LAYER_OPERATIONS, exchanges=1)
 
     def seconds(self, work: Work, rows: float = 1.0) -> float:
         """Of a pass of ``rows`` that does such work."""
@@ -301,8 +309,8 @@ def find_shapes(model: str, adapter: str | None = None, exit_layer: int | None =
     folder = find_folder(drafter, "adapter")
     trained = load_adapter_config(folder, config, exit_layer)
     rows = config.vocab_size if trained.vocabulary is None else len(trained.vocabulary.tokens)
-    deep_state = load_config_values(folder, "adapter").get("deep_state") is True
-    form = AdapterForm(shape_of(trained.llama, "adapter")._replace(vocab_size=rows), deep_state)
+    deep_state_size = load_config_values(folder, "adapter").get("deep_state_size", 0)
+    form = AdapterForm(shape_of(trained.llama, "adapter")._replace(vocab_size=rows), deep_state_size)
     return Found(shape, form, trained)
 
 

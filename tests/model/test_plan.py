@@ -116,7 +116,7 @@ def test_the_documents_table_of_a_card(smollm2: Found) -> None:
         for named, parts in (
             ("attention alone", ()),
             ("an MLP, 16,384 tokens", (14336, 16384)),
-            ("an MLP, 16,384 tokens, deep state", (14336, 16384, True)),
+            ("an MLP, 16,384 tokens, deep state of 4,096", (14336, 16384, 4096)),
         ):
             found = Plan(llama.shape, find_machine("H100"), profile, llama.form.with_parts(*parts)).predict(2, 6)
             figures = f"{found.tokens_per_step:.2f} | {found.kangaroo_tokens_per_second:.0f} | {found.speedup:.2f}x"
@@ -126,14 +126,14 @@ def test_the_documents_table_of_a_card(smollm2: Found) -> None:
 def test_the_form_of_an_adapter(demo: Found, pair: Pair, tmp_path: Path) -> None:
     """Each part adds what it reads and launches; the bundled adapter has eight heads where its target has three."""
     shape, paper, _ = find_shapes("Llama-3.1-8B")
-    mlp, deep = paper.with_parts(14336), paper.with_parts(deep_state=True)
+    mlp, deep = paper.with_parts(14336), paper.with_parts(deep_state_size=4096)
     drafts = {form: Plan(shape, CPU, form=form).draft(2) for form in (paper, mlp, deep, paper.with_parts(None, 8192))}
     plain_draft, with_mlp, with_deep, with_fewer_rows = drafts.values()
     assert plain_draft == Plan(shape, CPU).draft(2)
     assert with_mlp.size - plain_draft.size == 2 * 3 * 4096 * 14336
-    assert with_deep.size - plain_draft.size == 2 * 4096 * 4096
+    assert with_deep.size - plain_draft.size == 2 * 3 * 4096 * 4096
     assert plain_draft.size - with_fewer_rows.size == 2 * 4096 * (128256 - 8192)
-    assert [each.operations - 2 * 5 for each in drafts.values()] == [4, 6, 5, 4]
+    assert [each.operations - 2 * 5 for each in drafts.values()] == [4, 6, 6, 4]
     assert Plan(shape, CPU, form=mlp).bytes_per_card - Plan(shape, CPU).bytes_per_card == 2 * 3 * 4096 * 14336
     rows = Plan(shape, CPU, form=paper.with_parts(None, 8192))
     assert rows.bytes_per_card - Plan(shape, CPU).bytes_per_card == 2 * 4096 * 8192  # they are gathered
@@ -141,12 +141,14 @@ def test_the_form_of_an_adapter(demo: Found, pair: Pair, tmp_path: Path) -> None
 
     folder = shutil.copytree(pair.adapter, tmp_path / "adapter")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"mlp": True, "intermediate_size": 24, "deep_state": True}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"mlp": True, "intermediate_size": 24, "deep_state_size": 12})
+    )
     write_draft_vocabulary(folder, torch.arange(10))
     found = find_shapes(str(pair.target), str(folder))
-    assert (found.form.shape.inner, found.form.shape.vocab_size, found.form.deep_state) == (24, 10, True)
+    assert (found.form.shape.inner, found.form.shape.vocab_size, found.form.deep_state_size) == (24, 10, 12)
     assert found.adapter is not None and found.adapter.exit_layer == config["exit_layer"]
-    assert "an MLP of 24" in (said := found.form.describe(found.shape)) and "10 rows" in said and "final state" in said
+    assert "an MLP of 24" in (said := found.form.describe(found.shape)) and "10 rows" in said and "MLP of 12" in said
 
 
 def test_a_profile_gives_back_what_it_was_read_from():
@@ -240,6 +242,7 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
         (("--card", "H100", "--adapter", "x"), "Vicuna-7B is a shape without files"),
         (("--card", "H100", "--draft-vocabulary", 32000), "draft_vocabulary is 32000"),
         (("--card", "H100", "--intermediate-size", 0), "intermediate_size is 0"),
+        (("--card", "H100", "--deep-state-size", 0), "deep_state_size is 0"),
     ],
 )
 def test_what_it_refuses(arguments, said, monkeypatch, capsys):
