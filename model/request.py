@@ -47,7 +47,7 @@ class Settings:
         draft_confidence_threshold: drafting stops below it, 0 to 1. ``auto`` finds threshold and draft length while the
             text is written, by what steps take and how many drafts stand, and drafts nothing where that is faster;
             ``num_speculative_tokens`` then bounds the length. None takes the drafter's default: ``auto`` where its
-            adapter was calibrated and neither number is given.
+            adapter was calibrated and neither number is given, on the loop that the host leads.
         acceptance: ``coupled`` (same tokens as plain sampling) or ``rejection`` (same distribution).
         stop: strings or token ids that end the text, besides the model's own end-of-text tokens.
         ignore_eos: write on behind the model's own end-of-text tokens; ``stop`` still ends the text.
@@ -190,6 +190,8 @@ class Request:
         max_drafts: the most drafts a step; 0 decodes plainly.
         threshold: the confidence below which drafting stops.
         auto: where the loop led by the host finds both by itself, the most drafts that it may take; else 0.
+        auto_on_the_device: whether the resident loop does so, too: only where the caller asked for it, since no card
+            has measured yet what it gains there.
         stop_tokens: the caller's and the model's own.
         stop_strings: strings that end the text and are cut off it.
         shaping: what changes logits before a token is chosen.
@@ -211,6 +213,7 @@ class Request:
     timeout: float | None = None
     logprobs: int | None = None
     auto: int = 0
+    auto_on_the_device: bool = False
 
     @property
     def led_by_host(self) -> bool:
@@ -254,6 +257,7 @@ def resolve(
         settings.timeout,
         settings.logprobs,
         limits.auto,
+        limits.auto > 0 and settings.draft_confidence_threshold == AUTO,
     )
 
 

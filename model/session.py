@@ -117,7 +117,9 @@ class Memory:
         if drafter is not None:
             self._drafter_holds = self._target_holds
         if target.backend.resident and not request.led_by_host:
-            return device_steps(Iteration(target, drafter, text, request, self.runner), length=request.length)
+            iteration = Iteration(target, drafter, text, request, self.runner)
+            pace = pace_of(request, kangaroo.paces, on_the_device=True) if iteration.auto else None
+            return device_steps(iteration, length=request.length, pace=pace)
         if drafter is None:
             return plain_steps(target, text, request)
         return kangaroo_steps(target, drafter, text, request, pace_of(request, kangaroo.paces))

@@ -75,8 +75,8 @@ class KangarooDrafter(Drafter):
         target: the model.
         adapter: trained for it.
         persistent: on the kernels, draft in one launch (``draft_loop``) instead of kernel by kernel. The references
-            still draft step by step, and so do an adapter with a deep state, and a request with top-k or top-p, which
-            need a row of logits.
+            still draft step by step, and so do an adapter with a deep state, a request with top-k or top-p, which need
+            a row of logits, and one with a threshold of ``auto``.
 
     Raises:
         KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU.
@@ -225,7 +225,8 @@ class KangarooDrafter(Drafter):
 
     def _in_one_launch(self, iteration: "Iteration") -> bool:
         sampling = iteration.chooser.sampling
-        return self.persistent and self.adapter.state is None and sampling.top_k is None and sampling.top_p is None
+        step_by_step = iteration.auto or sampling.top_k is not None or sampling.top_p is not None
+        return self.persistent and self.adapter.state is None and not step_by_step
 
     def _loop(self, iteration: "Iteration") -> PreparedLoop:
         def prepare() -> PreparedLoop:
@@ -251,7 +252,8 @@ class KangarooDrafter(Drafter):
         """Adapter and head on a row: a draft, its confidence, the next row's flag and embedding.
 
         In the first step the adapter also takes the row before the newest token: it has not seen it if every draft of
-        the iteration before was accepted, and not with the target's own state if it was a draft.
+        the iteration before was accepted, and not with the target's own state if it was a draft. Where no draft shall
+        follow the newest token, the adapter runs all the same and misses nothing.
         """
         adapter, buffers, target = self.adapter, iteration.buffers, self.target
         memory: AdapterMemory = iteration.text.memory
@@ -262,6 +264,8 @@ class KangarooDrafter(Drafter):
             states = memory.own[1:] if row else memory.states.index_select(0, buffers.positions[:2].clamp(min=0))
             out = memory.own[1:] if row else memory.own
         hidden = adapter.run(exit_hidden, memory.cache, position, states, reach=reach, active=active, out=out)
+        if iteration.auto and not row:
+            buffers.begin_drafting()
         iteration.chooser.draft(
             hidden[-1:],
             adapter.norm,
@@ -269,7 +273,7 @@ class KangarooDrafter(Drafter):
             adapter.config.llama.rms_norm_eps,
             buffers.position(row + 1),
             vocabulary=adapter.vocabulary,
-            threshold=buffers.threshold,
+            threshold=buffers.threshold(row + 1),
             active=active,
             sure=buffers.drafting(row + 1),
             embedding=target.weights.embedding,
@@ -298,7 +302,7 @@ class KangarooDrafter(Drafter):
             buffers.positions,
             buffers.newest,
             buffers.exit_hidden,
-            threshold=buffers.threshold,
+            threshold=buffers.threshold(0),
             temperature=None if chooser.sampling.greedy else buffers.sampling.temperature,
             seed=buffers.sampling.seed,
             stream=chooser.draft_stream,

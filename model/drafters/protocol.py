@@ -66,7 +66,8 @@ class Drafter(Protocol):
         draft_confidence_threshold: the confidence below which drafting stops, 0 to 1, where the caller names none. What
             the confidence is, each drafter decides for itself.
         auto: whether both are starting points where the caller names neither, and the loop led by the host finds
-            better ones while it decodes (``loop/pace.py``); it may then ask for no draft for a long time.
+            better ones while it decodes (``loop/pace.py``); it may then ask for no draft for a long time. The resident
+            loop does so only where the caller asks for it.
     """
 
     first_layer: int = 0
@@ -133,7 +134,9 @@ class Drafter(Protocol):
 
         For each draft ``j`` that is made, the work leaves its token in ``buffers.drafts.token[j]``; ``flags[j + 1]`` is
         1 where another one follows it. ``flags[0]`` is 1 while the text grows; a drafter may lower it, which means that
-        it makes no draft. ``buffers.exit_hidden[1 + r]`` holds what layer ``first_layer`` reads for row ``r``: the
+        it makes no draft. ``buffers.thresholds`` says which confidence each row needs for a draft to follow it; where
+        ``iteration.auto`` is true it changes, and forbids even the first draft by a threshold above 1 (row 0 counts as
+        certain). ``buffers.exit_hidden[1 + r]`` holds what layer ``first_layer`` reads for row ``r``: the
         newest token is row 0, draft ``j`` is row ``j + 1``. Rows of drafts that are not made must be finite.
         """
         raise NotImplementedError

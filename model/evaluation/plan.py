@@ -56,7 +56,7 @@ class AdapterForm(NamedTuple):
         shape = self.shape
         for name, size in (("intermediate_size", intermediate_size), ("deep_state_size", deep_state_size)):
             if size is not None and size < 1:
-                raise KangarooError(f"{name} is {size}; it must be a whole number from 1 on.")
+                raise KangarooError(f"{name} is {size}; it must be a whole number of at least 1.")
         if intermediate_size is not None:
             shape = shape._replace(inner=intermediate_size)
         if draft_vocabulary is not None:

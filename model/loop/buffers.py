@@ -12,9 +12,12 @@ from ..request import Request
 from ..sampling import SamplingTensors
 from ..target.llama import Llama
 from .graphs import GraphRunner
+from .pace import Limits
 from .state import TextState
 
 LEAST_STOPS = 16
+NEVER = 2.0
+"""A threshold that no confidence reaches."""
 NO_TOKEN = -1
 """Fills the list of stop tokens: no token equals it."""
 
@@ -52,7 +55,8 @@ class Buffers:
         decision: ``[3]`` int64, what ``accept`` found.
         report: ``[5 + R + 1 + 1]`` int64: the record of ``commit``, then the error word of ``draft_loop``, 0 where all
             went well.
-        threshold: ``[1]`` float32, the confidence below which drafting stops.
+        thresholds: ``[R + 1]`` float32: no draft follows a row whose confidence is below its threshold; the newest
+            token's confidence is 1.
         sampling: the numbers of a request's ``Sampling``.
     """
 
@@ -68,7 +72,7 @@ class Buffers:
     wanted: Top1
     decision: Tensor
     report: Tensor
-    threshold: Tensor
+    thresholds: Tensor
     sampling: SamplingTensors
 
     def position(self, row: int) -> Tensor:
@@ -87,6 +91,21 @@ class Buffers:
         """``[1]``: whether a draft follows a row."""
         return self.flags[row : row + 1]
 
+    def threshold(self, row: int) -> Tensor:
+        """``[1]``: the confidence that a row must have for a draft to follow it."""
+        return self.thresholds[row : row + 1]
+
+    def draft_within(self, limits: Limits) -> None:
+        """Let the iterations that are launched from now on draft within limits; neither host nor device waits."""
+        most, threshold = limits
+        values = [threshold] * most + [NEVER] * (len(self.thresholds) - most)
+        on_gpu = self.thresholds.device.type == "cuda"
+        self.thresholds.copy_(torch.tensor(values, dtype=torch.float32, pin_memory=on_gpu), non_blocking=True)
+
+    def begin_drafting(self) -> None:
+        """Lower the newest row's flag where its threshold says that no draft follows it."""
+        self.flags[:1].mul_(self.threshold(0) <= 1)
+
     def draft(self, row: int) -> Top1:
         """``[1]`` each: the token and confidence drafted after a row, which will be row ``row + 1``."""
         return Top1(self.drafts.token[row : row + 1], self.drafts.confidence[row : row + 1])
@@ -101,15 +120,14 @@ def buffers_for(
     def numbers(field: str, *shape: int) -> Tensor:
         return runner.buffer(f"{name}: {field}", shape, torch.int64)
 
-    def real(field: str) -> Tensor:
-        return runner.buffer(f"{name}: {field}", (1,), torch.float32)
+    def real(field: str, count: int = 1) -> Tensor:
+        return runner.buffer(f"{name}: {field}", (count,), torch.float32)
 
     def states(field: str, *shape: int) -> Tensor:
         return runner.buffer(f"{name}: {field}", shape, target.dtype)
 
     def top1(field: str, count: int) -> Top1:
-        confidences = runner.buffer(f"{name}: {field}, confidences", (count,), torch.float32)
-        return Top1(numbers(f"{field}, tokens", count), confidences)
+        return Top1(numbers(f"{field}, tokens", count), real(f"{field}, confidences", count))
 
     return Buffers(
         text=numbers("text", text.cache.capacity),
@@ -124,7 +142,7 @@ def buffers_for(
         wanted=top1("wanted", rows),
         decision=numbers("decision", 3),
         report=numbers("report", RECORD_HEAD + rows + 1),
-        threshold=real("threshold"),
+        thresholds=real("thresholds", rows),
         sampling=SamplingTensors(
             real("temperature"),
             None if sampling.top_k is None else numbers("top-k", 1),
@@ -135,7 +153,7 @@ def buffers_for(
 
 
 def begin(buffers: Buffers, target: Llama, tokens: Sequence[int], request: Request) -> None:
-    """Put a text and its request into device memory; the host writes nothing there afterwards."""
+    """Put a text and its request into device memory; afterwards the host writes nothing there but ``draft_within``."""
     count, sampling, numbers = len(tokens), request.sampling, buffers.sampling
 
     def put(buffer: Tensor | None, values: Sequence[float | None]) -> None:
@@ -145,7 +163,7 @@ def begin(buffers: Buffers, target: Llama, tokens: Sequence[int], request: Reque
     put(buffers.text, tokens)
     put(buffers.length, [count])
     put(buffers.limit, [request.length])
-    put(buffers.threshold, [request.threshold])
+    put(buffers.thresholds, [request.threshold] * len(buffers.thresholds))
     put(numbers.temperature, [sampling.temperature])
     put(numbers.top_k, [sampling.top_k])
     put(numbers.top_p, [sampling.top_p])

@@ -7,18 +7,56 @@ from kangaroo_kernels.contract import RECORD_HEAD, Record
 
 from ..results import Commit
 from .iteration import Iteration
-from .mailbox import Mailbox
+from .mailbox import Mailbox, Stopwatch
+from .pace import Limits, Pace
 from .state import not_finite
 
 LEAST_REACH = 256
 """The smallest bucket, in positions, of contexts that share a captured iteration. Each next one is twice as long."""
 
 
-def device_steps(iteration: Iteration, *, length: int, lag: int | None = None) -> Iterator[Commit]:
+class Paced:
+    """A pace on the device: before an iteration its limits are sent there, after it there is something to learn.
+
+    Args:
+        iteration: what is launched again and again.
+        pace: says how much to draft.
+        slots: the most iterations that nobody has read of.
+    """
+
+    def __init__(self, iteration: Iteration, pace: Pace, slots: int) -> None:
+        self.iteration, self.pace = iteration, pace
+        self._confidences = Mailbox(iteration.buffers.drafts.confidence, slots)
+        self._watch = Stopwatch(iteration.runner.device)
+        self._sent: Limits | None = None
+
+    def begin(self) -> None:
+        """The next iteration is about to be launched."""
+        limits = self.pace.limits(self.iteration.max_drafts)
+        if limits != self._sent:
+            self.iteration.buffers.draft_within(limits)
+            self._sent = limits
+        self._watch.mark()
+
+    def end(self) -> None:
+        """It was launched."""
+        self._watch.mark()
+        self._confidences.post()
+
+    def learn(self, record: list[int]) -> None:
+        """What an iteration committed was read."""
+        head, confidences, seconds = Record(*record[:RECORD_HEAD]), self._confidences.read(), self._watch.read()
+        self.pace.record(head.drafted, head.agreed, confidences[: head.drafted], seconds)
+
+
+def device_steps(
+    iteration: Iteration, *, length: int, pace: Pace | None = None, lag: int | None = None
+) -> Iterator[Commit]:
     """Steps of an iteration that stays on the device, until the text has ``length`` tokens or a stop token.
 
     The host reads what an iteration committed ``lag`` iterations later (1 on a GPU, 0 on a CPU if None). An
-    iteration that runs after a stop token commits nothing.
+    iteration that runs after a stop token commits nothing. ``pace``, for an iteration whose ``auto`` is true, says how
+    much each may draft.
 
     Raises:
         KangarooError: the target's logits are not finite.
@@ -27,10 +65,15 @@ def device_steps(iteration: Iteration, *, length: int, lag: int | None = None) -
     if lag is None:
         lag = 1 if runner.device.type == "cuda" else 0
     mailbox = Mailbox(iteration.buffers.report, lag + 1)
+    paced = None if pace is None else Paced(iteration, pace, lag + 1)
     while len(text.tokens) < length:
         while len(mailbox) <= lag and len(text.tokens) + len(mailbox) < length:  # each commits at least one token
             reach = bucket(len(text.tokens) + (len(mailbox) + 1) * rows, text.cache.capacity)
+            if paced is not None:
+                paced.begin()
             runner.run((iteration.key, reach), partial(iteration.run, reach))
+            if paced is not None:
+                paced.end()
             mailbox.post()
         *record, lost = mailbox.read()
         if lost:
@@ -41,6 +84,8 @@ def device_steps(iteration: Iteration, *, length: int, lag: int | None = None) -
             raise not_finite(text, iteration.target.dtype)
         if not step.tokens:  # never, unless memory was overwritten
             raise RuntimeError("an iteration committed nothing; the device memory of this decode is damaged.")
+        if paced is not None:
+            paced.learn(record)
         text.tokens += step.tokens
         yield step
         if step.stopped:

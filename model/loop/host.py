@@ -86,7 +86,7 @@ def kangaroo_steps(
             committed = wanted.token[: reached - before].tolist()
             text.tokens += committed  # what lies beyond in the caches is overwritten before it is read
             drafter.commit(text, len(committed))
-        pace.record(draft, agreed)
+        pace.record(len(draft.tokens), agreed, draft.confidences)
         yield Commit(
             committed,
             min(agreed, len(committed)),

@@ -34,6 +34,7 @@ class Iteration:
 
     Attributes:
         max_drafts: R.
+        auto: whether how much is drafted changes from iteration to iteration (``pace.py``).
         buffers: the device memory.
         chooser: picks tokens, its numbers read from the buffers.
         final: ``[R + 1, hidden]``, the last layer's output of the verification, for ``Drafter.observations``.
@@ -48,6 +49,7 @@ class Iteration:
         request = replace(request, sampling=sampling)
         self.target, self.drafter, self.text, self.runner = target, drafter, text, runner
         self.max_drafts = 0 if drafter is None else request.max_drafts
+        self.auto = drafter is not None and request.auto_on_the_device
         self.first_layer = 0 if drafter is None else drafter.first_layer
         name = "plain" if drafter is None else f"{self.max_drafts} drafts"
         self.buffers = buffers_for(target, text, request, self.max_drafts, runner, name)
@@ -58,7 +60,7 @@ class Iteration:
         if drafter is not None:
             drafter.attach(self)
         stages = tuple(stage.name for stage in self.stages(0))
-        self.key = (name, stages, sampling.greedy, sampling.top_k is not None, sampling.top_p is not None)
+        self.key = (name, stages, self.auto, sampling.greedy, sampling.top_k is not None, sampling.top_p is not None)
 
     def stages(self, reach: int) -> Iterator[Stage]:
         """The work of an iteration in order; no position of it is beyond ``reach``."""

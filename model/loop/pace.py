@@ -5,17 +5,19 @@ text is written: ``Costs`` compares the time of steps with that of plain ones be
 tells what it and all stricter limits give, since fewer drafts are the beginning of the same ones. Now and then a step
 tries something else; what that loses is paid from a budget of 1 % of the tokens. The text is the same whatever is
 chosen.
+
+Both loops ask before a step and tell afterwards. The loop on the device asks for the next steps before it tells of the
+last one, and it tells how long a step took, since a step's launch and its record are far apart there.
 """
 
 import copy
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from ..drafters.protocol import Draft
 from ..request import Request
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 11, 15)
@@ -50,13 +52,22 @@ class Limits(NamedTuple):
 
 
 class Pace(Protocol):
-    """Says before every step what to draft, and is told after it what came of it."""
+    """Says before every step what to draft, and is told in the same order what came of each."""
 
     def limits(self, room: int) -> Limits:
         """Those of the next step, which has room for ``room`` drafts."""
 
-    def record(self, draft: Draft, agreed: int) -> None:
-        """The step is done: what was drafted, and how many of the drafts the target agreed with."""
+    def record(
+        self, drafts: int, agreed: int, confidences: Sequence[float] | None = None, seconds: float | None = None
+    ) -> None:
+        """The first step that was not yet told of is done.
+
+        Args:
+            drafts: that were made.
+            agreed: how many of them the target agreed with.
+            confidences: of the drafts; None where they have none.
+            seconds: that the step took; None where it began when it was asked for and ends now.
+        """
 
 
 class Fixed:
@@ -70,7 +81,9 @@ class Fixed:
         most, threshold = self._limits
         return Limits(min(most, room), threshold)
 
-    def record(self, draft: Draft, agreed: int) -> None:
+    def record(
+        self, drafts: int, agreed: int, confidences: Sequence[float] | None = None, seconds: float | None = None
+    ) -> None:
         """Nothing is learned."""
 
 
@@ -136,11 +149,10 @@ class Rung:
         """Tokens in the time of a plain step: above 1, drafting is faster than plain decoding."""
         return self.tokens / max(self.costs, 1e-9)
 
-    def drafts_of(self, draft: Draft) -> int:
+    def drafts_of(self, drafts: int, confidences: Sequence[float] | None) -> int:
         """How many drafts of a step would have been made under these limits."""
-        confidences = draft.confidences or ()
-        unsure = (place for place, sure in enumerate(confidences, start=1) if not sure >= self.limits.threshold)
-        return min(len(draft.tokens), self.limits.most, next(unsure, self.limits.most))
+        unsure = (place for place, sure in enumerate(confidences or (), start=1) if not sure >= self.limits.threshold)
+        return min(drafts, self.limits.most, next(unsure, self.limits.most))
 
 
 def ladder(own: Limits, most: int) -> list[Rung]:
@@ -155,6 +167,22 @@ def ladder(own: Limits, most: int) -> list[Rung]:
 
     lengths = sorted({length for length in (*LENGTHS, own.most, most) if length <= most})
     return [Rung(Limits(length, threshold(length))) for length in lengths]
+
+
+class Asked(NamedTuple):
+    """A step that was asked for.
+
+    Attributes:
+        rung: whose limits it has; None drafts nothing.
+        trial: whether it tries something else than what is done.
+        whole: whether it has room for all its drafts.
+        began: by the clock.
+    """
+
+    rung: int | None
+    trial: bool
+    whole: bool
+    began: float
 
 
 class Auto:
@@ -179,9 +207,7 @@ class Auto:
         self.drafting, self.credit = True, 0.0
         self._trials: list[int | None] = []  # the rungs of the next steps; None drafts nothing
         self._trial = 0  # counts them
-        self._tried: int | None = None  # the rung of this step
-        self._whole = True  # whether this step had room for all its drafts
-        self._began = 0.0
+        self._asked: deque[Asked] = deque()  # the steps that nobody has told of yet
         self._row: list[tuple[int, float]] = []  # drafts and seconds of the steps since the last one without drafts
 
     @property
@@ -194,14 +220,11 @@ class Auto:
         """Those that were found, or others that are tried out."""
         if not self._trials and (self.credit > 0 or not self.costs.known):
             self._trials = self._something_else()
-        self._tried = self._trials.pop(0) if self._trials else self._usual
+        rung = self._trials.pop(0) if self._trials else self._usual
         if not room:
-            self._tried = None
-        self._began = self._clock()
-        if self._tried is None:
-            return Limits(0, 1.0)
-        most, threshold = self.rungs[self._tried].limits
-        self._whole = most <= room
+            rung = None
+        most, threshold = (0, 1.0) if rung is None else self.rungs[rung].limits
+        self._asked.append(Asked(rung, rung != self._usual, most <= room, self._clock()))
         return Limits(min(most, room), threshold)
 
     def _something_else(self) -> list[int | None]:
@@ -218,10 +241,14 @@ class Auto:
 
     # ---- after it
 
-    def record(self, draft: Draft, agreed: int) -> None:
+    def record(
+        self, drafts: int, agreed: int, confidences: Sequence[float] | None = None, seconds: float | None = None
+    ) -> None:
         """Learn from a step."""
-        seconds, tokens, drafts = self._clock() - self._began, agreed + 1, len(draft.tokens)
-        if self._tried is not None:
+        asked, tokens = self._asked.popleft(), agreed + 1
+        if seconds is None:
+            seconds = self._clock() - asked.began
+        if asked.rung is not None:
             self._row.append((drafts, seconds))
         else:
             if len(self._row) > 1:
@@ -232,14 +259,14 @@ class Auto:
         cost, rate = self.costs.of(drafts) if self._row else 1.0, self._rate()
         if rate is not None:
             self.credit += BUDGET * cost * rate
-            if self._tried != self._usual:
+            if asked.trial:
                 self.credit += tokens - cost * rate
             self.credit = min(max(self.credit, -MOST_SAVED), MOST_SAVED)
-        if self._tried is not None and self._whole:
+        if asked.rung is not None and asked.whole:
             for rung in self.rungs:
                 rung.fade()
-            for rung in self.rungs[: self._tried + 1]:
-                made = rung.drafts_of(draft)
+            for rung in self.rungs[: asked.rung + 1]:
+                made = rung.drafts_of(drafts, confidences)
                 rung.add(min(agreed, made) + 1, self.costs.of(made))
             self._choose()
 
@@ -264,19 +291,23 @@ class Auto:
         """For the next text: what was found so far is where it begins. The costs are the machine's, and shared."""
         other = copy.copy(self)
         other.rungs = [replace(rung) for rung in self.rungs]
-        other._trials, other._row = [], []
+        other._trials, other._row, other._asked = [], [], deque()
         return other
 
 
-Paces = dict[tuple[Limits, int], Auto]
-"""The pace of the latest text, by where it began and the most drafts that it may take."""
+Paces = dict[tuple[Limits, int, bool], Auto]
+"""The pace of the latest text, by where it began, the most drafts that it may take, and whether it is on the device."""
 
 
-def pace_of(request: Request, paces: Paces) -> Pace:
-    """The pace of a request; it begins where that of the latest text of its kind stands."""
+def pace_of(request: Request, paces: Paces, on_the_device: bool = False) -> Pace:
+    """The pace of a request; it begins where that of the latest text of its kind stands.
+
+    On the device the number of drafts is a matter of shapes, so there are never more than the drafter's own.
+    """
     own = Limits(request.max_drafts, request.threshold)
     if not request.auto:
         return Fixed(own)
-    latest = paces.get((own, request.auto))
-    pace = paces[own, request.auto] = Auto(own, request.auto) if latest is None else latest.again()
+    most = request.max_drafts if on_the_device else request.auto
+    latest = paces.get(kind := (own, most, on_the_device))
+    pace = paces[kind] = Auto(own, most) if latest is None else latest.again()
     return pace

@@ -2,17 +2,21 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from drafters import Scripted, oracle, right_until, with_drafter
+from drafters import Scripted, on_the_device, oracle, right_until, with_drafter
 from pairs import make_adapter
 
 from kangaroo_kernels import Kangaroo, KangarooError, Settings
+from kangaroo_kernels.contract import RECORD_HEAD, Record
+from kangaroo_kernels.model import session as session_module
 from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup
+from kangaroo_kernels.model.loop import mailbox
+from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.loop.pace import Auto, Costs, Limits, ladder
 from kangaroo_kernels.model.target.llama import Llama
 
@@ -63,7 +67,7 @@ class Machine:
             factors.append(self.busy(self.clock.now))
             lost = 0.2 * (self.idle and limits.most > 0)
             self.clock.now += factors[-1] * (1 + lost + self.draft * len(stands)) * self.dice.uniform(1, 1.1)
-            self.pace.record(SimpleNamespace(tokens=stands, confidences=tuple(confidences)), agreed)
+            self.pace.record(len(stands), agreed, confidences)
             self.asked.append(limits.most)
             self.written += agreed + 1
         return (end - first) / (self.clock.now - began) * 1.05 * (sum(factors) / len(factors))
@@ -139,8 +143,8 @@ def test_the_ladder():
 def test_shorter_drafts_are_known_from_longer_ones():
     rung = ladder(OWN, 15)[3]  # 4 drafts, 0.73
     for confidences, made in (((0.9, 0.7, 0.9), 2), ((0.9,) * 6, 4), ((0.9,), 1), ((float("nan"), 0.9), 1), ((), 0)):
-        assert rung.drafts_of(SimpleNamespace(tokens=confidences, confidences=confidences)) == made
-    assert rung.drafts_of(SimpleNamespace(tokens=range(9), confidences=None)) == 4
+        assert rung.drafts_of(len(confidences), confidences) == made
+    assert rung.drafts_of(9, None) == 4
 
 
 # ---- in real text
@@ -213,8 +217,8 @@ class Leaving:
         self.step += 1
         return Limits(min(self.asks(self.step), room), 0.0)
 
-    def record(self, draft: Any, agreed: int) -> None:
-        self.drafts.append((draft.tokens.tolist(), draft.confidences))
+    def record(self, drafts: int, agreed: int, confidences: Any, seconds: float | None = None) -> None:
+        self.drafts.append((drafts, agreed, list(confidences)))
 
 
 def begin(kangaroo: Kangaroo, session: Any, prompt: list[int], length: int, pace: Leaving) -> Any:
@@ -231,7 +235,7 @@ def test_drafts_after_a_pause(pair, steps, guarded_workspaces):
     late = Leaving(lambda step: 5 if step in (0, steps + 1) else 0)
     tokens = begin(kangaroo, kangaroo.session(), PROMPT, steps + 20, late)
     assert late.drafts[0][0]
-    written = sum(1 for drafts, _ in late.drafts[1 : steps + 1] if not drafts)
+    written = sum(1 for drafts, *_ in late.drafts[1 : steps + 1] if not drafts)
     assert written == steps
     place = next(
         length for length in range(steps, steps + 8) if matches(kangaroo, [*PROMPT, *tokens[:length]], late, steps + 1)
@@ -243,8 +247,7 @@ def matches(kangaroo: Kangaroo, text: list[int], late: Leaving, step: int) -> bo
     """Whether a text that begins here has that step's drafts."""
     fresh = Leaving(lambda step: 5)
     begin(kangaroo, kangaroo.session(), text, 6, fresh)
-    tokens, confidences = fresh.drafts[0]
-    return tokens == late.drafts[step][0] and confidences == pytest.approx(late.drafts[step][1], abs=1e-5)
+    return fresh.drafts[0][2] == pytest.approx(late.drafts[step][2], abs=1e-5)
 
 
 @pytest.mark.parametrize("asks", [lambda step: 0, lambda step: 4 * (step < 2), lambda step: 4 * (step % 3 == 0)])
@@ -259,6 +262,80 @@ def test_a_session_goes_on_after_a_pause(pair, asks, guarded_workspaces):
     assert texts[0].stats.drafted == texts[1].stats.drafted
     kept = [one.memory.drafter.cache for one in (session, fresh)]
     torch.testing.assert_close(kept[0].keys[0][:, : len(prompt)], kept[1].keys[0][:, : len(prompt)], rtol=0, atol=1e-4)
+
+
+# ---- on the device
+
+
+@pytest.fixture
+def iteration_costs(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """``iteration_costs(c)``: an iteration takes a second, and each of its drafts c seconds more."""
+    clock, run, cost = Clock(), Iteration.run, [0.0]
+
+    def timed(iteration: Iteration, reach: int) -> None:
+        run(iteration, reach)
+        clock.now += 1 + cost[0] * Record(*iteration.buffers.report[:RECORD_HEAD].tolist()).drafted
+
+    monkeypatch.setattr(Iteration, "run", timed)
+    monkeypatch.setattr(mailbox.time, "perf_counter", clock)
+    return partial(cost.__setitem__, 0)
+
+
+@pytest.fixture
+def resident(pair) -> Kangaroo:
+    return on_the_device(pair.load(device="cpu"))
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+@pytest.mark.parametrize("settings", SETTINGS[:3], ids=["greedy", "sampled", "filtered"])
+def test_on_the_device_it_ends_at_the_right_choice(resident, iteration_costs, monkeypatch, settings, lag):
+    """Drafts that cost nothing are made, those that take two seconds are not; the text is plain decoding's."""
+    steps = session_module.device_steps
+    monkeypatch.setattr(session_module, "device_steps", lambda *args, **named: steps(*args, **named, lag=lag))
+    wanted = resident.generate(PROMPT, max_new_tokens=200, plain=True, **settings).tokens
+    for cost, few, many in ((0.0, 0.0, 0.35), (2.0, 0.8, 1.0)):
+        iteration_costs(cost)
+        resident.paces.clear()
+        for _ in range(2):  # the second text begins where the first one's search ended
+            written = resident.generate(PROMPT, max_new_tokens=200, draft_confidence_threshold="auto", **settings)
+            assert written.tokens == wanted
+        assert few <= written.stats.steps_without_drafts / written.stats.verification_steps <= many
+        assert written.stats.mean_acceptance_length > (1.3 if cost == 0 else 1)
+    (pace,) = resident.paces.values()
+    assert max(rung.limits.most for rung in pace.rungs) == 6  # the shapes are those of the drafter's own number
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize(
+    "asks", [lambda step: 4, lambda step: 4 * (step % 3 == 0), lambda step: 3 if step in (0, 30) else 0]
+)
+def test_both_loops_draft_the_same_within_changing_limits(pair, resident, monkeypatch, asks, lag):
+    """Nothing at times, too: the adapter then sees what the text goes on with all the same."""
+    steps = session_module.device_steps
+    monkeypatch.setattr(session_module, "device_steps", lambda *args, **named: steps(*args, **named, lag=lag))
+    found = []
+    for kangaroo in (pair.load(device="cpu"), resident):
+        pace = Leaving(asks)
+        with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+            patch.setattr(session_module, "pace_of", lambda *_, pace=pace, **__: pace)
+            written = kangaroo.generate(PROMPT, max_new_tokens=60, draft_confidence_threshold="auto")
+        found.append((pace.drafts, written.tokens))
+    (by_the_host, wanted), (on_it, tokens) = found
+    assert tokens == wanted
+    for one, other in zip(by_the_host[:-4], on_it, strict=False):  # at the end the host's loop has room for fewer
+        assert one == (*other[:2], pytest.approx(other[2], abs=1e-5))
+
+
+def test_on_the_device_only_who_asks_for_it_gets_it(resident, iteration_costs, monkeypatch):
+    """A calibrated adapter's default stays its own numbers there; drafting in one launch has no limits to change."""
+    monkeypatch.setattr(resident.drafter, "auto", True)
+    iteration_costs(2.0)
+    for persistent in (False, True):
+        monkeypatch.setattr(resident.drafter, "persistent", persistent)
+        assert resident.generate(PROMPT, max_new_tokens=90).stats.steps_without_drafts <= 1
+    monkeypatch.setattr(resident.drafter, "draft_all", None)
+    written = resident.generate(PROMPT, max_new_tokens=90, draft_confidence_threshold="auto")
+    assert written.stats.steps_without_drafts > 20
 
 
 # ---- when it is on

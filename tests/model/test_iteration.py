@@ -374,12 +374,13 @@ class Forbidden:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's way to see it")
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
-@pytest.mark.parametrize("way", ["plain", "steps", "persistent"])
+@pytest.mark.parametrize("way", ["plain", "steps", "persistent", "auto"])
 def test_an_iteration_never_asks_the_host(kernels, monkeypatch, sampling, way):
     forbidden = Forbidden()
     monkeypatch.setattr(Iteration, "run", forbidden.run)
     monkeypatch.setattr(kernels.drafter, "persistent", way == "persistent")
-    settings = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.2, "plain": way == "plain", **sampling}
+    settings = {"num_speculative_tokens": 3, "plain": way == "plain", **sampling}
+    settings["draft_confidence_threshold"] = "auto" if way == "auto" else 0.2
     assert len(kernels.generate(PROMPT, max_new_tokens=4, **settings).tokens) == 4
     assert forbidden.iterations > 0
 

@@ -245,6 +245,7 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
         (("--card", "H100", "--adapter", "x"), "Vicuna-7B is a shape without files"),
         (("--card", "H100", "--draft-vocabulary", 32000), "draft_vocabulary is 32000"),
         (("--card", "H100", "--intermediate-size", 0), "intermediate_size is 0"),
+        (("--card", "H100", "--deep-state-size", 0), "deep_state_size is 0"),
     ],
 )
 def test_what_it_refuses(arguments, said, monkeypatch, capsys):
