@@ -15,6 +15,7 @@ from .chat import chat_tokens
 from .drafters.kangaroo import KangarooDrafter
 from .drafters.prompt_lookup import PromptLookup
 from .drafters.protocol import Drafter, check_drafter, check_loop
+from .drafters.tree import TreeDrafter
 from .errors import KangarooError
 from .load import load_pair
 from .loop.host import reach_of
@@ -75,6 +76,7 @@ class Kangaroo(Writer):
         kernels: str | None = None,
         graphs: bool = True,
         persistent: bool = False,
+        draft_tree: int | None = None,
     ) -> "Kangaroo":
         """Load a checkpoint and an adapter for it.
 
@@ -93,13 +95,22 @@ class Kangaroo(Writer):
             persistent: on the kernels, draft in one persistent launch (``draft_loop``) instead of kernel by kernel. The
                 references draft step by step all the same, and so do requests with top-k or top-p, or whose loop the
                 host leads (``Settings``).
+            draft_tree: draft trees of at most this many tokens, 1 to 15, instead of chains; needs an adapter.
+                ``num_speculative_tokens`` then bounds the length of a branch, and the threshold is held against the
+                product of the probabilities along it.
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.
         """
         loaded = load_pair(model, adapter, exit_layer, device, dtype, kernels)
+        if draft_tree is not None and loaded.adapter is None:
+            raise KangarooError("draft_tree needs an adapter; give one, or leave draft_tree out.")
+        if draft_tree is not None and persistent:
+            raise KangarooError("persistent=True drafts chains; leave it or draft_tree out.")
         if loaded.adapter is None:
             drafter: Drafter = PromptLookup(loaded.target)
+        elif draft_tree is not None:
+            drafter = TreeDrafter(loaded.target, loaded.adapter, draft_tree)
         else:
             drafter = KangarooDrafter(loaded.target, loaded.adapter, persistent)
         return cls(loaded.target, drafter, loaded.tokenizer, graphs, name=str(model))

@@ -2,6 +2,7 @@
 
     out[m] = softmax(scale * q[m] @ K[:position + m + 1]^T) @ V[:position + m + 1]
 
+Rows of a tree see the text before it and, of the tree, the rows on their own path.
 Grouped queries (GQA) are packed into the rows, so the cache is read once for all of a group.
 Bytes moved: ``2 * H_kv * (position + M) * D`` elements.
 """
@@ -11,8 +12,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.reference.ancestors import rows_ahead, seen_rows
 from kangaroo_kernels.reference.qkv_rope import paged_rows
-from kangaroo_kernels.shared.checks import check_max_length
+from kangaroo_kernels.shared.checks import check_ancestors, check_max_length
 
 MANY_ROWS = 64
 """From this many rows on (a prefill), PyTorch's fused attention repays its overhead."""
@@ -40,6 +42,7 @@ def attention(
     scale: float,
     max_length: int | None = None,
     block_table: Tensor | None = None,
+    ancestors: Tensor | None = None,
     active: Tensor | None = None,
     arrivals: Tensor | None = None,
     out: Tensor | None = None,
@@ -56,6 +59,9 @@ def attention(
         scale: of the scores, ``D ** -0.5`` for Llama.
         max_length: bound of ``position + M``, for the kernel's grid; None means the caches' capacity.
         block_table: ``[T / block_size]`` int32, the blocks of a paged cache in the order of positions.
+        ancestors: ``[M]`` int32, for rows that are a tree (``reference/ancestors.py``): row m lies in slot
+            ``position + m`` of the cache. The kernel adds up what a row sees in the order of the text, wherever it
+            lies, so the row has the bits that it has in a chain.
         active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
         arrivals: ``[>= H]`` int32, all 0, which the kernel counts in and leaves 0. Launches that may run at the same
             time must not share them: they belong to one text. None makes new ones, at the price of another launch.
@@ -68,6 +74,7 @@ def attention(
         ValueError: a ``max_length`` below ``position + M``, where the position is a number.
     """
     check_max_length(max_length, position, q.shape[0])
+    check_ancestors("attention", ancestors, q.shape[0], q.device)
     if active is not None and not active:
         return q.new_empty(q.shape[0], q.shape[1] * q.shape[2]) if out is None else out
     position = int(position)
@@ -77,11 +84,22 @@ def attention(
     else:
         blocks, slots = paged_rows(block_table, 0, length, k_cache.shape[2])
         keys, values = k_cache[blocks, :, slots].transpose(0, 1), v_cache[blocks, :, slots].transpose(0, 1)
-    result = _attend(q, keys, values, position, scale)
+    result = _attend(q, keys, values, position, scale, ancestors)
     return result if out is None else out.copy_(result)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float) -> Tensor:
+def _tree_mask(ancestors: Tensor, length: int, group: int, dtype: torch.dtype) -> Tensor:
+    """As ``_causal_mask`` for the rows of a tree, whose last row is the last of the ``length`` slots."""
+    rows = len(ancestors)
+    tree = rows_ahead(ancestors) + rows
+    mask = torch.zeros(rows, length, dtype=dtype, device=ancestors.device)
+    mask[:, length - tree :].masked_fill_(~seen_rows(ancestors)[:, :tree], float("-inf"))
+    return mask.repeat(group, 1)
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float, ancestors: Tensor | None = None
+) -> Tensor:
     """``attention`` over the rows of the cache that the text has: ``[H_kv, position + M, D]``."""
     rows, heads, head_dim = q.shape
     kv_heads, length, _ = keys.shape
@@ -99,12 +117,15 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float
         return out[0].transpose(0, 1).reshape(rows, -1)
     group = heads // kv_heads
     keys = keys.transpose(1, 2)
-    if rows == 1:  # most of decoding: nothing is masked, and the heads lie in order already
+    if rows == 1 and ancestors is None:  # most of decoding: nothing is masked, and the heads lie in order already
         packed = q.view(kv_heads, group, head_dim)
         scores = torch.baddbmm(_unused(q.dtype, q.device), packed, keys, beta=0, alpha=scale)
         return torch.bmm(torch.softmax(scores, dim=-1), values).view(1, -1)
     packed = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * rows, head_dim)
-    mask = _causal_mask(rows, length, group, q.dtype, q.device)
+    if ancestors is None:
+        mask = _causal_mask(rows, length, group, q.dtype, q.device)
+    else:
+        mask = _tree_mask(ancestors, length, group, q.dtype)
     scores = torch.baddbmm(mask, packed, keys, alpha=scale)
     out = torch.bmm(torch.softmax(scores, dim=-1), values)
     return out.view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, -1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, DraftVocabulary
 
 from ..errors import KangarooError
-from ..target.cache import KVCache
+from ..target.cache import KVCache, Place
 from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, load_config_values, parse_config
 from ..target.llama import DecoderLayer, Llama
@@ -145,7 +145,7 @@ class Adapter:
         self,
         exit_hidden: Tensor,
         cache: KVCache,
-        position: int | Tensor,
+        position: Place,
         *,
         reach: int | None = None,
         active: Tensor | None = None,
