@@ -96,8 +96,7 @@ class Kangaroo(Writer):
                 references draft step by step all the same, and so do requests with top-k or top-p, or whose loop the
                 host leads (``Settings``).
             draft_tree: draft trees of at most this many tokens, 1 to 15, instead of chains; needs an adapter.
-                ``num_speculative_tokens`` then bounds the length of a branch, and the threshold is held against the
-                product of the probabilities along it.
+                ``num_speculative_tokens`` then bounds the length of a branch.
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.

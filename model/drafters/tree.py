@@ -1,9 +1,10 @@
 """Trees of drafts from Kangaroo's drafter: several guesses for one place, so that more of them stand.
 
 A tree grows in rounds. In each, the adapter and the head rank what may follow the rows of the round before, and the
-likeliest of all candidates so far become rows, wherever they hang. What a candidate is worth is the product of the
-probabilities along its branch, by the drafter's own distribution (as in EAGLE-2, arXiv 2406.16858). A row whose share
-is below the threshold is verified, but nothing is drafted behind it; without any other row the tree is done.
+likeliest of all candidates so far become rows, wherever they hang. What a candidate is worth is its share: the product
+of the probabilities along its branch, by the drafter's own distribution (as in EAGLE-2, arXiv 2406.16858). The
+threshold means what it means for a chain: behind a row whose own probability is below it, nothing is drafted. Where
+that holds for all rows of a round, the tree is done.
 
 Where tokens are sampled, drafter and target share the noise of a position. So candidates are ranked with that noise,
 and their probabilities are those of the noisy scores: what the target will choose is nearly decided by it.
@@ -66,24 +67,26 @@ class Tree:
         tokens: ``[rows + 1]`` int64; what lies in row 0 means nothing.
         parents: ``[rows + 1]`` int64, the row that each follows.
         masks: ``[rows + 1]`` int32, the ``ancestors`` of each.
-        shares: ``[rows + 1]`` float32, the product of the probabilities along a row's branch.
+        confidences: ``[rows + 1]`` float32, the probability of each row's token behind its parent.
+        shares: ``[rows + 1]`` float32, the product of these along a row's branch.
         offers: ``[rows + 1, CHILDREN]`` float32, the shares of the candidates behind each row; 0 where there is none.
         offered: ``[rows + 1, CHILDREN]`` int64, their tokens.
+        chances: ``[rows + 1, CHILDREN]`` float32, their confidences.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.tokens = torch.zeros(rows + 1, dtype=torch.int64, device=device)
         self.parents = torch.zeros_like(self.tokens)
         self.masks = torch.ones(rows + 1, dtype=torch.int32, device=device)
-        self.shares = torch.ones(rows + 1, device=device)
-        self.offers = torch.zeros(rows + 1, CHILDREN, device=device)
+        self.confidences, self.shares = torch.ones(2, rows + 1, device=device)
+        self.offers, self.chances = torch.zeros(2, rows + 1, CHILDREN, device=device)
         self.offered = torch.zeros(rows + 1, CHILDREN, dtype=torch.int64, device=device)
 
-    def offer(self, first: int, tokens: Tensor, probabilities: Tensor) -> None:
-        """Candidates behind rows from ``first`` on: ``[m, CHILDREN]`` each, or fewer columns."""
-        rows = slice(first, first + len(tokens))
-        count = tokens.shape[1]
-        self.offers[rows, :count] = self.shares[rows, None] * torch.nan_to_num(probabilities)
+    def offer(self, rows: Tensor, tokens: Tensor, confidences: Tensor) -> None:
+        """Candidates behind some rows: ``[m, CHILDREN]`` each, or fewer columns."""
+        count, confidences = tokens.shape[1], torch.nan_to_num(confidences)
+        self.offers[rows, :count] = self.shares[rows, None] * confidences
+        self.chances[rows, :count] = confidences
         self.offered[rows, :count] = tokens
 
     def take(self, first: int, count: int) -> Tensor:
@@ -93,12 +96,13 @@ class Tree:
             ``[count]`` bool, which of them are worth it; the others come last, and are to be overwritten.
         """
         rows = torch.arange(first, first + count, device=self.tokens.device)
-        offers, offered = self.offers.view(-1), self.offered.view(-1)
+        offers = self.offers.view(-1)
         shares, places = offers.topk(count)
         worth = shares >= LEAST_SHARE
         offers[places] = offers[places].masked_fill(worth, 0.0)
         parents = places // CHILDREN
-        self.tokens[rows], self.parents[rows], self.shares[rows] = offered[places], parents, shares
+        self.tokens[rows], self.parents[rows] = self.offered.view(-1)[places], parents
+        self.shares[rows], self.confidences[rows] = shares, self.chances.view(-1)[places]
         self.masks[rows] = self.masks[parents] | (1 << rows).int()
         return worth
 
@@ -134,18 +138,18 @@ class TreeDrafter(KangarooDrafter):
         return TreeMemory(memory.cache, memory.length, memory.exit_hidden)
 
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
-        """Draft a tree of at most ``most`` rounds; rows whose share is below ``threshold`` have nothing behind them."""
+        """Draft a tree of at most ``most`` rounds; rows less sure than ``threshold`` have nothing behind them."""
         if not most:
             return super().propose(text, chooser, most, threshold)
         memory: TreeMemory = text.memory
         tree, first, last = Tree(self.tree, self.target.device), 0, 1
         self.shallow(text, tree, first, last)
         for count in widths(self.tree, most):
-            sure = int((tree.shares[first:last] >= threshold).sum())  # the best come first
-            if not sure and first:
+            sure = [row for row in range(first, last) if tree.confidences[row] >= threshold or not row]
+            if not sure:
                 break
             with span("kangaroo/draft/step"):
-                self.rank(text, chooser, tree, first, last, max(sure, 1))
+                self.rank(text, chooser, tree, first, last, sure)
             first, memory.ran = last, last
             last = first + int(tree.take(first, count).sum())
             if first == last:
@@ -154,7 +158,7 @@ class TreeDrafter(KangarooDrafter):
         return Draft(
             tree.tokens[1:last],
             memory.exit_hidden[1 : 1 + last],
-            confidences=tuple(tree.shares[1:last].tolist()),
+            confidences=tuple(tree.confidences[1:last].tolist()),
             parents=tuple(tree.parents[1:last].tolist()),
         )
 
@@ -166,8 +170,8 @@ class TreeDrafter(KangarooDrafter):
             hidden = self.target.run(self.target.embed(tokens), text.cache, where, 0, self.first_layer)
             text.memory.exit_hidden[1 + first : 1 + last] = hidden
 
-    def rank(self, text: "TextState", chooser: "Chooser", tree: Tree, first: int, last: int, sure: int) -> None:
-        """Adapter and head on the rows of a round: what may follow the ``sure`` ones, which come first.
+    def rank(self, text: "TextState", chooser: "Chooser", tree: Tree, first: int, last: int, sure: list[int]) -> None:
+        """Adapter on the rows of a round, head on the ``sure`` ones of them: what may follow these.
 
         The adapter runs on all of them, so that its cache has no hole that a later row's attention would read.
         """
@@ -175,16 +179,16 @@ class TreeDrafter(KangarooDrafter):
         rows = memory.exit_hidden[1 + first : 1 + last]
         if first:
             where = Branches(text.newest + first, tree.masks[first:last])
-            hidden = adapter.run(rows, memory.cache, where)[:sure]
+            hidden = adapter.run(rows, memory.cache, where)[[row - first for row in sure]]
         else:  # behind the rows that it missed, as in a chain
             hidden = adapter.run(torch.cat((*memory.missed, rows)), memory.cache, memory.length)[-1:]
             memory.missed, memory.length = [], text.newest + 1
         logits = chooser.logits(hidden, adapter.norm, adapter.head, adapter.config.llama.rms_norm_eps)
-        masks = tree.masks[first : first + sure]
-        drafted = tree.tokens[1 : first + sure].tolist()
-        scores = chooser.scores(logits, text.newest + 1, drafted, masks, adapter.vocabulary)
+        drafted = tree.tokens[1:last].tolist()
+        scores = chooser.scores(logits, text.newest + 1, drafted, tree.masks[sure], adapter.vocabulary)
         best, tokens = torch.softmax(scores, dim=-1).topk(min(CHILDREN, scores.shape[1]))
-        tree.offer(first, tokens if adapter.vocabulary is None else adapter.vocabulary.tokens_of(tokens), best)
+        tokens = tokens if adapter.vocabulary is None else adapter.vocabulary.tokens_of(tokens)
+        tree.offer(torch.tensor(sure, device=tokens.device), tokens, best)
 
     def straighten(self, text: "TextState", path: Tensor, position: int | Tensor) -> None:
         """Move the adapter's keys and values, and the exit layer's rows."""

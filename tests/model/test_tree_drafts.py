@@ -201,14 +201,19 @@ def test_rows_are_shared_out_over_the_rounds():
 
 
 def test_the_best_candidates_become_rows_wherever_they_hang():
-    tree, device = Tree(6, torch.device("cpu")), torch.device("cpu")
-    tree.offer(0, torch.tensor([[10, 11, 12, 13]], device=device), torch.tensor([[0.5, 0.3, 0.1, 0.01]]))
+    tree = Tree(6, torch.device("cpu"))
+
+    def offer(row: int, tokens: list[int], *confidences: float) -> None:
+        tree.offer(torch.tensor([row]), torch.tensor([tokens]), torch.tensor([confidences]))
+
+    offer(0, [10, 11, 12, 13], 0.5, 0.3, 0.1, 0.01)
     assert tree.take(1, 2).tolist() == [True, True]
-    tree.offer(1, torch.tensor([[20, 21, 22, 23]]), torch.tensor([[0.4, 0.1, 0.02, 0.01]]))  # 0.2, 0.05, ...
-    tree.offer(2, torch.tensor([[30, 31, 32, 33]]), torch.tensor([[0.9, 0.05, 0.02, 0.01]]))  # 0.27, 0.015, ...
+    offer(1, [20, 21, 22, 23], 0.4, 0.1, 0.02, 0.01)  # shares of 0.2, 0.05, ...
+    offer(2, [30, 31, 32, 33], 0.9, 0.05, 0.02, 0.01)  # 0.27, 0.015, ...
     assert tree.take(3, 3).tolist() == [True, True, True]
     assert tree.tokens[1:6].tolist() == [10, 11, 30, 20, 12]
     assert tree.parents[1:6].tolist() == [0, 0, 2, 1, 0]
+    assert tree.confidences[1:6].tolist() == pytest.approx([0.5, 0.3, 0.9, 0.4, 0.1])
     assert tree.masks.tolist()[:6] == [1, 0b11, 0b101, 0b1101, 0b10011, 0b100001]
     assert tree.take(6, 1).tolist() == [True]  # 0.05, behind row 1
     assert tree.tokens[6] == 21
