@@ -21,9 +21,10 @@ from torch import Tensor
 
 from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.launch_config import launch_config
-from kangaroo_kernels.shared.cache_layout import CacheLayout, cache_layout, row_offsets
+from kangaroo_kernels.shared.attend import TILE_BYTES, attend, attend_to_a_tree
+from kangaroo_kernels.shared.cache_layout import CacheLayout, cache_layout
 from kangaroo_kernels.shared.chain import follow
-from kangaroo_kernels.shared.checks import check_max_length
+from kangaroo_kernels.shared.checks import check_ancestors, check_max_length
 from kangaroo_kernels.shared.grid import is_last
 from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
@@ -44,9 +45,6 @@ MERGED_ROWS, MERGED = tl.constexpr(4), tl.constexpr(8)
 MAX_PACKED_ROWS = {2: 64, 4: 16}
 """The most packed rows of a tile, by the bytes of an element; float32, multiplied in registers, has fewer. Part of the
 contract (docs/kernels.md)."""
-
-TILE_BYTES = tl.constexpr(128)
-"""A tile has as many positions as elements fill this many bytes: 64, or 32 in float32. Part of the contract."""
 
 
 @triton.jit
@@ -81,27 +79,33 @@ def attention_split(work, position, q, scale, caches, parts, heads, STAGES: tl.c
     best = tl.full((BLOCK_R,), float("-inf"), dtype=tl.float32)
     denominator = tl.zeros((BLOCK_R,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-    for first in tl.range(work.start, tl.minimum(first_position(split + 1), length), BLOCK_T, num_stages=STAGES):
-        positions = first + tl.arange(0, BLOCK_T)
-        written = positions < length  # memory beyond may hold NaN, and 0 * NaN is NaN
-        mask = written[:, None] & dim_mask[None, :]
-        k_rows = row_offsets(positions, written, keys, caches.table_ptr, caches.BLOCK_SIZE)
-        k_ptrs = k_head_ptr + k_rows[:, None] + dims[None, :]
-        k = tl.load(k_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
-        seen = positions[None, :] <= position + rows[:, None]
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, axis=1))
-        # for a row that has seen nothing yet, -inf - -inf would be NaN; with pivot 0 it stays exactly as it is
-        pivot = tl.where(higher == float("-inf"), 0.0, higher)
-        fade = tl.exp2(best - pivot)
-        weights = tl.exp2(scores - pivot[:, None])
-        v_rows = row_offsets(positions, written, values, caches.table_ptr, caches.BLOCK_SIZE)
-        v_ptrs = v_head_ptr + v_rows[:, None] + dims[None, :]
-        v = tl.load(v_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-        denominator = denominator * fade + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-        best = higher
+    if q.ancestors_ptr is None:
+        for first in tl.range(work.start, tl.minimum(first_position(split + 1), length), BLOCK_T, num_stages=STAGES):
+            positions = first + tl.arange(0, BLOCK_T)
+            tile = positions, positions, positions < length
+            best, denominator, acc = attend(
+                tile,
+                (position, rows),
+                queries,
+                scale,
+                (k_head_ptr, v_head_ptr),
+                caches,
+                (dims, dim_mask),
+                (best, denominator, acc),
+            )
+    else:
+        best, denominator, acc = attend_to_a_tree(
+            (work.start, tl.minimum(first_position(split + 1), length), length),
+            (position, rows, M),
+            q.ancestors_ptr,
+            (queries, scale),
+            (k_head_ptr, v_head_ptr),
+            caches,
+            (dims, dim_mask),
+            (best, denominator, acc),
+            BLOCK_T,
+            STAGES,
+        )
 
     mask = row_mask[:, None] & dim_mask[None, :]
     if parts.sums_ptr is None:
@@ -172,13 +176,17 @@ def attention_tile(work, position, splits, q, scale, caches, parts, heads, STAGE
 
 
 @stable_key
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr", "arrivals_ptr"])
+@triton.jit(
+    do_not_specialize=["M"],
+    do_not_specialize_on_alignment=["position_ptr", "ancestors_ptr", "active_ptr", "arrivals_ptr"],
+)
 def attention_kernel(
     q_ptr,  # [M, H, D]
     k_ptr,  # [H_kv, T, D] or [blocks, H_kv, block_size, D]
     v_ptr,  # as k_ptr
     table_ptr,  # [T / block_size] int32 or None
     position_ptr,  # [1] int64
+    ancestors_ptr,  # [M] int32 or None
     active_ptr,  # [1] int32 or None
     sums_ptr,  # [splits, M, H, D] float32
     stats_ptr,  # [splits, M, H, 2] float32: maximum (of base-2 scores), denominator
@@ -220,7 +228,7 @@ def attention_kernel(
         Work(split, tl.program_id(1), tl.program_id(0), first_position(split)),
         position,
         splits,
-        Queries(q_ptr, M, H, q_row_stride, q_head_stride),
+        Queries(q_ptr, M, H, q_row_stride, q_head_stride, ancestors_ptr),
         scale,
         Caches(keys, values, table_ptr, tl.num_programs(1), T, BLOCK_SIZE),
         Parts(sums_ptr, stats_ptr, arrivals_ptr, out_ptr, out_row_stride),
@@ -281,6 +289,7 @@ def attention(
     scale: float,
     max_length: int | None = None,
     block_table: Tensor | None = None,
+    ancestors: Tensor | None = None,
     active: Tensor | None = None,
     arrivals: Tensor | None = None,
     out: Tensor | None = None,
@@ -297,6 +306,7 @@ def attention(
     out = check_out("attention", out, (rows, heads * head_dim), q)
     check_position("attention", position, rows, keys.capacity, q.device)
     check_max_length(max_length, position, rows)
+    check_ancestors("attention", ancestors, rows, q.device)
     splits = count_splits(keys.capacity if max_length is None else min(max_length, keys.capacity))
     sums = stats = None
     if splits == 1:
@@ -315,6 +325,7 @@ def attention(
         v_cache,
         block_table,
         where,
+        ancestors,
         active,
         sums,
         stats,
@@ -340,7 +351,8 @@ def attention(
         BLOCK_SIZE=keys.block_size,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=(config.registers or None) if splits > 1 else None,  # the limit is for the merge
+        # the limit is for the merge; what a tree needs for its paths is more
+        maxnreg=(config.registers or None) if splits > 1 and ancestors is None else None,
         **launch_options(q),
     )
     return out

@@ -50,6 +50,26 @@ class Top1(NamedTuple):
         )
 
 
+class Walk(NamedTuple):
+    """Where the target's own tokens lead through a tree of drafts.
+
+    Attributes:
+        decision: ``[3]`` int64, as ``accept`` decides: drafts agreed, new length, stopped.
+        path: ``[R + 1]`` int64: the rows that were walked through, the newest token's first, then 1, 2, ... as in a
+            chain, each at its own place.
+        tokens: ``[R + 1]`` int64: the target's token after each row of ``path``.
+    """
+
+    decision: Tensor
+    path: Tensor
+    tokens: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> "Walk":
+        """New, uninitialised memory for R + 1 rows."""
+        return cls(*(torch.empty(size, dtype=torch.int64, device=device) for size in (3, rows, rows)))
+
+
 class DraftVocabulary(NamedTuple):
     """The tokens that a drafter's head has rows for, where it has fewer than the target's (FR-Spec, arXiv 2502.14856).
 

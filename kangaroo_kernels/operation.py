@@ -25,7 +25,9 @@ from kangaroo_kernels.reference.gate_up import gate_up
 from kangaroo_kernels.reference.linear_residual import linear_residual
 from kangaroo_kernels.reference.qkv_rope import qkv_rope, rope_table
 from kangaroo_kernels.reference.sample_head import sample_head
+from kangaroo_kernels.reference.straighten import straighten
 from kangaroo_kernels.reference.top1_head import top1_head
+from kangaroo_kernels.reference.walk import walk
 
 EPS = 1e-5
 """The eps of the norms in random arguments."""
@@ -129,7 +131,7 @@ def _example_of_qkv_rope(given: Inputs, n: int, k: int) -> Arguments:
 QKV_ROPE = Operation(
     qkv_rope,
     "(Tensor x, Tensor norm_weight, Tensor weight, Tensor? bias, Tensor table, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor position, float eps, Tensor? block_table=None) -> Tensor",
+    "Tensor position, float eps, Tensor? block_table=None, Tensor? ancestors=None) -> Tensor",
     _fake_qkv_rope,
     _example_of_qkv_rope,
 )
@@ -146,7 +148,7 @@ def _example_of_attention(given: Inputs, n: int, k: int) -> Arguments:
 ATTENTION = Operation(
     attention,
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor position, float scale, int? max_length=None, "
-    "Tensor? block_table=None) -> Tensor",
+    "Tensor? block_table=None, Tensor? ancestors=None) -> Tensor",
     lambda q, *_: q.new_empty(q.shape[0], q.shape[1] * q.shape[2]),
     _example_of_attention,
 )
@@ -203,7 +205,8 @@ def _example_of_sample_head(given: Inputs, n: int, k: int) -> Arguments:
 SAMPLE_HEAD = Operation(
     sample_head,
     "(Tensor x, Tensor norm_weight, Tensor weight, Tensor position, Tensor seed, float eps, float temperature, "
-    f"int stream={TARGET_STREAM}, int? top_k=None, float? top_p=None) -> (Tensor token, Tensor confidence)",
+    f"int stream={TARGET_STREAM}, int? top_k=None, float? top_p=None, Tensor? ancestors=None) "
+    "-> (Tensor token, Tensor confidence)",
     _fake_head,
     _example_of_sample_head,
 )
@@ -225,6 +228,27 @@ ACCEPT = Operation(
     lambda draft, *_, **__: draft.new_empty(3),
     _example_of_accept,
 )
+
+# ---- walk, straighten
+
+
+def _example_of_walk(given: Inputs, n: int, k: int) -> Arguments:
+    rows, device = given.rows, given.device
+    ancestors = torch.tensor([1, *(1 | 1 << row for row in range(1, rows))], dtype=torch.int32, device=device)
+    target = torch.arange(rows, 0, -1, device=device)
+    lengths = given.integers(given.length), given.integers(given.length + rows)
+    return (target[1:], target, ancestors, given.integers(-1, -2), *lengths), {}
+
+
+def _example_of_straighten(given: Inputs, n: int, k: int) -> Arguments:
+    keys, _ = given.caches()
+    path = torch.arange(given.rows, device=given.device)
+    path[-1:] += 1
+    return (path, given.integers(0), keys), {}
+
+
+WALK = Operation(walk, example=_example_of_walk)
+STRAIGHTEN = Operation(straighten, example=_example_of_straighten)
 
 # ---- commit
 
@@ -255,6 +279,8 @@ OPERATIONS = {
         TOP1_HEAD,
         SAMPLE_HEAD,
         ACCEPT,
+        WALK,
+        STRAIGHTEN,
         COMMIT,
         Operation(draft_loop),
     )

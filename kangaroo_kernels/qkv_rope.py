@@ -12,8 +12,10 @@ from torch import Tensor
 
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.shared.ancestors import count_bits, rows_ahead
 from kangaroo_kernels.shared.cache_layout import cache_layout, row_offsets
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
+from kangaroo_kernels.shared.checks import check_ancestors
 from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     aligned_rows,
@@ -30,7 +32,10 @@ from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipp
 
 @triton.jit
 def qkv_rope_tile(tile, position, x, norm, w, phases_ptr, q, caches, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr):
-    """All rows of columns ``tile * BLOCK_N ..`` of the packed q, k and v; ``position`` is the first row's."""
+    """All rows of columns ``tile * BLOCK_N ..`` of the packed q, k and v; ``position`` is the first row's.
+
+    Rows of a tree are kept in slots that follow each other, but turned by their places in the text.
+    """
     M, N, H, H_KV = x.rows, w.rows, q.heads, caches.heads
     first = tile * BLOCK_N
     cols = first + tl.arange(0, BLOCK_N)
@@ -45,7 +50,11 @@ def qkv_rope_tile(tile, position, x, norm, w, phases_ptr, q, caches, HEAD_DIM: t
     row_mask = (rows < M) & (positions >= 0) & (positions < caches.positions)
     is_turned = evens < (H + H_KV) * HEAD_DIM
     turned = row_mask[:, None] & is_turned[None, :]
-    phase_ptrs = phases_ptr + positions[:, None] * HEAD_DIM + (evens % HEAD_DIM)[None, :]
+    places = positions
+    if q.ancestors_ptr is not None:
+        root = position - rows_ahead(tl.load(q.ancestors_ptr))
+        places = root + count_bits(tl.load(q.ancestors_ptr + rows, mask=rows < M, other=1)) - 1
+    phase_ptrs = phases_ptr + places[:, None] * HEAD_DIM + (evens % HEAD_DIM)[None, :]
     cosine = tl.load(phase_ptrs, mask=turned, other=1.0)
     sine = tl.load(phase_ptrs + 1, mask=turned, other=0.0)
     even, odd = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
@@ -68,7 +77,7 @@ def qkv_rope_tile(tile, position, x, norm, w, phases_ptr, q, caches, HEAD_DIM: t
 
 
 @stable_key
-@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "active_ptr"])
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["position_ptr", "ancestors_ptr", "active_ptr"])
 def qkv_rope_kernel(
     x_ptr,  # [M, K]
     norm_ptr,  # [K]
@@ -80,6 +89,7 @@ def qkv_rope_kernel(
     v_ptr,  # as k_ptr
     table_ptr,  # [T / block_size] int32 or None
     position_ptr,  # [1] int64
+    ancestors_ptr,  # [M] int32 or None
     active_ptr,  # [1] int32 or None
     M,
     N,
@@ -117,7 +127,7 @@ def qkv_rope_kernel(
         Norm(norm_ptr, eps),
         Linear(w_ptr, bias_ptr, N, K, w_row_stride),
         phases_ptr,
-        Queries(q_ptr, M, H, q_row_stride, HEAD_DIM),
+        Queries(q_ptr, M, H, q_row_stride, HEAD_DIM, ancestors_ptr),
         Caches(keys, values, table_ptr, H_KV, T, BLOCK_SIZE),
         HEAD_DIM,
         BLOCK_N,
@@ -135,12 +145,14 @@ def qkv_rope(
     *,
     eps: float,
     block_table: Tensor | None = None,
+    ancestors: Tensor | None = None,
     active: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Project M tokens and append their keys and values; arguments and result as for ``reference.qkv_rope``."""
     matrix, bias = weight_and_bias(weight)
     check_operands("qkv_rope", x, norm_weight, matrix, active)
+    check_ancestors("qkv_rope", ancestors, x.shape[0], x.device)
     x = aligned_rows(x)
     keys = cache_layout("qkv_rope", k_cache, block_table, x)
     values = cache_layout("qkv_rope", v_cache, block_table, x)
@@ -172,6 +184,7 @@ def qkv_rope(
         v_cache,
         block_table,
         device_scalar(position, x.device),
+        ancestors,
         active,
         x.shape[0],
         matrix.shape[0],

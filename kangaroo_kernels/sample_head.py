@@ -17,8 +17,9 @@ from torch import Tensor
 from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Top1
 from kangaroo_kernels.launch_config import LaunchConfig, launch_config
 from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.shared.ancestors import places_of
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
-from kangaroo_kernels.shared.checks import check_count, check_sampling
+from kangaroo_kernels.shared.checks import check_ancestors, check_count, check_sampling
 from kangaroo_kernels.shared.head import (
     NO_TOKEN,
     TileResults,
@@ -52,6 +53,9 @@ SMALLEST_TOP_P = tl.constexpr(1e-30)
 """Far below any token's share, and far enough from 0 for its product with the sum to be a normal float32."""
 
 
+NUMBERS = ["position_ptr", "seed_ptr", "active_ptr", "temperature_ptr", "tokens_ptr", "ancestors_ptr"]  # lie anywhere
+
+
 @triton.jit
 def sample_tile(tile, noise, x, norm, w, logits_ptr, parts, BLOCK_N: tl.constexpr):
     """All rows of tokens ``tile * BLOCK_N ..``: write their logits, [M, V] float32; if None, their ``parts``."""
@@ -68,7 +72,7 @@ def sample_tile(tile, noise, x, norm, w, logits_ptr, parts, BLOCK_N: tl.constexp
         tl.store(logits_ptr + rows[:, None].to(tl.int64) * V + cols[None, :], logits, mask=mask)
     else:
         logits = tl.where(cols[None, :] < V, logits, float("-inf"))
-        scores, positions = logits / noise.temperature, noise.position + rows
+        scores, positions = logits / noise.temperature, noise.position + places_of(rows, M, noise.ancestors_ptr)
         if noise.tokens_ptr is None:
             gumbels = gumbel_tile(noise.seed, noise.stream, positions, first, BLOCK_M, BLOCK_N)
         else:
@@ -88,7 +92,7 @@ def sample_tile(tile, noise, x, norm, w, logits_ptr, parts, BLOCK_N: tl.constexp
 @stable_key
 @triton.jit(
     do_not_specialize=["M", "stream"],
-    do_not_specialize_on_alignment=["position_ptr", "seed_ptr", "active_ptr", "temperature_ptr", "tokens_ptr"],
+    do_not_specialize_on_alignment=NUMBERS,
 )
 def sample_head_kernel(
     x_ptr,  # [M, K]
@@ -104,6 +108,7 @@ def sample_head_kernel(
     seed_ptr,  # [1] int64
     active_ptr,  # [1] int32 or None
     tokens_ptr,  # [V] int32 or None
+    ancestors_ptr,  # [M] int32 or None
     stream,
     temperature_ptr,  # [1] float32
     M,
@@ -126,7 +131,7 @@ def sample_head_kernel(
     tile, tiles = tl.program_id(0), tl.num_programs(0)
     sample_tile(
         tile,
-        Noise(seed, stream, position, temperature, tokens_ptr),
+        Noise(seed, stream, position, temperature, tokens_ptr, ancestors_ptr),
         Matrix(x_ptr, M, K, x_row_stride),
         Norm(norm_ptr, eps),
         Linear(w_ptr, bias_ptr, V, K, w_row_stride),
@@ -190,17 +195,13 @@ def kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept):
 @triton.jit(
     do_not_specialize=["stream"],
     do_not_specialize_on_alignment=[
-        "position_ptr",
-        "seed_ptr",
+        *NUMBERS,
         "token_ptr",
         "confidence_ptr",
-        "active_ptr",
         "sure_ptr",
         "threshold_ptr",
-        "temperature_ptr",
         "top_k_ptr",
         "top_p_ptr",
-        "tokens_ptr",
     ],
 )
 def filtered_sample_kernel(
@@ -215,6 +216,7 @@ def filtered_sample_kernel(
     embedding_ptr,  # [V, K] or None
     embedded_ptr,  # [M, K] or None
     tokens_ptr,  # [V] int32 or None
+    ancestors_ptr,  # [M] int32 or None
     stream,
     temperature_ptr,  # [1] float32
     top_k_ptr,  # [1] int64 or None
@@ -244,7 +246,7 @@ def filtered_sample_kernel(
     if top_p_ptr is not None:
         kept = kept_by_top_p(row_ptr, V, largest, temperature, tl.maximum(tl.load(top_p_ptr), SMALLEST_TOP_P), kept)
 
-    positions = tl.load(position_ptr) + row + tl.zeros((1,), dtype=tl.int64)
+    positions = tl.load(position_ptr) + places_of(row, row + 1, ancestors_ptr) + tl.zeros((1,), dtype=tl.int64)
     seed = tl.load(seed_ptr)
     score = tl.full((), float("-inf"), dtype=tl.float32)
     token = tl.full((), NO_TOKEN, dtype=tl.int32)
@@ -278,15 +280,15 @@ def launch(
     weight: tuple[Tensor, Tensor | None],
     logits: Tensor | None,
     results: TileResults | None,
-    noise: tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, Tensor],
+    noise: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, int, Tensor],
     eps: float,
 ) -> None:
     """Launch the kernel that writes ``logits`` or, for ``results``, samples in tiles.
 
-    ``noise`` is what a token is drawn by: position, seed, ``active``, the tokens of the weight's rows, stream and
-    temperature.
+    ``noise`` is what a token is drawn by: position, seed, ``active``, the tokens of the weight's rows, ``ancestors``,
+    stream and temperature.
     """
-    (matrix, bias), (position, seed, active, tokens, stream, temperature) = weight, noise
+    (matrix, bias), (position, seed, active, tokens, ancestors, stream, temperature) = weight, noise
     sample_head_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
         x,
         norm_weight,
@@ -301,6 +303,7 @@ def launch(
         seed,
         active,
         tokens,
+        ancestors,
         stream,
         temperature,
         x.shape[0],
@@ -329,6 +332,7 @@ def sample_head(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     vocabulary: DraftVocabulary | None = None,
+    ancestors: Tensor | None = None,
     threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
@@ -342,6 +346,7 @@ def sample_head(
     x = aligned_rows(x)
     check_count("sample_head", "position", position, x.device)
     check_sampling("sample_head", temperature, top_k, top_p, seed, x.device)
+    check_ancestors("sample_head", ancestors, len(x), x.device)
     sure = active if sure is None else sure
     out = check_head("sample_head", x, out, threshold, sure, embedding, embedded)
     tokens = check_vocabulary("sample_head", matrix, vocabulary, embedding)
@@ -355,7 +360,7 @@ def sample_head(
     logits = torch.empty((rows, vocab_size), dtype=torch.float32, device=x.device) if filtered else None
     tiles = triton.cdiv(vocab_size, config.block_n)
     results = None if filtered else TileResults(rows, tiles, x.device, sampled=True)
-    noise = where, key, active, None if filtered else tokens, stream, degrees
+    noise = where, key, active, None if filtered else tokens, None if filtered else ancestors, stream, degrees
     launch(config, x, norm_weight, (matrix, bias), logits, results, noise, eps)
     if results is not None:
         return merge_tiles(results, out, active, threshold, embedding, embedded, sure, tokens)
@@ -371,6 +376,7 @@ def sample_head(
         embedding,
         embedded,
         tokens,
+        ancestors,
         stream,
         degrees,
         None if top_k is None else device_scalar(top_k, x.device),
@@ -392,6 +398,6 @@ def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Te
     x, unused = aligned_rows(x), device_scalar(0, x.device)
     config = launch_config("sample_head", matrix.shape[0], matrix.shape[1], x)
     logits = torch.empty((x.shape[0], matrix.shape[0]), dtype=torch.float32, device=x.device)
-    no_noise = (unused, unused, None, None, TARGET_STREAM, device_number(1.0, x.device))
+    no_noise = (unused, unused, None, None, None, TARGET_STREAM, device_number(1.0, x.device))
     launch(config, x, norm_weight, (matrix, bias), logits, None, no_noise, eps)
     return logits

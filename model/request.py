@@ -276,6 +276,11 @@ def _drafting(settings: Settings, drafter: Drafter) -> _Drafting:
     auto = threshold == AUTO or (getattr(drafter, "auto", False) and not fixed)
     if threshold is None or threshold == AUTO:
         threshold = drafter.draft_confidence_threshold
+    if auto and getattr(drafter, "tree", 0):
+        raise KangarooError(
+            "draft_confidence_threshold is 'auto', which finds the length of chains, and this drafter drafts trees; "
+            "give a number from 0 to 1."
+        )
     own = drafter.num_speculative_tokens if drafts is None else drafts
     return _Drafting(own, float(threshold), (drafts or MAX_SPECULATIVE_TOKENS) if auto else 0)
 

@@ -183,17 +183,23 @@ class Chooser:
         position: int | Tensor,
         *,
         drafted: Sequence[int] = (),
+        ancestors: Tensor | None = None,
         out: Top1 | None = None,
     ) -> Choice:
         """The target's tokens at ``position, ...`` from the last layer's output ``[M, hidden]``.
 
         ``drafted`` are the tokens behind the text that rows 1 and on were drafted for; shaping counts them as text.
+        ``ancestors`` are those of a tree, whose rows stand at positions by their depths.
         """
         if not self.shapes and self.most_logprobs is None:
-            return Choice(*self._pick(hidden, norm, head, eps, position, TARGET_STREAM, out=out))
+            return Choice(*self._pick(hidden, norm, head, eps, position, TARGET_STREAM, ancestors=ancestors, out=out))
         assert isinstance(position, int), "rows of logits are chosen from by the loop that the host leads"
         logits = self.logits(hidden, norm, head, eps)
-        return Choice(self._pick_from(logits, position, TARGET_STREAM, drafted), confidence_of(logits), logits)
+        if ancestors is None:
+            token = self._pick_from(logits, position, TARGET_STREAM, drafted)
+        else:
+            token = self.scores(logits, position, drafted, ancestors).argmax(dim=-1)
+        return Choice(token, confidence_of(logits), logits)
 
     def draft(
         self,
@@ -241,6 +247,35 @@ class Chooser:
         ]
         return torch.cat(rows)
 
+    def scores(
+        self,
+        logits: Tensor,
+        position: int,
+        drafted: Sequence[int],
+        ancestors: Tensor,
+        vocabulary: DraftVocabulary | None = None,
+    ) -> Tensor:
+        """What ranks the tokens behind rows of a tree, ``[M, V]`` or over the vocabulary's rows: the best is chosen.
+
+        They are the shaped logits where decoding is greedy, else filtered ones with the target's noise at the row's
+        position. ``position`` is that of the token behind the root, ``drafted`` the tree's tokens in the order of its
+        rows, up to the last that the masks of ``ancestors`` name.
+        """
+        rows = []
+        for row, mask in enumerate(ancestors.tolist()):
+            path = [drafted[each - 1] for each in range(1, mask.bit_length()) if mask >> each & 1]
+            one = logits[row : row + 1]
+            if not self.shaping.idle:
+                one = self.shaping(whole_rows(one, vocabulary), [*self.text, *path])
+                one = one if vocabulary is None else one[:, vocabulary.tokens]
+            if not self.sampling.greedy:
+                size = one.shape[1] if vocabulary is None else vocabulary.size
+                stream, place = TARGET_STREAM, position + len(path)
+                noise = gumbel_rows(self.sampling.seed, stream, place, 1, size, one.device)
+                one = self.sampling.filter(one) + (noise if vocabulary is None else noise[:, vocabulary.tokens])
+            rows.append(one)
+        return torch.cat(rows)
+
     def logprobs(self, choice: Choice, committed: Sequence[int]) -> list[TokenLogprobs] | None:
         """Of the tokens that were committed, the first ones of ``choice``; None where nobody wants them."""
         if self.most_logprobs is None or choice.logits is None:
@@ -251,6 +286,7 @@ class Chooser:
         self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int | Tensor, stream: int, **step: Any
     ) -> Top1:
         numbers, operations = self.numbers, self.backend.for_rows(hidden.shape[0])
+        ancestors = step.pop("ancestors", None)
         if self.sampling.greedy:
             return operations.top1_head(hidden, norm, head, eps=eps, **step)
         return operations.sample_head(
@@ -264,6 +300,7 @@ class Chooser:
             stream=stream,
             top_k=numbers.top_k,
             top_p=numbers.top_p,
+            ancestors=ancestors,
             **step,
         )
 

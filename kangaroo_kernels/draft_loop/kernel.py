@@ -255,7 +255,9 @@ def draft_loop_kernel(
                             top1_tile(tile, x, norm, w, left, HEAD_N)
                         else:
                             drafted_at = (before + 2 + drafted).to(tl.int64)
-                            noise = Noise(tl.load(seed_ptr), stream, drafted_at, tl.load(temperature_ptr), tokens_ptr)
+                            noise = Noise(
+                                tl.load(seed_ptr), stream, drafted_at, tl.load(temperature_ptr), tokens_ptr, None
+                            )
                             sample_tile(tile, noise, x, norm, w, None, left, HEAD_N)
                 else:
                     for row in tl.range(program, 1, programs, disable_licm=True):

@@ -2,6 +2,7 @@
 
     out[m] = softmax(scale * q[m] @ K[:position + m + 1]^T) @ V[:position + m + 1]
 
+Rows of a tree see the text before it and, of the tree, the rows on their own path.
 Grouped queries (GQA) are packed into the rows, so the cache is read once for all of a group.
 Bytes moved: ``2 * H_kv * (position + M) * D`` elements.
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kangaroo_kernels.reference.ancestors import rows_ahead, seen_rows
 from kangaroo_kernels.reference.qkv_rope import paged_rows
-from kangaroo_kernels.shared.checks import check_max_length
+from kangaroo_kernels.shared.checks import check_ancestors, check_max_length
 
 MANY_ROWS = 64
 """From this many rows on (a prefill), PyTorch's fused attention repays its overhead."""
@@ -53,6 +55,7 @@ def attention(
     scale: float,
     max_length: int | None = None,
     block_table: Tensor | None = None,
+    ancestors: Tensor | None = None,
     active: Tensor | None = None,
     arrivals: Tensor | None = None,
     out: Tensor | None = None,
@@ -69,6 +72,9 @@ def attention(
         scale: of the scores, ``D ** -0.5`` for Llama.
         max_length: bound of ``position + M``, for the kernel's grid; None means the caches' capacity.
         block_table: ``[T / block_size]`` int32, the blocks of a paged cache in the order of positions.
+        ancestors: ``[M]`` int32, for rows that are a tree (``reference/ancestors.py``): row m lies in slot
+            ``position + m`` of the cache. The kernel adds up what a row sees in the order of the text, wherever it
+            lies, so the row has the bits that it has in a chain.
         active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
         arrivals: ``[>= H]`` int32, all 0, which the kernel counts in and leaves 0. Launches that may run at the same
             time must not share them: they belong to one text. None makes new ones, at the price of another launch.
@@ -81,6 +87,7 @@ def attention(
         ValueError: a ``max_length`` below ``position + M``, where the position is a number.
     """
     check_max_length(max_length, position, q.shape[0])
+    check_ancestors("attention", ancestors, q.shape[0], q.device)
     if active is not None and not active:
         return q.new_empty(q.shape[0], q.shape[1] * q.shape[2]) if out is None else out
     position = int(position)
@@ -90,13 +97,24 @@ def attention(
         blocks, slots = paged_rows(block_table, 0, length, k_cache.shape[2])
         keys, values = k_cache[blocks, :, slots].transpose(0, 1), v_cache[blocks, :, slots].transpose(0, 1)
     if keys.dtype != q.dtype and q.shape[0] < MANY_ROWS:
-        result = _attend_alike(q, keys, values, position, scale)
+        result = _attend_alike(q, keys, values, position, scale, ancestors)
     else:
-        result = _attend(q, keys[:, :length].to(q.dtype), values[:, :length].to(q.dtype), position, scale)
+        result = _attend(q, keys[:, :length].to(q.dtype), values[:, :length].to(q.dtype), position, scale, ancestors)
     return result if out is None else out.copy_(result)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float) -> Tensor:
+def _tree_mask(ancestors: Tensor, length: int, group: int, dtype: torch.dtype) -> Tensor:
+    """As ``_causal_mask`` for the rows of a tree, whose last row is the last of the ``length`` slots."""
+    rows = len(ancestors)
+    tree = rows_ahead(ancestors) + rows
+    mask = torch.zeros(rows, length, dtype=dtype, device=ancestors.device)
+    mask[:, length - tree :].masked_fill_(~seen_rows(ancestors)[:, :tree], float("-inf"))
+    return mask.repeat(group, 1)
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float, ancestors: Tensor | None = None
+) -> Tensor:
     """``attention`` over the rows of the cache that the text has: ``[H_kv, position + M, D]``."""
     rows, heads, head_dim = q.shape
     kv_heads, length, _ = keys.shape
@@ -114,12 +132,15 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float
         return out[0].transpose(0, 1).reshape(rows, -1)
     group = heads // kv_heads
     keys = keys.transpose(1, 2)
-    if rows == 1:  # most of decoding: nothing is masked, and the heads lie in order already
+    if rows == 1 and ancestors is None:  # most of decoding: nothing is masked, and the heads lie in order already
         packed = q.view(kv_heads, group, head_dim)
         scores = torch.baddbmm(_unused(q.dtype, q.device), packed, keys, beta=0, alpha=scale)
         return torch.bmm(torch.softmax(scores, dim=-1), values).view(1, -1)
     packed = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, group * rows, head_dim)
-    mask = _causal_mask(rows, length, group, q.dtype, q.device)
+    if ancestors is None:
+        mask = _causal_mask(rows, length, group, q.dtype, q.device)
+    else:
+        mask = _tree_mask(ancestors, length, group, q.dtype)
     scores = torch.baddbmm(mask, packed, keys, alpha=scale)
     out = torch.bmm(torch.softmax(scores, dim=-1), values)
     return out.view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, -1)
@@ -142,14 +163,17 @@ def rows_are_alike(group: int, head_dim: int) -> bool:
     return True
 
 
-def _attend_alike(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float) -> Tensor:
+def _attend_alike(
+    q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float, ancestors: Tensor | None = None
+) -> Tensor:
     """``attention`` over contiguous positions, where a row has the same bits whatever is computed beside it.
 
     Where a last bit differed, a later layer's key could round to another float16 number: a difference in the fourth
     digit between plain decoding and verification. MKL, PyTorch's library on x86, keeps a row's bits (seen on AMD Zen 5)
     but for three cases: rows left over by fours, columns left over by sixteens, and sums of more than 192 products,
     which it cuts by their number. So rows and positions are filled up, and values are summed 192 positions at a time.
-    ``rows_are_alike`` says whether that suffices on this machine.
+    ``rows_are_alike`` says whether that suffices on this machine. A tree's rows have other bits than a chain's, since
+    what they do not see lies between.
     """
     rows, heads, head_dim = q.shape
     kv_heads, length = keys.shape[0], position + rows
@@ -162,7 +186,12 @@ def _attend_alike(q: Tensor, keys: Tensor, values: Tensor, position: int, scale:
     scores = torch.baddbmm(_unused(q.dtype, q.device), packed, keys.transpose(1, 2), beta=0, alpha=scale)
     del keys  # the values will take the same memory, which the processor still holds
     # what lies beyond a row may be anything, NaN too, and is overwritten
-    scores[:, :used, position:].masked_fill_(_unseen(rows, filled - position, group, q.device), float("-inf"))
+    if ancestors is None:
+        begin, unseen = position, _unseen(rows, filled - position, group, q.device)
+    else:
+        begin = position - rows_ahead(ancestors)
+        unseen = pad(~seen_rows(ancestors)[:, : length - begin], (0, filled - length), value=True).repeat(group, 1)
+    scores[:, :used, begin:].masked_fill_(unseen, float("-inf"))
     weights, out = torch.softmax(scores, dim=-1), _unused(q.dtype, q.device)
     for first in range(0, length, SUMMED):
         part = values[:, first : min(first + SUMMED, length)].to(q.dtype)

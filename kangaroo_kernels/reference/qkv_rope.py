@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels.packed_weight import Weight, out_features
+from kangaroo_kernels.reference.ancestors import depths, rows_ahead
 from kangaroo_kernels.reference.rms_norm import norm_linear
+from kangaroo_kernels.shared.checks import check_ancestors
 
 
 def interleave_rope(rows: Tensor, head_dim: int) -> Tensor:
@@ -63,6 +65,7 @@ def qkv_rope(
     *,
     eps: float,
     block_table: Tensor | None = None,
+    ancestors: Tensor | None = None,
     active: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -79,12 +82,15 @@ def qkv_rope(
         position: absolute position of the first row; a tensor ``[1]`` int64 for a kernel that must not ask the host.
         eps: of the norm.
         block_table: ``[T / block_size]`` int32, the blocks of a paged cache in the order of positions.
+        ancestors: ``[M]`` int32, for rows that are a tree (``reference/ancestors.py``): ``position`` is then the first
+            row's slot in the cache, and each row is turned by its own place in the text.
         active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
         out: ``[M, H, D]``, made if None.
 
     Returns:
         The turned queries, ``[M, H, D]``: ``out``, or a view of the projection's output.
     """
+    check_ancestors("qkv_rope", ancestors, x.shape[0], x.device)
     kv_heads, head_dim = k_cache.shape[-3], k_cache.shape[-1]
     if active is not None and not active:
         heads = out_features(weight) // head_dim - 2 * kv_heads
@@ -93,7 +99,11 @@ def qkv_rope(
     rows, last = x.shape[0], position + x.shape[0]
     qkv = norm_linear(x, norm_weight, eps, weight).view(rows, -1, head_dim)
     turned = qkv[:, :-kv_heads]
-    phases = (table if table.is_complex() else torch.view_as_complex(table))[position:last]
+    phases = table if table.is_complex() else torch.view_as_complex(table)
+    if ancestors is None:
+        phases = phases[position:last]
+    else:
+        phases = phases[position - rows_ahead(ancestors) + depths(ancestors)]
     if qkv.dtype == torch.float32:
         torch.view_as_complex(turned.view(rows, -1, head_dim // 2, 2)).mul_(phases)
     else:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Top1
 from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.reference.ancestors import depths
 from kangaroo_kernels.reference.noise import gumbel_rows
 from kangaroo_kernels.reference.top1_head import confidence_of, finish_step, lm_head, token_of
-from kangaroo_kernels.shared.checks import SEEDS, check_count, check_sampling
+from kangaroo_kernels.shared.checks import SEEDS, check_ancestors, check_count, check_sampling
 
 
 def filter_logits(
@@ -47,6 +48,7 @@ def sample_head(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     vocabulary: DraftVocabulary | None = None,
+    ancestors: Tensor | None = None,
     threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
@@ -71,6 +73,8 @@ def sample_head(
             then serves all values.
         vocabulary: as for ``top1_head``. A token has the noise that it has in the whole vocabulary; top-k and top-p
             choose among the weight's rows.
+        ancestors: ``[M]`` int32, for rows that are a whole tree (``reference/ancestors.py``), the root first: siblings
+            are followed by tokens at one position, which share its noise.
         threshold, active, sure, embedding, embedded, out: as for ``top1_head``.
 
     Raises:
@@ -79,11 +83,14 @@ def sample_head(
     """
     check_count("sample_head", "position", position, x.device)
     check_sampling("sample_head", temperature, top_k, top_p, seed, x.device)
+    check_ancestors("sample_head", ancestors, len(x), x.device)
     if active is not None and not active:
         return Top1.empty(len(x), x.device) if out is None else out
     logits = lm_head(x, norm_weight, weight, eps=eps)
     size = logits.shape[1] if vocabulary is None else vocabulary.size
     noise = gumbel_rows(int(seed) % SEEDS, stream, int(position), logits.shape[0], size, logits.device)
+    if ancestors is not None:
+        noise = noise[depths(ancestors)]
     if vocabulary is not None:
         noise = noise.index_select(1, vocabulary.tokens)
     row = filter_logits(logits, temperature, top_k, top_p).add_(noise).argmax(dim=-1)

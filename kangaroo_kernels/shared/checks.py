@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import RECORD_HEAD
+from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, Walk
 
 SEEDS = 1 << 64
 COUNTS = 1 << 63
@@ -89,6 +89,14 @@ def check_max_length(max_length: int | None, position: int | Tensor, rows: int) 
         )
 
 
+def check_ancestors(op: str, ancestors: Tensor | None, rows: int, device: torch.device) -> None:
+    """Raise unless the rows of a tree have a mask each, or there is none, as the rows are a chain."""
+    if ancestors is not None:
+        check_tensor(op, "ancestors", ancestors, (rows,), torch.int32, device)
+        if rows > MAX_ROWS:
+            raise ValueError(f"{op}: a tree has {rows} rows; its masks hold at most {MAX_ROWS}.")
+
+
 def check_accept(
     draft: Tensor,
     target: Tensor,
@@ -128,6 +136,48 @@ def check_accept(
         raise ValueError(f"accept: drafted is {drafted!r}; it must be a whole number from 0 to {most}.")
     if out is not None:
         check_tensor("accept", "out", out, (3,), torch.int64, device)
+
+
+def check_walk(
+    draft: Tensor,
+    target: Tensor,
+    ancestors: Tensor,
+    stop_tokens: Tensor,
+    length: int | Tensor,
+    limit: int | Tensor,
+    confidence: Tensor | None,
+    out: Walk | None,
+) -> None:
+    """Raise where the arguments of ``walk`` do not fit each other."""
+    device, rows = draft.device, draft.numel() + 1
+    tokens = {"draft": (draft, rows - 1), "target": (target, rows), "stop_tokens": (stop_tokens, stop_tokens.numel())}
+    results = (
+        {} if out is None else {"decision": (out.decision, 3), "path": (out.path, rows), "tokens": (out.tokens, rows)}
+    )
+    for name, (tensor, size) in (tokens | results).items():
+        check_tensor("walk", name, tensor, (size,), torch.int64, device)
+    check_ancestors("walk", ancestors, rows, device)
+    check_count("walk", "length", length, device)
+    check_count("walk", "limit", limit, device)
+    if not isinstance(length, Tensor) and not isinstance(limit, Tensor) and limit < length:
+        raise ValueError(f"walk: limit is {limit}; it must not be below the length, {length}.")
+    if confidence is not None:
+        check_tensor("walk", "confidence", confidence, (rows,), torch.float32, device)
+
+
+def check_straighten(path: Tensor, position: int | Tensor, store: Tensor) -> None:
+    """Raise where the arguments of ``straighten`` do not fit each other."""
+    check_tensor("straighten", "path", path, (path.numel(),), torch.int64, store.device)
+    check_count("straighten", "position", position, store.device)
+    if store.ndim != 3 or (store.stride(2) != 1 and store.shape[2] > 1) or len(path) > MAX_ROWS:
+        raise ValueError(
+            f"straighten: the path is [{len(path)}], the store {list(store.shape)} with strides {store.stride()}; they "
+            f"must be a path of at most {MAX_ROWS} rows and [B, T, K], the last stride 1."
+        )
+    if not isinstance(position, Tensor) and position + len(path) > store.shape[1]:
+        raise ValueError(
+            f"straighten: position {position} with {len(path)} rows is outside of the {store.shape[1]} of the store."
+        )
 
 
 def check_commit_counts(

@@ -67,6 +67,7 @@ class Queries(NamedTuple):
         heads: H.
         row_stride: from row to row.
         head_stride: from head to head.
+        ancestors_ptr: ``[M]`` int32, the rows of a tree that each row sees; None where the rows are a chain.
     """
 
     ptr: tl.tensor
@@ -74,6 +75,7 @@ class Queries(NamedTuple):
     heads: tl.tensor
     row_stride: tl.tensor
     head_stride: tl.tensor
+    ancestors_ptr: tl.tensor | None
 
 
 class Cache(NamedTuple):
@@ -213,6 +215,7 @@ class Noise(NamedTuple):
         position: int64, of the first row's new token.
         temperature: float32.
         tokens_ptr: ``[V]`` int32, the token of each of the head's rows; None where a row's number is its token.
+        ancestors_ptr: ``[M]`` int32, the rows of a tree that each row sees; None where the rows are a chain.
     """
 
     seed: tl.tensor
@@ -220,3 +223,4 @@ class Noise(NamedTuple):
     position: tl.tensor
     temperature: tl.tensor
     tokens_ptr: tl.tensor | None
+    ancestors_ptr: tl.tensor | None

@@ -18,7 +18,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, DraftVocabulary
 
 from ..errors import KangarooError
-from ..target.cache import KVCache
+from ..target.cache import KVCache, Place
 from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, load_config_values, parse_config
 from ..target.llama import DecoderLayer, Llama
@@ -162,7 +162,7 @@ class Adapter:
         self,
         exit_hidden: Tensor,
         cache: KVCache,
-        position: int | Tensor,
+        position: Place,
         states: Tensor | None = None,
         *,
         reach: int | None = None,

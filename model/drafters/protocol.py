@@ -27,7 +27,7 @@ PAPER_DRAFT_CONFIDENCE_THRESHOLD = 0.6
 
 @dataclass(frozen=True)
 class Draft:
-    """k drafted tokens, and the hidden states that verification starts from.
+    """k drafted tokens, a chain or a tree, and the hidden states that verification starts from.
 
     Attributes:
         tokens: ``[k]`` int64; k may be 0.
@@ -36,12 +36,25 @@ class Draft:
         distributions: ``[k, V]`` float32, what each token was drawn from, which rejection sampling needs; None means
             that the drafter is certain of each.
         confidences: of each token, what was held against the threshold; None where the drafter has none.
+        parents: the row that each token follows, for a tree: 0 for the newest token, ``i + 1`` for the draft ``i``,
+            which must come before. None means a chain: 0, 1, 2, ... What ``first_layer`` and all layers below keep of
+            the rows lies in slots that follow each other, in the order of the drafts. Rejection sampling takes a tree's
+            drafts for candidates: the target's own sample decides, with its own distribution.
     """
 
     tokens: Tensor
     hidden: Tensor
     distributions: Tensor | None = None
     confidences: tuple[float, ...] | None = None
+    parents: tuple[int, ...] | None = None
+
+    @property
+    def masks(self) -> list[int]:
+        """``ancestors`` of each row (``kangaroo_kernels/reference/ancestors.py``)."""
+        masks = [1]
+        for row, parent in enumerate(self.parents or range(len(self.tokens)), start=1):
+            masks.append(masks[parent] | 1 << row)
+        return masks
 
 
 class Stage(NamedTuple):
@@ -65,6 +78,8 @@ class Drafter(Protocol):
         num_speculative_tokens: the most drafts a step, 1 to 15, where the caller names no number.
         draft_confidence_threshold: the confidence below which drafting stops, 0 to 1, where the caller names none. What
             the confidence is, each drafter decides for itself.
+        tree: the most drafts of a tree, 1 to 15; 0 for a drafter of chains. ``num_speculative_tokens`` then bounds the
+            length of its branches.
         auto: whether both are starting points where the caller names neither, and the loop led by the host finds
             better ones while it decodes (``loop/pace.py``); it may then ask for no draft for a long time. The resident
             loop does so only where the caller asks for it.
@@ -73,6 +88,7 @@ class Drafter(Protocol):
     first_layer: int = 0
     num_speculative_tokens: int = PAPER_NUM_SPECULATIVE_TOKENS
     draft_confidence_threshold: float = PAPER_DRAFT_CONFIDENCE_THRESHOLD
+    tree: int = 0
     auto: bool = False
 
     def new_memory(self) -> Any:
@@ -107,9 +123,23 @@ class Drafter(Protocol):
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
         """Draft at most ``most`` tokens after the newest one, for the loop led by the host.
 
+        A tree may have up to 15 of them, and no branch longer than ``most``.
         ``most`` may be 0; ``hidden`` has a row for the newest token all the same.
         """
         raise NotImplementedError
+
+    def straighten(self, text: "TextState", path: Tensor, position: int | Tensor) -> None:
+        """The target took a path through a tree that was proposed: move what memory holds of its rows.
+
+        It goes where a chain of the same tokens would have left it; the loop does the same with the target's cache. On
+        the loop led by the host, ``commit`` follows.
+
+        Args:
+            text: as it was when the tree was proposed.
+            path: ``[R + 1]`` int64, the rows in the order of the text, as ``walk`` gives them.
+            position: of row 0, the newest token; ``[1]`` int64 on the device, where nothing may ask the host.
+        """
+        return None
 
     def commit(self, text: "TextState", count: int) -> None:
         """Roll back to the text, whose last ``count`` tokens have just been committed; for the loop led by the host.

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.nn.functional import one_hot
 
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
@@ -18,6 +19,7 @@ from ..request import Request
 from ..results import Commit
 from ..sampling import Choice, Chooser
 from ..spans import span
+from ..target.cache import Branches, Place
 from ..target.llama import Llama
 from .pace import Fixed, Limits, Pace
 from .state import TextState, not_finite
@@ -72,13 +74,16 @@ def kangaroo_steps(
     while (remaining := request.length - len(text.tokens)) > 0:
         limits = pace.limits(remaining - 1)
         draft = drafter.propose(text, chooser, *limits)
-        check_draft(drafter, draft, limits.most)
+        check_draft(drafter, text, draft, limits.most)
         with span("kangaroo/verify"):
             wanted = verify(target, drafter.first_layer, text, chooser, draft)
         with span("kangaroo/accept"):
             before = len(text.tokens)
             drafts = draft.tokens[: len(wanted.token) - 1]
-            decision = accept(drafts, wanted.token, stops, before, request.length, confidence=wanted.confidence)
+            if draft.parents is None or not len(drafts):
+                decision = accept(drafts, wanted.token, stops, before, request.length, confidence=wanted.confidence)
+            else:
+                decision, wanted = walk(target, drafter, text, draft, wanted, (stops, before, request.length))
             agreed, reached, stopped = decision.tolist()
         if reached == before:
             raise not_finite(text, target.dtype)
@@ -99,10 +104,46 @@ def kangaroo_steps(
             return
 
 
-def check_draft(drafter: Drafter, draft: Draft, most: int) -> None:
+def walk(
+    target: Llama,
+    drafter: Drafter,
+    text: TextState,
+    draft: Draft,
+    wanted: Choice,
+    bounds: tuple[Tensor, int, int],
+) -> tuple[Tensor, Choice]:
+    """The target's way through a tree, as if its rows had been a chain: the decision, and the target's tokens.
+
+    ``bounds`` are the stop tokens, the length of the text and the most that it may have.
+    """
+    ancestors = torch.tensor(draft.masks, dtype=torch.int32, device=target.device)
+    found = target.backend.walk(draft.tokens, wanted.token, ancestors, *bounds, confidence=wanted.confidence)
+    target.backend.straighten(found.path, text.newest, text.cache.rows)
+    drafter.straighten(text, found.path, text.newest)
+    logits = None if wanted.logits is None else wanted.logits[found.path]
+    return found.decision, Choice(found.tokens, wanted.confidence[found.path], logits)
+
+
+def check_draft(drafter: Drafter, text: TextState, draft: Draft, most: int) -> None:
     """Raise unless a draft has the form that verification goes on from."""
     count, rows = len(draft.tokens), len(draft.hidden)
-    if count > most or rows != count + 1:
+    if draft.parents is not None:
+        parents, name = draft.parents, type(drafter).__name__
+        fits = len(parents) == count == rows - 1 <= MAX_SPECULATIVE_TOKENS
+        if not fits or not all(0 <= parent <= row for row, parent in enumerate(parents)):
+            raise KangarooError(
+                f"{name}.propose gave {count} tokens, {rows} rows and the parents {parents}; it may give up to "
+                f"{MAX_SPECULATIVE_TOKENS} tokens, a row for the newest token and for each of them, and for each an "
+                "earlier row that it follows."
+            )
+        longest = max(mask.bit_count() for mask in draft.masks) - 1
+        if longest > most:
+            raise KangarooError(f"{name}.propose gave a branch of {longest} tokens; it may give up to {most}.")
+        if text.cache.dtype != draft.hidden.dtype:
+            raise KangarooError(f"{name}.propose gave a tree; with kv_dtype='float16' it may give chains alone.")
+        if not callable(getattr(drafter, "straighten", None)):
+            raise KangarooError(f"{name} has no straighten(), which trees need; derive it from Drafter.")
+    elif count > most or rows != count + 1:
         raise KangarooError(
             f"{type(drafter).__name__}.propose gave {count} tokens and {rows} rows; it may give up to {most} tokens, "
             "and must give a row for the newest token and for each of them."
@@ -117,15 +158,19 @@ def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, d
 
     The layers below ``first_layer`` are not run again; the others and the LM head run over all positions at once.
     """
-    config, weights = target.config, target.weights
-    text.final = target.run(draft.hidden, text.cache, text.newest, first_layer, config.num_hidden_layers)
+    config, weights, ancestors = target.config, target.weights, None
+    where: Place = text.newest
+    if draft.parents:
+        ancestors = torch.tensor(draft.masks, dtype=torch.int32, device=target.device)
+        where = Branches(text.newest, ancestors)
+    text.final = target.run(draft.hidden, text.cache, where, first_layer, config.num_hidden_layers)
     head = (text.final, weights.norm, weights.head, config.rms_norm_eps, text.newest + 1)
-    if chooser.sampling.rejects:
+    if chooser.sampling.rejects and ancestors is None:
         certain = one_hot(draft.tokens, config.vocab_size).float()
         distributions = certain if draft.distributions is None else draft.distributions
         choice = chooser.target_or_draft(*head, draft.tokens, distributions)
     else:
-        choice = chooser.target(*head, drafted=draft.tokens.tolist())
+        choice = chooser.target(*head, drafted=draft.tokens.tolist(), ancestors=ancestors)
     if len(draft.tokens) and math.isnan(choice.confidence[0].item()):
         return verify(target, first_layer, text, chooser, Draft(draft.tokens[:0], draft.hidden[:1]))
     return choice

@@ -1,5 +1,7 @@
 """The static KV cache. Its length lives with the text, so rolling back moves a number and copies nothing."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,12 +19,30 @@ def roomy(length: int) -> int:
     return -(-length // granule) * granule
 
 
+class Branches(NamedTuple):
+    """Where rows of a tree lie, in the place of a chain's first position.
+
+    Attributes:
+        position: the cache's slot of the first row; those of the others follow.
+        ancestors: ``[M]`` int32, the rows of the tree that each row sees, which also say where it stands in the text
+            (``kangaroo_kernels/reference/ancestors.py``).
+    """
+
+    position: int | Tensor
+    ancestors: Tensor
+
+
+Place = int | Tensor | Branches
+"""Where rows in flight lie: a chain's first position, or a tree's."""
+
+
 class KVCache:
     """Keys and values of ``layers`` attention layers, and the RoPE phases of their positions.
 
     Attributes:
         keys: one ``[H_kv, capacity, D]`` per layer; rows beyond the text's length hold old values.
         values: as ``keys``.
+        rows: both of all layers, ``[2 * layers * H_kv, capacity, D]``.
         phases: ``[capacity, 1, D / 2]`` complex64, made again only when a text needs more of them or other ones.
         arrivals: ``[H]`` int32, what the kernel of ``attention`` counts in. The layers of a text run one after the
             other, so they share it; no other text does. It is 0 between launches.
@@ -34,6 +54,7 @@ class KVCache:
         self.capacity = self._scaled_for = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.rows = torch.empty(0, 0, 0)
         self.phases = torch.empty(0)
         self.arrivals = torch.zeros(config.num_attention_heads, dtype=torch.int32, device=device)
 
@@ -69,8 +90,10 @@ class KVCache:
     def _grow(self, capacity: int, keep: int) -> None:
         old = [*self.keys, *self.values] if keep else []
         self.keys, self.values, self.capacity = [], [], 0  # where nothing is kept, the old memory goes first
+        self.rows = torch.empty(0, 0, 0)
         heads, head_dim = self.shape
         store = torch.empty(2, self.layers, heads, capacity, head_dim, device=self.device, dtype=self.dtype)
         for new, kept in zip(store.flatten(0, 1), old, strict=False):
             new[:, :keep] = kept[:, :keep]
         self.keys, self.values, self.capacity = list(store[0].unbind()), list(store[1].unbind()), capacity
+        self.rows = store.flatten(0, 2)

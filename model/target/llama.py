@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from kangaroo_kernels.reference.top1_head import lm_head
 
 from ..backend import REFERENCES, Backend
-from .cache import KVCache
+from .cache import Branches, KVCache, Place
 from .config import LlamaConfig
 from .weights import LayerWeights, TargetWeights
 
@@ -32,7 +33,7 @@ class DecoderLayer:
         hidden: Tensor,
         cache: KVCache,
         layer: int,
-        position: int | Tensor,
+        position: Place,
         *,
         reach: int | None = None,
         active: Tensor | None = None,
@@ -41,11 +42,13 @@ class DecoderLayer:
         """``[M, hidden]`` to the same; appends M rows to that layer of the cache."""
         attention, mlp, operations = self.weights.attention, self.weights.mlp, self.backend.for_rows(hidden.shape[0])
         caches = cache.keys[layer], cache.values[layer]
+        first, ancestors = position if isinstance(position, Branches) else (position, None)
+        where: dict[str, Any] = {"ancestors": ancestors, "active": active}
         q = operations.qkv_rope(
-            hidden, attention.norm, attention.qkv, cache.phases, *caches, position, eps=self.eps, active=active
+            hidden, attention.norm, attention.qkv, cache.phases, *caches, first, eps=self.eps, **where
         )
         mixed = operations.attention(
-            q, *caches, position, scale=self.scale, max_length=reach, active=active, arrivals=cache.arrivals
+            q, *caches, first, scale=self.scale, max_length=reach, arrivals=cache.arrivals, **where
         )
         attended = out if mlp is None else None
         hidden = operations.linear_residual(mixed, attention.output, hidden, active=active, out=attended)
@@ -95,7 +98,7 @@ class Llama:
         self,
         hidden: Tensor,
         cache: KVCache,
-        position: int | Tensor,
+        position: Place,
         first: int,
         last: int,
         *,
@@ -108,7 +111,8 @@ class Llama:
         Args:
             hidden: ``[M, hidden]``.
             cache: the keys and values of all layers; M rows are appended to those that run.
-            position: of the first token; a tensor ``[1]`` int64 where the host does not know it.
+            position: of the first token; a tensor ``[1]`` int64 where the host does not know it; ``Branches`` for
+                tokens of a tree, whose positions do not follow each other.
             first: the first layer to run.
             last: the one after the last.
             reach: bound of ``position + M`` where the host does not know it; None means the cache's capacity.

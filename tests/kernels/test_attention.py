@@ -363,7 +363,7 @@ def merge_kernel(sums_ptr, stats_ptr, out_ptr, position, rows, heads, splits, gr
         Work(0, tl.program_id(0), tl.program_id(1), 0),
         position,
         splits,
-        Queries(None, rows, heads, 0, 0),
+        Queries(None, rows, heads, 0, 0, None),
         Parts(sums_ptr, stats_ptr, None, out_ptr, heads * dim),
         Heads(group, dim, 16, 16),
     )
