@@ -155,10 +155,10 @@ def rows_are_alike(group: int, head_dim: int) -> bool:
     most, generator, scale = 16, torch.Generator().manual_seed(0), head_dim**-0.5
     for position in (0, SUMMED - 7, 2 * SUMMED - 1):
         q = torch.randn(most, 2 * group, head_dim, generator=generator)
-        caches = torch.randn(2, 2, position + most, head_dim, generator=generator).half()
-        alone = [attention(q[row : row + 1], *caches, position + row, scale=scale) for row in range(most)]
+        keys, values = torch.randn(2, 2, position + most, head_dim, generator=generator).half()
+        alone = [attention(q[row : row + 1], keys, values, position + row, scale=scale) for row in range(most)]
         for rows in (2, 3, 5, most):
-            if not torch.equal(attention(q[:rows], *caches, position, scale=scale), torch.cat(alone[:rows])):
+            if not torch.equal(attention(q[:rows], keys, values, position, scale=scale), torch.cat(alone[:rows])):
                 return False
     return True
 

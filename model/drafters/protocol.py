@@ -196,7 +196,7 @@ def check_drafter(drafter: Any, target: "Llama") -> None:
             f"this {type(drafter).__name__} was made for another target; make one for the target that it drafts for."
         )
     name, layers, most = type(drafter).__name__, target.config.num_hidden_layers, MAX_SPECULATIVE_TOKENS
-    for method in ("new_memory", "keep", "prefill", "commit", "attach", "observations"):
+    for method in ("new_memory", "keep", "prefill", "commit", "attach"):
         if not callable(getattr(drafter, method, None)):
             raise KangarooError(f"{name} has no {method}(); derive it from Drafter, which has one that does nothing.")
     first, drafts = getattr(drafter, "first_layer", None), getattr(drafter, "num_speculative_tokens", None)

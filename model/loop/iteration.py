@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..drafters.protocol import Drafter, Stage
+from ..drafters.protocol import Drafter, Stage, provides
 from ..request import Request
 from ..sampling import Chooser
 from ..spans import span
@@ -67,7 +67,7 @@ class Iteration:
         if self.drafter is not None:
             yield from self.drafter.stages(self, reach)
         yield Stage("kangaroo/verify", partial(self.verify, reach))
-        if self.drafter is not None:
+        if self.drafter is not None and provides(self.drafter, "observations"):
             yield from self.drafter.observations(self)
         yield Stage("kangaroo/accept", self.accept)
         yield Stage("kangaroo/commit", self.commit)
