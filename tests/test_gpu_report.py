@@ -235,6 +235,12 @@ def test_a_part_keeps_what_it_found_however_it_ends(script, wanted, part):
     assert "doing" not in left and ("at" in left) == (left["status"] != "done")
 
 
+def test_what_a_part_finds_is_in_the_reports_folder_at_once(part, tmp_path):
+    left = part("print(json.loads(sys.argv[-1])['piece'], flush=True); raise SystemExit(1)")
+    assert left["output"] == [str(tmp_path / runner.UNDER_WAY)]
+    assert not (tmp_path / runner.UNDER_WAY).exists(), "then it is in the report"
+
+
 def test_a_part_that_hangs_writes_what_it_has_and_is_ended_with_its_children(part, tmp_path):
     script = f"""
 deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(300)"

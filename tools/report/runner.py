@@ -21,6 +21,9 @@ WORKER = (sys.executable, "-m", "report.runner")
 GRACE = 8.0
 """Seconds that a part has beyond its limit, and then again to write what it found after it was interrupted."""
 
+UNDER_WAY = "under_way.json"
+"""In the report's folder: what a part has found so far. It stays there if the report itself is killed."""
+
 TAIL = 15
 """Last lines of a failed part's output that the report shows."""
 
@@ -54,7 +57,8 @@ def run_part(part: Part, seconds: float, plan: Job) -> dict[str, Any]:
         it was ``at``, and for one that failed its ``output``, the last lines.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        piece, log, compiled = (Path(scratch) / name for name in ("piece.json", "log", "compiled"))
+        piece, log, compiled = plan.folder / UNDER_WAY, Path(scratch) / "log", Path(scratch) / "compiled"
+        piece.unlink(missing_ok=True)
         told = json.dumps(asdict(replace(plan, piece=piece, seconds=seconds)), default=str)
         compiled.touch()
         began = time.monotonic()
@@ -76,6 +80,7 @@ def run_part(part: Part, seconds: float, plan: Job) -> dict[str, Any]:
                 _signal(process, signal.SIGKILL)
                 process.wait()
         names, found = compiled.read_text(encoding="utf-8").split(), read_json(piece)
+        piece.unlink(missing_ok=True)
         found |= {"compiled": len(names), "compiled_names": sorted(set(names))}
         found |= {"status": status, "seconds": round(time.monotonic() - began, 1), "limit": round(seconds, 1)}
         doing = found.pop("doing", None)
