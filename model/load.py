@@ -10,6 +10,7 @@ from kangaroo_kernels.reference.attention import rows_are_alike
 from .backend import load_backend
 from .drafters.adapter import Adapter, load_adapter_config
 from .errors import KangarooError
+from .loop.threads import own_state
 from .named import find_pair
 from .target.checkpoint import Checkpoint, open_folder
 from .target.config import DTYPES, LlamaConfig
@@ -144,9 +145,9 @@ def resolve_kv_dtype(
         raise KangarooError(f"kv_dtype is for a CPU's float32 arithmetic, this model computes in {kept}; leave it out.")
     if precision != torch.float16:
         raise KangarooError("kv_dtype='float16' goes with weights that are rounded alike; give dtype='float16', too.")
-    if "fbgemm" not in torch.backends.quantized.supported_engines or not rows_are_alike(
-        config.num_attention_heads // config.num_key_value_heads, config.head_dim
-    ):
+    with own_state(torch.device("cpu")):
+        alike = rows_are_alike(config.num_attention_heads // config.num_key_value_heads, config.head_dim)
+    if not alike or "fbgemm" not in torch.backends.quantized.supported_engines:
         raise KangarooError(
             "kv_dtype='float16' needs products that give a row the same bits in any pass, which this processor's "
             "libraries do not; leave it out."

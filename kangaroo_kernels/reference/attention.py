@@ -10,7 +10,7 @@ A cache may be of another dtype than the queries: float16 beside float32. It is 
 bytes come from memory, and every product and sum is a float32 one.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -152,10 +152,10 @@ def rows_are_alike(group: int, head_dim: int) -> bool:
 
     ``group`` is the number of query heads that share a key-value head.
     """
-    most, generator, scale = 16, torch.Generator().manual_seed(0), head_dim**-0.5
+    most, scale, random = 16, head_dim**-0.5, partial(torch.randn, generator=torch.Generator().manual_seed(0))
     for position in (0, SUMMED - 7, 2 * SUMMED - 1):
-        q = torch.randn(most, 2 * group, head_dim, generator=generator)
-        keys, values = torch.randn(2, 2, position + most, head_dim, generator=generator).half()
+        q = random(most, 2 * group, head_dim, dtype=torch.float32)
+        keys, values = random(2, 2, position + most, head_dim).half().unbind()
         alone = [attention(q[row : row + 1], keys, values, position + row, scale=scale) for row in range(most)]
         for rows in (2, 3, 5, most):
             if not torch.equal(attention(q[:rows], keys, values, position, scale=scale), torch.cat(alone[:rows])):

@@ -89,7 +89,7 @@ class KangarooWithLookup(KangarooDrafter):
         adapter: trained for it.
     """
 
-    stages = Drafter.stages  # none: the loop on the device cannot run it
+    stages = Drafter.stages  # type: ignore[assignment]  # none: the loop on the device cannot run it
 
     def __init__(self, target: Llama, adapter: Adapter) -> None:
         super().__init__(target, adapter)

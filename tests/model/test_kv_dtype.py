@@ -9,6 +9,7 @@ from drafters import Scripted, oracle, with_drafter
 from pairs import make_adapter, make_target
 from safetensors.torch import load_file, save_file
 from test_bad_input import refuse
+from test_load import STATES
 from test_not_finite import until_it_fails
 
 from kangaroo_kernels import Kangaroo
@@ -142,6 +143,14 @@ def test_a_draft_that_overflows_changes_nothing(loud):
 def test_what_it_cannot_be_is_said_before_the_weights(pair, monkeypatch, settings, words):
     monkeypatch.setattr(load, "load_target", lambda *_, **__: pytest.fail("the weights were loaded"))
     refuse(lambda: pair.load(device="cpu", **settings), "kv_dtype", *words)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_callers_torch_state_decides_nothing(pair, kangaroo, state):
+    reference.rows_are_alike.cache_clear()
+    with STATES[state]():
+        loaded = pair.load(device="cpu", **HALF)
+    assert torch.equal(loaded.logits(PROMPTS[1]), kangaroo.logits(PROMPTS[1]))
 
 
 def test_a_machine_that_does_not_keep_bits_is_refused(pair, monkeypatch):
