@@ -1,10 +1,11 @@
 """The pictures of ``experiments.py``, each of its record's rows."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_kernels.model.evaluation.plots import BLUE, DPI, GREY, ORANGE, draw_bars, new_axes
+from kangaroo_kernels.model.evaluation.plots import BLUE, DPI, GREY, INK, ORANGE, draw_bars, new_axes
 from kangaroo_kernels.model.evaluation.statistics import Estimate, Row
 
 Records = Sequence[dict[str, Any]]
@@ -81,10 +82,12 @@ def lines_by_temperature(records: Records, speed: str) -> Any:
             (axes[0], "fresh_acceptance_length", ":", f"{rule}, without loops"),
             (axes[1], speed, "-", rule),
         ):
-            estimates = [Estimate(**record[name]) for record in chosen]
-            panel.plot(heats, [each.value for each in estimates], style, color=colour, marker="o", label=label)
+            values, low, high = (
+                [math.nan if record[name][end] is None else record[name][end] for record in chosen]
+                for end in ("value", "low", "high")
+            )
+            panel.plot(heats, values, style, color=colour, marker="o", label=label)
             if style == "-":
-                low, high = ([getattr(each, end) for each in estimates] for end in ("low", "high"))
                 panel.fill_between(heats, low, high, color=colour, alpha=0.15, linewidth=0)
     axes[0].set(ylabel="tokens a step")
     axes[1].set(ylabel=SPEEDS[speed])
@@ -100,10 +103,29 @@ def bars(records: Records, speed: str) -> Any:
     rows = as_rows(records)
     figure, axes = new_axes(1.6 + 0.36 * len(rows), columns=2, width=9)
     draw_bars(axes[0], rows, lambda row: row.mean_acceptance_length)
-    axes[0].plot([row.fresh_acceptance_length.value for row in rows], range(len(rows)), "D", color=ORANGE, markersize=5)
+    places = [place for place, row in enumerate(rows) if row.fresh_acceptance_length.value is not None]
+    fresh = [rows[place].fresh_acceptance_length.value for place in places]
+    axes[0].plot(fresh, places, "D", color=ORANGE, markersize=5)
     draw_bars(axes[1], rows, lambda row: getattr(row, speed))
     axes[0].set(xlabel="tokens a step\n(diamonds: without the steps in loops)")
     axes[1].set(xlabel=SPEEDS[speed], yticklabels=[])
+    return figure
+
+
+def lines_by_exit(records: Records, speed: str) -> Any:
+    """Tokens a step and speed over the exit layer, with intervals."""
+    rows = as_rows(records)
+    exits = [int(row.category.split()[-1]) for row in rows]
+    figure, axes = new_axes(columns=2, width=9)
+    for panel, name, title in ((axes[0], "mean_acceptance_length", "tokens a step"), (axes[1], speed, SPEEDS[speed])):
+        estimates = [getattr(row, name) for row in rows]
+        panel.plot(exits, [each.value for each in estimates], color=BLUE, marker="o")
+        for place, each in zip(exits, estimates, strict=True):
+            if each.low is not None:
+                panel.plot([place, place], [each.low, each.high], color=BLUE, alpha=0.5)
+        panel.set(xlabel="exit layer", ylabel=title, xticks=exits)
+        panel.grid(color="#dddddd")
+    axes[1].axhline(1, color=INK, linewidth=0.8, linestyle=":")
     return figure
 
 
@@ -113,4 +135,6 @@ PICTURES: dict[str, Callable[[Records, str], Any]] = {
     "temperature": lines_by_temperature,
     "domains": bars,
     "adapters": bars,
+    "exits": lines_by_exit,
+    "forms": bars,
 }
