@@ -103,9 +103,7 @@ def bars(records: Records, speed: str) -> Any:
     rows = as_rows(records)
     figure, axes = new_axes(1.6 + 0.36 * len(rows), columns=2, width=9)
     draw_bars(axes[0], rows, lambda row: row.mean_acceptance_length)
-    places = [place for place, row in enumerate(rows) if row.fresh_acceptance_length.value is not None]
-    fresh = [rows[place].fresh_acceptance_length.value for place in places]
-    axes[0].plot(fresh, places, "D", color=ORANGE, markersize=5)
+    axes[0].plot([row.fresh_acceptance_length.value for row in rows], range(len(rows)), "D", color=ORANGE, markersize=5)
     draw_bars(axes[1], rows, lambda row: getattr(row, speed))
     axes[0].set(xlabel="tokens a step\n(diamonds: without the steps in loops)")
     axes[1].set(xlabel=SPEEDS[speed], yticklabels=[])
@@ -121,8 +119,7 @@ def lines_by_exit(records: Records, speed: str) -> Any:
         estimates = [getattr(row, name) for row in rows]
         panel.plot(exits, [each.value for each in estimates], color=BLUE, marker="o")
         for place, each in zip(exits, estimates, strict=True):
-            if each.low is not None:
-                panel.plot([place, place], [each.low, each.high], color=BLUE, alpha=0.5)
+            panel.plot([place, place], [each.low, each.high], color=BLUE, alpha=0.5)
         panel.set(xlabel="exit layer", ylabel=title, xticks=exits)
         panel.grid(color="#dddddd")
     axes[1].axhline(1, color=INK, linewidth=0.8, linestyle=":")

@@ -211,7 +211,7 @@ def main(
             "speed": "speedup" if torch.cuda.is_available() else "processor_speedup",
         }
         record = begin(header, out / f"{experiment}.json")
-        folders: Adapters = {str(folder): folder for folder in adapter or [None]}
+        folders: Adapters = {str(folder): folder for folder in adapter} if adapter else {"its own": None}
         if data:
             folders = dict(experiment_adapters.train(experiment, model, data, steps, out / experiment))
         points = list(EXPERIMENTS[experiment](folders, asked))
