@@ -130,6 +130,8 @@ REFUSALS = {
     "compare_binaries HEAD --model gpt": "no model is called gpt; there are ",
     "experiments dinner --out {}": "there is no experiment 'dinner'; there are drafting, ",
     "experiments adapters --out {}": "'adapters' takes several --adapter, any other experiment at most one.",
+    "experiments exits --out {}": "exits and forms train their adapters on --data, which no other experiment takes.",
+    "experiments domains --out {} --data x": "exits and forms train their adapters on --data",
     "experiments domains --out {} --model nowhere": "nowhere",
     "gpu_report": "this needs a CUDA GPU and there is none here; --smoke --out DIR runs it without one.",
     "gpu_report --only decode,tset": "there is no part called 'tset'; there are environment, tests, ",

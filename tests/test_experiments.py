@@ -1,9 +1,12 @@
 """``tools/experiments.py``: the points of each experiment, a record that goes on where it stopped, and a picture."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
+import experiment_adapters
+import experiment_pictures
 import experiments
 import pytest
 import typer
@@ -29,7 +32,7 @@ def run(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         app = typer.Typer()
         app.command()(experiments.main)
         given = ["--out", tmp_path / "out", "--model", pair.target, "--questions", questions, "--max-new-tokens", 8]
-        adapters = [] if "--adapter" in more else ["--adapter", pair.adapter]
+        adapters = [] if {"--adapter", "--data"} & {*more} else ["--adapter", pair.adapter]
         done = CliRunner().invoke(app, [experiment, *map(str, [*given, *adapters, *more])])
         record, picture = (tmp_path / "out" / f"{experiment}.{kind}" for kind in ("json", "png"))
         drew = picture.exists() and picture.read_bytes().startswith(b"\x89PNG")
@@ -64,6 +67,43 @@ def test_adapters_stand_beside_each_other(pair: Pair, run: Any) -> None:
     first, second = record["rows"]
     assert [first["category"], second["category"]] == [str(pair.adapter), str(again)]
     assert first["acceptance_histogram"] == second["acceptance_histogram"]
+
+
+def test_adapters_are_trained_and_compared(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same data; what is trained already is not trained again."""
+    data, trained = tmp_path / "data.txt", []
+    data.write_text("".join(random.Random(0).choices("ABCDEFGHIJ", k=4000)))
+    train = experiment_adapters.train_adapters
+    monkeypatch.setattr(
+        experiment_adapters, "train_adapters", lambda runs, report: (trained.append(len(runs)), train(runs, report))
+    )
+    more = ("--data", data, "--steps", 2, "--per-category", 1)
+    code, exits, drew = run("exits", *more)
+    assert (code, drew, [each["category"] for each in exits["rows"]]) == (0, True, ["exit 1", "exit 2"])
+    code, forms, drew = run("forms", *more)
+    assert (code, drew, len(forms["rows"])) == (0, True, 4)
+    configs = [json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "forms").glob("*/config.json"))]
+    found = [
+        (each.get("draft_vocab_size"), each.get("mlp"), each["num_key_value_heads"], each["exit_layer"])
+        for each in configs
+    ]
+    assert found == [(16, False, 2, 2), (None, True, 2, 2), (None, False, 2, 2), (None, False, 4, 2)]
+    assert trained == [2, 1, 1, 1, 1]  # the exits in one run
+    (tmp_path / "out" / "exits.json").unlink()
+    assert run("exits", *more)[0] == 0 and len(trained) == 5
+
+
+def test_pictures_of_what_cannot_be_said() -> None:
+    """One question has no interval; where every step is in a loop, nothing is fresh."""
+    file = Path(experiments.__file__).parents[1] / "bench" / "results" / "cpu" / "experiment_temperature.json"
+    points = json.loads(file.read_text())["rows"]
+    for place, point in enumerate(points):
+        point["category"] = f"exit {place}"
+        for figure in ("mean_acceptance_length", "speedup"):
+            point[figure] |= {"low": None, "high": None}
+        point["fresh_acceptance_length"] = {"value": None, "low": None, "high": None}
+    for name in ("temperature", "domains", "exits"):
+        assert experiment_pictures.PICTURES[name](points, "speedup")
 
 
 def test_a_stopped_experiment_goes_on(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
 """The pictures of ``experiments.py``, each of its record's rows."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kangaroo_kernels.model.evaluation.plots import BLUE, DPI, GREY, ORANGE, draw_bars, new_axes
+from kangaroo_kernels.model.evaluation.plots import BLUE, DPI, GREY, INK, ORANGE, draw_bars, new_axes
 from kangaroo_kernels.model.evaluation.statistics import Estimate, Row
 
 Records = Sequence[dict[str, Any]]
@@ -81,10 +82,12 @@ def lines_by_temperature(records: Records, speed: str) -> Any:
             (axes[0], "fresh_acceptance_length", ":", f"{rule}, without loops"),
             (axes[1], speed, "-", rule),
         ):
-            estimates = [Estimate(**record[name]) for record in chosen]
-            panel.plot(heats, [each.value for each in estimates], style, color=colour, marker="o", label=label)
+            values, low, high = (
+                [math.nan if record[name][end] is None else record[name][end] for record in chosen]
+                for end in ("value", "low", "high")
+            )
+            panel.plot(heats, values, style, color=colour, marker="o", label=label)
             if style == "-":
-                low, high = ([getattr(each, end) for each in estimates] for end in ("low", "high"))
                 panel.fill_between(heats, low, high, color=colour, alpha=0.15, linewidth=0)
     axes[0].set(ylabel="tokens a step")
     axes[1].set(ylabel=SPEEDS[speed])
@@ -107,10 +110,28 @@ def bars(records: Records, speed: str) -> Any:
     return figure
 
 
+def lines_by_exit(records: Records, speed: str) -> Any:
+    """Tokens a step and speed over the exit layer, with intervals."""
+    rows = as_rows(records)
+    exits = [int(row.category.split()[-1]) for row in rows]
+    figure, axes = new_axes(columns=2, width=9)
+    for panel, name, title in ((axes[0], "mean_acceptance_length", "tokens a step"), (axes[1], speed, SPEEDS[speed])):
+        estimates = [getattr(row, name) for row in rows]
+        panel.plot(exits, [each.value for each in estimates], color=BLUE, marker="o")
+        for place, each in zip(exits, estimates, strict=True):
+            panel.plot([place, place], [each.low, each.high], color=BLUE, alpha=0.5)
+        panel.set(xlabel="exit layer", ylabel=title, xticks=exits)
+        panel.grid(color="#dddddd")
+    axes[1].axhline(1, color=INK, linewidth=0.8, linestyle=":")
+    return figure
+
+
 PICTURES: dict[str, Callable[[Records, str], Any]] = {
     "drafting": heat_maps,
     "positions": lines_by_position,
     "temperature": lines_by_temperature,
     "domains": bars,
     "adapters": bars,
+    "exits": lines_by_exit,
+    "forms": bars,
 }

@@ -1,6 +1,7 @@
 """The paper's questions, asked of any pair: one command, one record and one picture each.
 
     python tools/experiments.py drafting --out DIR [--model smollm2 --adapter FOLDER]
+    python tools/experiments.py exits --out DIR --model smollm2 --data data.jsonl
 
 In every figure, plain decoding and Kangaroo have written the same texts in turns, as in ``kangaroo eval``. The record
 grows point by point, and a run that was stopped goes on with the same command. docs/experiments.md sets the results
@@ -14,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import experiment_adapters
 import experiment_pictures
 import torch
 import typer
@@ -38,7 +40,8 @@ SEEDS = (0, 1)
 """Of sampled texts; a greedy text is always the same."""
 PAPER = {"num_speculative_tokens": 6, "draft_confidence_threshold": 0.6}
 """The paper's settings on Vicuna-7B, by its authors' README."""
-Adapters = list[Path] | list[None]
+Adapters = dict[str, Path | None]
+"""Folders by the names of their points; None is the model's own adapter."""
 
 
 class Point(NamedTuple):
@@ -59,19 +62,24 @@ class Point(NamedTuple):
     category: str | None = None
 
 
+def own(folders: Adapters) -> Path | None:
+    """The one adapter of an experiment that compares something else."""
+    return next(iter(folders.values()))
+
+
 def drafting(folders: Adapters, _: list[Question]) -> Iterator[Point]:
     """Fixed drafting (threshold 0) and dynamic drafting, over draft lengths and thresholds."""
     for threshold in THRESHOLDS:
         for length in LENGTHS:
             settings = {"num_speculative_tokens": length, "draft_confidence_threshold": threshold}
-            yield Point(f"{length} drafts, threshold {threshold:g}", settings, adapter=folders[0])
+            yield Point(f"{length} drafts, threshold {threshold:g}", settings, adapter=own(folders))
 
 
 def positions(folders: Adapters, _: list[Question]) -> Iterator[Point]:
     """How often a draft is accepted at each position, without a threshold and with the paper's."""
     for threshold in (0.0, PAPER["draft_confidence_threshold"]):
         settings = PAPER | {"draft_confidence_threshold": threshold}
-        yield Point(f"threshold {threshold:g}", settings, adapter=folders[0])
+        yield Point(f"threshold {threshold:g}", settings, adapter=own(folders))
 
 
 def temperature(folders: Adapters, _: list[Question]) -> Iterator[Point]:
@@ -79,24 +87,28 @@ def temperature(folders: Adapters, _: list[Question]) -> Iterator[Point]:
     for rule in ("coupled", "rejection"):
         for heat in TEMPERATURES:
             settings = {"acceptance": rule, "temperature": heat}
-            yield Point(f"{rule}, temperature {heat:g}", settings, SEEDS if heat else SEEDS[:1], folders[0])
+            yield Point(f"{rule}, temperature {heat:g}", settings, SEEDS if heat else SEEDS[:1], own(folders))
 
 
 def domains(folders: Adapters, questions: list[Question]) -> Iterator[Point]:
     """Each category of the questions."""
     for category in dict.fromkeys(question.category for question in questions):
-        yield Point(category, {}, adapter=folders[0], category=category)
+        yield Point(category, {}, adapter=own(folders), category=category)
 
 
 def adapters(folders: Adapters, _: list[Question]) -> Iterator[Point]:
     """Adapters of one model beside each other: exit layers, forms, or stages of a training."""
-    for folder in folders:
-        yield Point(str(folder), {}, adapter=folder)
+    for name, folder in folders.items():
+        yield Point(name, {}, adapter=folder)
 
 
 EXPERIMENTS: dict[str, Callable[[Adapters, list[Question]], Iterator[Point]]] = {
-    each.__name__: each for each in (drafting, positions, temperature, domains, adapters)
+    **{each.__name__: each for each in (drafting, positions, temperature, domains, adapters)},
+    experiment_adapters.EXITS: adapters,
+    experiment_adapters.FORMS: adapters,
 }
+TRAINED = (experiment_adapters.EXITS, experiment_adapters.FORMS)
+"""The experiments that train the adapters that they compare."""
 
 
 def read(questions: Path | None, model: str, experiment: str, per_category: int | None) -> list[Question]:
@@ -121,29 +133,39 @@ def measure(kangaroo: Kangaroo, point: Point, questions: list[Question], max_new
 
 
 @lru_cache(maxsize=1)
-def load(model: str, adapter: Path | None) -> Kangaroo:
+def load(model: str, adapter: Path | None, dtype: str | None) -> Kangaroo:
     """A pair, warm; the last one is kept."""
-    kangaroo = Kangaroo.from_pretrained(model, adapter)
+    kangaroo = Kangaroo.from_pretrained(model, adapter, dtype=dtype)
     warm_up(kangaroo)
     return kangaroo
 
 
-def run(points: list[Point], questions: list[Question], header: dict[str, Any], file: Path) -> list[dict[str, Any]]:
+def begin(header: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The record of an experiment: a new one, or what is there already.
+
+    Raises:
+        KangarooError: the file holds another experiment.
+    """
+    if not file.exists():
+        return header | {"environment": asdict(environment()), "rows": []}
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if {name: record.get(name) for name in header} != header:
+        raise KangarooError(f"{file} holds an experiment with other settings; take a new folder.")
+    return record
+
+
+def run(points: list[Point], questions: list[Question], record: dict[str, Any], file: Path) -> list[dict[str, Any]]:
     """Measure the points that a record lacks, and write it with each; gives the record's rows.
 
     Raises:
-        KangarooError: the file holds another experiment; a model or adapter that cannot be used.
+        KangarooError: a model or adapter that cannot be used.
     """
-    record = header | {"environment": asdict(environment()), "rows": []}
-    if file.exists():
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if {name: record.get(name) for name in header} != header:
-            raise KangarooError(f"{file} holds an experiment with other settings; take a new folder.")
     measured = {each["category"] for each in record["rows"]}
     with training_bars() as report:
         for done, point in enumerate(points, 1):
             if point.name not in measured:
-                found = measure(load(header["model"], point.adapter), point, questions, header["max_new_tokens"])
+                kangaroo = load(record["model"], point.adapter, record.get("dtype"))
+                found = measure(kangaroo, point, questions, record["max_new_tokens"])
                 record["rows"].append({"settings": point.settings, **asdict(found)})
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(file, json.dumps(record, indent=1) + "\n")
@@ -162,12 +184,19 @@ def main(
     questions: Annotated[Path | None, typer.Option(help="A file as for kangaroo eval, instead of our own.")] = None,
     per_category: Annotated[int | None, typer.Option(help="Take this many questions of each category.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 128,
+    dtype: Annotated[str | None, typer.Option(help="As for kangaroo eval.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="What 'exits' and 'forms' train on, as for kangaroo train.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Of each of these trainings.")] = experiment_adapters.STEPS,
 ) -> None:
     """Ask one of the paper's questions of a pair; a stopped run goes on with the same command."""
     if experiment not in EXPERIMENTS:
         refuse(NAME, f"there is no experiment {experiment!r}; there are {', '.join(EXPERIMENTS)}.")
     if (experiment == adapters.__name__) != (len(adapter or ()) > 1):
         refuse(NAME, "'adapters' takes several --adapter, any other experiment at most one.")
+    if (experiment in TRAINED) != bool(data) or (experiment in TRAINED and adapter):
+        refuse(NAME, f"{' and '.join(TRAINED)} train their adapters on --data, which no other experiment takes.")
     try:
         Settings(max_new_tokens)
         asked = read(questions, model, experiment, per_category)
@@ -177,10 +206,16 @@ def main(
             "adapter": None if experiment == adapters.__name__ else adapter and str(adapter[0]),
             "questions": len(asked),
             "max_new_tokens": max_new_tokens,
+            "dtype": dtype,
+            "steps": steps if experiment in TRAINED else None,
             "speed": "speedup" if torch.cuda.is_available() else "processor_speedup",
         }
-        points = list(EXPERIMENTS[experiment](adapter or [None], asked))
-        rows = run(points, asked, header, out / f"{experiment}.json")
+        record = begin(header, out / f"{experiment}.json")
+        folders: Adapters = {str(folder): folder for folder in adapter} if adapter else {"its own": None}
+        if data:
+            folders = dict(experiment_adapters.train(experiment, model, data, steps, out / experiment))
+        points = list(EXPERIMENTS[experiment](folders, asked))
+        rows = run(points, asked, record, out / f"{experiment}.json")
     except (KangarooError, OSError) as error:
         refuse(NAME, str(error))
     except KeyboardInterrupt as stopped:
