@@ -127,6 +127,10 @@ class Drafter(Protocol):
         """
         raise NotImplementedError
 
+    def rows(self, most: int) -> int:
+        """Rows of drafts that an iteration on the device has, for branches of at most ``most`` tokens."""
+        return most
+
     def straighten(self, text: "TextState", path: Tensor, position: int | Tensor) -> None:
         """The target took a path through a tree that was proposed: move what memory holds of its rows.
 
@@ -162,6 +166,9 @@ class Drafter(Protocol):
         1 where another one follows it. ``flags[0]`` is 1 while the text grows; a drafter may lower it, which means that
         it makes no draft. ``buffers.exit_hidden[1 + r]`` holds what layer ``first_layer`` reads for row ``r``: the
         newest token is row 0, draft ``j`` is row ``j + 1``. Rows of drafts that are not made must be finite.
+
+        A drafter of trees (``tree`` above 0) also leaves ``buffers.ancestors``. It has ``rows`` drafts; -1 stands for
+        the token of one that is not made, which follows the row before it. ``flags[j]`` says whether draft ``j`` was.
         """
         raise NotImplementedError
 

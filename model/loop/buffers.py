@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import RECORD_HEAD, Top1
+from kangaroo_kernels.contract import RECORD_HEAD, Top1, Walk
 
 from ..request import Request
 from ..sampling import SamplingTensors
@@ -50,6 +50,8 @@ class Buffers:
         drafts: ``[R]`` tokens and confidences.
         wanted: ``[R + 1]`` tokens and confidences, of which ``accept`` asks only whether they are NaN.
         decision: ``[3]`` int64, what ``accept`` found.
+        ancestors: ``[R + 1]`` int32, of a tree's rows; None for chains.
+        walked: what ``walk`` found in a tree; its tokens are committed then. None for chains.
         report: ``[5 + R + 1 + 1]`` int64: the record of ``commit``, then the error word of ``draft_loop``, 0 where all
             went well.
         threshold: ``[1]`` float32, the confidence below which drafting stops.
@@ -70,6 +72,8 @@ class Buffers:
     report: Tensor
     threshold: Tensor
     sampling: SamplingTensors
+    ancestors: Tensor | None = None
+    walked: Walk | None = None
 
     def position(self, row: int) -> Tensor:
         """``[1]``: the position of a row; -1 is the token before the newest one, R + 1 the place after all drafts."""
@@ -93,7 +97,7 @@ class Buffers:
 
 
 def buffers_for(
-    target: Llama, text: TextState, request: Request, drafts: int, runner: GraphRunner, name: str
+    target: Llama, text: TextState, request: Request, drafts: int, runner: GraphRunner, name: str, tree: bool = False
 ) -> Buffers:
     """The runner's buffers of that name, for at most ``drafts`` drafts a step; they are made on first use."""
     rows, hidden, sampling = drafts + 1, target.config.hidden_size, request.sampling
@@ -111,6 +115,7 @@ def buffers_for(
         confidences = runner.buffer(f"{name}: {field}, confidences", (count,), torch.float32)
         return Top1(numbers(f"{field}, tokens", count), confidences)
 
+    decision = numbers("decision", 3)
     return Buffers(
         text=numbers("text", text.cache.capacity),
         length=numbers("length", 1),
@@ -122,7 +127,7 @@ def buffers_for(
         exit_hidden=states("exit hidden", rows + 1, hidden),
         drafts=top1("drafts", drafts),
         wanted=top1("wanted", rows),
-        decision=numbers("decision", 3),
+        decision=decision,
         report=numbers("report", RECORD_HEAD + rows + 1),
         threshold=real("threshold"),
         sampling=SamplingTensors(
@@ -131,6 +136,8 @@ def buffers_for(
             None if sampling.top_p is None else real("top-p"),
             numbers("seed", 1),
         ),
+        ancestors=runner.buffer(f"{name}: ancestors", (rows,), torch.int32) if tree else None,
+        walked=Walk(decision, numbers("path", rows), numbers("walked tokens", rows)) if tree else None,
     )
 
 
