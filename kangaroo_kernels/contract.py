@@ -50,6 +50,26 @@ class Top1(NamedTuple):
         )
 
 
+class Ranked(NamedTuple):
+    """The likeliest tokens behind rows, the likeliest first.
+
+    Attributes:
+        tokens: ``[M, C]`` int64.
+        confidences: ``[M, C]`` float32, their probabilities; NaN where the row holds a NaN.
+    """
+
+    tokens: Tensor
+    confidences: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, count: int, device: torch.device) -> "Ranked":
+        """New, uninitialised memory for ``count`` tokens a row."""
+        size = rows, count
+        return cls(
+            torch.empty(size, dtype=torch.int64, device=device), torch.empty(size, dtype=torch.float32, device=device)
+        )
+
+
 class Walk(NamedTuple):
     """Where the target's own tokens lead through a tree of drafts.
 

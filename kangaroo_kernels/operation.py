@@ -24,6 +24,7 @@ from kangaroo_kernels.reference.draft_loop import draft_loop
 from kangaroo_kernels.reference.gate_up import gate_up
 from kangaroo_kernels.reference.linear_residual import linear_residual
 from kangaroo_kernels.reference.qkv_rope import qkv_rope, rope_table
+from kangaroo_kernels.reference.rank import rank
 from kangaroo_kernels.reference.sample_head import sample_head
 from kangaroo_kernels.reference.straighten import straighten
 from kangaroo_kernels.reference.top1_head import top1_head
@@ -229,7 +230,12 @@ ACCEPT = Operation(
     _example_of_accept,
 )
 
-# ---- walk, straighten
+# ---- rank, walk, straighten
+
+
+def _example_of_rank(given: Inputs, n: int, k: int) -> Arguments:
+    logits = torch.randn(given.rows, n, device=given.device)
+    return (logits, 4, given.integers(given.length)), {"temperature": 0.8, "seed": given.integers(7)}
 
 
 def _example_of_walk(given: Inputs, n: int, k: int) -> Arguments:
@@ -247,6 +253,7 @@ def _example_of_straighten(given: Inputs, n: int, k: int) -> Arguments:
     return (path, given.integers(0), keys), {}
 
 
+RANK = Operation(rank, example=_example_of_rank)
 WALK = Operation(walk, example=_example_of_walk)
 STRAIGHTEN = Operation(straighten, example=_example_of_straighten)
 
@@ -279,6 +286,7 @@ OPERATIONS = {
         TOP1_HEAD,
         SAMPLE_HEAD,
         ACCEPT,
+        RANK,
         WALK,
         STRAIGHTEN,
         COMMIT,

@@ -391,13 +391,13 @@ def sample_head(
     return out
 
 
-def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Tensor:
+def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float, active: Tensor | None = None) -> Tensor:
     """The logits that ``sample_head`` samples from, ``[M, V]`` float32; arguments as for ``reference.lm_head``."""
     matrix, bias = weight_and_bias(weight)
-    check_operands("lm_head", x, norm_weight, matrix, None)
+    check_operands("lm_head", x, norm_weight, matrix, active)
     x, unused = aligned_rows(x), device_scalar(0, x.device)
     config = launch_config("sample_head", matrix.shape[0], matrix.shape[1], x)
     logits = torch.empty((x.shape[0], matrix.shape[0]), dtype=torch.float32, device=x.device)
-    no_noise = (unused, unused, None, None, None, TARGET_STREAM, device_number(1.0, x.device))
+    no_noise = (unused, unused, active, None, None, TARGET_STREAM, device_number(1.0, x.device))
     launch(config, x, norm_weight, (matrix, bias), logits, None, no_noise, eps)
     return logits

@@ -7,12 +7,17 @@ import torch
 from torch import Tensor
 
 from kangaroo_kernels.contract import DraftVocabulary, Top1
-from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.packed_weight import Weight, out_features
 from kangaroo_kernels.reference.rms_norm import norm_linear
 
 
-def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float) -> Tensor:
-    """The logits themselves, ``[M, V]`` float32, for callers that need every one of them."""
+def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float, active: Tensor | None = None) -> Tensor:
+    """The logits themselves, ``[M, V]`` float32, for callers that need every one of them.
+
+    Where ``active`` (``[1]`` int32) is 0, they are whatever new memory holds.
+    """
+    if active is not None and not active:
+        return x.new_empty(len(x), out_features(weight), dtype=torch.float32)
     return norm_linear(x, norm_weight, eps, weight).float()
 
 

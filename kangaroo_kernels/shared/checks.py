@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, Walk
+from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, DraftVocabulary, Ranked, Walk
 
 SEEDS = 1 << 64
 COUNTS = 1 << 63
@@ -136,6 +136,35 @@ def check_accept(
         raise ValueError(f"accept: drafted is {drafted!r}; it must be a whole number from 0 to {most}.")
     if out is not None:
         check_tensor("accept", "out", out, (3,), torch.int64, device)
+
+
+def check_rank(
+    logits: Tensor,
+    count: int,
+    position: int | Tensor,
+    temperature: float | Tensor | None,
+    seed: int | Tensor,
+    ancestors: Tensor | None,
+    vocabulary: DraftVocabulary | None,
+    out: Ranked | None,
+) -> None:
+    """Raise where the arguments of ``rank`` do not fit each other."""
+    device, rows = logits.device, len(logits)
+    if logits.ndim != 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
+        raise ValueError(
+            f"rank: logits is {list(logits.shape)} {logits.dtype}, strides {logits.stride()}; it must be [M, V], "
+            "contiguous float32."
+        )
+    if not is_whole(count) or not 1 <= count <= logits.shape[1]:
+        raise ValueError(f"rank: count is {count!r}; it must be a whole number from 1 to {logits.shape[1]}.")
+    if vocabulary is not None:
+        check_tensor("rank", "the vocabulary", vocabulary.tokens, logits.shape[1:], torch.int32, device)
+    check_ancestors("rank", ancestors, rows, device)
+    check_count("rank", "position", position, device)
+    check_sampling("rank", 1.0 if temperature is None else temperature, None, None, seed, device)
+    if out is not None:
+        check_tensor("rank", "tokens", out.tokens, (rows, count), torch.int64, device)
+        check_tensor("rank", "confidences", out.confidences, (rows, count), torch.float32, device)
 
 
 def check_walk(

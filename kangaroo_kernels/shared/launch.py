@@ -153,7 +153,7 @@ def device_number(value: float | Tensor, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _kept_number(value: float, device: torch.device) -> Tensor:
-    return torch.tensor([value], dtype=torch.float32, device=device)
+    return torch.full((1,), value, dtype=torch.float32, device=device)  # on the device: no copy from the host
 
 
 @lru_cache(maxsize=64)

@@ -128,6 +128,10 @@ class Drafter(Protocol):
         """
         raise NotImplementedError
 
+    def rows(self, most: int) -> int:
+        """Rows of drafts that an iteration on the device has, for branches of at most ``most`` tokens."""
+        return most
+
     def straighten(self, text: "TextState", path: Tensor, position: int | Tensor) -> None:
         """The target took a path through a tree that was proposed: move what memory holds of its rows.
 
@@ -168,6 +172,9 @@ class Drafter(Protocol):
         ``iteration.auto`` is true it changes, and forbids even the first draft by a threshold above 1 (row 0 counts as
         certain). ``buffers.exit_hidden[1 + r]`` holds what layer ``first_layer`` reads for row ``r``: the
         newest token is row 0, draft ``j`` is row ``j + 1``. Rows of drafts that are not made must be finite.
+
+        A drafter of trees (``tree`` above 0) also leaves ``buffers.ancestors``. It has ``rows`` drafts; -1 stands for
+        the token of one that is not made, which follows the row before it. ``flags[j]`` says whether draft ``j`` was.
         """
         raise NotImplementedError
 

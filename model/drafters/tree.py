@@ -12,6 +12,7 @@ and their probabilities are those of the noisy scores: what the target will choo
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,18 +25,14 @@ from ..spans import span
 from ..target.cache import Branches
 from ..target.llama import Llama
 from .adapter import Adapter
+from .growth import CHILDREN, Tree, widths
 from .kangaroo import AdapterMemory, KangarooDrafter
-from .protocol import Draft
+from .protocol import Draft, Stage
 
 if TYPE_CHECKING:
+    from ..loop.iteration import Iteration
     from ..loop.state import TextState
     from ..sampling import Chooser
-
-CHILDREN = 4
-"""The most candidates behind a row, and the most rows of a round."""
-
-LEAST_SHARE = 0.02
-"""Below it a candidate is not worth its row."""
 
 
 @dataclass
@@ -49,64 +46,6 @@ class TreeMemory(AdapterMemory):
     ran: int = 0
 
 
-def widths(rows: int, rounds: int) -> Iterator[int]:
-    """How many rows each round may add: ``rows`` in all, shared out evenly, the first rounds having more."""
-    rounds = min(rows, rounds)
-    for index in range(rounds):
-        yield min(CHILDREN, rows // rounds + (index < rows % rounds))
-
-
-class Tree:
-    """A tree while it grows, on the device. Row 0 is the newest token, every other row a draft.
-
-    Args:
-        rows: the most drafts.
-        device: where it lies.
-
-    Attributes:
-        tokens: ``[rows + 1]`` int64; what lies in row 0 means nothing.
-        parents: ``[rows + 1]`` int64, the row that each follows.
-        masks: ``[rows + 1]`` int32, the ``ancestors`` of each.
-        confidences: ``[rows + 1]`` float32, the probability of each row's token behind its parent.
-        shares: ``[rows + 1]`` float32, the product of these along a row's branch.
-        offers: ``[rows + 1, CHILDREN]`` float32, the shares of the candidates behind each row; 0 where there is none.
-        offered: ``[rows + 1, CHILDREN]`` int64, their tokens.
-        chances: ``[rows + 1, CHILDREN]`` float32, their confidences.
-    """
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.tokens = torch.zeros(rows + 1, dtype=torch.int64, device=device)
-        self.parents = torch.zeros_like(self.tokens)
-        self.masks = torch.ones(rows + 1, dtype=torch.int32, device=device)
-        self.confidences, self.shares = torch.ones(2, rows + 1, device=device)
-        self.offers, self.chances = torch.zeros(2, rows + 1, CHILDREN, device=device)
-        self.offered = torch.zeros(rows + 1, CHILDREN, dtype=torch.int64, device=device)
-
-    def offer(self, rows: Tensor, tokens: Tensor, confidences: Tensor) -> None:
-        """Candidates behind some rows: ``[m, CHILDREN]`` each, or fewer columns."""
-        count, confidences = tokens.shape[1], torch.nan_to_num(confidences)
-        self.offers[rows, :count] = self.shares[rows, None] * confidences
-        self.chances[rows, :count] = confidences
-        self.offered[rows, :count] = tokens
-
-    def take(self, first: int, count: int) -> Tensor:
-        """Make rows of the ``count`` best candidates, from row ``first`` on, the best first.
-
-        Returns:
-            ``[count]`` bool, which of them are worth it; the others come last, and are to be overwritten.
-        """
-        rows = torch.arange(first, first + count, device=self.tokens.device)
-        offers = self.offers.view(-1)
-        shares, places = offers.topk(count)
-        worth = shares >= LEAST_SHARE
-        offers[places] = offers[places].masked_fill(worth, 0.0)
-        parents = places // CHILDREN
-        self.tokens[rows], self.parents[rows] = self.offered.view(-1)[places], parents
-        self.shares[rows], self.confidences[rows] = shares, self.chances.view(-1)[places]
-        self.masks[rows] = self.masks[parents] | (1 << rows).int()
-        return worth
-
-
 class TreeDrafter(KangarooDrafter):
     """Kangaroo's drafter, drafting trees.
 
@@ -116,19 +55,14 @@ class TreeDrafter(KangarooDrafter):
         rows: the most drafts of a tree, 1 to 15.
 
     Raises:
-        KangarooError: another number of drafts, an adapter with a deep state, a float16 cache beside float32
-            arithmetic, or a target whose loop lives on the device.
+        KangarooError: another number of drafts, an adapter with a deep state, or a float16 cache beside float32
+            arithmetic.
     """
 
     def __init__(self, target: Llama, adapter: Adapter, rows: int) -> None:
         if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows <= MAX_SPECULATIVE_TOKENS:
             raise KangarooError(
                 f"draft_tree is {rows!r}; it must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}, or None."
-            )
-        if target.backend.resident:
-            raise KangarooError(
-                "draft_tree needs the loop that the host leads, which the kernels do not use; load the target with "
-                "kernels='reference', or leave draft_tree out."
             )
         if adapter.state is not None:
             raise KangarooError("the adapter has a deep state, which is fed along a chain; leave draft_tree out.")
@@ -145,13 +79,15 @@ class TreeDrafter(KangarooDrafter):
         memory = super().new_memory()
         return TreeMemory(memory.cache, memory.length, memory.exit_hidden)
 
+    # ---- led by the host
+
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
         """Draft a tree of at most ``most`` rounds; rows less sure than ``threshold`` have nothing behind them."""
         if not most:
             return super().propose(text, chooser, most, threshold)
         memory: TreeMemory = text.memory
         tree, first, last = Tree(self.tree, self.target.device), 0, 1
-        self.shallow(text, tree, first, last)
+        self.shallow_rows(text, tree, first, last)
         for count in widths(self.tree, most):
             sure = [row for row in range(first, last) if tree.confidences[row] >= threshold or not row]
             if not sure:
@@ -162,7 +98,7 @@ class TreeDrafter(KangarooDrafter):
             last = first + int(tree.take(first, count).sum())
             if first == last:
                 break
-            self.shallow(text, tree, first, last)
+            self.shallow_rows(text, tree, first, last)
         return Draft(
             tree.tokens[1:last],
             memory.exit_hidden[1 : 1 + last],
@@ -170,7 +106,7 @@ class TreeDrafter(KangarooDrafter):
             parents=tuple(tree.parents[1:last].tolist()),
         )
 
-    def shallow(self, text: "TextState", tree: Tree, first: int, last: int) -> None:
+    def shallow_rows(self, text: "TextState", tree: Tree, first: int, last: int) -> None:
         """The target's first layers on some rows of the tree."""
         with span("kangaroo/draft/shallow"):
             tokens = tree.tokens[first:last].tolist() if first else text.tokens[-1:]
@@ -199,10 +135,12 @@ class TreeDrafter(KangarooDrafter):
         tree.offer(torch.tensor(sure, device=tokens.device), tokens, best)
 
     def straighten(self, text: "TextState", path: Tensor, position: int | Tensor) -> None:
-        """Move the adapter's keys and values, and the exit layer's rows."""
+        """Move the adapter's keys and values and, where the host leads, the exit layer's rows."""
         memory: TreeMemory = text.memory
         move = self.target.backend.straighten
         move(path, position, memory.cache.rows)
+        if isinstance(position, Tensor):
+            return
         move(path, 1, memory.exit_hidden[None])
         ran = 0
         for row in path.tolist():
@@ -210,3 +148,107 @@ class TreeDrafter(KangarooDrafter):
                 break
             ran += 1
         memory.length = text.newest + ran
+
+    # ---- on the device
+
+    def rows(self, most: int) -> int:
+        """Drafts of a tree whose branches have at most ``most`` tokens."""
+        return sum(widths(self.tree, most))
+
+    def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
+        """The shallow layers on the newest token; then, round by round, candidates and the shallow layers on the best.
+
+        A round that does not take place is skipped like a step behind the early exit, under the flag of its rows.
+        """
+        growth = Growth(self, iteration, reach)
+        yield Stage("kangaroo/tree/shallow", growth.begin)
+        first, last = 0, 1
+        for number, count in enumerate(widths(self.tree, iteration.longest), start=1):
+            yield Stage("kangaroo/tree/step", partial(growth.rank, number, first, last))
+            first, last = last, last + count
+            yield Stage("kangaroo/tree/shallow", partial(growth.grow, number, first, last))
+        yield Stage("kangaroo/tree/done", growth.finish)
+
+
+class Growth:
+    """The work of a tree in an iteration on the device.
+
+    Args:
+        drafter: whose tree it is.
+        iteration: whose buffers are read and written.
+        reach: no position is beyond it.
+    """
+
+    def __init__(self, drafter: TreeDrafter, iteration: "Iteration", reach: int) -> None:
+        self.drafter, self.iteration, self.reach = drafter, iteration, reach
+        self.target, self.buffers, device = drafter.target, iteration.buffers, drafter.target.device
+        rows, rounds = iteration.max_drafts, iteration.longest
+
+        def make() -> tuple[Tree, Tensor]:
+            return Tree(rows, device), torch.zeros(rounds + 1, dtype=torch.int32, device=device)
+
+        self.tree, self.going = iteration.runner.keep(f"tree of {rows} in {rounds} rounds", make)
+
+    def begin(self) -> None:
+        """The newest token's row. ``going[i]`` says whether round i + 1 takes place; there may be no room for it."""
+        self.tree.reset()
+        self.drafter.shallow(self.iteration, 0, self.reach)
+        room = self.buffers.limit - self.buffers.length
+        self.going.zero_()
+        self.going[:1] = self.buffers.flags[:1] * (room > 1).int()
+
+    def rank(self, number: int, first: int, last: int) -> None:
+        """Adapter and head on the rows of the round before: candidates for round ``number``."""
+        adapter, buffers, tree = self.drafter.adapter, self.buffers, self.tree
+        active, sampling = self.going[number - 1 : number], self.iteration.chooser.numbers
+        cache, masks = self.iteration.text.memory.cache, tree.masks[first:last]
+        if first:
+            rows, where = buffers.hidden(first, last), Branches(buffers.position(first), masks)
+            hidden = adapter.run(rows, cache, where, reach=self.reach, active=active)
+        else:  # with the row before, which it may not have seen
+            rows = buffers.hidden(-1, 1)
+            hidden = adapter.run(rows, cache, buffers.position(-1), reach=self.reach, active=active)[-1:]
+        backend, eps = self.target.backend, adapter.config.llama.rms_norm_eps
+        logits = backend.lm_head(hidden, adapter.norm, adapter.head, eps=eps, active=active)
+        greedy = self.iteration.chooser.sampling.greedy
+        ranked = backend.rank(
+            logits,
+            min(CHILDREN, logits.shape[1]),
+            buffers.position(1),
+            temperature=None if greedy else sampling.temperature,
+            seed=sampling.seed,
+            top_k=None if greedy else sampling.top_k,
+            top_p=None if greedy else sampling.top_p,
+            vocabulary=adapter.vocabulary,
+            ancestors=masks,
+            active=active,
+        )
+        sure = (tree.confidences[first:last] >= buffers.threshold(0)) if first else active > 0
+        counts = (sure & (active > 0))[:, None]
+        rows = torch.arange(first, last, device=logits.device)
+        tokens = torch.where(counts, ranked.tokens, 0)
+        tree.offer(rows, tokens, torch.where(counts, ranked.confidences, 0.0))
+
+    def grow(self, number: int, first: int, last: int) -> None:
+        """The rows of round ``number``, and the shallow layers on them."""
+        buffers, tree, target = self.buffers, self.tree, self.target
+        worth = tree.take(first, last - first, self.going[number - 1 : number] > 0)
+        buffers.flags[first - 1 : last - 1] = worth.int()
+        sure = (worth & (tree.confidences[first:last] >= buffers.threshold(0))).any(dim=0, keepdim=True)
+        room = buffers.limit - buffers.length
+        self.going[number : number + 1] = (sure & (room > number + 1)).int()
+        target.run(
+            target.weights.embedding[tree.tokens[first:last].clamp(min=0)],
+            self.iteration.text.cache,
+            Branches(buffers.position(first), tree.masks[first:last]),
+            0,
+            self.drafter.first_layer,
+            reach=self.reach,
+            active=buffers.present(first),
+            out=buffers.hidden(first, last),
+        )
+
+    def finish(self) -> None:
+        """Hand the tree on to verification."""
+        self.buffers.drafts.token.copy_(self.tree.tokens[1:])
+        self.buffers.ancestors.copy_(self.tree.masks)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import RECORD_HEAD, Top1
+from kangaroo_kernels.contract import RECORD_HEAD, Top1, Walk
 
 from ..request import Request
 from ..sampling import SamplingTensors
@@ -53,6 +53,8 @@ class Buffers:
         drafts: ``[R]`` tokens and confidences.
         wanted: ``[R + 1]`` tokens and confidences, of which ``accept`` asks only whether they are NaN.
         decision: ``[3]`` int64, what ``accept`` found.
+        ancestors: ``[R + 1]`` int32, of a tree's rows; None for chains.
+        walked: what ``walk`` found in a tree; its tokens are committed then. None for chains.
         report: ``[5 + R + 1 + 1]`` int64: the record of ``commit``, then the error word of ``draft_loop``, 0 where all
             went well.
         thresholds: ``[R + 1]`` float32: no draft follows a row whose confidence is below its threshold; the newest
@@ -74,6 +76,8 @@ class Buffers:
     report: Tensor
     thresholds: Tensor
     sampling: SamplingTensors
+    ancestors: Tensor | None = None
+    walked: Walk | None = None
 
     def position(self, row: int) -> Tensor:
         """``[1]``: the position of a row; -1 is the token before the newest one, R + 1 the place after all drafts."""
@@ -112,7 +116,7 @@ class Buffers:
 
 
 def buffers_for(
-    target: Llama, text: TextState, request: Request, drafts: int, runner: GraphRunner, name: str
+    target: Llama, text: TextState, request: Request, drafts: int, runner: GraphRunner, name: str, tree: bool = False
 ) -> Buffers:
     """The runner's buffers of that name, for at most ``drafts`` drafts a step; they are made on first use."""
     rows, hidden, sampling = drafts + 1, target.config.hidden_size, request.sampling
@@ -129,6 +133,7 @@ def buffers_for(
     def top1(field: str, count: int) -> Top1:
         return Top1(numbers(f"{field}, tokens", count), real(f"{field}, confidences", count))
 
+    decision = numbers("decision", 3)
     return Buffers(
         text=numbers("text", text.cache.capacity),
         length=numbers("length", 1),
@@ -140,7 +145,7 @@ def buffers_for(
         exit_hidden=states("exit hidden", rows + 1, hidden),
         drafts=top1("drafts", drafts),
         wanted=top1("wanted", rows),
-        decision=numbers("decision", 3),
+        decision=decision,
         report=numbers("report", RECORD_HEAD + rows + 1),
         thresholds=real("thresholds", rows),
         sampling=SamplingTensors(
@@ -149,6 +154,8 @@ def buffers_for(
             None if sampling.top_p is None else real("top-p"),
             numbers("seed", 1),
         ),
+        ancestors=runner.buffer(f"{name}: ancestors", (rows,), torch.int32) if tree else None,
+        walked=Walk(decision, numbers("path", rows), numbers("walked tokens", rows)) if tree else None,
     )
 
 

@@ -79,7 +79,7 @@ def device_steps(
         if lost:
             runner.clear()  # the next text prepares the loop again, with a new grid state
             raise RuntimeError(f"draft_loop failed: a program never came to a barrier (error word {lost}).")
-        step = read_record(record, length)
+        step = read_record(record, length, tree=iteration.buffers.walked is not None)
         if not step.tokens and record[0] == len(text.tokens):  # the target's first row was not finite
             raise not_finite(text, iteration.target.dtype)
         if not step.tokens:  # never, unless memory was overwritten
@@ -97,9 +97,12 @@ def bucket(positions: int, capacity: int) -> int:
     return min(capacity, max(LEAST_REACH, 1 << (positions - 1).bit_length()))
 
 
-def read_record(record: list[int], length: int) -> Commit:
-    """Turn an iteration's record into a ``Commit``, counted like the host's loop: it drafts nothing past the limit."""
+def read_record(record: list[int], length: int, tree: bool = False) -> Commit:
+    """Turn an iteration's record into a ``Commit``, counted like the host's loop: it drafts nothing past the limit.
+
+    A tree leaves out what is past the limit by itself.
+    """
     head = Record(*record[:RECORD_HEAD])
     tokens, most = record[RECORD_HEAD:][: head.reached - head.before], length - head.before - 1
-    agreed, drafted = min(head.agreed, most), min(head.drafted, most)
+    agreed, drafted = min(head.agreed, most), head.drafted if tree else min(head.drafted, most)
     return Commit(tokens, min(agreed, len(tokens)), drafted, agreed, bool(head.stopped))

@@ -16,6 +16,7 @@ from ..drafters.protocol import Drafter, Stage, provides
 from ..request import Request
 from ..sampling import Chooser
 from ..spans import span
+from ..target.cache import Branches, Place
 from ..target.llama import Llama
 from .buffers import begin, buffers_for
 from .graphs import GraphRunner
@@ -33,7 +34,8 @@ class Iteration:
         runner: holds the buffers, and will hold the graphs.
 
     Attributes:
-        max_drafts: R.
+        longest: the most drafts that may follow each other.
+        max_drafts: R, the most drafts; of a tree more than ``longest``.
         auto: whether how much is drafted changes from iteration to iteration (``pace.py``).
         buffers: the device memory.
         chooser: picks tokens, its numbers read from the buffers.
@@ -48,11 +50,15 @@ class Iteration:
         sampling = request.sampling.without_idle_filters(target.config.vocab_size)
         request = replace(request, sampling=sampling)
         self.target, self.drafter, self.text, self.runner = target, drafter, text, runner
-        self.max_drafts = 0 if drafter is None else request.max_drafts
+        self.longest = 0 if drafter is None else request.max_drafts
         self.auto = drafter is not None and request.auto_on_the_device
         self.first_layer = 0 if drafter is None else drafter.first_layer
+        tree = drafter is not None and getattr(drafter, "tree", 0) > 0
+        self.max_drafts = drafter.rows(self.longest) if drafter is not None and tree else self.longest
         name = "plain" if drafter is None else f"{self.max_drafts} drafts"
-        self.buffers = buffers_for(target, text, request, self.max_drafts, runner, name)
+        if tree:
+            name = f"tree of {name}, {self.longest} behind each other"
+        self.buffers = buffers_for(target, text, request, self.max_drafts, runner, name, tree)
         self.chooser = Chooser(sampling, target.backend, self.buffers.sampling)
         self.final: Tensor | None = None
         runner.rely_on("target", text.cache.keys[0], text.cache.phases)
@@ -70,6 +76,8 @@ class Iteration:
         if self.drafter is not None and provides(self.drafter, "observations"):
             yield from self.drafter.observations(self)
         yield Stage("kangaroo/accept", self.accept)
+        if self.buffers.walked is not None:
+            yield Stage("kangaroo/straighten", self.straighten)
         yield Stage("kangaroo/commit", self.commit)
 
     def run(self, reach: int) -> None:
@@ -82,14 +90,29 @@ class Iteration:
         """The remaining layers and the head over all rows: the target's token after each of them."""
         target, weights, config, buffers = self.target, self.target.weights, self.target.config, self.buffers
         rows = buffers.newest if self.drafter is None else buffers.hidden(0, self.max_drafts + 1)
-        position, layers = buffers.position(0), config.num_hidden_layers
+        position: Place = buffers.position(0)
+        if buffers.ancestors is not None:
+            position = Branches(buffers.position(0), buffers.ancestors)
+        layers = config.num_hidden_layers
         self.final = target.run(rows, self.text.cache, position, self.first_layer, layers, reach=reach)
-        following = buffers.position(1)
-        self.chooser.target(self.final, weights.norm, weights.head, config.rms_norm_eps, following, out=buffers.wanted)
+        head = self.final, weights.norm, weights.head, config.rms_norm_eps, buffers.position(1)
+        self.chooser.target(*head, ancestors=buffers.ancestors, out=buffers.wanted)
 
     def accept(self) -> None:
         """How many drafts stand, how long the text becomes, whether it ends."""
         buffers = self.buffers
+        if buffers.ancestors is not None:
+            self.target.backend.walk(
+                buffers.drafts.token,
+                buffers.wanted.token,
+                buffers.ancestors,
+                buffers.stops,
+                buffers.length,
+                buffers.limit,
+                confidence=buffers.wanted.confidence,
+                out=buffers.walked,
+            )
+            return
         self.target.backend.accept(
             buffers.drafts.token,
             buffers.wanted.token,
@@ -101,12 +124,21 @@ class Iteration:
             out=buffers.decision,
         )
 
+    def straighten(self) -> None:
+        """Put what was kept of a tree's rows where a chain of the path's tokens would have left it."""
+        buffers, move = self.buffers, self.target.backend.straighten
+        assert buffers.walked is not None and self.drafter is not None, "plain decoding and chains have no path"
+        path, position = buffers.walked.path, buffers.position(0)
+        move(path, position, self.text.cache.rows)
+        move(path, 1, buffers.exit_hidden[None])
+        self.drafter.straighten(self.text, path, position)
+
     def commit(self) -> None:
         """Apply the decision of ``accept`` to the text, and prepare what the next iteration begins with."""
         buffers = self.buffers
         self.target.backend.commit(
             buffers.decision,
-            buffers.wanted.token,
+            buffers.wanted.token if buffers.walked is None else buffers.walked.tokens,
             buffers.text,
             buffers.length,
             buffers.limit,

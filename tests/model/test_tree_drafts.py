@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from drafters import on_the_device
+from no_host_reads import no_host_reads
 from pairs import make_adapter
 from trees import random_parents
 
 from kangaroo_kernels import Draft, Drafter, Kangaroo, KangarooError
-from kangaroo_kernels.model.drafters.tree import CHILDREN, LEAST_SHARE, Tree, TreeDrafter, widths
+from kangaroo_kernels.model.drafters.growth import CHILDREN, LEAST_SHARE, NO_TOKEN, Tree, widths
+from kangaroo_kernels.model.drafters.tree import TreeDrafter
+from kangaroo_kernels.model.loop.iteration import Iteration
 
 PROMPT = [7, 3, 5]
 SAMPLINGS = (
@@ -190,6 +194,79 @@ def test_nan_drafts_nothing_and_changes_nothing(plain, trees):
     assert written.stats.drafted == 0
 
 
+# ---- the loop on the device
+
+
+@pytest.fixture
+def resident(pair) -> Kangaroo:
+    return on_the_device(pair.load(device="cpu", draft_tree=15))
+
+
+def counts(kangaroo: Any, prompt: list[int] = PROMPT, **settings: Any) -> tuple[Any, ...]:
+    stats = (written := kangaroo.generate(prompt, **settings)).stats
+    return written.tokens, written.finish_reason, stats.drafted, stats.accepted_at, stats.verification_steps
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=str)
+def test_it_does_what_the_host_loop_does(trees, resident, sampling):
+    """The same trees: in the last steps, too, where their branches have no room, and behind a stop token."""
+    drafted = 0
+    for most, threshold in product((1, 3, 15), (0.0, 0.2, 1.0)):
+        settings = {"num_speculative_tokens": most, "draft_confidence_threshold": threshold, **sampling}
+        for new_tokens, stop in (
+            (1, ()),
+            (4, ()),
+            (40, ()),
+            (40, (trees.generate(PROMPT, max_new_tokens=9).tokens[8],)),
+        ):
+            wanted = counts(trees, max_new_tokens=new_tokens, stop=stop, **settings)
+            found = counts(resident, max_new_tokens=new_tokens, stop=stop, **settings)
+            assert found[:2] == wanted[:2]
+            if most <= 3:  # the host shares out the rows anew where there is room for fewer rounds
+                assert found[3:] == wanted[3:]
+            drafted += found[2]
+    assert drafted > 100
+
+
+def test_texts_leave_nothing_behind(trees, resident):
+    """Longer, shorter, plain, of other depths: all through the same buffers, which a text that went wrong spoils."""
+    session = resident.session()
+    for prompt, most, plain in product((PROMPT, [5] * 50, [1, 2]), (4, 2), (False, True)):
+        settings = {"max_new_tokens": 9, "num_speculative_tokens": most, "plain": plain}
+        assert counts(session, prompt, **settings)[:2] == counts(trees, prompt, **settings)[:2]
+        with torch.inference_mode():
+            for buffer in session.memory.runner._buffers.values():
+                buffer.fill_(float("nan") if buffer.is_floating_point() else 2**30)
+        session.memory.forget()
+
+
+def test_a_prompt_and_a_context_that_end(trees, resident):
+    for length in (resident.target.config.context_length, resident.target.config.context_length - 5):
+        prompt = [token % VOCAB for token in range(length)]
+        assert counts(resident, prompt, max_new_tokens=9)[:2] == counts(trees, prompt, max_new_tokens=9)[:2]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=str)
+def test_the_kernels_never_ask_the_host(pair, trees, monkeypatch, sampling):
+    """In the interpreter: plain decoding's tokens, and the same trees as the references'."""
+    kernels = pair.load(device="cpu", kernels="triton", dtype="float32", draft_tree=5)
+    run, iterations = Iteration.run, []
+
+    def forbidding(iteration: Iteration, reach: int) -> None:
+        iterations.append(reach)
+        with no_host_reads():
+            run(iteration, reach)
+
+    monkeypatch.setattr(Iteration, "run", forbidding)
+    settings = {"max_new_tokens": 6, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.1, **sampling}
+    found = counts(kernels, **settings)
+    assert iterations
+    monkeypatch.undo()
+    assert found == counts(on_the_device(pair.load(device="cpu", draft_tree=5)), **settings)
+    assert found[0] == trees.generate(PROMPT, plain=True, **settings).tokens
+    assert found[2] > 0
+
+
 # ---- how a tree grows
 
 
@@ -219,6 +296,17 @@ def test_the_best_candidates_become_rows_wherever_they_hang():
     assert tree.take(6, 1).tolist() == [True]  # 0.05, behind row 1
     assert tree.tokens[6] == 21
     assert tree.take(6, 1).tolist() == [LEAST_SHARE <= 0.015]
+
+
+def test_padding_follows_the_row_before_it():
+    """So it adds no leaf to the tree, and nobody comes to it: no model says its token."""
+    tree = Tree(6, torch.device("cpu"))
+    tree.offer(torch.tensor([0]), torch.tensor([[10, 11]]), torch.tensor([[0.9, 0.05]]))
+    assert tree.take(1, 3).tolist() == [True, True, False]
+    assert tree.tokens[1:4].tolist() == [10, 11, NO_TOKEN]
+    assert tree.masks[:4].tolist() == [1, 0b11, 0b101, 0b1101]
+    assert tree.take(4, 2, torch.tensor([False])).tolist() == [False, False]
+    assert tree.masks[4:6].tolist() == [0b11101, 0b111101]
 
 
 # ---- refusals
