@@ -13,10 +13,9 @@ from kangaroo_kernels.reference.top1_head import lm_head
 
 from .chat import chat_tokens
 from .drafters.kangaroo import KangarooDrafter
-from .drafters.kangaroo_with_lookup import KangarooWithLookup
+from .drafters.make import make_drafter
 from .drafters.prompt_lookup import PromptLookup
 from .drafters.protocol import Drafter, check_drafter, check_loop
-from .drafters.tree import TreeDrafter
 from .errors import KangarooError
 from .load import load_pair
 from .loop.host import reach_of
@@ -78,7 +77,7 @@ class Kangaroo(Writer):
         graphs: bool = True,
         persistent: bool = False,
         kv_dtype: str | torch.dtype | None = None,
-        prompt_lookup: bool = False,
+        prompt_lookup: bool | None = None,
         draft_tree: int | None = None,
     ) -> "Kangaroo":
         """Load a checkpoint and an adapter for it.
@@ -102,26 +101,20 @@ class Kangaroo(Writer):
                 long texts faster; it goes with ``dtype="float16"``. None keeps them in float32.
             prompt_lookup: beside an adapter, also draft what followed the text's last tokens before, where that
                 promises more; for a CPU.
-            draft_tree: draft trees of at most this many tokens, 1 to 15, instead of chains; needs an adapter.
-                ``num_speculative_tokens`` then bounds the length of a branch.
+            draft_tree: draft trees of at most this many tokens, 1 to 15, instead of chains (0); needs an adapter.
+                ``num_speculative_tokens`` then bounds the length of a branch. Where neither this nor
+                ``prompt_lookup`` is given, the adapter's own default counts, which is to draft chains unless ``kangaroo
+                calibrate`` found otherwise.
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.
         """
-        loaded = load_pair(model, adapter, exit_layer, device, dtype, kernels, kv_dtype, prompt_lookup)
-        if draft_tree is not None and loaded.adapter is None:
-            raise KangarooError("draft_tree needs an adapter; give one, or leave draft_tree out.")
-        for chains in ("persistent",) * persistent + ("prompt_lookup",) * prompt_lookup:
-            if draft_tree is not None:
-                raise KangarooError(f"{chains}=True drafts chains; leave it or draft_tree out.")
+        given = model, adapter, exit_layer, device, dtype, kernels, kv_dtype, draft_tree, prompt_lookup, persistent
+        loaded = load_pair(*given)
         if loaded.adapter is None:
             drafter: Drafter = PromptLookup(loaded.target)
-        elif draft_tree is not None:
-            drafter = TreeDrafter(loaded.target, loaded.adapter, draft_tree)
-        elif prompt_lookup:
-            drafter = KangarooWithLookup(loaded.target, loaded.adapter)
         else:
-            drafter = KangarooDrafter(loaded.target, loaded.adapter, persistent)
+            drafter = make_drafter(loaded.target, loaded.adapter, loaded.way, persistent)
         return cls(loaded.target, drafter, loaded.tokenizer, graphs, name=str(model))
 
     def __repr__(self) -> str:

@@ -9,6 +9,7 @@ from kangaroo_kernels.reference.attention import rows_are_alike
 
 from .backend import load_backend
 from .drafters.adapter import Adapter, load_adapter_config
+from .drafters.ways import CHAINS, Way, choose_way
 from .errors import KangarooError
 from .loop.threads import own_state
 from .named import find_pair
@@ -31,6 +32,7 @@ class Loaded(NamedTuple):
     target: Llama
     adapter: Adapter | None
     tokenizer: Any
+    way: Way
 
 
 def open_model(name_or_path: str | Path) -> Checkpoint:
@@ -55,7 +57,9 @@ def load_pair(
     dtype: str | torch.dtype | None = None,
     kernels: str | None = None,
     kv_dtype: str | torch.dtype | None = None,
-    prompt_lookup: bool = False,
+    draft_tree: int | None = None,
+    prompt_lookup: bool | None = None,
+    persistent: bool = False,
 ) -> Loaded:
     """Load a checkpoint and perhaps an adapter for it; arguments and errors as for ``Kangaroo.from_pretrained``."""
     where = resolve_device(device)
@@ -70,13 +74,12 @@ def load_pair(
     kept = kept_dtype(precision, where, backend.resident)
     keys_and_values = resolve_kv_dtype(kv_dtype, precision, kept, config)
     # what can fail quickly comes before the weights
-    if prompt_lookup and adapter_folder is not None and backend.resident:
-        raise KangarooError(
-            "prompt_lookup=True beside an adapter is for the loop that the host leads; leave it out, or use "
-            "kernels='reference'."
-        )
+    way = CHAINS
     if adapter_folder is not None:
-        load_adapter_config(adapter_folder, config, exit_layer)
+        default = load_adapter_config(adapter_folder, config, exit_layer).way
+        way = choose_way(default, draft_tree, prompt_lookup, persistent=persistent, resident=backend.resident)
+    elif draft_tree:
+        raise KangarooError("draft_tree needs an adapter; give one, or leave draft_tree out.")
     tokenizer = checkpoint.tokenizer()
     weights = load_target(
         checkpoint.tensors(),
@@ -90,7 +93,7 @@ def load_pair(
     )
     target = Llama(config, weights, backend, keys_and_values)
     loaded = None if adapter_folder is None else Adapter.load(adapter_folder, target, exit_layer)
-    return Loaded(target, loaded, tokenizer)
+    return Loaded(target, loaded, tokenizer, way)
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:

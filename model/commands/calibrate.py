@@ -1,4 +1,4 @@
-"""``kangaroo calibrate``: find the draft length and the threshold that suit a pair and this machine."""
+"""``kangaroo calibrate``: find the way of drafting, the length and the threshold that suit a pair and this machine."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,17 +19,21 @@ def calibrate(
     adapter: Annotated[Path, typer.Option(help="The adapter's folder.", rich_help_panel=LOADING)],
     prompts: Annotated[Path, typer.Option(help="A JSON list of texts, none that the pair will be judged by.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write for a prompt.")] = 128,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw tokens a step over the cost of a step here, as a .png.")
+    ] = None,
     write: Annotated[bool, typer.Option("--write", help="Make the best setting the adapter's default.")] = False,
     as_json: Json = False,
     device: Device = None,
 ) -> None:
-    """Find the draft length and the confidence threshold that make a pair fastest on this machine.
+    """Find the way of drafting, the draft length and the threshold that make a pair fastest on this machine.
 
-    Each setting decodes the prompts in turns with plain decoding. The table has the best first.
+    Each setting decodes the prompts in turns with plain decoding. The table has the best first. Chains are tried first;
+    chains beside prompt lookup and trees of drafts then, around the best of them.
 
     --write puts the best into the adapter's config.json, and the table into calibration.json beside it.
     """
-    from ..evaluation.calibrate import Calibration, calibrate, read_prompts, write_defaults
+    from ..evaluation.calibrate import Calibration, calibrate, draw_frontier, read_prompts, write_defaults
     from ..kangaroo import Kangaroo
     from .show import show_rows, training_bars
 
@@ -41,5 +45,7 @@ def calibrate(
         print_json(rows)
     else:
         show_rows(Console(), rows)
+    if picture is not None and not draw_frontier(picture, rows):
+        typer.echo("The picture needs matplotlib; pip install matplotlib.", err=True)
     if write:
         write_defaults(adapter, rows)

@@ -20,6 +20,7 @@ from .options import (
     Adapter,
     Device,
     DraftConfidenceThreshold,
+    DraftTree,
     Dtype,
     ExitLayer,
     Kernels,
@@ -70,7 +71,8 @@ def chat(
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
     kernels: Kernels = None,
-    prompt_lookup: PromptLookup = False,
+    prompt_lookup: PromptLookup = None,
+    draft_tree: DraftTree = None,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -109,7 +111,15 @@ def chat(
     try:
         with notes.status("loading the model"):
             kangaroo = Kangaroo.from_pretrained(
-                model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype, prompt_lookup=prompt_lookup
+                model,
+                adapter,
+                exit_layer,
+                device,
+                dtype,
+                kernels,
+                kv_dtype=kv_dtype,
+                prompt_lookup=prompt_lookup,
+                draft_tree=draft_tree,
             )
         check_template(kangaroo.tokenizer)
         colored = Console() if color and sys.stdout.isatty() else None

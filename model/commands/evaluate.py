@@ -15,6 +15,7 @@ from .options import (
     NOT_IDENTICAL,
     Adapter,
     Device,
+    DraftTree,
     Dtype,
     Json,
     KvDtype,
@@ -52,7 +53,8 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
-    prompt_lookup: PromptLookup = False,
+    prompt_lookup: PromptLookup = None,
+    draft_tree: DraftTree = None,
     as_json: Json = False,
 ) -> None:
     """Answer questions plainly and with Kangaroo in turns; report acceptance, speed and identity by category.
@@ -90,14 +92,21 @@ def evaluate(
         "seed": seed,
         "dtype": dtype,
         "kv_dtype": kv_dtype,
-        "prompt_lookup": prompt_lookup or None,
+        "prompt_lookup": prompt_lookup,
+        "draft_tree": draft_tree,
         "against": against,
     }
     run = Run(out, asked, in_turns(read_questions(questions), per_category))
     console = Console(stderr=as_json)
     with console.status("loading the model"):
         kangaroo = Kangaroo.from_pretrained(
-            model, adapter, device=device, dtype=dtype, kv_dtype=kv_dtype, prompt_lookup=prompt_lookup
+            model,
+            adapter,
+            device=device,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            prompt_lookup=prompt_lookup,
+            draft_tree=draft_tree,
         )
         others, missing = transformers_ways(kangaroo, model, adapter, dtype) if against else ({}, "")
     if missing:

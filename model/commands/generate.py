@@ -16,6 +16,7 @@ from .options import (
     Adapter,
     Device,
     DraftConfidenceThreshold,
+    DraftTree,
     Dtype,
     ExitLayer,
     IgnoreEos,
@@ -73,7 +74,8 @@ def generate(
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
     kernels: Kernels = None,
-    prompt_lookup: PromptLookup = False,
+    prompt_lookup: PromptLookup = None,
+    draft_tree: DraftTree = None,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -126,7 +128,15 @@ def generate(
     try:
         with console.status("loading the model"):
             kangaroo = Kangaroo.from_pretrained(
-                model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype, prompt_lookup=prompt_lookup
+                model,
+                adapter,
+                exit_layer,
+                device,
+                dtype,
+                kernels,
+                kv_dtype=kv_dtype,
+                prompt_lookup=prompt_lookup,
+                draft_tree=draft_tree,
             )
         for step in kangaroo.progress(text, settings):
             generation = step.generation

@@ -48,12 +48,15 @@ Kernels = Annotated[
     typer.Option(help="'triton' or 'reference'; by default 'triton' only on a GPU.", rich_help_panel=LOADING),
 ]
 PromptLookup = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--prompt-lookup",
         help="Beside an adapter, also draft what followed the same words before; for a CPU.",
         rich_help_panel=DRAFTING,
     ),
+]
+DraftTree = Annotated[
+    int | None,
+    typer.Option(help="Draft trees of at most this many tokens, 1 to 15; 0 for chains.", rich_help_panel=DRAFTING),
 ]
 Temperature = Annotated[float, typer.Option(help="0 decodes greedily.", rich_help_panel=SAMPLING)]
 TopK = Annotated[int | None, typer.Option(help="Sample among this many tokens.", rich_help_panel=SAMPLING)]

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import KangarooError
 from ..named import SMOLLM2
-from .options import Adapter, Device, Dtype, ExitLayer, Kernels, KvDtype, Model, PromptLookup, examples
+from .options import Adapter, Device, DraftTree, Dtype, ExitLayer, Kernels, KvDtype, Model, PromptLookup, examples
 
 if TYPE_CHECKING:
     from ..kangaroo import Kangaroo
@@ -53,7 +53,8 @@ def serve(
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
     kernels: Kernels = None,
-    prompt_lookup: PromptLookup = False,
+    prompt_lookup: PromptLookup = None,
+    draft_tree: DraftTree = None,
 ) -> None:
     """Serve a model as OpenAI's API does: chat, completions, models; also /health and /metrics.
 
@@ -80,7 +81,15 @@ def serve(
             )
         with notes.status("loading the model"):
             kangaroo = Kangaroo.from_pretrained(
-                model, adapter, exit_layer, device, dtype, kernels, kv_dtype=kv_dtype, prompt_lookup=prompt_lookup
+                model,
+                adapter,
+                exit_layer,
+                device,
+                dtype,
+                kernels,
+                kv_dtype=kv_dtype,
+                prompt_lookup=prompt_lookup,
+                draft_tree=draft_tree,
             )
             desk = Desk(kangaroo, parallel, queue, longest_text(kangaroo, context))
 

@@ -25,6 +25,7 @@ from ..target.llama import DecoderLayer, Llama
 from ..target.weights import AdapterWeights, load_adapter
 from .protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
 from .vocabulary import read_draft_vocabulary
+from .ways import CHAINS, Way, read_way
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class AdapterConfig:
         calibrated: whether both were measured for this pair (``kangaroo calibrate --write``).
         vocabulary: the tokens that it may draft; None means all.
         deep_state_size: the inner size of the SwiGLU over the deep state; 0 where it has none.
+        way: how it drafts unless a caller says otherwise.
     """
 
     llama: LlamaConfig
@@ -48,6 +50,7 @@ class AdapterConfig:
     calibrated: bool = False
     vocabulary: DraftVocabulary | None = None
     deep_state_size: int = 0
+    way: Way = CHAINS
 
     @property
     def parameters(self) -> int:
@@ -106,7 +109,8 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
     deep_state_size = values.get("deep_state_size", 0)
     if not isinstance(deep_state_size, int) or isinstance(deep_state_size, bool) or deep_state_size < 0:
         raise KangarooError(f"{path}: deep_state_size is {deep_state_size!r}; it must be a whole number, 0 for none.")
-    return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary, deep_state_size)
+    way = read_way(values, path)
+    return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary, deep_state_size, way)
 
 
 def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:

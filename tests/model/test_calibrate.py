@@ -9,27 +9,32 @@ from typing import Any
 import pytest
 from conftest import Pair
 
-from kangaroo_kernels import Kangaroo
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.commands import cli
-from kangaroo_kernels.model.evaluation.calibrate import Calibration, calibrate
+from kangaroo_kernels.model.evaluation.calibrate import Calibration, calibrate, kind_of, write_defaults
 
 
 def test_the_best_are_measured_again_and_it_ends_in_time(pair: Pair) -> None:
     kangaroo = Kangaroo.from_pretrained(pair.target, pair.adapter, device="cpu")
-    plan = Calibration(lengths=(2, 3), thresholds=(0.5, 0.1), max_new_tokens=8, finalists=2)
+    plan = Calibration(lengths=(2, 3), thresholds=(0.5, 0.1), trees=(4,), max_new_tokens=8, finalists=2)
     reports: list[Any] = []
     rows = calibrate(kangaroo, ["ABCabc"], plan, report=lambda stage, *_: reports.append(stage))
-    assert reports == ["calibrating"] * 4 + ["the best again"] * 2
-    settings = [(row["num_speculative_tokens"], row["draft_confidence_threshold"]) for row in rows]
-    assert sorted(settings) == [(2, 0.1), (2, 0.5), (3, 0.1), (3, 0.5)]
+    settings = {kind: [tuple(row.values())[2:4] for row in rows if kind_of(row) == kind] for kind in map(kind_of, rows)}
+    assert sorted(settings["chains"]) == [(2, 0.1), (2, 0.5), (3, 0.1), (3, 0.5)]
+    (length,), thresholds = ({*column} for column in zip(*settings["chains and lookup"], strict=True))
+    assert max(thresholds) in (0.5, 0.1) and min(thresholds) == max(thresholds) / 2
+    assert sorted(settings["trees"]) == sorted((each, least) for each in {length, 3} for least in thresholds)
+    others = len(settings["chains and lookup"] + settings["trees"])
+    assert reports == ["calibrating"] * 4 + ["other ways"] * others + ["the best again"] * 2
     for part in (rows[:2], rows[2:]):
-        assert part[0]["mean_speedup"] >= part[1]["mean_speedup"]
+        speeds = [row["mean_speedup"] for row in part]
+        assert speeds == sorted(speeds, reverse=True)
     assert not calibrate(kangaroo, ["ABCabc"], plan, deadline=time.perf_counter() - 1)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The exit code of the command, which measures two settings here."""
-    monkeypatch.setattr(Calibration.__init__, "__defaults__", ((2, 3), (0.5,), 128, 1))
+    """The exit code of the command, which measures two settings of chains and two with lookup here."""
+    monkeypatch.setattr(Calibration.__init__, "__defaults__", ((2, 3), (0.5,), (), 128, 1))
     monkeypatch.setattr("sys.argv", ["kangaroo", "calibrate", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_info:
         cli.main()
@@ -44,14 +49,48 @@ def test_the_command(
     (tmp_path / "prompts.json").write_text('["ABCabc"]')
     command = ["--model", pair.target, "--adapter", adapter, "--prompts", tmp_path / "prompts.json"]
     assert run(monkeypatch, *command, "--max-new-tokens", 6, "--json") == 0
-    assert len(json.loads(capsys.readouterr().out)) == 2
+    assert len(json.loads(capsys.readouterr().out)) == 4
     assert (adapter / "config.json").read_text() == before
-    assert run(monkeypatch, *command, "--max-new-tokens", 6, "--write") == 0
+    assert run(monkeypatch, *command, "--max-new-tokens", 6, "--write", "--picture", tmp_path / "frontier.png") == 0
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     table, after = (json.loads((adapter / name).read_text()) for name in ("calibration.json", "config.json"))
     best = {name: table[0][name] for name in ("num_speculative_tokens", "draft_confidence_threshold")}
+    best |= {"prompt_lookup": True} if table[0]["prompt_lookup"] else {}
     assert after == json.loads(before) | best | {"calibrated": True}
     assert out.count("\n") >= 4 and f"{table[0]['mean_speedup']:g}" in out
+
+
+def test_what_wins_becomes_the_default(pair: Pair, tmp_path: Path) -> None:
+    """The adapter then drafts so, unless a caller says otherwise or the loop cannot."""
+    adapter = shutil.copytree(pair.adapter, tmp_path / "adapter")
+    row = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.25, "draft_tree": 0, "prompt_lookup": False}
+
+    def drafter(**given: Any) -> str:
+        return type(Kangaroo.from_pretrained(pair.target, adapter, device="cpu", **given).drafter).__name__
+
+    for found, name, other in (
+        ({"prompt_lookup": True}, "KangarooWithLookup", {"prompt_lookup": False}),
+        ({"draft_tree": 7}, "TreeDrafter", {"draft_tree": 0}),
+        ({}, "KangarooDrafter", {"prompt_lookup": True}),
+    ):
+        write_defaults(adapter, [row | found])
+        assert drafter() == name
+        assert drafter(**other) == ("KangarooDrafter" if found else "KangarooWithLookup")
+    write_defaults(adapter, [row | {"draft_tree": 7}])
+    assert drafter(prompt_lookup=True) == "KangarooWithLookup"
+    assert drafter(persistent=True) == "KangarooDrafter"
+    write_defaults(adapter, [row | {"prompt_lookup": True}])
+    assert drafter(kernels="triton", dtype="float32") == "KangarooDrafter"
+    values = json.loads((adapter / "config.json").read_text())
+    for wrong, words in (
+        ({"draft_tree": 16}, "from 1 to 15"),
+        ({"prompt_lookup": 1}, "true"),
+        ({"draft_tree": 2}, "go"),
+    ):
+        (adapter / "config.json").write_text(json.dumps(values | wrong))
+        with pytest.raises(KangarooError, match=words):
+            drafter()
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "[1]", "no JSON", None])

@@ -340,7 +340,7 @@ def test_a_tree_of_another_form(plain, tokens, parents, words):
 
 
 def test_what_cannot_draft_trees(pair, tmp_path):
-    for rows in (0, 16, 2.0, True):
+    for rows in (-1, 16, 2.0, True):
         refuse(lambda rows=rows: pair.load(device="cpu", draft_tree=rows), "draft_tree is", "from 1 to 15")
     for chains in ("persistent", "prompt_lookup"):
         refuse(lambda chains=chains: pair.load(device="cpu", draft_tree=4, **{chains: True}), f"{chains}=True drafts")

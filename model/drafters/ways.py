@@ -1,0 +1,69 @@
+"""How an adapter drafts: chains, chains beside prompt lookup, or trees. One of them is the adapter's own default."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+
+from ..errors import KangarooError
+
+
+class Way(NamedTuple):
+    """A way of drafting.
+
+    Attributes:
+        draft_tree: the most drafts of a tree; 0 drafts chains.
+        prompt_lookup: whether chains stand beside prompt lookup.
+    """
+
+    draft_tree: int = 0
+    prompt_lookup: bool = False
+
+    def __str__(self) -> str:
+        if self.draft_tree:
+            return f"trees of {self.draft_tree}"
+        return "chains and lookup" if self.prompt_lookup else "chains"
+
+
+CHAINS = Way()
+
+
+def read_way(values: Mapping[str, Any], path: Path) -> Way:
+    """The default that an adapter's ``config.json`` names by ``draft_tree`` or ``prompt_lookup``.
+
+    Raises:
+        KangarooError: values that name no way.
+    """
+    tree, lookup, most = values.get("draft_tree", 0), values.get("prompt_lookup", False), MAX_SPECULATIVE_TOKENS
+    if not isinstance(tree, int) or isinstance(tree, bool) or not 0 <= tree <= most:
+        raise KangarooError(f"{path}: draft_tree is {tree!r}; it must be a whole number from 1 to {most}, 0 for none.")
+    if not isinstance(lookup, bool):
+        raise KangarooError(f"{path}: prompt_lookup is {lookup!r}; it must be true or false.")
+    if tree and lookup:
+        raise KangarooError(f"{path}: prompt_lookup goes with chains; it or draft_tree must go.")
+    return Way(tree, lookup)
+
+
+def choose_way(
+    default: Way, draft_tree: int | None, prompt_lookup: bool | None, *, persistent: bool, resident: bool
+) -> Way:
+    """The way that a caller asks for, or the adapter's default where it can be had.
+
+    Raises:
+        KangarooError: what is asked for cannot be had together, or not on this loop.
+    """
+    if draft_tree:
+        for name, given in (("persistent", persistent), ("prompt_lookup", prompt_lookup)):
+            if given:
+                raise KangarooError(f"{name}=True drafts chains; leave it or draft_tree out.")
+    if prompt_lookup and resident:
+        raise KangarooError(
+            "prompt_lookup=True beside an adapter is for the loop that the host leads; leave it out, or use "
+            "kernels='reference'."
+        )
+    if draft_tree is not None or prompt_lookup is not None:
+        return Way(draft_tree or 0, bool(prompt_lookup))
+    if (default.draft_tree and persistent) or (default.prompt_lookup and resident):
+        return CHAINS
+    return default
