@@ -120,7 +120,8 @@ STREAMING_FAULTS: Faults = {
 
 
 def faults_of(row: Row) -> set[str]:
-    faults = FAULTS | (STREAMING_FAULTS if streams(row) else {})
+    paths = row["kernel"] == "attention_kernel" and "tree" in row["step"]  # its second loop is too short for a pipeline
+    faults = FAULTS | (STREAMING_FAULTS if streams(row) and not paths else {})
     return {fault for fault, is_there in faults.items() if is_there(row)}
 
 
@@ -146,6 +147,7 @@ def test_every_kernel_is_compiled_for_every_model_and_architecture(
         kernels -= {PERSISTENT}
     if "layer" not in steps:  # drafting alone
         kernels -= {"accept_kernel", "commit_kernel", "filtered_sample_kernel"}
+        kernels -= {"rank_kernel", "walk_kernel", "straighten_kernel"}
     places: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
         places.setdefault((row["model"], row["architecture"], row["dtype"]), set()).add(row["kernel"])

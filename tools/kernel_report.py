@@ -24,9 +24,9 @@ from rich.progress import track
 from steps import META, STEPS, Call, Step
 from triton import knobs
 
-from kangaroo_kernels.attention import TILE_BYTES
 from kangaroo_kernels.cards import ARCHITECTURES, cards_of
 from kangaroo_kernels.contract import MAX_ROWS
+from kangaroo_kernels.shared.attend import TILE_BYTES
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES
 from kangaroo_kernels.workloads import MODELS, ModelShape, Settings
 

@@ -139,8 +139,21 @@ def some_tokens(shape: ModelShape, rows: int) -> DraftVocabulary:
     return DraftVocabulary(empty(rows, dtype=torch.int32), shape.vocab_size)
 
 
+def tree(shape: ModelShape, settings: Settings) -> Calls:
+    """What a tree of drafts needs besides: candidates, the walk through it, and its rows as a chain's."""
+    for op in ("rank", "walk", "straighten"):
+        yield from ending(shape, settings, op)
+
+
+def tree_pass(shape: ModelShape, settings: Settings) -> Calls:
+    """The operations that treat the rows of a tree otherwise than a chain's."""
+    ancestors = empty(settings.rows, dtype=torch.int32)
+    yield from layer(shape, settings, 2, ancestors=ancestors)
+    yield call(shape, settings, "sample_head", "head", temperature=empty(1), ancestors=ancestors)
+
+
 def ending(shape: ModelShape, settings: Settings, op: str) -> Calls:
-    """``accept`` or ``commit``, the end of a verification step of ``rows`` rows."""
+    """An operation without a matrix, such as the end of a verification step of ``rows`` rows."""
     yield Call(op, "", *Workload(op, "", shape, shape.vocab_size, shape.hidden).make(settings), None)
 
 
@@ -194,6 +207,9 @@ STEPS = (
     Step("filtered head", partial(head, filtered=True)),
     Step("accept", partial(ending, op="accept")),
     Step("commit", partial(ending, op="commit")),
+    Step("tree", tree),
+    Step("tree, its rows", tree_pass, variant=True),
+    Step("tree, its rows, short text", tree_pass, length=SHORT_TEXT, variant=True),
     Step("layer, short text", layer, length=SHORT_TEXT, variant=True),
     Step("layer, paged", paged_layer, variant=True),
     Step("draft step", draft_step, drafting=True, variant=True),

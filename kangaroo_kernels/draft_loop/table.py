@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from kangaroo_kernels.attention import TILE_BYTES, query_tile
+from kangaroo_kernels.attention import query_tile
 from kangaroo_kernels.contract import MAX_ROWS, WIDEST_HEAD, AttentionBlock, DraftModel, Layer, Top1
 from kangaroo_kernels.draft_loop.stages import (
     DOWN_BIAS_AT,
@@ -26,6 +26,7 @@ from kangaroo_kernels.draft_loop.stages import (
 from kangaroo_kernels.launch_config import LaunchConfig, launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.qkv_rope import phases_of
+from kangaroo_kernels.shared.attend import TILE_BYTES
 from kangaroo_kernels.shared.cache_layout import cache_layout
 from kangaroo_kernels.shared.grid import ERROR, STATE_WORDS
 from kangaroo_kernels.shared.head import TileResults, check_vocabulary

@@ -80,7 +80,7 @@ class Tree:
         rows = torch.arange(first, first + count, device=self.tokens.device)
         offers = self.offers.view(-1)
         shares, places = offers.topk(count)
-        worth = shares >= LEAST_SHARE
+        worth: Tensor = shares >= LEAST_SHARE
         if wanted is not None:
             worth = worth & wanted
         offers[places] = shares.masked_fill(worth, 0.0)

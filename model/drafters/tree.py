@@ -250,5 +250,7 @@ class Growth:
 
     def finish(self) -> None:
         """Hand the tree on to verification."""
-        self.buffers.drafts.token.copy_(self.tree.tokens[1:])
-        self.buffers.ancestors.copy_(self.tree.masks)
+        buffers = self.buffers
+        assert buffers.ancestors is not None, "an iteration whose drafter has a tree makes them"
+        buffers.drafts.token.copy_(self.tree.tokens[1:])
+        buffers.ancestors.copy_(self.tree.masks)
