@@ -52,7 +52,6 @@ FILTERED = tl.constexpr(4096)
 SMALLEST_TOP_P = tl.constexpr(1e-30)
 """Far below any token's share, and far enough from 0 for its product with the sum to be a normal float32."""
 
-
 NUMBERS = ["position_ptr", "seed_ptr", "active_ptr", "temperature_ptr", "tokens_ptr", "ancestors_ptr"]  # lie anywhere
 
 
@@ -90,10 +89,7 @@ def sample_tile(tile, noise, x, norm, w, logits_ptr, parts, BLOCK_N: tl.constexp
 
 
 @stable_key
-@triton.jit(
-    do_not_specialize=["M", "stream"],
-    do_not_specialize_on_alignment=NUMBERS,
-)
+@triton.jit(do_not_specialize=["M", "stream"], do_not_specialize_on_alignment=NUMBERS)
 def sample_head_kernel(
     x_ptr,  # [M, K]
     norm_ptr,  # [K]

@@ -57,19 +57,14 @@ from kangaroo_kernels.top1_head import top1_tile
 __all__ = ["DraftLoop", "draft_loop", "draft_loop_kernel", "prepare_draft_loop"]
 
 
+NUMBERS = ["flags_ptr", "positions_ptr", "token_ptr", "confidence_ptr", "tokens_ptr"]  # they lie anywhere
+NUMBERS += ["seed_ptr", "temperature_ptr", "threshold_ptr"]
+
+
 @stable_key
 @triton.jit(
     do_not_specialize=["LAYERS", "R", "T", "ADAPTER_T", "programs", "polls", "stream"],
-    do_not_specialize_on_alignment=[
-        "flags_ptr",
-        "positions_ptr",
-        "token_ptr",
-        "confidence_ptr",
-        "seed_ptr",
-        "temperature_ptr",
-        "threshold_ptr",
-        "tokens_ptr",
-    ],
+    do_not_specialize_on_alignment=NUMBERS,
 )
 def draft_loop_kernel(
     base_ptr,  # [] of the weights' dtype: the table's offsets count from here
