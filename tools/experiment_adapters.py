@@ -31,6 +31,7 @@ def forms(shape: ModelShape) -> dict[str, dict[str, Any]]:
         "attention alone": {},
         "and an MLP": {"intermediate_size": shape.inner},
         "key-value heads of its own": {"num_attention_heads": shape.heads},
+        "a deep state": {"deep_state_size": shape.hidden},
         "a quarter of the vocabulary": {"draft_vocabulary": shape.vocab_size // 4},
     }
 
