@@ -97,8 +97,8 @@ class Kangaroo(Writer):
             persistent: on the kernels, draft in one persistent launch (``draft_loop``) instead of kernel by kernel. The
                 references draft step by step all the same, and so do requests with top-k or top-p, or whose loop the
                 host leads (``Settings``).
-            kv_dtype: "float16" rounds the keys and values that a CPU's texts keep, which halves their memory and makes
-                long texts faster; it goes with ``dtype="float16"``. None keeps them in float32.
+            kv_dtype: "float16" rounds the keys and values that a CPU's texts keep, which halves their memory; it
+                goes with ``dtype="float16"``. None keeps them in float32.
             prompt_lookup: beside an adapter, also draft what followed the text's last tokens before, where that
                 promises more; for a CPU.
             draft_tree: draft trees of at most this many tokens, 1 to 15, instead of chains (0); needs an adapter.

@@ -6,8 +6,8 @@ Rows of a tree see the text before it and, of the tree, the rows on their own pa
 Grouped queries (GQA) are packed into the rows, so the cache is read once for all of a group.
 Bytes moved: ``2 * H_kv * (position + M) * D`` elements.
 
-A cache may be of another dtype than the queries: float16 beside float32. It is converted as it is read, so half the
-bytes come from memory, and every product and sum is a float32 one.
+A cache may be of another dtype than the queries: float16 beside float32. It is converted as it is read, so every
+product and sum is a float32 one.
 """
 
 from functools import lru_cache, partial
@@ -23,8 +23,8 @@ from kangaroo_kernels.shared.checks import check_ancestors, check_max_length
 MANY_ROWS = 64
 """From this many rows on (a prefill), PyTorch's fused attention repays its overhead."""
 
-ROWS, POSITIONS, SUMMED = 4, 16, 192
-"""What ``_attend_alike`` fills rows and positions up to multiples of, and how many positions it sums at a time."""
+ROWS, POSITIONS = 4, 192
+"""What ``_attend_alike`` fills rows and positions up to multiples of."""
 
 
 @lru_cache(maxsize=8)
@@ -153,7 +153,7 @@ def rows_are_alike(group: int, head_dim: int) -> bool:
     ``group`` is the number of query heads that share a key-value head.
     """
     most, scale, random = 16, head_dim**-0.5, partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    for position in (0, SUMMED - 7, 2 * SUMMED - 1):
+    for position in (0, POSITIONS - 7, 3 * POSITIONS - 3):
         q = random(most, 2 * group, head_dim, dtype=torch.float32)
         keys, values = random(2, 2, position + most, head_dim).half().unbind()
         alone = [attention(q[row : row + 1], keys, values, position + row, scale=scale) for row in range(most)]
@@ -170,10 +170,10 @@ def _attend_alike(
 
     Where a last bit differed, a later layer's key could round to another float16 number: a difference in the fourth
     digit between plain decoding and verification. MKL, PyTorch's library on x86, keeps a row's bits (seen on AMD Zen 5)
-    but for three cases: rows left over by fours, columns left over by sixteens, and sums of more than 192 products,
-    which it cuts by their number. So rows and positions are filled up, and values are summed 192 positions at a time.
-    ``rows_are_alike`` says whether that suffices on this machine. A tree's rows have other bits than a chain's, since
-    what they do not see lies between.
+    where rows come in fours and positions in blocks of 192: what is left over takes other paths, and long sums are cut
+    by their length. So both are filled up, which costs little, as the cache is copied anyway to be converted.
+    ``rows_are_alike`` says whether that suffices on this machine. A tree's rows have other bits than a
+    chain's, since what they do not see lies between.
     """
     rows, heads, head_dim = q.shape
     kv_heads, length = keys.shape[0], position + rows
@@ -181,21 +181,16 @@ def _attend_alike(
     used = group * rows
     packed = q.view(rows, kv_heads, group, head_dim).permute(1, 2, 0, 3).reshape(kv_heads, used, head_dim)
     packed = pad(packed, (0, 0, 0, -used % ROWS))
-    keys = keys[:, :filled].to(q.dtype)
-    keys = pad(keys, (0, 0, 0, filled - keys.shape[1])) if keys.shape[1] < filled else keys
-    scores = torch.baddbmm(_unused(q.dtype, q.device), packed, keys.transpose(1, 2), beta=0, alpha=scale)
-    del keys  # the values will take the same memory, which the processor still holds
-    # what lies beyond a row may be anything, NaN too, and is overwritten
+    converted = q.new_empty(kv_heads, filled, head_dim)  # keys, then values: memory that the processor still holds
+    converted[:, length:] = 0
+    converted[:, :length] = keys[:, :length]
+    scores = torch.baddbmm(_unused(q.dtype, q.device), packed, converted.transpose(1, 2), beta=0, alpha=scale)
     if ancestors is None:
         begin, unseen = position, _unseen(rows, filled - position, group, q.device)
     else:
         begin = position - rows_ahead(ancestors)
         unseen = pad(~seen_rows(ancestors)[:, : length - begin], (0, filled - length), value=True).repeat(group, 1)
     scores[:, :used, begin:].masked_fill_(unseen, float("-inf"))
-    weights, out = torch.softmax(scores, dim=-1), _unused(q.dtype, q.device)
-    for first in range(0, length, SUMMED):
-        part = values[:, first : min(first + SUMMED, length)].to(q.dtype)
-        if part.shape[1] < POSITIONS:  # PyTorch multiplies the smallest matrices by itself, in another order
-            part = pad(part, (0, 0, 0, POSITIONS - part.shape[1]))
-        out = torch.baddbmm(out, weights[..., first : first + part.shape[1]], part, beta=min(first, 1))
+    converted[:, :length] = values[:, :length]
+    out = torch.bmm(torch.softmax(scores, dim=-1), converted)
     return out[:, :used].view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, -1)

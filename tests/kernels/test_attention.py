@@ -153,7 +153,7 @@ def test_a_cache_in_float16(paged, position, rows):
     ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (8, 2, 64), (4, 4, 12), (4, 2, 16), (6, 1, 128)]
 )
 def test_a_cache_in_float16_gives_rows_at_once_their_bits(heads, kv_heads, head_dim, position):
-    """Those of each alone, also where a pass goes beyond what is summed at once."""
+    """Those of each alone, also where a pass goes beyond a block of positions."""
     q, *caches = inputs(40, heads, kv_heads, head_dim, position)
     keys, values = (cache.half() for cache in caches)
     single = [reference(q[row : row + 1], keys, values, position + row, scale=0.25) for row in range(40)]
