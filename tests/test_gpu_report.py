@@ -58,7 +58,10 @@ def read(file):
 def smoke(tmp_path_factory):
     """A folder in which the first call of ``gpu_kit`` has run, then what is the second one's alone, and a pair."""
     folder = tmp_path_factory.mktemp("report")
-    for parts in (("--first",), ("--only", "equality,baselines,timeline,pair", "--pair", str(DEMO_PAIR))):
+    for parts in (
+        ("--first",),
+        ("--minutes", "20", "--only", "equality,baselines,timeline,pair", "--pair", str(DEMO_PAIR)),
+    ):
         done = run(line("--smoke", *parts, folder))
         assert done.returncode == 0, done.stderr
     parts = read(folder / "report.json")["parts"]

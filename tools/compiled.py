@@ -4,6 +4,7 @@
 the very arguments, specialisation and launch configuration that a GPU would see, and nothing runs.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -99,9 +100,12 @@ def lines_of(location: str, alias: dict[str, str]) -> Iterator[str]:
 def arithmetic_of(ttgir: str) -> dict[str, list[str]]:
     """Which floating-point operations come of each source line, with the dtypes of their operands and results."""
     alias, found = aliases(ttgir), dict[str, set[str]]()
+    for location in set(re.findall(r"^ +\S.* loc\((.*)\)$", ttgir, re.MULTILINE)):
+        for line in itertools.islice(lines_of(location, alias), 1):  # a line may have operations, but none of these
+            found.setdefault(line, set())
     for operation, rest, location in ARITHMETIC.findall(ttgir):
         dtypes = dict.fromkeys(re.findall(r"(?:\b|x)(b?f(?:16|32|64))\b", rest))
-        found.setdefault(next(lines_of(location, alias)), set()).add(" ".join((operation, *dtypes)))
+        found[next(lines_of(location, alias))].add(" ".join((operation, *dtypes)))
     return {place: sorted(operations) for place, operations in found.items()}
 
 
