@@ -85,7 +85,7 @@ def attend_to_a_tree(
         parents |= tl.load(ancestors_ptr + row) ^ (1 << (ahead + row))
     depths = count_bits(tl.load(ancestors_ptr + rows, mask=rows < M, other=1)) - 1
     done = 0
-    for leaf in range(M):
+    for leaf in tl.range(M, disable_licm=True):
         path = tl.load(ancestors_ptr + leaf)
         is_leaf = ((parents >> (ahead + leaf)) & 1) == 0
         reached = root + count_bits(path)
@@ -93,7 +93,7 @@ def attend_to_a_tree(
         takes_part = ((path & ~done) >> (ahead + rows)) & 1 != 0
         done |= tl.where(is_leaf, path, 0)
         # a tile or two, which leave a pipeline nothing to do but to take registers
-        for first in tl.range(tl.maximum(start, shared), last, BLOCK_T, num_stages=1):
+        for first in tl.range(tl.maximum(start, shared), last, BLOCK_T, num_stages=1, disable_licm=True):
             positions = first + tl.arange(0, BLOCK_T)
             slots = slots_of(positions, root, path)
             tile = slots, positions, (positions < reached) & (slots < length)
