@@ -43,15 +43,18 @@ def run(job: Job) -> None:
     kangaroo = Kangaroo.from_pretrained(pair.target, pair.adapter, device=job.device)
     assert isinstance(kangaroo.drafter, KangarooDrafter)
     config, adapter = kangaroo.target.config, kangaroo.drafter.adapter.config
+    limits = {  # named, since a CPU would otherwise find its own
+        "num_speculative_tokens": adapter.num_speculative_tokens,
+        "draft_confidence_threshold": adapter.draft_confidence_threshold,
+    }
     job.note(
         name=job.pair.name,
         dtype=str(kangaroo.target.dtype).removeprefix("torch."),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         exit_layer=adapter.exit_layer,
-        num_speculative_tokens=adapter.num_speculative_tokens,
-        draft_confidence_threshold=adapter.draft_confidence_threshold,
         not_run=0,
+        **limits,
     )
     prompts = list(pair.prompts().items())[: 2 if job.smoke else PROMPTS]
     comparisons, decoded = list[Comparison](), list[Decoded]()
@@ -62,7 +65,7 @@ def run(job: Job) -> None:
             break
         job.note(doing=name)
         plain = kangaroo.generate(text, max_new_tokens=new_tokens, plain=True)
-        comparison = compare(kangaroo, text, name=name, max_new_tokens=new_tokens, rounds=rounds)
+        comparison = compare(kangaroo, text, name=name, max_new_tokens=new_tokens, rounds=rounds, **limits)
         comparisons.append(comparison)
         prompt = kangaroo.tokenizer(text)["input_ids"]
         decoded.append(Decoded(name, prompt, plain.tokens, comparison.kangaroo_tokens_per_second))
