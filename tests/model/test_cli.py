@@ -320,7 +320,7 @@ def test_data_and_an_adapter_that_generates(run: Run, pair: Pair, tmp_path: Path
 def test_a_poor_adapter_is_not_saved_without_a_word() -> None:
     assert "agrees with the model on 4% of the held-out tokens" in train.warn({"agreement": 0.04, "speedup": 1.1})
     by_heart = train.warn({"agreement": 0.5, "agreement_on_learned_windows": 0.77})
-    assert "77% of the tokens that it learned from, and on 50% of held-out ones: more data" in by_heart
+    assert "77% of the tokens that it learned from, and on 50% of held-out ones: it knows" in by_heart
     assert "slower with this adapter (0.90x plain)" in train.warn({"agreement": 0.5, "speedup": 0.9})
     assert train.warn({"agreement": 0.5, "agreement_on_learned_windows": 0.6, "speedup": 1.1}) == ""
     assert train.warn({"agreement": 0.5, "speedup": 1.1}) == train.warn({"agreement": 0.5}) == ""
