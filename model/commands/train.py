@@ -205,7 +205,8 @@ def warn(report: Mapping[str, Any]) -> str:
     if known > report["agreement"] + FAR_BETTER:
         return (
             f"This adapter agrees with the model on {known:.0%} of the tokens that it learned from, and on "
-            f"{report['agreement']:.0%} of held-out ones: it knows its data by heart, and more time on the same data will help little."
+            f"{report['agreement']:.0%} of held-out ones: it knows its data by heart, and more time on the same data "
+            "will help little."
         )
     if report.get("speedup", 1) < 1:
         return f"On the held-out prompts, decoding is slower with this adapter ({report['speedup']:.2f}x plain)."
