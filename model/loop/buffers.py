@@ -38,7 +38,8 @@ class Buffers:
         drafts[i]                                  0         1         ...   R - 1
 
     ``flags[r]`` says that another draft follows row r: for row 0 that the text grows, for the others that their draft
-    was made and was sure. ``wanted[r]`` is the target's token after row r. The slices by row are the methods below.
+    was made and was sure. (Of a tree, ``flags[r]`` says that draft r was made.) ``wanted[r]`` is the target's token
+    after row r. The slices by row are the methods below.
 
     Attributes:
         text: ``[capacity]`` int64, the text; beyond ``length`` lie old values.
