@@ -24,6 +24,7 @@ from kangaroo_kernels.shared.ancestors import places_of
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_rank
 from kangaroo_kernels.shared.head import NO_TOKEN, first_best, nan_wins
+from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     check_flag,
     device_number,
@@ -48,6 +49,7 @@ def noise_of(seed, stream, position, first, V, tokens_ptr):
     return tl.reshape(noise, (FILTERED,))
 
 
+@stable_key
 @triton.jit(do_not_specialize=["stream"], do_not_specialize_on_alignment=[*NUMBERS, "top_k_ptr", "top_p_ptr"])
 def rank_kernel(
     logits_ptr,  # [M, V] float32
@@ -98,11 +100,12 @@ def rank_kernel(
             scores = tl.where((order_bits(scores) >= kept) & (offs < V), noisy, float("-inf"))
         tl.store(scored_ptr + offs, scores, mask=offs < V)
         higher = tl.maximum(largest, tl.max(nan_wins(scores), axis=0))
-        pivot = tl.where(higher == float("-inf"), 0.0, higher)
+        pivot = tl.where(tl.abs(higher) == float("inf"), 0.0, higher)  # a NaN counts as infinite, and total is NaN
         total = total * tl.exp(largest - pivot) + tl.sum(tl.exp(scores - pivot), axis=0)
         largest = higher
     tl.debug_barrier()  # all of the program's threads have written
 
+    pivot = tl.where(largest == float("inf"), 0.0, largest)
     below, after = tl.full((), float("inf"), dtype=tl.float32), tl.full((), -1, dtype=tl.int32)
     for place in range(C):
         best, index = tl.full((), float("-inf"), dtype=tl.float32), tl.full((), NO_TOKEN, dtype=tl.int32)
@@ -117,7 +120,7 @@ def rank_kernel(
         if tokens_ptr is not None:
             token = tl.load(tokens_ptr + token)
         tl.store(ranked_ptr + row * C + place, token.to(tl.int64))
-        tl.store(confidence_ptr + row * C + place, tl.exp(best - largest) / total)
+        tl.store(confidence_ptr + row * C + place, tl.exp(best - pivot) / total)
         below, after = best, index
 
 
