@@ -27,7 +27,7 @@ def draw(rows: int, size: int, device: torch.device) -> torch.Tensor:
 
 @EITHER
 @FILTERS
-@pytest.mark.parametrize("size", [5, 97, 4096, 5000])
+@pytest.mark.parametrize("size", [5, 97, 5000])
 def test_the_best_scores_in_order(device, rank, sampling, size):
     """Row by row, at the position of its depth, with the noise of the whole vocabulary where the head has some."""
     for parents in shapes(random.Random(size), 8)[5:]:
@@ -51,6 +51,7 @@ def test_the_best_scores_in_order(device, rank, sampling, size):
             torch.testing.assert_close(found.confidences[row].double(), best[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is NumPy, which warns of infinities
 @EITHER
 def test_ties_nan_and_rows_that_a_flag_leaves_out(device, rank):
     logits = torch.zeros(3, 6, device=device)
