@@ -28,7 +28,8 @@ from kangaroo_kernels.workloads import MODELS, Settings
 
 PLACE = re.compile(r'//## File "([^"]*)", line (\\d+)')
 INSTRUCTION = re.compile(r"^\\s+/\\*[0-9a-f]{4,}\\*/\\s+(?:@!?\\w+\\s+)?([A-Z][\\w.]*)")
-STEPS_LEFT_OUT = {"draft loop, 4 layers", "accept", "commit"}
+TREES = {"tree", "tree, its rows", "tree, its rows, short text"}
+STEPS_LEFT_OUT = {"draft loop, 4 layers", "accept", "commit"} | TREES
 
 def instructions(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
