@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from torch import Tensor
-from trees import CHAIN, STAR, masks_of, path_of, shapes
+from trees import CHAIN, STAR, TWO_BRANCHES, masks_of, path_of, shapes
 
 from kangaroo_kernels import attention as attention_kernel
 from kangaroo_kernels import qkv_rope as qkv_rope_kernel
@@ -196,3 +196,19 @@ def test_masks_that_do_not_fit(device, op, bad):
     q, keys, values = draw(1, torch.float32, device, (3, 4, 16), (2, 9, 16), (2, 9, 16))
     with pytest.raises(ValueError, match=r"attention: ancestors is .*; it must be \[3\] torch.int32"):
         op.attention(q, keys, values, 4, scale=0.25, ancestors=bad.to(device))
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_tree_over_a_float16_cache(first):
+    """The reference converts the cache as it is read; ``first`` rows of the tree are there already."""
+    generator = torch.Generator().manual_seed(first)
+    masks = masks_of(TWO_BRANCHES)[first:]
+    q, *caches = (
+        torch.randn(*shape, generator=generator) for shape in ((len(masks), 6, 16), (2, 230, 16), (2, 230, 16))
+    )
+    halves = [cache.half() for cache in caches]
+    wanted = attention_reference.attention(
+        q, *(cache.float() for cache in halves), 200 + first, scale=0.25, ancestors=masks
+    )
+    got = attention_reference.attention(q, *halves, 200 + first, scale=0.25, ancestors=masks)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
