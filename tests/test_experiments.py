@@ -81,16 +81,23 @@ def test_adapters_are_trained_and_compared(run: Any, tmp_path: Path, monkeypatch
     code, exits, drew = run("exits", *more)
     assert (code, drew, [each["category"] for each in exits["rows"]]) == (0, True, ["exit 1", "exit 2"])
     code, forms, drew = run("forms", *more)
-    assert (code, drew, len(forms["rows"])) == (0, True, 4)
+    assert (code, drew, len(forms["rows"])) == (0, True, 5)
     configs = [json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "forms").glob("*/config.json"))]
     found = [
-        (each.get("draft_vocab_size"), each.get("mlp"), each["num_key_value_heads"], each["exit_layer"])
+        (each.get("draft_vocab_size"), each.get("deep_state_size"), each["mlp"], each["num_key_value_heads"])
         for each in configs
     ]
-    assert found == [(16, False, 2, 2), (None, True, 2, 2), (None, False, 2, 2), (None, False, 4, 2)]
-    assert trained == [2, 1, 1, 1, 1]  # the exits in one run
+    assert found == [
+        (None, 48, False, 2),
+        (16, None, False, 2),
+        (None, None, True, 2),
+        (None, None, False, 2),
+        (None, None, False, 4),
+    ]
+    assert {each["exit_layer"] for each in configs} == {2}
+    assert trained == [2, 1, 1, 1, 1, 1]  # the exits in one run
     (tmp_path / "out" / "exits.json").unlink()
-    assert run("exits", *more)[0] == 0 and len(trained) == 5
+    assert run("exits", *more)[0] == 0 and len(trained) == 6
 
 
 def test_pictures_of_what_cannot_be_said() -> None:

@@ -135,7 +135,7 @@ def measure(kangaroo: Kangaroo, point: Point, questions: list[Question], max_new
 @lru_cache(maxsize=1)
 def load(model: str, adapter: Path | None, dtype: str | None) -> Kangaroo:
     """A pair, warm; the last one is kept."""
-    kangaroo = Kangaroo.from_pretrained(model, adapter, dtype=dtype)
+    kangaroo = Kangaroo.from_pretrained(model, adapter, dtype=dtype, draft_tree=0)  # chains of the adapter alone
     warm_up(kangaroo)
     return kangaroo
 

@@ -143,7 +143,7 @@ def main(
         folder = Path(name)
         try:
             pair = export_drafter(model, adapter, folder / "drafter")
-            kangaroo = Kangaroo.from_pretrained(model, adapter, device="cpu")
+            kangaroo = Kangaroo.from_pretrained(model, adapter, device="cpu", draft_tree=0)  # chains, as vLLM
         except KangarooError as error:
             refuse("vllm_check", str(error))
         prompts = prompts_of(model, kangaroo)

@@ -13,6 +13,7 @@ from kangaroo_kernels import __version__
 from kangaroo_kernels.packed_weight import Layout
 
 from ..drafters.adapter import AdapterConfig, load_adapter_config
+from ..drafters.ways import CHAINS
 from ..errors import KangarooError
 from ..load import kept_dtype, open_model, resolve_device, resolve_dtype, resolve_kv_dtype
 from ..named import find_pair
@@ -187,7 +188,8 @@ def footprint(
 
 def _drafting(adapter: AdapterConfig) -> str:
     limits = f"up to {adapter.num_speculative_tokens} drafts, threshold {adapter.draft_confidence_threshold:g}"
-    return f"auto where the host leads the loop (a CPU), else {limits}" if adapter.calibrated else limits
+    limits = f"auto where the host leads the loop (a CPU), else {limits}" if adapter.calibrated else limits
+    return limits if adapter.way == CHAINS else f"{adapter.way}; {limits}"
 
 
 def _kv_values(config: LlamaConfig) -> int:
