@@ -197,6 +197,8 @@ def main(
         refuse(NAME, "'adapters' takes several --adapter, any other experiment at most one.")
     if (experiment in TRAINED) != bool(data) or (experiment in TRAINED and adapter):
         refuse(NAME, f"{' and '.join(TRAINED)} train their adapters on --data, which no other experiment takes.")
+    if steps < 1:
+        refuse(NAME, f"steps is {steps}; it must be a whole number of at least 1.")
     try:
         Settings(max_new_tokens)
         asked = read(questions, model, experiment, per_category)

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..drafters.protocol import PAPER_NUM_SPECULATIVE_TOKENS
 from .options import Json, examples, print_json
 
 EXAMPLES = examples(
@@ -52,6 +51,7 @@ def plan(
 
     Nothing is loaded or run. What the figures rest on is listed below them.
     """
+    from ..drafters.protocol import PAPER_NUM_SPECULATIVE_TOKENS
     from ..errors import KangarooError
     from ..evaluation.acceptance import PAPER, read_profile
     from ..evaluation.machines import find_machine

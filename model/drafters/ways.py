@@ -53,6 +53,11 @@ def choose_way(
     Raises:
         KangarooError: what is asked for cannot be had together, or not on this loop.
     """
+    most = MAX_SPECULATIVE_TOKENS
+    if draft_tree is not None and (
+        not isinstance(draft_tree, int) or isinstance(draft_tree, bool) or not 0 <= draft_tree <= most
+    ):
+        raise KangarooError(f"draft_tree is {draft_tree!r}; it must be a whole number from 1 to {most}, 0 for chains.")
     if draft_tree:
         for name, given in (("persistent", persistent), ("prompt_lookup", prompt_lookup)):
             if given:
