@@ -217,7 +217,7 @@ def test_the_floor_is_bytes_over_bandwidth(rows: list[Row]) -> None:
 
 # ---- one binary for 1 to 16 rows
 
-A_PROGRAM_A_ROW = {"merge_tiles_kernel": 0, "filtered_sample_kernel": 0}
+A_PROGRAM_A_ROW = {"merge_tiles_kernel": 0, "filtered_sample_kernel": 0, "rank_kernel": 0}
 """The axis of the grid that counts rows."""
 
 
