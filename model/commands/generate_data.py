@@ -10,6 +10,7 @@ from .options import SAMPLING, Device, Json, Model, examples, print_json
 EXAMPLES = examples(
     "generate-data --model my-chat-model --out my-data.jsonl --texts 2000",
     "generate-data --model my-chat-model --out my-data.jsonl --prompts questions.jsonl",
+    "generate-data --model my-chat-model --out my-data.jsonl --system-prompts tasks.txt --max-prompt-tokens 320",
     "generate-data --model my-llama --out my-data.jsonl --prompts *.txt",
 )
 
@@ -25,7 +26,12 @@ def generate_data(
             metavar="FILES...",
         ),
     ] = None,
+    system_prompts: Annotated[
+        Path | None,
+        typer.Option(help="A text file of system prompts, one a line, under which it asks itself by turns."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 256,
+    max_prompt_tokens: Annotated[int, typer.Option(help="The most tokens of a question that it asks itself.")] = 96,
     at_once: Annotated[int, typer.Option(help="Texts written side by side.")] = 96,
     minutes: Annotated[float | None, typer.Option(help="End within this time.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed writes the same texts.", rich_help_panel=SAMPLING)] = 0,
@@ -46,7 +52,9 @@ def generate_data(
         out=out,
         texts=texts,
         prompts=tuple(prompts or ()),
+        system_prompts=system_prompts,
         max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
         at_once=at_once,
         minutes=minutes,
         seed=seed,

@@ -18,6 +18,20 @@ class Text(NamedTuple):
     written: list[bool]
 
 
+class Turn(NamedTuple):
+    """A user's turn that has just begun.
+
+    Attributes:
+        messages: before it.
+        tokens: of these, and those before the user's first words.
+        after: the text that follows the user's last word.
+    """
+
+    messages: list[Message]
+    tokens: list[int]
+    after: str
+
+
 class ChatTemplate:
     """The chat template of a tokenizer.
 
@@ -43,12 +57,7 @@ class ChatTemplate:
         Raises:
             KangarooError: the template refuses the turns, with its own words.
         """
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=answering, tokenize=True, return_dict=False
-            )
-        except Exception as error:  # a template may raise anything
-            raise KangarooError(f"{place}: the model's chat template refuses it ({str(error).strip()}).") from error
+        ids = self._apply(messages, place, add_generation_prompt=answering, tokenize=True, return_dict=False)
         return list(ids)
 
     def read(self, messages: list[Message], place: str) -> Text:
@@ -78,15 +87,21 @@ class ChatTemplate:
             raise KangarooError(f"{place}: the conversation has no answer to learn from.")
         return Text(tokens, written)
 
-    def open_turn(self) -> tuple[list[int], str]:
-        """The tokens before a user's first words, and the text that follows the last of them.
+    def open_turn(self, messages: list[Message], place: str) -> Turn:
+        """The beginning of a user's turn behind ``messages``.
 
         Raises:
-            KangarooError: the template does not show the user's words.
+            KangarooError: the template refuses the messages, or does not show the user's words.
         """
         mark = "KANGAROO"
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
-        before, found, after = text.partition(mark)
+        text = self._apply([*messages, {"role": "user", "content": mark}], place, tokenize=False)
+        before, found, after = text.rpartition(mark)
         if not found:
             raise KangarooError("this model's chat template does not show the user's words; give --prompts.")
-        return list(self.tokenizer(before, add_special_tokens=False)["input_ids"]), after
+        return Turn(messages, list(self.tokenizer(before, add_special_tokens=False)["input_ids"]), after)
+
+    def _apply(self, messages: list[Message], place: str, **how: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(messages, **how)
+        except Exception as error:  # a template may raise anything
+            raise KangarooError(f"{place}: the model's chat template refuses it ({str(error).strip()}).") from error

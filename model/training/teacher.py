@@ -17,6 +17,10 @@ FINAL = -1
 """Where the last layer's output is kept, among those of the exit layers."""
 
 
+STAGE = 32
+"""Tokens that texts are written by, side by side, before those that ended are left out."""
+
+
 class Lesson(NamedTuple):
     """What an adapter learns from a window of T tokens.
 
@@ -112,23 +116,49 @@ class Teacher:
         Args:
             prompts: of any lengths; they are padded at their beginning and the padding is masked.
             most: new tokens.
-            stops: the tokens that end a text.
+            stops: the tokens that end a text. The others go on without it, after at most 32 more tokens.
             sampling: transformers' own settings; none of them means greedy.
         """
-        longest = max(map(len, prompts))
-        padded = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
+        longest, end = max(map(len, prompts)), list(stops) or None
+        tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        end = list(stops) or None
-        written = self.model.generate(
-            padded,
-            attention_mask=mask.to(self.device),
-            max_new_tokens=most,
-            eos_token_id=end,
-            pad_token_id=end[0] if end else 0,
-            do_sample=bool(sampling),
-            cache_implementation="static",  # a growing cache is copied at every step
-            disable_compile=True,  # on a GPU a static cache would have it compiled: minutes for seconds of work
-            **sampling,
-        )
-        texts = written[:, longest:].tolist()
-        return [text[: next((at for at, token in enumerate(text) if token in stops), len(text))] for text in texts]
+        mask, going, cache = mask.to(self.device), torch.arange(len(prompts)), None
+        kept, texts = going, [[] for _ in prompts]
+        for at in range(longest, longest + most, STAGE):
+            reach = min(at + STAGE, longest + most)
+            cache = self._roomier(cache, kept, at, reach)
+            tokens = self.model.generate(
+                tokens,
+                attention_mask=mask,
+                max_new_tokens=reach - at,
+                eos_token_id=end,
+                pad_token_id=end[0] if end else 0,
+                do_sample=bool(sampling),
+                past_key_values=cache,
+                disable_compile=True,  # on a GPU a static cache would have it compiled: minutes for seconds of work
+                **sampling,
+            )
+            rows = tokens[:, longest:].tolist()
+            ends = [next((place for place, token in enumerate(row) if token in stops), None) for row in rows]
+            for index, row, ended in zip(going.tolist(), rows, ends, strict=True):
+                texts[index] = row[:ended]
+            kept = torch.tensor([place for place, ended in enumerate(ends) if ended is None], dtype=torch.int64)
+            if not len(kept):
+                break
+            going, tokens, mask = going[kept], tokens[kept], F.pad(mask[kept], (0, reach - at), value=1)
+        return texts
+
+    def _roomier(self, cache: Any, kept: Tensor, length: int, reach: int) -> Any:
+        """A static cache of ``reach`` positions, with the rows ``kept`` of ``cache``: all tokens but the newest.
+
+        A cache that grows token by token is copied at every step, and attention reads one of full size to its end.
+        """
+        from transformers import StaticCache
+
+        larger: Any = StaticCache(self.model.config, max_cache_len=reach)
+        for layer, old in zip(larger.layers, [] if cache is None else cache.layers, strict=False):
+            keys, values = old.keys[kept, :, : length - 1], old.values[kept, :, : length - 1]
+            layer.lazy_initialization(keys, values)
+            layer.keys[:, :, : length - 1], layer.values[:, :, : length - 1] = keys, values
+            layer.cumulative_length.fill_(length - 1)
+        return larger

@@ -2,8 +2,9 @@
 
 An adapter has to foresee its target, so the target's own text is the best to learn from. An instruct model needs no
 data set at all: continuing the user's turn of its chat template, it asks questions like those that it was tuned on
-(as Magpie does, arXiv 2406.08464). The texts are written side by side in groups; answers are greedy in one group and
-sampled in the next.
+(as Magpie does, arXiv 2406.08464). Behind a system prompt it asks for what that speaks of: told to summarize, it writes
+a text to be summarized. The texts are written side by side in groups; answers are greedy in one group and sampled in
+the next.
 """
 
 import json
@@ -19,16 +20,15 @@ import torch
 from ..errors import KangarooError
 from ..evaluation.loops import looping_tokens
 from ..load import resolve_device
-from .conversations import ChatTemplate
+from .conversations import ChatTemplate, Turn
 from .data import join_texts
 from .plan import TargetFiles, find_target
-from .records import Message, read_records
+from .records import Message, read_records, read_text
 from .settings import ProgressReport, check_minutes
 from .teacher import Teacher
 
 ASKING: dict[str, Any] = {"temperature": 1.0, "top_k": 200}
 ANSWERING: dict[str, Any] = {"temperature": 0.8, "top_k": 0}
-QUESTION_TOKENS = 96
 BARREN_GROUPS = 8
 LOOPING_SHARE = 0.2
 """A text of which a larger share loops is dropped."""
@@ -47,7 +47,10 @@ class WritingSettings:
         texts: how many it is to hold.
         prompts: files of conversations, whose last answers are written anew, and of texts, from which random places are
             continued; without any the target writes its own prompts.
+        system_prompts: a file of system prompts, one a line, under which the target asks itself by turns; an empty line
+            stands for none, or for the chat template's own.
         max_new_tokens: of an answer.
+        max_prompt_tokens: of a question that the target asks itself.
         at_once: texts side by side. More make more tokens a second, and a longer wait for the slowest of a group.
         minutes: after which no group is begun; None sets no limit.
         seed: of everything drawn.
@@ -61,18 +64,25 @@ class WritingSettings:
     out: Path
     texts: int = 1000
     prompts: tuple[Path, ...] = ()
+    system_prompts: Path | None = None
     max_new_tokens: int = 256
+    max_prompt_tokens: int = 96
     at_once: int = 96
     minutes: float | None = None
     seed: int = 0
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("texts", 1), ("max_new_tokens", 1), ("at_once", 1), ("seed", 0)):
+        lowest = {"texts": 1, "max_new_tokens": 1, "max_prompt_tokens": 1, "at_once": 1, "seed": 0}
+        for name, low in lowest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise KangarooError(f"{name} is {value!r}; it must be a whole number of at least {low}.")
         check_minutes(self.minutes)
+        if self.prompts and self.system_prompts:
+            raise KangarooError(
+                "system prompts are for questions that the model asks itself; leave them or prompts out."
+            )
         if self.out.suffix != ".jsonl":
             raise KangarooError(f"{self.out} must end in .jsonl, so that kangaroo train knows its form.")
 
@@ -152,6 +162,7 @@ class Prompts:
         if texts and len(self.text) < self.text_tokens:
             raise KangarooError(f"the prompts have {len(self.text)} tokens in all; one takes {self.text_tokens}.")
         self.template = None if texts else ChatTemplate(target.tokenizer, target.ends)
+        self.turns = [] if self.template is None or settings.prompts else self._open_turns(self.template)
 
     def draw(self, first: int, teacher: Teacher) -> list[Prompt] | None:
         """Up to ``at_once`` prompts, the first of which has the number ``first``; None where there are no more."""
@@ -161,27 +172,37 @@ class Prompts:
             rows = [self.text[at : at + self.text_tokens].tolist() for at in places]
             return [Prompt(number, row) for number, row in enumerate(rows, first)]
         if not self.settings.prompts:
-            waiting = [("a question", [{"role": "user", "content": asked}]) for asked in self._ask(teacher)]
+            waiting = [("a question", messages) for messages in self._ask(teacher)]
         elif not (waiting := self.conversations[first : first + count]):
             return None
         opened = (self._open(number, messages, place) for number, (place, messages) in enumerate(waiting, first))
         return [prompt for prompt in opened if prompt is not None]
 
-    def _ask(self, teacher: Teacher) -> Iterator[str]:
-        """Questions that the target thinks of when a user's turn begins."""
-        assert self.template is not None
-        before, after = self.template.open_turn()
-        prompts = [before] * self.settings.at_once
-        for tokens in teacher.write(prompts, QUESTION_TOKENS, self.target.ends, **ASKING):
+    def _open_turns(self, template: ChatTemplate) -> list[Turn]:
+        """What the target continues when it asks itself: one turn, or one for each system prompt."""
+        if (file := self.settings.system_prompts) is None:
+            return [template.open_turn([], "the chat template")]
+        lines = read_text(file).splitlines()
+        if not lines:
+            raise KangarooError(f"{file} is empty; it must hold a system prompt a line.")
+        systems = [[{"role": "system", "content": line.strip()}] if line.strip() else [] for line in lines]
+        return [template.open_turn(system, f"{file}, line {at}") for at, system in enumerate(systems, 1)]
+
+    def _ask(self, teacher: Teacher) -> Iterator[list[Message]]:
+        """Conversations that wait for their first answer: questions that the target thinks of when a turn begins."""
+        most, count = self.settings.max_prompt_tokens, self.settings.at_once
+        turns = [self.turns[at % len(self.turns)] for at in range(count)]
+        rows = teacher.write([turn.tokens for turn in turns], most, self.target.ends, **ASKING)
+        for turn, tokens in zip(turns, rows, strict=True):
             question = self.target.tokenizer.decode(tokens, skip_special_tokens=True)
-            question, ended, _ = question.partition(after) if after else (question, "", "")
+            question, ended, _ = question.partition(turn.after) if turn.after else (question, "", "")
             question = question.strip()
-            if not question or (len(tokens) == QUESTION_TOKENS and not ended):
+            if not question or (len(tokens) == most and not ended):
                 self.counts.unfit += 1
             elif not self.seen.is_new(question):
                 self.counts.near_duplicates += 1
             else:
-                yield question
+                yield [*turn.messages, {"role": "user", "content": question}]
 
     def _open(self, number: int, messages: list[Message], place: str) -> Prompt | None:
         """The conversation up to its last answer; None where the context has no room for that."""

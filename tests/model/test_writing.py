@@ -1,6 +1,7 @@
 """The target writes training data: answers that are its own, prompts that it thinks of, and what is left out."""
 
 import json
+import os
 import time
 from dataclasses import replace
 from itertools import count
@@ -8,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pairs import TURN_TEMPLATE, make_target, make_tokenizer
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.text import load_tokenizer
-from kangaroo_kernels.model.training import writing
+from kangaroo_kernels.model.training import teacher, writing
 from kangaroo_kernels.model.training.teacher import Teacher
 from kangaroo_kernels.model.training.writing import Counts, Seen, WritingSettings, write_data
 
 END = 17
 """The token ``@``."""
+MOST_OF_A_PROMPT = 96
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,21 @@ def test_greedy_answers_are_what_the_runtime_decodes(target: Path, tmp_path: Pat
     assert counts.tokens == tokens
 
 
+def test_texts_that_end_leave_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every three tokens; what the others go on with is what they go on with alone."""
+    folder = make_target(tmp_path / "target", std=0.3, seed=1)
+    prompts = [[7, 9], [3, 1, 4, 1, 5], [2] * 9, [30, 8, 2, 44], [60]]
+    writer = Teacher(folder, torch.device("cpu"))
+    monkeypatch.setattr(teacher, "STAGE", 3)
+    alone = [writer.write([prompt], 20, ())[0] for prompt in prompts]
+    stops = {alone[0][4], alone[2][1]}
+    ended = [next((at for at, token in enumerate(row) if token in stops), 20) for row in alone]
+    assert len({end // 3 for end in ended}) > 2, "the stops end the rows in one stage"
+    assert writer.write(prompts, 20, stops) == [row[:end] for row, end in zip(alone, ended, strict=True)]
+    monkeypatch.setattr(teacher, "STAGE", 99)
+    assert [writer.write([prompt], 20, ())[0] for prompt in prompts] == alone
+
+
 def test_groups_are_greedy_and_sampled_by_turns(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     write = Teacher.write
@@ -81,8 +99,27 @@ def test_a_chat_model_asks_itself(target: Path, tmp_path: Path) -> None:
     for line in lines(tmp_path / "d.jsonl"):
         question, answer = line["messages"]
         assert (question["role"], answer["role"]) == ("user", "assistant")
-        assert 0 < len(tokenizer(question["content"])["input_ids"]) < writing.QUESTION_TOKENS
+        assert 0 < len(tokenizer(question["content"])["input_ids"]) < MOST_OF_A_PROMPT
         assert "@" not in question["content"] + answer["content"]
+
+
+def test_system_prompts_take_turns(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third line is empty: nothing is said. Every question is asked behind its own system prompt."""
+    (tmp_path / "tasks.txt").write_text("ABC\n DEF \n\n")
+    asked: list[list[list[int]]] = []
+    write = Teacher.write
+    monkeypatch.setattr(
+        Teacher, "write", lambda self, rows, *given, **how: asked.append(rows) or write(self, rows, *given, **how)
+    )
+    write_data(settings(target, tmp_path / "d.jsonl", system_prompts=tmp_path / "tasks.txt", max_prompt_tokens=9))
+    systems = [{"role": "system", "content": "ABC"}], [{"role": "system", "content": "DEF"}], []
+    tokenizer = load_tokenizer(target)
+    assert [tokenizer.decode(row) for row in asked[0]] == ["<S>ABC@<U>", "<S>DEF@<U>", "<U>", "<S>ABC@<U>"]
+    for line in lines(tmp_path / "d.jsonl"):
+        *said, question, answer = line["messages"]
+        assert said in systems and (question["role"], answer["role"]) == ("user", "assistant")
+        assert len(tokenizer(question["content"])["input_ids"]) < 9
+    assert len({str(line["messages"][:-2]) for line in lines(tmp_path / "d.jsonl")}) > 1
 
 
 def test_texts_are_continued_where_there_is_no_template(target: Path, tmp_path: Path) -> None:
@@ -111,10 +148,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(target: Path, tmp_path: Path) ->
 
 
 def test_loops_and_near_duplicates_are_dropped(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    questions = [[20, 21, 22], [20, 21, 22], [23] * writing.QUESTION_TOKENS, [24, 25]]
+    questions = [[20, 21, 22], [20, 21, 22], [23] * MOST_OF_A_PROMPT, [24, 25]]
     answers = [[30, 31] * 30, [32, 33, 34]]  # a loop, and one that is none
     monkeypatch.setattr(
-        Teacher, "write", lambda _self, rows, most, *_, **__: questions if most == writing.QUESTION_TOKENS else answers
+        Teacher, "write", lambda _self, rows, most, *_, **__: questions if most == MOST_OF_A_PROMPT else answers
     )
     counts = write_data(settings(target, tmp_path / "d.jsonl", texts=1))
     assert replace(counts, seconds=0.0) == Counts(texts=1, tokens=3, near_duplicates=1, unfit=1, loops=1)
@@ -165,6 +202,10 @@ def test_minutes_end_the_writing(target: Path, tmp_path: Path, monkeypatch: pyte
         ({"out": Path("data.txt")}, r"must end in \.jsonl"),
         ({"prompts": (Path("gone.txt"),)}, "gone.txt cannot be read"),
         ({"device": "abacus"}, "abacus"),
+        ({"max_prompt_tokens": 0}, "max_prompt_tokens is 0"),
+        ({"system_prompts": Path("gone.txt")}, "gone.txt cannot be read"),
+        ({"system_prompts": Path(os.devnull)}, "is empty; it must hold a system prompt a line"),
+        ({"system_prompts": Path("tasks.txt"), "prompts": (Path("gone.txt"),)}, "leave them or prompts out"),
     ],
 )
 def test_settings_that_are_refused(changes: dict[str, Any], words: str, target: Path, tmp_path: Path) -> None:
