@@ -118,11 +118,11 @@ class Memory:
             self._drafter_holds = self._target_holds
         if target.backend.resident and not request.led_by_host:
             iteration = Iteration(target, drafter, text, request, self.runner)
-            pace = pace_of(request, kangaroo.paces, on_the_device=True) if iteration.auto else None
+            pace = pace_of(request, drafter, kangaroo.paces, on_the_device=True) if drafter and iteration.auto else None
             return device_steps(iteration, length=request.length, pace=pace)
         if drafter is None:
             return plain_steps(target, text, request)
-        return kangaroo_steps(target, drafter, text, request, pace_of(request, kangaroo.paces))
+        return kangaroo_steps(target, drafter, text, request, pace_of(request, drafter, kangaroo.paces))
 
     def follow_stream(self) -> None:
         """Let this thread's stream wait for the one that the last step ran on, if it is another one."""

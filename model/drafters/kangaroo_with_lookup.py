@@ -70,10 +70,13 @@ class LookupMemory(AdapterMemory):
 
     Attributes:
         experience: of this text.
+        found: looked-up tokens for the next step, how sure they are, and the length of the match; None where the
+            adapter is to draft.
         latest: the length of the match and the number of drafts of the step under way.
     """
 
     experience: Experience = field(default_factory=Experience)
+    found: tuple[Tensor, float, int] | None = None
     latest: tuple[int, int] = (0, 0)
 
 
@@ -81,8 +84,8 @@ class KangarooWithLookup(KangarooDrafter):
     """Drafts what followed the text's last tokens before, where that promises more than the adapter.
 
     A match of m tokens is worth m drafts, up to the request's number; the adapter drafts up to the number of its own
-    configuration. The confidence of a looked-up token is how often such tokens stood lately. The adapter catches up on
-    what it did not draft, as after steps without drafts.
+    configuration, or as ``auto`` finds best. The confidence of a looked-up token is how often such tokens stood lately.
+    The adapter catches up on what it did not draft, as after steps without drafts.
 
     Args:
         target: the model.
@@ -93,7 +96,7 @@ class KangarooWithLookup(KangarooDrafter):
 
     def __init__(self, target: Llama, adapter: Adapter) -> None:
         super().__init__(target, adapter)
-        self.most_of_adapter, self.num_speculative_tokens = self.num_speculative_tokens, MAX_SPECULATIVE_TOKENS
+        self.num_draft_steps, self.num_speculative_tokens = self.num_speculative_tokens, MAX_SPECULATIVE_TOKENS
 
     def new_memory(self) -> LookupMemory:
         """The adapter's, and no experience."""
@@ -104,19 +107,26 @@ class KangarooWithLookup(KangarooDrafter):
         super().prefill(text, hidden, reach, length)
         text.memory.experience = Experience()
 
-    def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
-        """At most ``most`` tokens by lookup or by the adapter; a match that is less sure than ``threshold`` is none."""
+    def at_hand(self, text: "TextState", most: int, threshold: float) -> bool:
+        """Whether a match promises more than the adapter; one that is less sure than ``threshold`` is none."""
         memory: LookupMemory = text.memory
+        memory.found = None
         tokens, matched = self._look_up(text, most)
         if matched:
             sure = memory.experience.sure(matched)
             expected = sum(sure**place for place in range(1, len(tokens) + 1))
-            if sure < threshold or expected <= memory.experience.adapter:
-                matched = 0
-        if matched:
-            draft = self._draft_of(tokens, sure, text)
+            if sure >= threshold and expected > memory.experience.adapter:
+                memory.found = tokens, sure, matched
+        return memory.found is not None
+
+    def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
+        """What ``at_hand`` found, or at most ``most`` tokens by the adapter."""
+        memory: LookupMemory = text.memory
+        if memory.found is None:
+            draft, matched = super().propose(text, chooser, most, threshold), 0
         else:
-            draft = super().propose(text, chooser, min(most, self.most_of_adapter), threshold)
+            tokens, sure, matched = memory.found
+            draft = self._draft_of(tokens, sure, text)
         memory.latest = matched, len(draft.tokens)
         return draft
 

@@ -78,6 +78,8 @@ class Drafter(Protocol):
         num_speculative_tokens: the most drafts a step, 1 to 15, where the caller names no number.
         draft_confidence_threshold: the confidence below which drafting stops, 0 to 1, where the caller names none. What
             the confidence is, each drafter decides for itself.
+        num_draft_steps: the most drafts a step that take draft steps, where there are others ``at_hand``; 0 where there
+            are none.
         tree: the most drafts of a tree, 1 to 15; 0 for a drafter of chains. ``num_speculative_tokens`` then bounds the
             length of its branches.
         auto: whether both are starting points where the caller names neither, and the loop led by the host finds
@@ -88,6 +90,7 @@ class Drafter(Protocol):
     first_layer: int = 0
     num_speculative_tokens: int = PAPER_NUM_SPECULATIVE_TOKENS
     draft_confidence_threshold: float = PAPER_DRAFT_CONFIDENCE_THRESHOLD
+    num_draft_steps: int = 0
     tree: int = 0
     auto: bool = False
 
@@ -119,6 +122,14 @@ class Drafter(Protocol):
             length: the most tokens that the text may have.
         """
         return None
+
+    def at_hand(self, text: "TextState", most: int, threshold: float) -> bool:
+        """Whether the next drafts take no draft steps, so that nothing is saved without them.
+
+        The loop led by the host asks before each ``propose``. Such drafts are bounded by ``num_speculative_tokens``
+        and the request's threshold alone, others by ``num_draft_steps`` or what ``auto`` finds (``loop/pace.py``), too.
+        """
+        return False
 
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
         """Draft at most ``most`` tokens after the newest one, for the loop led by the host.
@@ -203,7 +214,7 @@ def check_drafter(drafter: Any, target: "Llama") -> None:
             f"this {type(drafter).__name__} was made for another target; make one for the target that it drafts for."
         )
     name, layers, most = type(drafter).__name__, target.config.num_hidden_layers, MAX_SPECULATIVE_TOKENS
-    for method in ("new_memory", "keep", "prefill", "commit", "attach"):
+    for method in ("new_memory", "keep", "prefill", "at_hand", "commit", "attach"):
         if not callable(getattr(drafter, method, None)):
             raise KangarooError(f"{name} has no {method}(); derive it from Drafter, which has one that does nothing.")
     first, drafts = getattr(drafter, "first_layer", None), getattr(drafter, "num_speculative_tokens", None)

@@ -101,7 +101,7 @@ def drafting(kangaroo: Kangaroo, tried: Tried) -> Kangaroo:
         raise KangarooError("no adapter is loaded; calibration is for adapters.")
     made = make_drafter(kangaroo.target, drafter.adapter, tried.way, drafter.persistent)
     if isinstance(made, KangarooWithLookup):
-        made.most_of_adapter = tried.settings.num_speculative_tokens or made.most_of_adapter
+        made.num_draft_steps = tried.settings.num_speculative_tokens or made.num_draft_steps
     return Kangaroo(kangaroo.target, made, kangaroo.tokenizer, kangaroo.graphs, name=kangaroo.name)
 
 

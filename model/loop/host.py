@@ -70,9 +70,11 @@ def kangaroo_steps(
     """
     chooser, accept = chooser_of(target, text, request), target.backend.accept
     stops = torch.tensor(sorted(request.stop_tokens), dtype=torch.int64, device=target.device)
-    pace = pace or Fixed(Limits(request.max_drafts, request.threshold))
+    most, threshold = request.max_drafts, request.threshold
+    pace = pace or Fixed(Limits(most, threshold))
     while (remaining := request.length - len(text.tokens)) > 0:
-        limits = pace.limits(remaining - 1)
+        room = remaining - 1
+        limits = pace.limits(room, drafter.at_hand(text, min(most, room), threshold))
         draft = drafter.propose(text, chooser, *limits)
         check_draft(drafter, text, draft, limits.most)
         with span("kangaroo/verify"):

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
+from ..drafters.protocol import Drafter
 from ..request import Request
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 11, 15)
@@ -54,8 +55,8 @@ class Limits(NamedTuple):
 class Pace(Protocol):
     """Says before every step what to draft, and is told in the same order what came of each."""
 
-    def limits(self, room: int) -> Limits:
-        """Those of the next step, which has room for ``room`` drafts."""
+    def limits(self, room: int, at_hand: bool = False) -> Limits:
+        """Those of the next step, which has room for ``room`` drafts; those ``at_hand`` take no draft steps."""
 
     def record(
         self, drafts: int, agreed: int, confidences: Sequence[float] | None = None, seconds: float | None = None
@@ -71,14 +72,19 @@ class Pace(Protocol):
 
 
 class Fixed:
-    """The same limits for every step."""
+    """The same limits for every step.
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    Args:
+        own: those of drafts that take draft steps.
+        at_hand: of drafts that take none, where there is such a difference.
+    """
 
-    def limits(self, room: int) -> Limits:
+    def __init__(self, own: Limits, at_hand: Limits | None = None) -> None:
+        self._own, self._at_hand = own, at_hand or own
+
+    def limits(self, room: int, at_hand: bool = False) -> Limits:
         """Always the same, where there is room."""
-        most, threshold = self._limits
+        most, threshold = self._at_hand if at_hand else self._own
         return Limits(min(most, room), threshold)
 
     def record(
@@ -177,22 +183,26 @@ class Asked(NamedTuple):
         trial: whether it tries something else than what is done.
         whole: whether it has room for all its drafts.
         began: by the clock.
+        at_hand: whether its drafts take no draft steps, so that it tells nothing of those.
     """
 
     rung: int | None
     trial: bool
     whole: bool
     began: float
+    at_hand: bool = False
 
 
 class Auto:
     """Finds the limits with the most tokens a second, and drafts nothing where that is faster.
 
-    It is kept from text to text: what was found out in one is where the next one begins.
+    It is kept from text to text: what was found out in one is where the next one begins. Drafts at hand are always
+    taken: no draft step is saved without them, and their drafter says itself how sure it is of them.
 
     Args:
         own: the drafter's own limits, where the search begins.
         most: drafts a step at the most.
+        at_hand: the limits of drafts that take no draft steps; ``own`` where there are none.
         clock: gives seconds.
 
     Attributes:
@@ -201,8 +211,10 @@ class Auto:
         credit: tokens that trying something else may cost.
     """
 
-    def __init__(self, own: Limits, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.rungs, self.costs, self._clock = ladder(own, most), Costs(), clock
+    def __init__(
+        self, own: Limits, most: int, at_hand: Limits | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.rungs, self.costs, self._clock, self._at_hand = ladder(own, most), Costs(), clock, Fixed(at_hand or own)
         self.rung = max(index for index, rung in enumerate(self.rungs) if rung.limits.most <= own.most)
         self.drafting, self.credit = True, 0.0
         self._trials: list[int | None] = []  # the rungs of the next steps; None drafts nothing
@@ -216,8 +228,11 @@ class Auto:
 
     # ---- before a step
 
-    def limits(self, room: int) -> Limits:
+    def limits(self, room: int, at_hand: bool = False) -> Limits:
         """Those that were found, or others that are tried out."""
+        if at_hand:
+            self._asked.append(Asked(None, False, True, self._clock(), at_hand))
+            return self._at_hand.limits(room)
         if not self._trials and (self.credit > 0 or not self.costs.known):
             self._trials = self._something_else()
         rung = self._trials.pop(0) if self._trials else self._usual
@@ -246,6 +261,8 @@ class Auto:
     ) -> None:
         """Learn from a step."""
         asked, tokens = self._asked.popleft(), agreed + 1
+        if asked.at_hand:
+            return
         if seconds is None:
             seconds = self._clock() - asked.began
         if asked.rung is not None:
@@ -295,19 +312,21 @@ class Auto:
         return other
 
 
-Paces = dict[tuple[Limits, int, bool], Auto]
+Paces = dict[tuple[Limits, Limits, int, bool], Auto]
 """The pace of the latest text, by where it began, the most drafts that it may take, and whether it is on the device."""
 
 
-def pace_of(request: Request, paces: Paces, on_the_device: bool = False) -> Pace:
+def pace_of(request: Request, drafter: Drafter, paces: Paces, on_the_device: bool = False) -> Pace:
     """The pace of a request; it begins where that of the latest text of its kind stands.
 
     On the device the number of drafts is a matter of shapes, so there are never more than the drafter's own.
     """
-    own = Limits(request.max_drafts, request.threshold)
+    at_hand = Limits(request.max_drafts, request.threshold)
+    steps = getattr(drafter, "num_draft_steps", 0) or request.max_drafts
+    own = Limits(min(steps, request.max_drafts), request.threshold)
     if not request.auto:
-        return Fixed(own)
+        return Fixed(own, at_hand)
     most = request.max_drafts if on_the_device else request.auto
-    latest = paces.get(kind := (own, most, on_the_device))
-    pace = paces[kind] = Auto(own, most) if latest is None else latest.again()
+    latest = paces.get(kind := (own, at_hand, most, on_the_device))
+    pace = paces[kind] = Auto(own, most, at_hand) if latest is None else latest.again()
     return pace

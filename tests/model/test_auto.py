@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -51,7 +52,7 @@ class Machine:
     ) -> None:
         self.right, self.draft, self.busy, self.idle = right, draft, busy, idle
         self.dice, self.clock, self.asked, self.written = random.Random(3), Clock(), [], 0
-        self.pace = Auto(OWN, 15, self.clock)
+        self.pace = Auto(OWN, 15, Limits(15, 0.6), self.clock)
 
     def write(self, tokens: int) -> float:
         """Tokens in the time of a plain step."""
@@ -118,6 +119,20 @@ def test_a_drafter_that_has_nothing_to_say():
     assert machine.undrafted() > 0.9
 
 
+def test_drafts_at_hand_are_taken_and_tell_nothing():
+    """The adapter is never right, and now and then a sure match of fifteen tokens is there."""
+    machine = Machine(lambda place: 0.05)
+    machine.write(1000)
+    pace = machine.pace
+    before = [replace(rung) for rung in pace.rungs], pace.credit
+    for room, most in ((40, 15), (7, 7)):
+        assert pace.limits(room, at_hand=True) == (most, 0.6)
+        machine.clock.now += 9
+        pace.record(most, most, (0.9,) * most)
+    assert (pace.rungs, pace.credit) == before
+    assert machine.write(500) > 0.97 and not pace.drafting
+
+
 def test_an_interrupted_step_decides_nothing():
     costs = Costs()
     for seconds in (1.4, 1.4, 30.0, 1.4):
@@ -168,7 +183,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         return run(self, hidden, cache, position, first, last, **more)
 
     monkeypatch.setattr(Llama, "run", counted)
-    monkeypatch.setattr(Auto.__init__, "__defaults__", (clock,))
+    monkeypatch.setattr(Auto.__init__, "__defaults__", (None, clock))
     return clock
 
 
@@ -213,7 +228,7 @@ class Leaving:
     def __init__(self, asks: Callable[[int], int]) -> None:
         self.asks, self.step, self.drafts = asks, -1, []
 
-    def limits(self, room: int) -> Limits:
+    def limits(self, room: int, at_hand: bool = False) -> Limits:
         self.step += 1
         return Limits(min(self.asks(self.step), room), 0.0)
 

@@ -292,6 +292,10 @@ def test_any_object_will_do(checkpoint):
         def prefill(self, text, hidden, reach, length):
             text.memory["texts"] += 1
 
+        def at_hand(self, text, most, threshold):
+            assert (most, threshold) == (4, 0.5) or most < 4
+            return False
+
         def propose(self, text, chooser, most, threshold):
             assert (most, threshold) == (4, 0.5) or most < 4
             return guessing.propose(text, chooser, most, threshold)

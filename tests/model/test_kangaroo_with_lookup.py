@@ -13,6 +13,8 @@ from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.model import load as load_module
 from kangaroo_kernels.model.drafters import kangaroo_with_lookup as module
 from kangaroo_kernels.model.drafters.kangaroo_with_lookup import Experience, KangarooWithLookup
+from kangaroo_kernels.model.loop import pace
+from kangaroo_kernels.model.loop.pace import Auto, Limits
 from kangaroo_kernels.model.loop.state import MOST_UNSEEN
 
 SAMPLINGS = ({}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 3, "top_k": 9, "top_p": 0.9})
@@ -146,7 +148,31 @@ def test_the_adapter_drafts_where_it_expects_more(kangaroo, monkeypatch):
     monkeypatch.setattr(module, "Experience", lambda: Experience(adapter=20.0))
     asked = {"max_new_tokens": 40, "draft_confidence_threshold": 0.0}
     found = [step.commit.drafted for step in kangaroo.progress([1, 2, 3], **asked)]
-    assert max(found) == kangaroo.drafter.most_of_adapter < kangaroo.drafter.num_speculative_tokens
+    assert max(found) == kangaroo.drafter.num_draft_steps < kangaroo.drafter.num_speculative_tokens
+
+
+def test_auto_bounds_the_adapter_alone(kangaroo, monkeypatch):
+    """Where drafting is to stop, what is looked up is drafted all the same."""
+
+    class Never(Auto):
+        def limits(self, room: int, at_hand: bool = False) -> Limits:
+            return super().limits(room, at_hand) if at_hand else Limits(0, 1.0)
+
+        def record(self, *_: Any, **__: Any) -> None:
+            """Nothing is learned."""
+
+    monkeypatch.setattr(pace, "Auto", Never)
+    kangaroo.paces.clear()
+    monkeypatch.setattr(module, "look_up", guesses([*REPEATING, *[0] * 60]))
+    asked = {"max_new_tokens": 60, "draft_confidence_threshold": "auto"}
+    session = kangaroo.session()
+    found = []
+    for step in session.progress(REPEATING, **asked):
+        found.append((session.memory.drafter.latest[0] > 0, step.commit.drafted))
+    assert {looked for looked, drafted in found if drafted} == {True}
+    assert {looked for looked, drafted in found if not drafted} == {False}
+    assert max(drafted for _, drafted in found) > kangaroo.drafter.num_draft_steps
+    assert set(kangaroo.paces) == {(Limits(6, 0.6), Limits(15, 0.6), 15, False)}
 
 
 def test_the_loop_on_the_device_refuses_it(pair, monkeypatch):
