@@ -123,7 +123,8 @@ class Teacher:
         tokens = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         mask, going, cache = mask.to(self.device), torch.arange(len(prompts)), None
-        kept, texts = going, [[] for _ in prompts]
+        kept = going
+        texts: list[list[int]] = [[] for _ in prompts]
         for at in range(longest, longest + most, STAGE):
             reach = min(at + STAGE, longest + most)
             cache = self._roomier(cache, kept, at, reach)
