@@ -27,7 +27,7 @@ NONSENSE = {
     "minutes learning_rate repetition_penalty": "0 -1 nan inf",
     "arch exit_layer length max_new_tokens num_speculative_tokens parallel tensor_parallel top_k texts": "0 -1",
     "steps batch_size micro_batch_size reuse sequence_length num_attention_heads intermediate_size vocabulary": "0 -1",
-    "draft_vocabulary deep_state_size unrolled_drafts at_once ranks": "0 -1",
+    "draft_vocabulary deep_state_size unrolled_drafts at_once ranks max_prompt_tokens": "0 -1",
     "draft_tree": "-1 16",
     "size": "0 -1 2048",
     "draft_confidence_threshold min_p total_variation": "-0.1 1.1 nan",

@@ -15,11 +15,13 @@ from .options import (
     NOT_IDENTICAL,
     Adapter,
     Device,
+    DraftConfidenceThreshold,
     DraftTree,
     Dtype,
     Json,
     KvDtype,
     Model,
+    NumSpeculativeTokens,
     PromptLookup,
     Seed,
     Temperature,
@@ -55,6 +57,8 @@ def evaluate(
     kv_dtype: KvDtype = None,
     prompt_lookup: PromptLookup = None,
     draft_tree: DraftTree = None,
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    draft_confidence_threshold: DraftConfidenceThreshold = None,
     as_json: Json = False,
 ) -> None:
     """Answer questions plainly and with Kangaroo in turns; report acceptance, speed and identity by category.
@@ -77,7 +81,13 @@ def evaluate(
     from .facts import environment
     from .show import show_evaluation, training_bars
 
-    settings = Settings(max_new_tokens, temperature=temperature, seed=seed)
+    settings = Settings(
+        max_new_tokens,
+        num_speculative_tokens=num_speculative_tokens,
+        draft_confidence_threshold=draft_confidence_threshold,
+        temperature=temperature,
+        seed=seed,
+    )
     deadline = deadline_of(minutes, began)
     if against not in (None, TRANSFORMERS):
         raise KangarooError(f"--against is {against!r}; it must be {TRANSFORMERS!r}.")
@@ -94,6 +104,8 @@ def evaluate(
         "kv_dtype": kv_dtype,
         "prompt_lookup": prompt_lookup,
         "draft_tree": draft_tree,
+        "num_speculative_tokens": num_speculative_tokens,
+        "draft_confidence_threshold": draft_confidence_threshold,
         "against": against,
     }
     run = Run(out, asked, in_turns(read_questions(questions), per_category))

@@ -63,6 +63,16 @@ def test_prompt_lookup_drafts_without_an_adapter(command: list[object], run: Any
     assert record["categories"][-1]["identical"] == 4
 
 
+def test_how_much_is_drafted_may_be_said(pair: Pair, command: list[object], run: Any) -> None:
+    limits = ("--num-speculative-tokens", 1, "--draft-confidence-threshold", 0)
+    code, out, _ = run(*command, "--adapter", pair.adapter, "--json", *limits)
+    record = json.loads(out)
+    assert (code, record["settings"]["num_speculative_tokens"]) == (0, 1)
+    counts = record["categories"][-1]
+    assert len(counts["acceptance_histogram"]) == 2  # none or one accepted
+    assert counts["num_draft_tokens"] > 0.9 * counts["num_spec_steps"]  # but where a text ends
+
+
 def test_transformers_beside_us(pair: Pair, command: list[object], run: Any) -> None:
     code, out, err = run(*command, "--against", "transformers")
     assert code == 0 and "There is no assisted generation, which needs an adapter." in err
