@@ -11,6 +11,7 @@ import pytest
 from compiling import ROOT
 from typer.testing import CliRunner
 
+from kangaroo_kernels.model.ahead import blank_pair, works_for
 from kangaroo_kernels.model.commands.cli import app
 
 DECODE = """
@@ -69,6 +70,13 @@ def test_a_decode_finds_every_kernel(pair, tmp_path):
     assert "; 0 of them are new." in run(*command)
 
 
+def test_trees_may_be_asked_for(pair):
+    """Beside chains, which are always there."""
+    chains, trees = ([work.name for work in works_for([blank_pair(*pair, draft_tree=rows)], 80)] for rows in (None, 4))
+    assert set(trees) - set(chains) == {"trees", "trees led by the host"}
+    assert not set(chains) - set(trees)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -77,6 +85,7 @@ def test_a_decode_finds_every_kernel(pair, tmp_path):
         ([], "there is no GPU here to compile for; name its architecture, as in --arch sm_90."),
         (["--arch", "sm_90", "--model", "demo", "--adapter", "x"], "--adapter goes with one --model, got 2"),
         (["--arch", "sm_90", "--exit-layer", "2"], "exit_layer was given without an adapter"),
+        (["--arch", "sm_90", "--draft-tree", "4"], "draft_tree needs an adapter; give one, or leave draft_tree out."),
         (["--arch", "sm_90"], "TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it."),
     ],
 )
