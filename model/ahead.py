@@ -19,8 +19,11 @@ from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, WIDEST_HEAD
 from .backend import triton_backend
 from .drafters.adapter import Adapter, load_adapter_config
 from .drafters.kangaroo import KangarooDrafter
+from .drafters.make import make_drafter
 from .drafters.prompt_lookup import PromptLookup
 from .drafters.protocol import Drafter
+from .drafters.tree import TreeDrafter
+from .drafters.ways import choose_way
 from .errors import KangarooError
 from .load import open_model, resolve_dtype
 from .loop.graphs import GraphRunner
@@ -30,6 +33,7 @@ from .loop.state import TextState
 from .named import find_pair
 from .request import Request
 from .sampling import Chooser, Sampling
+from .target.cache import Branches
 from .target.config import LlamaConfig
 from .target.hub import find_folder
 from .target.llama import Llama
@@ -46,6 +50,10 @@ LENGTHS = (8, 300)
 DRAFTS = (1, 2, 13, MAX_SPECULATIVE_TOKENS)
 """Numbers of drafts. Triton has kernels of their own for sizes of 1 and for multiples of 16: those that count drafts,
 positions (three more) and rows (one more)."""
+
+TREE_ROUNDS = 2
+"""No kernel of a tree depends on how many rounds or rows it has: the first round's are those of the newest token, the
+second's those of any later one."""
 
 TEXT = [0, 0, 0]
 
@@ -80,7 +88,11 @@ def read_architecture(name: str | None) -> int:
 
 
 def blank_pair(
-    model: str | Path, adapter: str | Path | None = None, exit_layer: int | None = None, dtype: str | None = None
+    model: str | Path,
+    adapter: str | Path | None = None,
+    exit_layer: int | None = None,
+    dtype: str | None = None,
+    draft_tree: int | None = None,
 ) -> tuple[Llama, Drafter]:
     """A model and its drafter as ``from_pretrained`` makes them for a GPU, without their numbers.
 
@@ -96,13 +108,16 @@ def blank_pair(
     config = open_model(model).config
     precision = resolve_dtype(dtype, GPU, config.dtype)
     if adapter is None:
+        if draft_tree:
+            raise KangarooError("draft_tree needs an adapter; give one, or leave draft_tree out.")
         target = blank_target(replace(config, num_hidden_layers=1), precision)
         return target, PromptLookup(target)
     settings = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
+    way = choose_way(settings.way, draft_tree, None, persistent=False, resident=True)
     target = blank_target(replace(config, num_hidden_layers=settings.exit_layer + 1), precision)
     size = settings.deep_state_size
     weights = load_adapter(None, settings.llama, META, precision, target.backend.layout, deep_state_size=size)
-    return target, KangarooDrafter(target, Adapter(settings, weights, target))
+    return target, make_drafter(target, Adapter(settings, weights, target), way)
 
 
 def blank_target(config: LlamaConfig, dtype: torch.dtype) -> Llama:
@@ -115,14 +130,22 @@ def blank_target(config: LlamaConfig, dtype: torch.dtype) -> Llama:
 
 
 def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
-    """Everything that decoding on a GPU launches, plain and drafted, on both loops; for use within ``compile_for``."""
+    """Everything that decoding on a GPU launches, plain and drafted, on both loops; for use within ``compile_for``.
+
+    An adapter that drafts trees drafts chains as well, where a caller asks for them.
+    """
+    chains = KangarooDrafter(target, drafter.adapter) if isinstance(drafter, TreeDrafter) else drafter
     for length in LENGTHS:
-        yield Work("led by the host", partial(lead_by_host, target, drafter, length))
+        yield Work("led by the host", partial(lead_by_host, target, chains, length))
+        if isinstance(drafter, TreeDrafter):
+            yield Work("trees led by the host", partial(lead_a_tree, target, drafter, length))
         for sampling in SAMPLINGS:
             yield Work("plain", partial(iterate, target, None, sampling, 0, length))
             for drafts in DRAFTS:
-                yield Work(f"{drafts} drafts", partial(iterate, target, drafter, sampling, drafts, length))
-            persistent = in_one_launch(drafter)
+                yield Work(f"{drafts} drafts", partial(iterate, target, chains, sampling, drafts, length))
+            if isinstance(drafter, TreeDrafter):
+                yield Work("trees", partial(iterate, target, drafter, sampling, TREE_ROUNDS, length))
+            persistent = in_one_launch(chains)
             if persistent is not None:
                 works = partial(iterate, target, persistent, sampling)
                 yield Work("persistent", partial(works, drafter.num_speculative_tokens, length))
@@ -176,6 +199,28 @@ def lead_by_host(target: Llama, drafter: Drafter, length: int) -> None:
         chooser = Chooser(sampling.without_idle_filters(config.vocab_size), target.backend)
         chooser.target(hidden[:1], *head, len(TEXT))
         chooser.logits(hidden[:1], *head)
+
+
+def lead_a_tree(target: Llama, drafter: TreeDrafter, length: int) -> None:
+    """The launches of the loop led by the host that a tree has besides."""
+    text, weights, config = blank_text(target, drafter, length), target.weights, target.config
+    stops = sorted(config.eos_token_ids)
+    for rows in (1, 2):
+        where = Branches(len(TEXT), torch.empty(rows, dtype=torch.int32, device=META))
+        states = target.embed([0] * rows)
+        hidden = target.run(states, text.cache, where, 0, config.num_hidden_layers)
+        drafter.adapter.run(states, text.memory.cache, where)
+    wanted, confidence = torch.empty(2, dtype=torch.int64, device=META), torch.empty(2, device=META)
+    for count in {0, len(stops)}:
+        ends = torch.empty(count, dtype=torch.int64, device=META)
+        bounds = len(TEXT), length
+        found = target.backend.walk(wanted[1:], wanted, where.ancestors, ends, *bounds, confidence=confidence)
+    for rows_of in (text.cache.rows, text.memory.cache.rows, text.memory.exit_hidden[None]):
+        target.backend.straighten(found.path, len(TEXT), rows_of)
+    for sampling in SAMPLINGS:
+        chooser = Chooser(sampling.without_idle_filters(config.vocab_size), target.backend)
+        head = weights.norm, weights.head, config.rms_norm_eps
+        chooser.target(hidden, *head, len(TEXT), ancestors=where.ancestors)
 
 
 def default_folder() -> Path:

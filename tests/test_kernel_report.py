@@ -96,11 +96,10 @@ def told(row: Row) -> list[float]:
 
 
 def is_known(row: Row) -> bool:
-    """Words of stack in attention on sm_80: at the end of a short text, a few; in the paths of a tree, some forty."""
+    """A few words of stack in attention on sm_80, at the end of a short text."""
     place = (row["kernel"], row["model"], row["architecture"])
-    if place != ("attention_kernel", "Llama-3.1-8B", "sm_80"):
-        return False
-    return row["stack_bytes"] <= 168 if "tree" in row["step"] else "short" in row["step"] and row["stack_bytes"] <= 16
+    its = place == ("attention_kernel", "Llama-3.1-8B", "sm_80") and "short" in row["step"]
+    return its and row["stack_bytes"] <= 16
 
 
 Faults = dict[str, Callable[[Row], bool]]

@@ -14,7 +14,9 @@ from kangaroo_kernels.contract import Mlp
 from kangaroo_kernels.model.backend import REFERENCES, Backend, load_backend
 from kangaroo_kernels.model.drafters.adapter import Adapter, AdapterConfig
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
+from kangaroo_kernels.model.drafters.make import make_drafter
 from kangaroo_kernels.model.drafters.protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
+from kangaroo_kernels.model.drafters.ways import Way
 from kangaroo_kernels.model.target.config import LlamaConfig, RopeConfig
 from kangaroo_kernels.model.target.llama import Llama
 from kangaroo_kernels.model.target.weights import (
@@ -110,16 +112,17 @@ def random_target(
     return Llama(config, weights, backend or load_backend("triton", device, dtype))
 
 
-def random_drafter(target: Llama, exit_layer: int, *, persistent: bool = False) -> KangarooDrafter:
+def random_drafter(target: Llama, exit_layer: int, *, persistent: bool = False, draft_tree: int = 0) -> KangarooDrafter:
     """An adapter of the target's own attention shape, with the paper's settings; it adds a tenth of its states.
 
-    Its norm is the target's last one, so that an exit state which says the target's token already drafts it.
+    Its norm is the target's last one, so that an exit state which says the target's token already drafts it. It drafts
+    trees of ``draft_tree``, or chains.
     """
     config = replace(target.config, num_hidden_layers=1, intermediate_size=0)
     with torch.inference_mode():
         weights = AdapterWeights(_Maker(config, target.device, 1).layer(0.1), target.weights.norm)
     settings = AdapterConfig(config, exit_layer, PAPER_NUM_SPECULATIVE_TOKENS, PAPER_DRAFT_CONFIDENCE_THRESHOLD)
-    return KangarooDrafter(target, Adapter(settings, weights, target), persistent)
+    return make_drafter(target, Adapter(settings, weights, target), Way(draft_tree), persistent)
 
 
 def random_kangaroo(
@@ -130,8 +133,11 @@ def random_kangaroo(
     return Kangaroo(target, random_drafter(target, exit_layer_of(shape)))
 
 
-def sharing_weights(kangaroo: Kangaroo, *, graphs: bool = True, persistent: bool = False) -> Kangaroo:
+def sharing_weights(
+    kangaroo: Kangaroo, *, graphs: bool = True, persistent: bool = False, draft_tree: int = 0
+) -> Kangaroo:
     """Another decoder on the same target's weights, with caches and graphs of its own."""
     assert kangaroo.drafter is not None
-    drafter = random_drafter(kangaroo.target, kangaroo.drafter.first_layer, persistent=persistent)
+    exit_layer = kangaroo.drafter.first_layer
+    drafter = random_drafter(kangaroo.target, exit_layer, persistent=persistent, draft_tree=draft_tree)
     return Kangaroo(kangaroo.target, drafter, graphs=graphs)

@@ -83,22 +83,23 @@ def attend_to_a_tree(
     parents = 0
     for row in range(M):
         parents |= tl.load(ancestors_ptr + row) ^ (1 << (ahead + row))
-    depths = count_bits(tl.load(ancestors_ptr + rows, mask=rows < M, other=1)) - 1
-    done = 0
-    for leaf in tl.range(M, disable_licm=True):
+    # tiles and leaves in one loop: two loops, one inside the other, keep more values alive than there are registers;
+    # a tile or two leave a pipeline nothing to do but to take some, too
+    begin, done = tl.maximum(start, shared), 0
+    for turn in tl.range(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_T) * M, num_stages=1, disable_licm=True):
+        leaf, first = turn % M, begin + turn // M * BLOCK_T
         path = tl.load(ancestors_ptr + leaf)
-        is_leaf = ((parents >> (ahead + leaf)) & 1) == 0
         reached = root + count_bits(path)
-        last = tl.where(is_leaf, tl.minimum(end, reached), 0)
-        takes_part = ((path & ~done) >> (ahead + rows)) & 1 != 0
-        done |= tl.where(is_leaf, path, 0)
-        # a tile or two, which leave a pipeline nothing to do but to take registers
-        for first in tl.range(tl.maximum(start, shared), last, BLOCK_T, num_stages=1, disable_licm=True):
+        done = tl.where(leaf == 0, 0, done)
+        if ((parents >> (ahead + leaf)) & 1 == 0) & (first < reached):
             positions = first + tl.arange(0, BLOCK_T)
             slots = slots_of(positions, root, path)
             tile = slots, positions, (positions < reached) & (slots < length)
+            depths = count_bits(path & ((2 << (ahead + rows)) - 1)) - 1  # of the rows that lie on the path
+            takes_part = ((path & ~done) >> (ahead + rows)) & 1 != 0
             sight = root, tl.where(takes_part, depths, -root - 1)
             best, denominator, acc = attend(
                 tile, sight, queries, scale, heads, caches, columns, (best, denominator, acc)
             )
+            done |= path
     return best, denominator, acc

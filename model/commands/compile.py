@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..errors import KangarooError
-from .options import LOADING, Adapter, Dtype, ExitLayer, examples
+from .options import LOADING, Adapter, DraftTree, Dtype, ExitLayer, examples
 
 EXAMPLES = examples(
     "compile --model my-llama --adapter my-adapter --arch sm_90 --out cache",
@@ -25,6 +25,7 @@ def compile_kernels(
     adapter: Adapter = None,
     exit_layer: ExitLayer = None,
     dtype: Dtype = None,
+    draft_tree: DraftTree = None,
     arch: Annotated[
         str | None, typer.Option(help="The GPU's architecture, as sm_90; by default that of the GPU here.")
     ] = None,
@@ -35,7 +36,8 @@ def compile_kernels(
     """Compile every kernel that decoding a model launches; a GPU need not be here.
 
     A process with TRITON_CACHE_DIR set to that folder, and the same Triton, then finds all of them: plain and drafted,
-    greedy and sampled, chained and persistent.
+    greedy and sampled, chained and persistent, and trees of drafts where the adapter drafts them by itself or
+    --draft-tree asks for them.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -45,7 +47,7 @@ def compile_kernels(
     if adapter is not None and len(model) > 1:
         raise KangarooError(f"--adapter goes with one --model, got {len(model)}; compile for them one after the other.")
     architecture, folder = read_architecture(arch), out or default_folder()
-    works = works_for([blank_pair(each, adapter, exit_layer, dtype) for each in model], architecture)
+    works = works_for([blank_pair(each, adapter, exit_layer, dtype, draft_tree) for each in model], architecture)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(f"sm_{architecture}", total=len(works))
         made = compile_ahead(

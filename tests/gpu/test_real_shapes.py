@@ -1,15 +1,17 @@
-"""At real models' shapes: operations against float64, and their bits; a verification's rows; whole decodes.
+"""At real models' shapes: operations against float64, and their bits; a verification's rows; decodes; trees.
 
 In a smoke run of the report the same comparisons go through a tiny shape in Triton's interpreter, where a row's bits
 may depend on its neighbours (``docs/kernels.md``): there operations are held by their errors, decodes by their tokens.
 """
 
 import gc
+import random
 
 import pytest
 import torch
-from random_model import SMOKE, random_kangaroo, random_prompt
+from random_model import SMOKE, random_kangaroo, random_prompt, sharing_weights
 from right import ALLOWED, first_results, first_rows, launcher, relative_error, same_bits, written
+from trees import hold_bits, random_parents, shapes
 
 from kangaroo_kernels.workloads import MODELS, Settings, workloads
 
@@ -40,6 +42,18 @@ def test_an_operation(shape, workload, device):
         assert relative_error(op, alone, few) <= ALLOWED[DTYPE], f"{count} rows"
         if ON_GPU:
             assert same_bits(alone, first_results(op, together, count)), f"{count} rows have other bits alone"
+
+
+@pytest.mark.gpu_first
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@torch.inference_mode()
+def test_the_rows_of_trees(shape, device):
+    """Each has the bits that it has in a chain; the tests' interpreter keeps them, too."""
+    dice = random.Random(0)
+    if ON_GPU:
+        hold_bits(shape, device, DTYPE, shapes(dice, 9))
+    else:
+        hold_bits(shape, device, DTYPE, [random_parents(dice, 4)], (60,))
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: shape.name)
@@ -85,13 +99,23 @@ def test_a_decode(decoder, temperature):
     compare_decodes(*decoder, temperature)
 
 
-def compare_decodes(kangaroo, prompt, temperature):
+@pytest.mark.parametrize("temperature", [0.0, 0.8] if ON_GPU else [0.0])
+def test_a_decode_of_trees(decoder, temperature):
+    kangaroo, prompt = decoder
+    trees = sharing_weights(kangaroo, draft_tree=15 if ON_GPU else 2)
+    compare_decodes(trees, prompt, temperature, ((6, 0.1), (15, 0.0)) if ON_GPU else ((2, 0.0),))
+
+
+LIMITS = ((6, 0.6), (6, 0.0), (15, 0.0), (1, 1.0)) if ON_GPU else ((6, 0.0),)
+
+
+def compare_decodes(kangaroo, prompt, temperature, limits=LIMITS):
     """Plain decoding's tokens at several settings; nothing would be compared if no draft were accepted."""
     settings, lengths = {"max_new_tokens": 96 if ON_GPU else 8, "temperature": temperature}, []
     wanted = kangaroo.generate(prompt, plain=True, **settings).tokens
-    for drafts, threshold in ((6, 0.6), (6, 0.0), (15, 0.0), (1, 1.0)) if ON_GPU else ((6, 0.0),):
-        limits = {"num_speculative_tokens": drafts, "draft_confidence_threshold": threshold}
-        got = kangaroo.generate(prompt, **limits, **settings)
-        assert got.tokens == wanted, limits
+    for drafts, threshold in limits:
+        most = {"num_speculative_tokens": drafts, "draft_confidence_threshold": threshold}
+        got = kangaroo.generate(prompt, **most, **settings)
+        assert got.tokens == wanted, most
         lengths.append(got.stats.mean_acceptance_length)
     assert max(lengths) > 1

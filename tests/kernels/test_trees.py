@@ -5,7 +5,21 @@ import random
 import pytest
 import torch
 from torch import Tensor
-from trees import CHAIN, STAR, TWO_BRANCHES, masks_of, path_of, shapes
+from trees import (
+    CHAIN,
+    SMALL,
+    STAR,
+    TWO_BRANCHES,
+    attended,
+    draw,
+    hold_bits,
+    masks_of,
+    path_of,
+    random_parents,
+    rotated,
+    sampled,
+    shapes,
+)
 
 from kangaroo_kernels import attention as attention_kernel
 from kangaroo_kernels import qkv_rope as qkv_rope_kernel
@@ -14,11 +28,10 @@ from kangaroo_kernels.reference import ancestors
 from kangaroo_kernels.reference import attention as attention_reference
 from kangaroo_kernels.reference import qkv_rope as qkv_rope_reference
 from kangaroo_kernels.reference import sample_head as sample_head_reference
-from kangaroo_kernels.reference.qkv_rope import rope_table
 from kangaroo_kernels.shared.splits import count_splits
+from kangaroo_kernels.workloads import ModelShape
 
-NAN = float("nan")
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 2, 1, 16, 24
+MIDDLE = [ModelShape(f"heads of {dim}", 512, 1408, 512 // dim, kv, dim, 8192, 2) for dim, kv in ((64, 2), (128, 4))]
 ATTENTION = pytest.mark.parametrize("op", [attention_reference, attention_kernel], ids=["reference", "kernel"])
 QKV_ROPE = pytest.mark.parametrize("op", [qkv_rope_reference, qkv_rope_kernel], ids=["reference", "kernel"])
 SAMPLE_HEAD = pytest.mark.parametrize("op", [sample_head_reference, sample_head_kernel], ids=["reference", "kernel"])
@@ -31,11 +44,6 @@ def hold(op: object, ours: Tensor, wanted: Tensor) -> None:
         torch.testing.assert_close(ours, wanted, rtol=2e-3 if ours.dtype == torch.float16 else 1e-5, atol=1e-3)
     else:
         assert torch.equal(ours, wanted)
-
-
-def draw(seed: int, dtype: torch.dtype, device: torch.device, *sizes: tuple[int, ...]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
 
 
 def test_bits_say_who_stands_where():
@@ -57,16 +65,9 @@ def test_a_row_attends_as_in_a_chain(device, op, dtype, root):
     """At the seams of tiles and splits; what lies behind the tree is NaN."""
     dice = random.Random(root)
     for parents in shapes(dice, 8)[::2] + shapes(dice, 8)[6:]:
-        rows = len(parents) + 1
-        q, keys, values = draw(rows, dtype, device, (rows, HEADS, HEAD_DIM), *[(KV_HEADS, root + 19, HEAD_DIM)] * 2)
-        keys[:, root + rows :] = values[:, root + rows :] = NAN
-        ours = op.attention(q, keys, values, root, scale=0.25, ancestors=masks_of(parents, device))
-        for row in {rows - 1, dice.randrange(rows)}:
-            path = path_of(parents, row)
-            slots = [*range(root), *(root + each for each in path)]
-            chain = (keys[:, slots], values[:, slots])
-            wanted = op.attention(q[row : row + 1], *chain, root + len(path) - 1, scale=0.25)
-            hold(op, ours[row : row + 1], wanted)
+        rows = {len(parents), dice.randrange(len(parents) + 1)}
+        for ours, wanted in attended(op, SMALL, parents, root, dtype, device, rows):
+            hold(op, ours, wanted)
 
 
 @ATTENTION
@@ -102,27 +103,12 @@ def test_a_chain_may_say_so(device, op):
 @pytest.mark.parametrize("group", [1, 7])
 def test_packed_rows_and_blocks_of_a_paged_cache(device, group):
     """More packed rows than a program takes, and slots that a block table scatters."""
-    root, size = 130, 16
-    for parents in shapes(random.Random(group), 8)[2::2]:
-        rows, masks = len(parents) + 1, masks_of(parents, device)
-        heads = 2 * group
-        q, keys, values = draw(group, torch.float16, device, (rows, heads, 16), (2, 160, 16), (2, 160, 16))
-        ours = attention_kernel.attention(q, keys, values, root, scale=0.25, ancestors=masks)
-        table = torch.randperm(160 // size, generator=torch.Generator().manual_seed(1))
-        pools = []
-        for cache in (keys, values):
-            pool = torch.empty(160 // size, 2, size, 16, dtype=cache.dtype, device=device)
-            pool[table] = cache.view(2, -1, size, 16).transpose(0, 1)
-            pools.append(pool)
-        blocks = table.int().to(device)
-        paged = attention_kernel.attention(q, *pools, root, scale=0.25, ancestors=masks, block_table=blocks)
-        assert torch.equal(paged, ours)
-        for row in (0, rows - 1):
-            path = path_of(parents, row)
-            slots = [*range(root), *(root + each for each in path)]
-            chain = q[row : row + 1], keys[:, slots], values[:, slots]
-            wanted = attention_kernel.attention(*chain, root + len(path) - 1, scale=0.25)
-            assert torch.equal(ours[row : row + 1], wanted)
+    shape = SMALL._replace(heads=2 * group, kv_heads=2)
+    for parents in shapes(random.Random(group), 8)[2::3]:
+        for block_size in (0, 16):
+            given = shape, parents, 130, torch.float16, device, {0, len(parents)}, block_size
+            for ours, wanted in attended(attention_kernel, *given):
+                assert torch.equal(ours, wanted)
 
 
 def test_seams_are_crossed():
@@ -137,34 +123,8 @@ def test_seams_are_crossed():
 @HALVES
 def test_rows_are_turned_by_their_places_and_kept_in_order(device, op, dtype):
     for parents in shapes(random.Random(5), 7)[::2]:
-        rows, root, capacity = len(parents) + 1, 9, 40
-        table = rope_table(1e4 ** -torch.linspace(0, 1, 4), capacity).to(device)
-        x, norm, weight = draw(rows, dtype, device, (rows, HIDDEN), (HIDDEN,), (64, HIDDEN))
-        caches = [torch.full((2, capacity, 8), NAN, dtype=dtype, device=device) for _ in range(2)]
-        masks = masks_of(parents, device)
-        first = rows // 3  # in two parts, the second from a position on the device
-        q = torch.cat(
-            [
-                op.qkv_rope(
-                    x[part], norm, weight, table, *caches, where, eps=1e-5, ancestors=masks[part].contiguous()
-                ).clone()
-                for part, where in (
-                    (slice(0, max(first, 1)), root),
-                    (slice(max(first, 1), None), torch.tensor([root + max(first, 1)], device=device)),
-                )
-                if len(x[part])
-            ]
-        )
-        for row in range(rows):
-            alone = [torch.full((2, capacity, 8), NAN, dtype=dtype, device=device) for _ in range(2)]
-            place = root + len(path_of(parents, row)) - 1
-            wanted = op.qkv_rope(x[row : row + 1], norm, weight, table, *alone, place, eps=1e-5)
-            hold(op, q[row : row + 1], wanted)
-            for cache, own in zip(caches, alone, strict=True):
-                hold(op, cache[:, root + row], own[:, place])
-        for cache in caches:
-            assert cache[:, :root].isnan().all()
-            assert cache[:, root + rows :].isnan().all()
+        for ours, wanted in rotated(op, SMALL, parents, 9, dtype, device):
+            hold(op, ours, wanted)
 
 
 # ---- sample_head
@@ -174,15 +134,23 @@ def test_rows_are_turned_by_their_places_and_kept_in_order(device, op, dtype):
 @pytest.mark.parametrize("filters", [{}, {"top_k": 9}, {"top_p": 0.8}], ids=str)
 def test_siblings_are_followed_by_the_noise_of_one_position(device, op, filters):
     for parents in shapes(random.Random(7), 8)[::3]:
-        rows = len(parents) + 1
-        x, norm, weight = draw(rows, torch.float32, device, (rows, HIDDEN), (HIDDEN,), (97, HIDDEN))
-        settings = {"eps": 1e-5, "temperature": 2.0, "seed": 11, **filters}
-        ours = op.sample_head(x, norm, weight, 20, ancestors=masks_of(parents, device), **settings)
-        for row in range(rows):
-            place = 20 + len(path_of(parents, row)) - 1
-            wanted = op.sample_head(x[row : row + 1], norm, weight, place, **settings)
-            assert int(ours.token[row]) == int(wanted.token)
-            hold(op, ours.confidence[row : row + 1], wanted.confidence)
+        for ours, wanted in sampled(op, SMALL, parents, torch.float32, device, **filters):
+            hold(op, ours, wanted)
+
+
+# ---- all three, at small and middle sizes; tests/gpu has real ones
+
+
+SIZES = [SMALL] + [pytest.param(each, marks=pytest.mark.gpu) for each in MIDDLE]
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=lambda shape: shape.name)
+@torch.inference_mode()
+def test_every_rows_bits(device, shape):
+    if device.type == "cpu":
+        hold_bits(shape, device, torch.float32, [TWO_BRANCHES[:5], random_parents(random.Random(2), 6)], (125,))
+    else:
+        hold_bits(shape, device, torch.bfloat16, shapes(random.Random(0), 12))
 
 
 # ---- refusals

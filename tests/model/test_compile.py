@@ -11,6 +11,7 @@ import pytest
 from compiling import ROOT
 from typer.testing import CliRunner
 
+from kangaroo_kernels.model.ahead import blank_pair, works_for
 from kangaroo_kernels.model.commands.cli import app
 
 DECODE = """
@@ -25,9 +26,11 @@ from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.launch_config import chained
 
 target, adapter = sys.argv[1:]
-ways = [{}, {"plain": True}, {"num_speculative_tokens": 3}, {"repetition_penalty": 1.1}, {"acceptance": "rejection"}]
-for on, persistent in ((False, True), (True, False), (False, False)):  # another order than the one compiled in
-    kangaroo = Kangaroo.from_pretrained(target, adapter, dtype="float16", persistent=persistent)
+long = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.0}
+ways = [{}, {"plain": True}, long, {"repetition_penalty": 1.1, **long}, {"acceptance": "rejection", **long}]
+drafters = [(False, True, 0), (True, False, None), (True, False, 0), (False, False, None), (False, False, 0)]
+for on, persistent, tree in drafters:  # another order than the one compiled in; by itself the adapter drafts trees
+    kangaroo = Kangaroo.from_pretrained(target, adapter, dtype="float16", persistent=persistent, draft_tree=tree)
     for way in ways:
         for sampling in ({}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}):
             for text in ("ab", "ab" * 90):
@@ -48,20 +51,30 @@ def run(*command: Any, **environment: str) -> str:
 
 def test_a_decode_finds_every_kernel(pair, tmp_path):
     """Of the model only config.json is there when its kernels are compiled, and no weight of the adapter."""
-    configs = []
-    for folder in (pair.target, pair.adapter):
-        configs.append(tmp_path / folder.name)
-        configs[-1].mkdir()
+    configs, adapter = [], tmp_path / "trees"
+    shutil.copytree(pair.adapter, adapter)
+    values = json.loads((adapter / "config.json").read_text())
+    (adapter / "config.json").write_text(json.dumps(values | {"draft_tree": 7}))
+    for folder in (pair.target, adapter):
+        configs.append(tmp_path / "configs" / folder.name)
+        configs[-1].mkdir(parents=True)
         shutil.copy(folder / "config.json", configs[-1])
     cache, used = tmp_path / "cache", tmp_path / "used"
     command = ["-m", "kangaroo_kernels.model", "compile", "--dtype", "float16", "--arch", "sm_90", "--out", cache]
     command += ["--model", configs[0], "--adapter", configs[1]]
     assert f"{cache} holds the kernels for sm_90; " in run(*command)
     settings = {"TRITON_CACHE_DIR": str(cache), "STANDIN": "compute", "STANDIN_USED": str(used)}
-    compiled, found = json.loads(run("-c", DECODE, pair.target, pair.adapter, **settings))
+    compiled, found = json.loads(run("-c", DECODE, pair.target, adapter, **settings))
     assert compiled == []
     assert found > 40
     assert "; 0 of them are new." in run(*command)
+
+
+def test_trees_may_be_asked_for(pair):
+    """Beside chains, which are always there."""
+    chains, trees = ([work.name for work in works_for([blank_pair(*pair, draft_tree=rows)], 80)] for rows in (None, 4))
+    assert set(trees) - set(chains) == {"trees", "trees led by the host"}
+    assert not set(chains) - set(trees)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +85,7 @@ def test_a_decode_finds_every_kernel(pair, tmp_path):
         ([], "there is no GPU here to compile for; name its architecture, as in --arch sm_90."),
         (["--arch", "sm_90", "--model", "demo", "--adapter", "x"], "--adapter goes with one --model, got 2"),
         (["--arch", "sm_90", "--exit-layer", "2"], "exit_layer was given without an adapter"),
+        (["--arch", "sm_90", "--draft-tree", "4"], "draft_tree needs an adapter; give one, or leave draft_tree out."),
         (["--arch", "sm_90"], "TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it."),
     ],
 )

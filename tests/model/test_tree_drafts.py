@@ -246,10 +246,19 @@ def test_a_prompt_and_a_context_that_end(trees, resident):
         assert counts(resident, prompt, max_new_tokens=9)[:2] == counts(trees, prompt, max_new_tokens=9)[:2]
 
 
+def hold_texts(kangaroo: Any, wanted: Any, settings: dict[str, Any]) -> tuple[Any, ...]:
+    """The text of trees is what ``wanted`` decodes plainly; returns what was counted."""
+    plain = {name: value for name, value in settings.items() if not name.startswith(("num_spec", "draft_conf"))}
+    found = counts(kangaroo, **settings)
+    assert found[0] == wanted.generate(PROMPT, plain=True, **plain).tokens
+    assert found[2] > 0
+    return found
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=str)
-def test_the_kernels_never_ask_the_host(pair, trees, monkeypatch, sampling):
+def test_the_kernels_never_ask_the_host(pair, device, trees, monkeypatch, sampling):
     """In the interpreter: plain decoding's tokens, and the same trees as the references'."""
-    kernels = pair.load(device="cpu", kernels="triton", dtype="float32", draft_tree=5)
+    kernels = pair.load(device=device, kernels="triton", dtype="float32", draft_tree=5)
     run, iterations = Iteration.run, []
 
     def forbidding(iteration: Iteration, reach: int) -> None:
@@ -257,14 +266,26 @@ def test_the_kernels_never_ask_the_host(pair, trees, monkeypatch, sampling):
         with no_host_reads():
             run(iteration, reach)
 
-    monkeypatch.setattr(Iteration, "run", forbidding)
+    if device.type == "cpu":
+        monkeypatch.setattr(Iteration, "run", forbidding)
     settings = {"max_new_tokens": 6, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.1, **sampling}
-    found = counts(kernels, **settings)
-    assert iterations
+    found = hold_texts(kernels, trees, settings)
+    assert iterations or device.type != "cpu"
     monkeypatch.undo()
     assert found == counts(on_the_device(pair.load(device="cpu", draft_tree=5)), **settings)
-    assert found[0] == trees.generate(PROMPT, plain=True, **settings).tokens
-    assert found[2] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_on_a_gpu_graphs_change_nothing(pair, sampling):
+    """Captured, or launched kernel by kernel, and led by the host where rows of logits are needed."""
+    ways = [pair.load(dtype="bfloat16", draft_tree=15, graphs=graphs) for graphs in (True, False)]
+    for most, threshold, new_tokens in product((1, 3, 15), (0.0, 0.2), (9, 120)):
+        limits = {"num_speculative_tokens": most, "draft_confidence_threshold": threshold}
+        captured, launched = (
+            hold_texts(each, ways[1], {"max_new_tokens": new_tokens, **limits, **sampling}) for each in ways
+        )
+        assert captured == launched
 
 
 # ---- how a tree grows

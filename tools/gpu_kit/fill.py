@@ -32,6 +32,7 @@ from right import launcher
 from steps import META, STEPS
 from triton.runtime import cache
 
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
 from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.model.ahead import decode_works
 from kangaroo_kernels.workloads import MODELS, TINY, ModelShape, Settings, workloads
@@ -64,9 +65,9 @@ def operations(shape: ModelShape, on: bool) -> None:
 
 
 def iterations(shape: ModelShape) -> None:
-    """Every kind of decoding; two layers stand for all, which are alike."""
+    """Every kind of decoding, of chains and trees; two layers stand for all, which are alike."""
     target = random_model.random_target(shape._replace(layers=2), META, BFLOAT16)
-    for work in decode_works(target, random_model.random_drafter(target, 1)):
+    for work in decode_works(target, random_model.random_drafter(target, 1, draft_tree=MAX_SPECULATIVE_TOKENS)):
         work.run()
 
 

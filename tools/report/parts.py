@@ -45,6 +45,7 @@ PAIR = Part("pair", 90, "a trained pair on held-out prompts")
 REAL_SHAPES, LAUNCHES, ONE_KERNEL = (
     f"tests/gpu/test_{name}.py" for name in ("real_shapes", "ways_to_launch", "zz_one_kernel")
 )
+OPERATIONS = "operation or rows_of_trees"
 LOOP_TESTS = "tests/kernels/test_draft_loop.py"
 CHOSEN = "bits or wherever or captured or thousand or lost or wait or graphs or the_same or (plain_tokens and bfloat16)"
 """Of the GPU's tests those that hold bits, graphs and waiting."""
@@ -53,7 +54,7 @@ SMALL = ("tests/kernels", "tests/model", f"--ignore={LOOP_TESTS}", "-k", CHOSEN)
 
 FIRST = (
     ENVIRONMENT,
-    Part("operations", 35, "every operation at real shapes, its error and its bits", (REAL_SHAPES, "-k", "operation")),
+    Part("operations", 35, "every operation at real shapes, its error and its bits", (REAL_SHAPES, "-k", OPERATIONS)),
     Part("launches", 35, "plain decoding's tokens in every way to launch", (LAUNCHES,)),
     Part("loop", 45, "the persistent kernel at sizes that fill the card", (ONE_KERNEL, "-k", "stages or again")),
     Part("tests", 70, "the tests of bits, graphs and waiting", SMALL, WORKERS),
