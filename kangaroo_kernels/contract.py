@@ -90,6 +90,23 @@ class Walk(NamedTuple):
         return cls(*(torch.empty(size, dtype=torch.int64, device=device) for size in (3, rows, rows)))
 
 
+class Match(NamedTuple):
+    """Where a text said before what it says at its end.
+
+    Attributes:
+        tokens: ``[R]`` int64, what followed there.
+        matched: ``[1]`` int64, how many tokens before them are the text's last ones; 0 where there is no match.
+    """
+
+    tokens: Tensor
+    matched: Tensor
+
+    @classmethod
+    def empty(cls, most: int, device: torch.device) -> "Match":
+        """New, uninitialised memory for ``most`` tokens."""
+        return cls(*(torch.empty(size, dtype=torch.int64, device=device) for size in (most, 1)))
+
+
 class DraftVocabulary(NamedTuple):
     """The tokens that a drafter's head has rows for, where it has fewer than the target's (FR-Spec, arXiv 2502.14856).
 

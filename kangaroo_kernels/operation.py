@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import RECORD_HEAD, TARGET_STREAM, Top1
+from kangaroo_kernels.contract import RECORD_HEAD, TARGET_STREAM, Match, Top1
 from kangaroo_kernels.reference.accept import accept
 from kangaroo_kernels.reference.attention import attention
 from kangaroo_kernels.reference.commit import commit
 from kangaroo_kernels.reference.draft_loop import draft_loop
 from kangaroo_kernels.reference.gate_up import gate_up
 from kangaroo_kernels.reference.linear_residual import linear_residual
+from kangaroo_kernels.reference.look_up import look_up
 from kangaroo_kernels.reference.qkv_rope import qkv_rope, rope_table
 from kangaroo_kernels.reference.rank import rank
 from kangaroo_kernels.reference.sample_head import sample_head
@@ -212,6 +213,22 @@ SAMPLE_HEAD = Operation(
     _example_of_sample_head,
 )
 
+# ---- look_up
+
+
+def _example_of_look_up(given: Inputs, n: int, k: int) -> Arguments:
+    text = torch.arange(given.length, device=given.device) % 7
+    arrivals = torch.zeros(2, dtype=torch.int64, device=given.device)
+    return (text, given.integers(given.length), given.rows - 1, 3), {"arrivals": arrivals}
+
+
+LOOK_UP = Operation(
+    look_up,
+    "(Tensor text, Tensor length, int most, int least) -> (Tensor tokens, Tensor matched)",
+    lambda text, length, most, least: Match.empty(most, text.device),
+    _example_of_look_up,
+)
+
 # ---- accept
 
 
@@ -285,6 +302,7 @@ OPERATIONS = {
         GATE_UP,
         TOP1_HEAD,
         SAMPLE_HEAD,
+        LOOK_UP,
         ACCEPT,
         RANK,
         WALK,

@@ -205,6 +205,7 @@ STEPS = (
     Step("top-1 head", partial(head, op="top1_head")),
     Step("sampling head", head),
     Step("filtered head", partial(head, filtered=True)),
+    Step("prompt lookup", partial(ending, op="look_up")),
     Step("accept", partial(ending, op="accept")),
     Step("commit", partial(ending, op="commit")),
     Step("tree", tree),

@@ -17,7 +17,7 @@ from ..spans import span
 from ..target.llama import Llama
 from .adapter import Adapter
 from .kangaroo import AdapterMemory, KangarooDrafter
-from .prompt_lookup import look_up
+from .prompt_lookup import LEAST_MATCH
 from .protocol import Draft, Drafter
 
 if TYPE_CHECKING:
@@ -129,8 +129,9 @@ class KangarooWithLookup(KangarooDrafter):
         """What followed the text's longest match, and the length of the match; 0 where there is none."""
         with span("kangaroo/draft/lookup"):
             known = torch.tensor(text.tokens, device=self.target.device)
-            tokens, matched = look_up(known, len(known), MAX_SPECULATIVE_TOKENS)  # as many are worth drafting as match
-            return tokens[: min(int(matched), most)], int(matched) if most else 0
+            found = self.target.backend.look_up(known, len(known), MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
+            matched = int(found.matched)  # as many are worth drafting
+            return found.tokens[: min(matched, most)], matched if most else 0
 
     def _draft_of(self, tokens: Tensor, sure: float, text: "TextState") -> Draft:
         """Run the shallow layers over the newest token and looked-up ones."""

@@ -1,6 +1,7 @@
 """The adapter and prompt lookup by turns: plain decoding's text, an adapter that catches up, the better of the two."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from pairs import make_adapter, make_target
 from test_bad_input import refuse
 
 from kangaroo_kernels import Kangaroo
+from kangaroo_kernels.contract import Match
 from kangaroo_kernels.model import load as load_module
 from kangaroo_kernels.model.drafters import kangaroo_with_lookup as module
 from kangaroo_kernels.model.drafters.kangaroo_with_lookup import Experience, KangarooWithLookup
@@ -25,28 +27,33 @@ def kangaroo(pair) -> Kangaroo:
     return pair.load(device="cpu", prompt_lookup=True)
 
 
-def guesses(text: list[int] | None = None) -> Any:
+@pytest.fixture
+def guesses(kangaroo, monkeypatch) -> Any:
     """In the place of ``look_up``: matches of any length, and tokens that are right now and then."""
-    dice = random.Random(4)
 
-    def look_up(known: torch.Tensor, length: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        right = [] if text is None else text[length : length + most]
-        tokens = [token if dice.random() < 0.8 else dice.randrange(67) for token in right]
-        tokens += [dice.randrange(67) for _ in range(most - len(tokens))]
-        return torch.tensor(tokens), torch.tensor([dice.choice((0, 3, 4, 7, 15))])
+    def put(text: list[int] | None = None) -> None:
+        dice = random.Random(4)
 
-    return look_up
+        def look_up(known: torch.Tensor, length: int, most: int, least: int) -> Match:
+            right = [] if text is None else text[length : length + most]
+            tokens = [token if dice.random() < 0.8 else dice.randrange(67) for token in right]
+            tokens += [dice.randrange(67) for _ in range(most - len(tokens))]
+            return Match(torch.tensor(tokens), torch.tensor([dice.choice((0, 3, 4, 7, 15))]))
+
+        monkeypatch.setattr(kangaroo.target, "backend", replace(kangaroo.target.backend, look_up=look_up))
+
+    return put
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
 @pytest.mark.parametrize("drafts", [None, 2, 15])
-def test_whatever_is_looked_up_changes_nothing(kangaroo, monkeypatch, sampling, drafts):
+def test_whatever_is_looked_up_changes_nothing(kangaroo, guesses, sampling, drafts):
     settings = {"max_new_tokens": 60, **sampling}
     asked = {"num_speculative_tokens": drafts, "draft_confidence_threshold": 0.2}
     for prompt in ([7], [3, 5, 9], [15] * 70):
         plain = kangaroo.generate(prompt, plain=True, **settings).tokens
         for text in (None, [*prompt, *plain]):
-            monkeypatch.setattr(module, "look_up", guesses(text))
+            guesses(text)
             drafted = kangaroo.generate(prompt, **settings, **asked)
             assert drafted.tokens == plain
             assert drafted.stats.drafted > 0
@@ -79,10 +86,10 @@ def steps(kangaroo: Kangaroo, prompt: list[int], count: int) -> tuple[list[int],
 
 
 @pytest.mark.parametrize("count", range(1, 9))
-def test_the_adapter_catches_up(kangaroo, monkeypatch, count):
+def test_the_adapter_catches_up(kangaroo, guesses, count):
     """What it holds, and what it is to run yet, are those of a prefill of the same text."""
     plain = kangaroo.generate(REPEATING, max_new_tokens=60, plain=True).tokens
-    monkeypatch.setattr(module, "look_up", guesses([*REPEATING, *plain]))
+    guesses([*REPEATING, *plain])
     text, memory = steps(kangaroo, REPEATING, count)
     assert memory.latest[0] or count > 1
     target, adapter = kangaroo.target, kangaroo.drafter.adapter
@@ -140,9 +147,9 @@ class TestExperience:
         assert experience.adapter == pytest.approx(3, abs=0.05)
 
 
-def test_the_adapter_drafts_where_it_expects_more(kangaroo, monkeypatch):
+def test_the_adapter_drafts_where_it_expects_more(kangaroo, guesses, monkeypatch):
     """And is asked for no more drafts than its own configuration says."""
-    monkeypatch.setattr(module, "look_up", guesses())
+    guesses()
     monkeypatch.setattr(module, "Experience", lambda: Experience(adapter=20.0))
     asked = {"max_new_tokens": 40, "draft_confidence_threshold": 0.0}
     found = [step.commit.drafted for step in kangaroo.progress([1, 2, 3], **asked)]
