@@ -79,9 +79,10 @@ def look_up_kernel(
     tiles = tl.minimum(tl.maximum(tl.cdiv(length, BLOCK), 1), tl.num_programs(0))
     if tile >= tiles:
         return
-    tl.atomic_max(arrivals_ptr, longest_match(text_ptr, length, tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64)))
+    best = longest_match(text_ptr, length, tile * BLOCK + tl.arange(0, BLOCK).to(tl.int64))
+    tl.atomic_max(arrivals_ptr, best, sem="relaxed")  # to arrive is what makes it visible
     if is_last(arrivals_ptr + 1, tiles):
-        best = tl.atomic_xchg(arrivals_ptr, 0)
+        best = tl.atomic_xchg(arrivals_ptr, 0, sem="relaxed")
         place, matched = best % ABOVE, best // ABOVE
         matched = tl.where(matched >= LEAST, matched, 0)
         offs = tl.arange(0, BLOCK_M)

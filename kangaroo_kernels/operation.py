@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import RECORD_HEAD, TARGET_STREAM, Match, Top1
+from kangaroo_kernels.contract import RECORD_HEAD, TARGET_STREAM, Experience, Match, Top1
 from kangaroo_kernels.reference.accept import accept
 from kangaroo_kernels.reference.attention import attention
 from kangaroo_kernels.reference.commit import commit
@@ -30,6 +30,7 @@ from kangaroo_kernels.reference.sample_head import sample_head
 from kangaroo_kernels.reference.straighten import straighten
 from kangaroo_kernels.reference.top1_head import top1_head
 from kangaroo_kernels.reference.walk import walk
+from kangaroo_kernels.reference.weigh import weigh
 
 EPS = 1e-5
 """The eps of the norms in random arguments."""
@@ -213,7 +214,7 @@ SAMPLE_HEAD = Operation(
     _example_of_sample_head,
 )
 
-# ---- look_up
+# ---- look_up, weigh
 
 
 def _example_of_look_up(given: Inputs, n: int, k: int) -> Arguments:
@@ -228,6 +229,15 @@ LOOK_UP = Operation(
     lambda text, length, most, least: Match.empty(most, text.device),
     _example_of_look_up,
 )
+
+
+def _example_of_weigh(given: Inputs, n: int, k: int) -> Arguments:
+    thresholds = torch.full((given.rows - 1,), 0.5, device=given.device)
+    lengths = given.integers(given.length), given.integers(given.length + 20)
+    return (given.integers(9), thresholds, *lengths, Experience.none((3, 9), (0.8, 0.9), given.device)), {}
+
+
+WEIGH = Operation(weigh, example=_example_of_weigh)
 
 # ---- accept
 
@@ -303,6 +313,7 @@ OPERATIONS = {
         TOP1_HEAD,
         SAMPLE_HEAD,
         LOOK_UP,
+        WEIGH,
         ACCEPT,
         RANK,
         WALK,

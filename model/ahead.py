@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import torch
 
-from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, WIDEST_HEAD
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Experience
 
 from .backend import triton_backend
 from .drafters.adapter import Adapter, load_adapter_config
 from .drafters.kangaroo import KangarooDrafter
-from .drafters.prompt_lookup import PromptLookup
+from .drafters.kangaroo_with_lookup import MATCHES, USUAL, KangarooWithLookup
+from .drafters.prompt_lookup import LEAST_MATCH, PromptLookup
 from .drafters.protocol import Drafter
 from .errors import KangarooError
 from .load import open_model, resolve_dtype
@@ -118,6 +119,10 @@ def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
     """Everything that decoding on a GPU launches, plain and drafted, on both loops; for use within ``compile_for``."""
     for length in LENGTHS:
         yield Work("led by the host", partial(lead_by_host, target, drafter, length))
+        if isinstance(drafter, KangarooDrafter):
+            beside = KangarooWithLookup(target, drafter.adapter)
+            for drafts in DRAFTS:
+                yield Work(f"{drafts} drafts, lookup", partial(iterate, target, beside, Sampling(), drafts, length))
         for sampling in SAMPLINGS:
             yield Work("plain", partial(iterate, target, None, sampling, 0, length))
             for drafts in DRAFTS:
@@ -168,7 +173,10 @@ def lead_by_host(target: Llama, drafter: Drafter, length: int) -> None:
         for each in ends:
             confidence = torch.empty(rows, dtype=torch.float32, device=META)
             target.backend.accept(wanted[1:], wanted, each, len(TEXT), length, confidence=confidence)
+    match = target.backend.look_up(wanted, 1, MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
     if isinstance(drafter, KangarooDrafter):
+        thresholds, experience = torch.empty(1, device=META), Experience.none(MATCHES, USUAL, META)
+        target.backend.weigh(match.matched, thresholds, len(TEXT), length, experience)
         adapter = drafter.adapter
         adapter.run(hidden, text.memory.cache, len(TEXT) - 1)
         heads.append((adapter.norm, weights.head, adapter.config.llama.rms_norm_eps))

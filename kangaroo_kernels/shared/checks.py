@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, DraftVocabulary, Match, Ranked, Walk
+from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, DraftVocabulary, Experience, Match, Ranked, Walk, Weighed
 
 SEEDS = 1 << 64
 COUNTS = 1 << 63
@@ -236,6 +236,36 @@ def check_look_up(
     if out is not None:
         check_tensor("look_up", "tokens", out.tokens, (most,), torch.int64, device)
         check_tensor("look_up", "matched", out.matched, (1,), torch.int64, device)
+
+
+def check_weigh(
+    matched: Tensor,
+    thresholds: Tensor,
+    length: int | Tensor,
+    limit: int | Tensor,
+    experience: Experience,
+    flags: Tensor | None,
+    out: Weighed | None,
+) -> None:
+    """Raise where the arguments of ``weigh`` do not fit each other."""
+    device, most, kinds = matched.device, thresholds.numel(), experience.kinds.numel()
+    check_tensor("weigh", "matched", matched, (1,), torch.int64, device)
+    check_tensor("weigh", "thresholds", thresholds, (most,), torch.float32, device)
+    check_count("weigh", "length", length, device)
+    check_count("weigh", "limit", limit, device)
+    for name, tensor in experience._asdict().items():
+        size = {"beside": 1, "latest": 3}.get(name, kinds)
+        dtype = torch.int64 if name in ("kinds", "latest") else torch.float64
+        check_tensor("weigh", name, tensor, (size,), dtype, device)
+    if most >= MAX_ROWS or kinds > MAX_ROWS:
+        raise ValueError(
+            f"weigh takes fewer than {MAX_ROWS} drafts and at most {MAX_ROWS} kinds, got {most} and {kinds}."
+        )
+    if flags is not None:
+        check_tensor("weigh", "flags", flags, (max(1, flags.numel()),), torch.int32, device)
+    if out is not None:
+        check_tensor("weigh", "made", out.made, (most,), torch.int32, device)
+        check_tensor("weigh", "sure", out.sure, (most,), torch.float32, device)
 
 
 def check_commit_counts(
