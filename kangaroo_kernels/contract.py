@@ -137,10 +137,13 @@ class Experience(NamedTuple):
     @classmethod
     def none(cls, kinds: Sequence[int], usual: Sequence[float], device: torch.device) -> "Experience":
         """That of a text which has not begun."""
-        lengths = (torch.tensor(each, dtype=torch.int64, device=device) for each in (kinds, [0, 0, 0]))
-        numbers = usual, [0.0] * len(kinds), [0.0] * len(kinds), [1.0]
-        shares = [torch.tensor(each, dtype=torch.float64, device=device) for each in numbers]
-        return cls(next(lengths), *shares, next(lengths))
+
+        def real(numbers: Sequence[float]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+        nothing = [0.0] * len(kinds)
+        lengths = [torch.tensor(each, dtype=torch.int64, device=device) for each in (kinds, [0, 0, 0])]
+        return cls(lengths[0], real(usual), real(nothing), real(nothing), real([1.0]), lengths[1])
 
     def forget(self) -> None:
         """Begin another text."""

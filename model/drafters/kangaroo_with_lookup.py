@@ -88,7 +88,7 @@ class KangarooWithLookup(KangarooDrafter):
         """At most ``most`` tokens by lookup or by the adapter; a match that is less sure than ``threshold`` is none."""
         with span("kangaroo/draft/lookup"):
             match = self._look_up(text)
-            thresholds = torch.full((most,), threshold, device=self.target.device)
+            thresholds = torch.full((most,), threshold, dtype=torch.float32, device=self.target.device)
             length, experience = len(text.tokens), text.memory.experience
             weighed = self.target.backend.weigh(match.matched, thresholds, length, length + most + 1, experience)
             count = int(weighed.made.sum())

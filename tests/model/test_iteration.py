@@ -470,9 +470,9 @@ def test_on_a_gpu_graphs_change_nothing(pair, monkeypatch, sampling):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("persistent", [True, False])
-def test_on_a_gpu_nothing_waits_inside_an_iteration(pair, monkeypatch, graphs, persistent):
-    kangaroo = pair.load(dtype="bfloat16", graphs=graphs, persistent=persistent)
+@pytest.mark.parametrize("way", [{"persistent": True}, {"prompt_lookup": True}, {}], ids=str)
+def test_on_a_gpu_nothing_waits_inside_an_iteration(pair, monkeypatch, graphs, way):
+    kangaroo = pair.load(dtype="bfloat16", graphs=graphs, **way)
     run = GraphRunner.run
     settings = {"max_new_tokens": 30, "draft_confidence_threshold": 0.2}
     wanted = kangaroo.generate(PROMPT, **settings).tokens  # compiles
