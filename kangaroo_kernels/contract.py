@@ -1,5 +1,6 @@
 """What kernels, references and the runtime agree on: numbers and types that are defined here and nowhere else."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,12 @@ TARGET_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)
 """Streams of noise, which make the draws at one position independent. The first draws the target's tokens (and those of
 a coupled drafter, so that they are the same), the second those of a drafter that draws on its own, and the third
 decides whether rejection sampling accepts a draft."""
+
+USUAL_WEIGHT = 3.0
+"""How many looked-up tokens of a text itself weigh as much as what is usual in others."""
+
+EXPERIENCE_MEMORY = 0.95
+"""What an observation of ``weigh`` counts for after the next step, so what failed is tried again some steps later."""
 
 # ---- types
 
@@ -88,6 +95,80 @@ class Walk(NamedTuple):
     def empty(cls, rows: int, device: torch.device) -> "Walk":
         """New, uninitialised memory for R + 1 rows."""
         return cls(*(torch.empty(size, dtype=torch.int64, device=device) for size in (3, rows, rows)))
+
+
+class Match(NamedTuple):
+    """Where a text said before what it says at its end.
+
+    Attributes:
+        tokens: ``[R]`` int64, what followed there.
+        matched: ``[1]`` int64, how many tokens before them are the text's last ones; 0 where there is no match.
+    """
+
+    tokens: Tensor
+    matched: Tensor
+
+    @classmethod
+    def empty(cls, most: int, device: torch.device) -> "Match":
+        """New, uninitialised memory for ``most`` tokens."""
+        return cls(*(torch.empty(size, dtype=torch.int64, device=device) for size in (most, 1)))
+
+
+class Experience(NamedTuple):
+    """What became of a text's latest drafts, those by lookup and those of a drafter beside it.
+
+    Attributes:
+        kinds: ``[K]`` int64, ascending: how many matched tokens make a match of each kind; fewer make none.
+        usual: ``[K]`` float64, how often a token stands that follows such a match, in other texts.
+        stood: ``[K]`` float64, looked-up tokens of this text that stood; older steps count less and less.
+        tried: ``[K]`` float64, those that were compared: all that stood, and the first of a draft that did not.
+        beside: ``[1]`` float64, how many of the other drafter's drafts stood in a step.
+        latest: ``[3]`` int64, of the step under way: the text's length before it, the length of its match (0 where the
+            other drafts), and how many drafts there are (of the other's, whether there are any).
+    """
+
+    kinds: Tensor
+    usual: Tensor
+    stood: Tensor
+    tried: Tensor
+    beside: Tensor
+    latest: Tensor
+
+    @classmethod
+    def none(cls, kinds: Sequence[int], usual: Sequence[float], device: torch.device) -> "Experience":
+        """That of a text which has not begun."""
+
+        def real(numbers: Sequence[float]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+        nothing = [0.0] * len(kinds)
+        lengths = [torch.tensor(each, dtype=torch.int64, device=device) for each in (kinds, [0, 0, 0])]
+        return cls(lengths[0], real(usual), real(nothing), real(nothing), real([1.0]), lengths[1])
+
+    def forget(self) -> None:
+        """Begin another text."""
+        for each in (self.stood, self.tried, self.latest):
+            each.zero_()
+        self.beside.fill_(1.0)
+
+
+class Weighed(NamedTuple):
+    """Which drafts of a step are looked-up tokens.
+
+    Attributes:
+        made: ``[R]`` int32, 1 for each that is; all are 0 where the other drafter drafts.
+        sure: ``[R]`` float32, how likely each is to stand; 0 where it is not made.
+    """
+
+    made: Tensor
+    sure: Tensor
+
+    @classmethod
+    def empty(cls, most: int, device: torch.device) -> "Weighed":
+        """New, uninitialised memory for ``most`` drafts."""
+        return cls(
+            torch.empty(most, dtype=torch.int32, device=device), torch.empty(most, dtype=torch.float32, device=device)
+        )
 
 
 class DraftVocabulary(NamedTuple):

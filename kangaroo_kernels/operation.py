@@ -16,19 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import RECORD_HEAD, TARGET_STREAM, Top1
+from kangaroo_kernels.contract import RECORD_HEAD, TARGET_STREAM, Experience, Match, Top1
 from kangaroo_kernels.reference.accept import accept
 from kangaroo_kernels.reference.attention import attention
 from kangaroo_kernels.reference.commit import commit
 from kangaroo_kernels.reference.draft_loop import draft_loop
 from kangaroo_kernels.reference.gate_up import gate_up
 from kangaroo_kernels.reference.linear_residual import linear_residual
+from kangaroo_kernels.reference.look_up import look_up
 from kangaroo_kernels.reference.qkv_rope import qkv_rope, rope_table
 from kangaroo_kernels.reference.rank import rank
 from kangaroo_kernels.reference.sample_head import sample_head
 from kangaroo_kernels.reference.straighten import straighten
 from kangaroo_kernels.reference.top1_head import top1_head
 from kangaroo_kernels.reference.walk import walk
+from kangaroo_kernels.reference.weigh import weigh
 
 EPS = 1e-5
 """The eps of the norms in random arguments."""
@@ -212,6 +214,31 @@ SAMPLE_HEAD = Operation(
     _example_of_sample_head,
 )
 
+# ---- look_up, weigh
+
+
+def _example_of_look_up(given: Inputs, n: int, k: int) -> Arguments:
+    text = torch.arange(given.length, device=given.device) % 7
+    arrivals = torch.zeros(2, dtype=torch.int64, device=given.device)
+    return (text, given.integers(given.length), given.rows - 1, 3), {"arrivals": arrivals}
+
+
+LOOK_UP = Operation(
+    look_up,
+    "(Tensor text, Tensor length, int most, int least) -> (Tensor tokens, Tensor matched)",
+    lambda text, length, most, least: Match.empty(most, text.device),
+    _example_of_look_up,
+)
+
+
+def _example_of_weigh(given: Inputs, n: int, k: int) -> Arguments:
+    thresholds = torch.full((given.rows - 1,), 0.5, device=given.device)
+    lengths = given.integers(given.length), given.integers(given.length + 20)
+    return (given.integers(9), thresholds, *lengths, Experience.none((3, 9), (0.8, 0.9), given.device)), {}
+
+
+WEIGH = Operation(weigh, example=_example_of_weigh)
+
 # ---- accept
 
 
@@ -285,6 +312,8 @@ OPERATIONS = {
         GATE_UP,
         TOP1_HEAD,
         SAMPLE_HEAD,
+        LOOK_UP,
+        WEIGH,
         ACCEPT,
         RANK,
         WALK,

@@ -14,13 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, WIDEST_HEAD
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Experience
 
 from .backend import triton_backend
 from .drafters.adapter import Adapter, load_adapter_config
 from .drafters.kangaroo import KangarooDrafter
+from .drafters.kangaroo_with_lookup import MATCHES, USUAL, KangarooWithLookup
 from .drafters.make import make_drafter
-from .drafters.prompt_lookup import PromptLookup
+from .drafters.prompt_lookup import LEAST_MATCH, PromptLookup
 from .drafters.protocol import Drafter
 from .drafters.tree import TreeDrafter
 from .drafters.ways import choose_way
@@ -113,7 +114,7 @@ def blank_pair(
         target = blank_target(replace(config, num_hidden_layers=1), precision)
         return target, PromptLookup(target)
     settings = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
-    way = choose_way(settings.way, draft_tree, None, persistent=False, resident=True)
+    way = choose_way(settings.way, draft_tree, None, persistent=False)
     target = blank_target(replace(config, num_hidden_layers=settings.exit_layer + 1), precision)
     size = settings.deep_state_size
     weights = load_adapter(None, settings.llama, META, precision, target.backend.layout, deep_state_size=size)
@@ -132,13 +133,17 @@ def blank_target(config: LlamaConfig, dtype: torch.dtype) -> Llama:
 def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
     """Everything that decoding on a GPU launches, plain and drafted, on both loops; for use within ``compile_for``.
 
-    An adapter that drafts trees drafts chains as well, where a caller asks for them.
+    An adapter drafts chains, and chains beside prompt lookup, whatever its own way is: a caller may ask for them.
     """
-    chains = KangarooDrafter(target, drafter.adapter) if isinstance(drafter, TreeDrafter) else drafter
+    chains = KangarooDrafter(target, drafter.adapter) if isinstance(drafter, KangarooDrafter) else drafter
     for length in LENGTHS:
         yield Work("led by the host", partial(lead_by_host, target, chains, length))
         if isinstance(drafter, TreeDrafter):
             yield Work("trees led by the host", partial(lead_a_tree, target, drafter, length))
+        if isinstance(drafter, KangarooDrafter):
+            beside = KangarooWithLookup(target, drafter.adapter)
+            for drafts in DRAFTS:
+                yield Work(f"{drafts} drafts, lookup", partial(iterate, target, beside, Sampling(), drafts, length))
         for sampling in SAMPLINGS:
             yield Work("plain", partial(iterate, target, None, sampling, 0, length))
             for drafts in DRAFTS:
@@ -191,7 +196,10 @@ def lead_by_host(target: Llama, drafter: Drafter, length: int) -> None:
         for each in ends:
             confidence = torch.empty(rows, dtype=torch.float32, device=META)
             target.backend.accept(wanted[1:], wanted, each, len(TEXT), length, confidence=confidence)
+    match = target.backend.look_up(wanted, 1, MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
     if isinstance(drafter, KangarooDrafter):
+        thresholds, experience = torch.empty(1, device=META), Experience.none(MATCHES, USUAL, META)
+        target.backend.weigh(match.matched, thresholds, len(TEXT), length, experience)
         adapter = drafter.adapter
         adapter.run(hidden, text.memory.cache, len(TEXT) - 1)
         heads.append((adapter.norm, weights.head, adapter.config.llama.rms_norm_eps))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_ROWS, Ranked, Top1, Walk
+from kangaroo_kernels.contract import MAX_ROWS, Match, Ranked, Top1, Walk, Weighed
 from kangaroo_kernels.operation import OPERATIONS
 from kangaroo_kernels.packed_weight import Layout
 from kangaroo_kernels.reference.top1_head import lm_head
@@ -38,6 +38,8 @@ class Backend:
     gate_up: Callable[..., Tensor]
     top1_head: Callable[..., Top1]
     sample_head: Callable[..., Top1]
+    look_up: Callable[..., Match]
+    weigh: Callable[..., Weighed]
     accept: Callable[..., Tensor]
     rank: Callable[..., Ranked]
     walk: Callable[..., Walk]

@@ -100,7 +100,7 @@ class Kangaroo(Writer):
             kv_dtype: "float16" rounds the keys and values that a CPU's texts keep, which halves their memory; it
                 goes with ``dtype="float16"``. None keeps them in float32.
             prompt_lookup: beside an adapter, also draft what followed the text's last tokens before, where that
-                promises more; for a CPU.
+                promises more; not with ``persistent``.
             draft_tree: draft trees of at most this many tokens, 1 to 15, instead of chains (0); needs an adapter.
                 ``num_speculative_tokens`` then bounds the length of a branch. Where neither this nor
                 ``prompt_lookup`` is given, the adapter's own default counts, which is to draft chains unless ``kangaroo

@@ -77,7 +77,7 @@ def load_pair(
     way = CHAINS
     if adapter_folder is not None:
         default = load_adapter_config(adapter_folder, config, exit_layer).way
-        way = choose_way(default, draft_tree, prompt_lookup, persistent=persistent, resident=backend.resident)
+        way = choose_way(default, draft_tree, prompt_lookup, persistent=persistent)
     elif draft_tree:
         raise KangarooError("draft_tree needs an adapter; give one, or leave draft_tree out.")
     tokenizer = checkpoint.tokenizer()

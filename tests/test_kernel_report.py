@@ -147,7 +147,7 @@ def test_every_kernel_is_compiled_for_every_model_and_architecture(
     if "draft loop" not in steps:
         kernels -= {PERSISTENT}
     if "layer" not in steps:  # drafting alone
-        kernels -= {"accept_kernel", "commit_kernel", "filtered_sample_kernel"}
+        kernels -= {"accept_kernel", "commit_kernel", "filtered_sample_kernel", "look_up_kernel", "weigh_kernel"}
         kernels -= {"rank_kernel", "walk_kernel", "straighten_kernel"}
     places: dict[tuple[str, str, str], set[str]] = {}
     for row in rows:
@@ -168,7 +168,7 @@ def of_step(rows: list[Row], step: str, model: str, architecture: str = "sm_90")
 
 
 LAUNCHES = {"layer": 5, "layer, short text": 5, "top-1 head": 2, "sampling head": 2, "filtered head": 2, "accept": 1}
-LAUNCHES |= {"commit": 1, "draft step": 15, "draft step, short text": 15, "draft loop": 1}
+LAUNCHES |= {"prompt lookup": 2, "commit": 1, "draft step": 15, "draft step, short text": 15, "draft loop": 1}
 LAUNCHES["draft loop, adapter with an MLP"] = 1
 
 

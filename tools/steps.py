@@ -139,6 +139,12 @@ def some_tokens(shape: ModelShape, rows: int) -> DraftVocabulary:
     return DraftVocabulary(empty(rows, dtype=torch.int32), shape.vocab_size)
 
 
+def prompt_lookup(shape: ModelShape, settings: Settings) -> Calls:
+    """What looks up drafts, and what chooses between them and the adapter's."""
+    for op in ("look_up", "weigh"):
+        yield from ending(shape, settings, op)
+
+
 def tree(shape: ModelShape, settings: Settings) -> Calls:
     """What a tree of drafts needs besides: candidates, the walk through it, and its rows as a chain's."""
     for op in ("rank", "walk", "straighten"):
@@ -205,6 +211,7 @@ STEPS = (
     Step("top-1 head", partial(head, op="top1_head")),
     Step("sampling head", head),
     Step("filtered head", partial(head, filtered=True)),
+    Step("prompt lookup", prompt_lookup),
     Step("accept", partial(ending, op="accept")),
     Step("commit", partial(ending, op="commit")),
     Step("tree", tree),

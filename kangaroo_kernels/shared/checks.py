@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, DraftVocabulary, Ranked, Walk
+from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, DraftVocabulary, Experience, Match, Ranked, Walk, Weighed
 
 SEEDS = 1 << 64
 COUNTS = 1 << 63
@@ -207,6 +207,65 @@ def check_straighten(path: Tensor, position: int | Tensor, store: Tensor) -> Non
         raise ValueError(
             f"straighten: position {position} with {len(path)} rows is outside of the {store.shape[1]} of the store."
         )
+
+
+def check_look_up(
+    text: Tensor,
+    length: int | Tensor,
+    most: int,
+    least: int,
+    flags: Tensor | None,
+    arrivals: Tensor | None,
+    out: Match | None,
+) -> None:
+    """Raise where the arguments of ``look_up`` do not fit each other."""
+    device = text.device
+    check_tensor("look_up", "text", text, (max(1, text.numel()),), torch.int64, device)
+    check_count("look_up", "length", length, device)
+    if not isinstance(length, Tensor) and not 1 <= length <= len(text):
+        raise ValueError(f"look_up: length is {length}; it must be from 1 to the text's room, {len(text)}.")
+    for name, value, low in (("most", most, 0), ("least", least, 1)):
+        if not is_whole(value) or not low <= value < MAX_ROWS:
+            raise ValueError(f"look_up: {name} is {value!r}; it must be a whole number from {low} to {MAX_ROWS - 1}.")
+    if flags is not None and flags.numel() <= most:
+        raise ValueError(f"look_up: flags is {list(flags.shape)}; {most} drafts have [{most + 1}] of them or more.")
+    numbers = {"flags": (flags, torch.int32), "arrivals": (arrivals, torch.int64)}
+    for name, (tensor, dtype) in numbers.items():
+        if tensor is not None:
+            check_tensor("look_up", name, tensor, (2 if name == "arrivals" else tensor.numel(),), dtype, device)
+    if out is not None:
+        check_tensor("look_up", "tokens", out.tokens, (most,), torch.int64, device)
+        check_tensor("look_up", "matched", out.matched, (1,), torch.int64, device)
+
+
+def check_weigh(
+    matched: Tensor,
+    thresholds: Tensor,
+    length: int | Tensor,
+    limit: int | Tensor,
+    experience: Experience,
+    flags: Tensor | None,
+    out: Weighed | None,
+) -> None:
+    """Raise where the arguments of ``weigh`` do not fit each other."""
+    device, most, kinds = matched.device, thresholds.numel(), experience.kinds.numel()
+    check_tensor("weigh", "matched", matched, (1,), torch.int64, device)
+    check_tensor("weigh", "thresholds", thresholds, (most,), torch.float32, device)
+    check_count("weigh", "length", length, device)
+    check_count("weigh", "limit", limit, device)
+    for name, tensor in experience._asdict().items():
+        size = {"beside": 1, "latest": 3}.get(name, kinds)
+        dtype = torch.int64 if name in ("kinds", "latest") else torch.float64
+        check_tensor("weigh", name, tensor, (size,), dtype, device)
+    if most >= MAX_ROWS or kinds > MAX_ROWS:
+        raise ValueError(
+            f"weigh takes fewer than {MAX_ROWS} drafts and at most {MAX_ROWS} kinds, got {most} and {kinds}."
+        )
+    if flags is not None:
+        check_tensor("weigh", "flags", flags, (max(1, flags.numel()),), torch.int32, device)
+    if out is not None:
+        check_tensor("weigh", "made", out.made, (most,), torch.int32, device)
+        check_tensor("weigh", "sure", out.sure, (most,), torch.float32, device)
 
 
 def check_commit_counts(

@@ -50,7 +50,7 @@ Kernels = Annotated[
 PromptLookup = Annotated[
     bool | None,
     typer.Option(
-        help="Beside an adapter, also draft what followed the same words before; for a CPU.",
+        help="Beside an adapter, also draft what followed the same words before.",
         rich_help_panel=DRAFTING,
     ),
 ]

@@ -179,10 +179,21 @@ class Adapter:
         last layer's output at the position before each row, for an adapter with a deep state; ``out`` may be ``states``
         itself.
         """
-        hidden = exit_hidden
-        if self.state is not None:
-            assert states is not None
-            operations, eps = self.target.backend.for_rows(hidden.shape[0]), self.config.llama.rms_norm_eps
-            inner = operations.gate_up(states, self.state.norm, self.state.gate_up, eps=eps, active=active)
-            hidden = operations.linear_residual(inner, self.state.down, hidden, active=active)
+        hidden = self._input(exit_hidden, states, active)
         return self.layer(hidden, cache, 0, position, reach=reach, active=active, out=out)
+
+    def append(
+        self, exit_hidden: Tensor, cache: KVCache, position: Place, states: Tensor | None, active: Tensor | None
+    ) -> None:
+        """Do of ``run`` what later rows need: append the rows' keys and values to the cache."""
+        self.layer.append(self._input(exit_hidden, states, active), cache, 0, position, active=active)
+
+    def _input(self, exit_hidden: Tensor, states: Tensor | None, active: Tensor | None) -> Tensor:
+        """What the layer reads."""
+        if self.state is None:
+            return exit_hidden
+        assert states is not None
+        operations, eps = self.target.backend.for_rows(exit_hidden.shape[0]), self.config.llama.rms_norm_eps
+        inner = operations.gate_up(states, self.state.norm, self.state.gate_up, eps=eps, active=active)
+        hidden: Tensor = operations.linear_residual(inner, self.state.down, exit_hidden, active=active)
+        return hidden

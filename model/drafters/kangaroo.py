@@ -214,7 +214,7 @@ class KangarooDrafter(Drafter):
 
     def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
         """R times the shallow layers, then adapter and head; the shallow layers once more for the last draft."""
-        drafts = iteration.max_drafts
+        drafts = self.longest_chain(iteration)
         if self._in_one_launch(iteration):
             yield Stage("kangaroo/draft", partial(self.draft_all, iteration))
             return
@@ -222,6 +222,10 @@ class KangarooDrafter(Drafter):
             yield Stage("kangaroo/draft/shallow", partial(self.shallow, iteration, row, reach))
             yield Stage("kangaroo/draft/step", partial(self.draft, iteration, row, reach))
         yield Stage("kangaroo/draft/shallow", partial(self.shallow, iteration, drafts, reach))
+
+    def longest_chain(self, iteration: "Iteration") -> int:
+        """The most drafts that the adapter makes."""
+        return iteration.max_drafts
 
     def _in_one_launch(self, iteration: "Iteration") -> bool:
         sampling = iteration.chooser.sampling
@@ -258,6 +262,7 @@ class KangarooDrafter(Drafter):
         adapter, buffers, target = self.adapter, iteration.buffers, self.target
         memory: AdapterMemory = iteration.text.memory
         first, active = row if row else -1, buffers.drafting(row)
+        following = row + 1 if row + 1 < self.longest_chain(iteration) else iteration.max_drafts  # that counts no draft
         exit_hidden, position = buffers.hidden(first, row + 1), buffers.position(first)
         states = out = None
         if memory.states is not None and memory.own is not None:
@@ -275,7 +280,7 @@ class KangarooDrafter(Drafter):
             vocabulary=adapter.vocabulary,
             threshold=buffers.threshold(row + 1),
             active=active,
-            sure=buffers.drafting(row + 1),
+            sure=buffers.drafting(following),
             embedding=target.weights.embedding,
             embedded=buffers.newest,
             out=buffers.draft(row),

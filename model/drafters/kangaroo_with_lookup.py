@@ -1,67 +1,34 @@
 """Kangaroo's drafter and prompt lookup by turns: each step is drafted by whichever expects more of its drafts to stand.
 
-The longer a match, the surer what followed it (SAM Decoding, arXiv 2411.10666, decides so between a lookup and another
-drafter), and to draft it costs one pass of the shallow layers, whatever its length. Elsewhere the adapter drafts.
+To draft what followed a match costs one pass of the shallow layers, whatever its length, and the longer the match, the
+surer its tokens (``weigh`` has the rule). Elsewhere the adapter drafts. Both loops have the same operations choose, so
+their drafts are the same.
 """
 
-from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, Experience, Match, Weighed
 
 from ..spans import span
 from ..target.llama import Llama
 from .adapter import Adapter
 from .kangaroo import AdapterMemory, KangarooDrafter
-from .prompt_lookup import look_up
-from .protocol import Draft, Drafter
+from .prompt_lookup import LEAST_MATCH, Found, look_up_drafts
+from .protocol import Draft, Stage
 
 if TYPE_CHECKING:
+    from ..loop.iteration import Iteration
     from ..loop.state import TextState
     from ..sampling import Chooser
 
-MATCHES, USUAL = (3, 5, 9, 15), (0.7, 0.75, 0.85, 0.97)
+MATCHES, USUAL = (LEAST_MATCH, 5, 9, 15), (0.7, 0.75, 0.85, 0.97)
 """Matched tokens from which on a match counts as longer, and how often what followed it stood in SmolLM2's answers."""
-
-WEIGHT = 3.0
-"""So many tokens of the text itself weigh as much as ``USUAL``."""
-
-MEMORY = 0.95
-"""What an observation counts for after the next step, so a kind of match that failed is tried again later."""
-
-
-@dataclass
-class Experience:
-    """What became of the latest drafts of one text.
-
-    Attributes:
-        stood: looked-up tokens that stood, by the length of the match; older steps count less and less.
-        tried: those that were compared: all that stood, and the first of a draft that did not.
-        adapter: how many of the adapter's drafts stood in a step.
-    """
-
-    stood: list[float] = field(default_factory=lambda: [0.0] * len(MATCHES))
-    tried: list[float] = field(default_factory=lambda: [0.0] * len(MATCHES))
-    adapter: float = 1.0
-
-    def sure(self, matched: int) -> float:
-        """How likely a token is to stand that follows a match of ``matched`` tokens."""
-        kind = bisect_right(MATCHES, matched) - 1
-        return (WEIGHT * USUAL[kind] + self.stood[kind]) / (WEIGHT + self.tried[kind])
-
-    def learn(self, matched: int, drafted: int, agreed: int) -> None:
-        """A step is done: the length of its match, 0 where the adapter drafted, its drafts, and how many stood."""
-        self.stood, self.tried = ([MEMORY * count for count in counts] for counts in (self.stood, self.tried))
-        if matched:
-            kind = bisect_right(MATCHES, matched) - 1
-            self.stood[kind] += agreed
-            self.tried[kind] += min(agreed + 1, drafted)
-        elif drafted:
-            self.adapter += (1 - MEMORY) * (agreed - self.adapter)
 
 
 @dataclass
@@ -70,14 +37,22 @@ class LookupMemory(AdapterMemory):
 
     Attributes:
         experience: of this text.
-        found: looked-up tokens for the next step, how sure they are, and the length of the match; None where the
-            adapter is to draft.
-        latest: the length of the match and the number of drafts of the step under way.
+        found: what looking up on the device keeps.
+        thresholds: ``[15]`` float32, on the device: the request's own. They hold for looked-up tokens, whatever
+            ``auto`` finds for the adapter's.
+        at_hand: led by the host, looked-up tokens for the next step, and how sure they are; None where the adapter is
+            to draft.
     """
 
-    experience: Experience = field(default_factory=Experience)
-    found: tuple[Tensor, float, int] | None = None
-    latest: tuple[int, int] = (0, 0)
+    experience: Experience = field(kw_only=True)
+    found: Found = field(kw_only=True)
+    thresholds: Tensor = field(kw_only=True)
+    at_hand: tuple[Tensor, tuple[float, ...]] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return super().nbytes + self.found.nbytes + sum(each.nbytes for each in (*self.experience, self.thresholds))
 
 
 class KangarooWithLookup(KangarooDrafter):
@@ -85,14 +60,12 @@ class KangarooWithLookup(KangarooDrafter):
 
     A match of m tokens is worth m drafts, up to the request's number; the adapter drafts up to the number of its own
     configuration, or as ``auto`` finds best. The confidence of a looked-up token is how often such tokens stood lately.
-    The adapter catches up on what it did not draft, as after steps without drafts.
+    The adapter catches up on what it did not draft.
 
     Args:
         target: the model.
         adapter: trained for it.
     """
-
-    stages = Drafter.stages  # type: ignore[assignment]  # none: the loop on the device cannot run it
 
     def __init__(self, target: Llama, adapter: Adapter) -> None:
         super().__init__(target, adapter)
@@ -100,52 +73,118 @@ class KangarooWithLookup(KangarooDrafter):
 
     def new_memory(self) -> LookupMemory:
         """The adapter's, and no experience."""
-        return LookupMemory(**vars(super().new_memory()))
+        device = self.target.device
+        return LookupMemory(
+            **vars(super().new_memory()),
+            experience=Experience.none(MATCHES, USUAL, device),
+            found=Found.nothing(device),
+            thresholds=torch.zeros(MAX_SPECULATIVE_TOKENS, device=device),
+        )
 
     def prefill(self, text: "TextState", hidden: Tensor | None, reach: int, length: int) -> None:
         """As ``KangarooDrafter``; what is drafted depends on this text alone."""
         super().prefill(text, hidden, reach, length)
-        text.memory.experience = Experience()
+        text.memory.experience.forget()
+
+    # ---- led by the host
 
     def at_hand(self, text: "TextState", most: int, threshold: float) -> bool:
         """Whether a match promises more than the adapter; one that is less sure than ``threshold`` is none."""
         memory: LookupMemory = text.memory
-        memory.found = None
-        tokens, matched = self._look_up(text, most)
-        if matched:
-            sure = memory.experience.sure(matched)
-            expected = sum(sure**place for place in range(1, len(tokens) + 1))
-            if sure >= threshold and expected > memory.experience.adapter:
-                memory.found = tokens, sure, matched
-        return memory.found is not None
+        with span("kangaroo/draft/lookup"):
+            match = self._look_up(text)
+            thresholds, length = torch.full((most,), threshold, device=self.target.device), len(text.tokens)
+            weighed = self.target.backend.weigh(match.matched, thresholds, length, length + most + 1, memory.experience)
+            count = int(weighed.made.sum())
+        memory.at_hand = (match.tokens[:count], tuple(weighed.sure[:count].tolist())) if count else None
+        return count > 0
 
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
-        """What ``at_hand`` found, or at most ``most`` tokens by the adapter."""
+        """What is at hand, or at most ``most`` tokens by the adapter."""
         memory: LookupMemory = text.memory
-        if memory.found is None:
-            draft, matched = super().propose(text, chooser, most, threshold), 0
-        else:
-            tokens, sure, matched = memory.found
-            draft = self._draft_of(tokens, sure, text)
-        memory.latest = matched, len(draft.tokens)
-        return draft
-
-    def commit(self, text: "TextState", count: int) -> None:
-        """As ``KangarooDrafter``, and learn from what stood."""
-        super().commit(text, count)
-        text.memory.experience.learn(*text.memory.latest, agreed=count - 1)
-
-    def _look_up(self, text: "TextState", most: int) -> tuple[Tensor, int]:
-        """What followed the text's longest match, and the length of the match; 0 where there is none."""
-        with span("kangaroo/draft/lookup"):
-            known = torch.tensor(text.tokens, device=self.target.device)
-            tokens, matched = look_up(known, len(known), MAX_SPECULATIVE_TOKENS)  # as many are worth drafting as match
-            return tokens[: min(int(matched), most)], int(matched) if most else 0
-
-    def _draft_of(self, tokens: Tensor, sure: float, text: "TextState") -> Draft:
-        """Run the shallow layers over the newest token and looked-up ones."""
+        if memory.at_hand is None:
+            return super().propose(text, chooser, most, threshold)
+        tokens, sure = memory.at_hand
         with span("kangaroo/draft/shallow"):
             rows = self.target.embed([text.tokens[-1], *tokens.tolist()])
             hidden = self.target.run(rows, text.cache, text.newest, 0, self.first_layer)
-        text.memory.exit_hidden[1 : 1 + len(hidden)] = hidden
-        return Draft(tokens, hidden, confidences=(sure,) * len(tokens))
+        memory.exit_hidden[1 : 2 + len(tokens)] = hidden
+        return Draft(tokens, hidden, confidences=sure)
+
+    def _look_up(self, text: "TextState") -> Match:
+        known = torch.tensor(text.tokens, device=self.target.device)
+        return self.target.backend.look_up(known, len(known), MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
+
+    # ---- on the device
+
+    def attach(self, iteration: "Iteration") -> None:
+        """As ``KangarooDrafter``; no program is at the meeting place yet."""
+        super().attach(iteration)
+        memory: LookupMemory = iteration.text.memory
+        memory.found.arrivals.zero_()
+        memory.thresholds[: iteration.max_drafts] = iteration.buffers.thresholds[: iteration.max_drafts]
+
+    def longest_chain(self, iteration: "Iteration") -> int:
+        """The adapter drafts no more than its own number."""
+        return min(iteration.max_drafts, self.num_draft_steps)
+
+    def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
+        """Look up and choose; then the shallow layers on all looked-up tokens, or the adapter's chain.
+
+        Flags leave one of the two out, as they do with steps behind the early exit.
+        """
+        yield Stage("kangaroo/lookup", partial(self.choose, iteration))
+        yield Stage("kangaroo/lookup/shallow", partial(self.shallow_all, iteration, reach))
+        yield from super().stages(iteration, reach)
+        yield Stage("kangaroo/lookup/made", partial(self.raise_flags, iteration))
+
+    def choose(self, iteration: "Iteration") -> None:
+        """Whether looked-up tokens are drafted; then the first flag falls, and the adapter makes no draft."""
+        buffers, memory = iteration.buffers, iteration.text.memory
+        look_up_drafts(iteration, memory.found)
+        self.target.backend.weigh(
+            memory.found.matched,
+            memory.thresholds[: iteration.max_drafts],
+            buffers.length,
+            buffers.limit,
+            memory.experience,
+            flags=buffers.flags,
+            out=Weighed(buffers.at_hand, buffers.drafts.confidence),
+        )
+
+    def shallow_all(self, iteration: "Iteration", reach: int) -> None:
+        """The shallow layers on the newest token and all drafts by lookup, if there are any."""
+        buffers = iteration.buffers
+        rows = buffers.hidden(0, iteration.max_drafts + 1)
+        self.target.run(
+            rows,
+            iteration.text.cache,
+            buffers.position(0),
+            0,
+            self.first_layer,
+            reach=reach,
+            active=buffers.at_hand[:1],
+            out=rows,
+        )
+
+    def raise_flags(self, iteration: "Iteration") -> None:
+        """Say which drafts there are; where the adapter drafted, its steps have done so."""
+        iteration.buffers.flags[: iteration.max_drafts].add_(iteration.buffers.at_hand)
+
+    def observations(self, iteration: "Iteration") -> Iterator[Stage]:
+        """As ``KangarooDrafter``, and show the adapter what it did not draft."""
+        yield from super().observations(iteration)
+        yield Stage("kangaroo/lookup/adapter", partial(self.catch_up, iteration))
+
+    def catch_up(self, iteration: "Iteration") -> None:
+        """Keys and values of the adapter for the row before the newest token and all rows but the last.
+
+        The next iteration takes that one, where it becomes the row before the newest token, as the adapter's own first
+        step does. So the adapter lags by one row at most, whoever drafts.
+        """
+        buffers, memory, rows = iteration.buffers, iteration.text.memory, iteration.max_drafts
+        states = None
+        if memory.states is not None:
+            states = memory.states.index_select(0, buffers.positions[: rows + 1].clamp(min=0))
+        where = buffers.position(-1), states, buffers.at_hand[:1]
+        self.adapter.append(buffers.hidden(-1, rows), memory.cache, *where)

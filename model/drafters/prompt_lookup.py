@@ -6,13 +6,13 @@ step of plain decoding costs.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, Match
 
 from .protocol import Draft, Drafter, Stage
 
@@ -24,33 +24,41 @@ if TYPE_CHECKING:
 
 LEAST_MATCH = 3
 """Tokens that must match: shorter matches are chance, and their drafts cost more than they bring."""
-NO_TOKEN = -1
-"""Stands before the text's beginning: no token equals it."""
 
 
-def look_up(text: Tensor, length: Tensor | int, most: int) -> tuple[Tensor, Tensor]:
-    """Find the longest match of the text's end, and of several the last; nothing asks the host.
+class Found(NamedTuple):
+    """What looking up on the device keeps beside an iteration's drafts.
 
-    Args:
-        text: ``[capacity]`` int64; what lies beyond ``length`` is not looked at.
-        length: tokens of the text, a number or ``[1]`` int64.
-        most: how many tokens are wanted.
-
-    Returns:
-        ``[most]`` int64, what followed the match, which is gone through again where the text ends; and ``[1]`` int64,
-        how many of these tokens are worth drafting.
+    Attributes:
+        arrivals: ``[2]`` int64, where the kernel's programs meet; zeros between launches.
+        matched: ``[1]`` int64, the length of the latest match.
     """
-    device, reach = text.device, MAX_SPECULATIVE_TOKENS
-    places = torch.arange(len(text), device=device)  # a place is where the token after a match stands
-    padded = pad(text, (reach, 0), value=NO_TOKEN)
-    end = padded[length + torch.arange(reach, device=device)]
-    same = padded.unfold(0, reach, 1)[: len(text)] == end  # [capacity, reach], the nearest token last
-    matched = same.flip(1).cumprod(1).sum(1)
-    rank = torch.where(places < length, matched * len(text) + places, 0).max(dim=0, keepdim=True).values
-    place, matched = rank % len(text), rank // len(text)
-    period = (length - place).clamp(min=1)
-    drafts = text[place + torch.arange(most, device=device) % period]
-    return drafts, torch.where(matched >= LEAST_MATCH, matched, 0).clamp(max=most)
+
+    arrivals: Tensor
+    matched: Tensor
+
+    @classmethod
+    def nothing(cls, device: torch.device) -> "Found":
+        """Before the first look."""
+        return cls(*(torch.zeros(size, dtype=torch.int64, device=device) for size in (2, 1)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return self.arrivals.nbytes + self.matched.nbytes
+
+
+def look_up_drafts(iteration: "Iteration", found: Found, flags: Tensor | None = None) -> None:
+    """The iteration's drafts by lookup, and the embeddings of the newest token and of all drafts as its rows.
+
+    ``flags`` are written where they are given.
+    """
+    buffers, target, most = iteration.buffers, iteration.target, iteration.max_drafts
+    match = Match(buffers.drafts.token, found.matched)
+    where = buffers.text, buffers.length, most, LEAST_MATCH
+    target.backend.look_up(*where, flags=flags, arrivals=found.arrivals, out=match)
+    buffers.hidden(0, 1).copy_(buffers.newest)
+    torch.index_select(target.weights.embedding, 0, match.tokens, out=buffers.hidden(1, most + 1))
 
 
 class PromptLookup(Drafter):
@@ -72,20 +80,20 @@ class PromptLookup(Drafter):
         if not most:
             return Draft(self.nothing, self.target.embed(text.tokens[-1:]))
         tokens = torch.tensor(text.tokens, device=self.target.device)
-        drafts, count = look_up(tokens, len(tokens), most)
-        drafts = drafts[: int(count)]
+        found = self.target.backend.look_up(tokens, len(tokens), most, LEAST_MATCH)
+        drafts = found.tokens[: int(found.matched)]
         hidden = self.target.embed([text.tokens[-1], *drafts.tolist()])  # first_layer is 0: verification begins there
         return Draft(drafts, hidden)
 
-    def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
-        """One stage of fixed shapes."""
-        yield Stage("kangaroo/lookup", lambda: self._draft(iteration))
+    def new_memory(self) -> Found:
+        """A few words on the device, which the resident loop works on."""
+        return Found.nothing(self.target.device)
 
-    def _draft(self, iteration: "Iteration") -> None:
-        buffers, most = iteration.buffers, iteration.max_drafts
-        drafts, count = look_up(buffers.text, buffers.length, most)
-        made = torch.arange(most, device=count.device) < count * buffers.flags[:1]
-        buffers.drafts.token.copy_(drafts)
-        buffers.flags[:most].copy_(made)
-        buffers.hidden(0, 1).copy_(buffers.newest)
-        buffers.hidden(1, most + 1).copy_(self.target.weights.embedding[drafts])
+    def attach(self, iteration: "Iteration") -> None:
+        """No program is at the meeting place yet, though an iteration that broke off may have left one there."""
+        iteration.text.memory.arrivals.zero_()
+
+    def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
+        """One stage of three launches, of fixed shapes."""
+        work = partial(look_up_drafts, iteration, iteration.text.memory, iteration.buffers.flags)
+        yield Stage("kangaroo/lookup", work)

@@ -45,13 +45,11 @@ def read_way(values: Mapping[str, Any], path: Path) -> Way:
     return Way(tree, lookup)
 
 
-def choose_way(
-    default: Way, draft_tree: int | None, prompt_lookup: bool | None, *, persistent: bool, resident: bool
-) -> Way:
+def choose_way(default: Way, draft_tree: int | None, prompt_lookup: bool | None, *, persistent: bool) -> Way:
     """The way that a caller asks for, or the adapter's default where it can be had.
 
     Raises:
-        KangarooError: what is asked for cannot be had together, or not on this loop.
+        KangarooError: what is asked for cannot be had together.
     """
     most = MAX_SPECULATIVE_TOKENS
     if draft_tree is not None and (
@@ -62,13 +60,8 @@ def choose_way(
         for name, given in (("persistent", persistent), ("prompt_lookup", prompt_lookup)):
             if given:
                 raise KangarooError(f"{name}=True drafts chains; leave it or draft_tree out.")
-    if prompt_lookup and resident:
-        raise KangarooError(
-            "prompt_lookup=True beside an adapter is for the loop that the host leads; leave it out, or use "
-            "kernels='reference'."
-        )
+    if prompt_lookup and persistent:
+        raise KangarooError("persistent=True drafts with the adapter alone; leave it or prompt_lookup out.")
     if draft_tree is not None or prompt_lookup is not None:
         return Way(draft_tree or 0, bool(prompt_lookup))
-    if (default.draft_tree and persistent) or (default.prompt_lookup and resident):
-        return CHAINS
-    return default
+    return CHAINS if persistent else default

@@ -61,6 +61,8 @@ class Buffers:
         thresholds: ``[R + 1]`` float32: no draft follows a row whose confidence is below its threshold; the newest
             token's confidence is 1.
         sampling: the numbers of a request's ``Sampling``.
+        at_hand: ``[R]`` int32, 1 for each draft of an iteration that took no draft step; zeros, unless a drafter has
+            such drafts (``Drafter.at_hand``).
     """
 
     text: Tensor
@@ -77,6 +79,7 @@ class Buffers:
     report: Tensor
     thresholds: Tensor
     sampling: SamplingTensors
+    at_hand: Tensor
     ancestors: Tensor | None = None
     walked: Walk | None = None
 
@@ -155,6 +158,7 @@ def buffers_for(
             None if sampling.top_p is None else real("top-p"),
             numbers("seed", 1),
         ),
+        at_hand=runner.buffer(f"{name}: at hand", (drafts,), torch.int32),
         ancestors=runner.buffer(f"{name}: ancestors", (rows,), torch.int32) if tree else None,
         walked=Walk(decision, numbers("path", rows), numbers("walked tokens", rows)) if tree else None,
     )
@@ -180,5 +184,6 @@ def begin(buffers: Buffers, target: Llama, tokens: Sequence[int], request: Reque
     put(buffers.stops, [*request.stop_tokens, *[NO_TOKEN] * (len(buffers.stops) - len(request.stop_tokens))])
     put(buffers.flags, [1] + [0] * (len(buffers.flags) - 1))
     buffers.newest.copy_(target.embed(tokens[-1:]))
+    buffers.at_hand.zero_()
     buffers.report.zero_()
     buffers.exit_hidden.zero_()  # rows of drafts that are not made must be finite

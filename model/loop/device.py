@@ -27,6 +27,7 @@ class Paced:
     def __init__(self, iteration: Iteration, pace: Pace, slots: int) -> None:
         self.iteration, self.pace = iteration, pace
         self._confidences = Mailbox(iteration.buffers.drafts.confidence, slots)
+        self._at_hand = Mailbox(iteration.buffers.at_hand, slots)
         self._watch = Stopwatch(iteration.runner.device)
         self._sent: Limits | None = None
 
@@ -42,11 +43,13 @@ class Paced:
         """It was launched."""
         self._watch.mark()
         self._confidences.post()
+        self._at_hand.post()
 
     def learn(self, record: list[int]) -> None:
         """What an iteration committed was read."""
         head, confidences, seconds = Record(*record[:RECORD_HEAD]), self._confidences.read(), self._watch.read()
-        self.pace.record(head.drafted, head.agreed, confidences[: head.drafted], seconds)
+        at_hand = any(self._at_hand.read())
+        self.pace.record(head.drafted, head.agreed, confidences[: head.drafted], seconds, at_hand=at_hand)
 
 
 def device_steps(

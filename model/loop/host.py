@@ -74,7 +74,8 @@ def kangaroo_steps(
     pace = pace or Fixed(Limits(most, threshold))
     while (remaining := request.length - len(text.tokens)) > 0:
         room = remaining - 1
-        limits = pace.limits(room, drafter.at_hand(text, min(most, room), threshold))
+        at_hand = drafter.at_hand(text, min(most, room), threshold)
+        limits = pace.limits(room, at_hand)
         draft = drafter.propose(text, chooser, *limits)
         check_draft(drafter, text, draft, limits.most)
         with span("kangaroo/verify"):
@@ -93,7 +94,7 @@ def kangaroo_steps(
             committed = wanted.token[: reached - before].tolist()
             text.tokens += committed  # what lies beyond in the caches is overwritten before it is read
             drafter.commit(text, len(committed))
-        pace.record(len(draft.tokens), agreed, draft.confidences)
+        pace.record(len(draft.tokens), agreed, draft.confidences, at_hand=at_hand)
         yield Commit(
             committed,
             min(agreed, len(committed)),

@@ -59,7 +59,12 @@ class Pace(Protocol):
         """Those of the next step, which has room for ``room`` drafts; those ``at_hand`` take no draft steps."""
 
     def record(
-        self, drafts: int, agreed: int, confidences: Sequence[float] | None = None, seconds: float | None = None
+        self,
+        drafts: int,
+        agreed: int,
+        confidences: Sequence[float] | None = None,
+        seconds: float | None = None,
+        at_hand: bool = False,
     ) -> None:
         """The first step that was not yet told of is done.
 
@@ -68,6 +73,7 @@ class Pace(Protocol):
             agreed: how many of them the target agreed with.
             confidences: of the drafts; None where they have none.
             seconds: that the step took; None where it began when it was asked for and ends now.
+            at_hand: whether its drafts took no draft steps.
         """
 
 
@@ -88,7 +94,12 @@ class Fixed:
         return Limits(min(most, room), threshold)
 
     def record(
-        self, drafts: int, agreed: int, confidences: Sequence[float] | None = None, seconds: float | None = None
+        self,
+        drafts: int,
+        agreed: int,
+        confidences: Sequence[float] | None = None,
+        seconds: float | None = None,
+        at_hand: bool = False,
     ) -> None:
         """Nothing is learned."""
 
@@ -183,14 +194,12 @@ class Asked(NamedTuple):
         trial: whether it tries something else than what is done.
         whole: whether it has room for all its drafts.
         began: by the clock.
-        at_hand: whether its drafts take no draft steps, so that it tells nothing of those.
     """
 
     rung: int | None
     trial: bool
     whole: bool
     began: float
-    at_hand: bool = False
 
 
 class Auto:
@@ -231,7 +240,7 @@ class Auto:
     def limits(self, room: int, at_hand: bool = False) -> Limits:
         """Those that were found, or others that are tried out."""
         if at_hand:
-            self._asked.append(Asked(None, False, True, self._clock(), at_hand))
+            self._asked.append(Asked(None, False, True, self._clock()))
             return self._at_hand.limits(room)
         if not self._trials and (self.credit > 0 or not self.costs.known):
             self._trials = self._something_else()
@@ -257,11 +266,16 @@ class Auto:
     # ---- after it
 
     def record(
-        self, drafts: int, agreed: int, confidences: Sequence[float] | None = None, seconds: float | None = None
+        self,
+        drafts: int,
+        agreed: int,
+        confidences: Sequence[float] | None = None,
+        seconds: float | None = None,
+        at_hand: bool = False,
     ) -> None:
         """Learn from a step."""
         asked, tokens = self._asked.popleft(), agreed + 1
-        if asked.at_hand:
+        if at_hand:
             return
         if seconds is None:
             seconds = self._clock() - asked.began
@@ -326,7 +340,7 @@ def pace_of(request: Request, drafter: Drafter, paces: Paces, on_the_device: boo
     own = Limits(min(steps, request.max_drafts), request.threshold)
     if not request.auto:
         return Fixed(own, at_hand)
-    most = request.max_drafts if on_the_device else request.auto
+    most = own.most if on_the_device else request.auto
     latest = paces.get(kind := (own, at_hand, most, on_the_device))
     pace = paces[kind] = Auto(own, most, at_hand) if latest is None else latest.again()
     return pace

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,14 +40,18 @@ class DecoderLayer:
     ) -> Tensor:
         """``[M, hidden]`` to the same; appends M rows to that layer of the cache."""
         attention, mlp, operations = self.weights.attention, self.weights.mlp, self.backend.for_rows(hidden.shape[0])
-        caches = cache.keys[layer], cache.values[layer]
+        q = self.append(hidden, cache, layer, position, active=active)
         first, ancestors = position if isinstance(position, Branches) else (position, None)
-        where: dict[str, Any] = {"ancestors": ancestors, "active": active}
-        q = operations.qkv_rope(
-            hidden, attention.norm, attention.qkv, cache.phases, *caches, first, eps=self.eps, **where
-        )
         mixed = operations.attention(
-            q, *caches, first, scale=self.scale, max_length=reach, arrivals=cache.arrivals, **where
+            q,
+            cache.keys[layer],
+            cache.values[layer],
+            first,
+            scale=self.scale,
+            max_length=reach,
+            arrivals=cache.arrivals,
+            ancestors=ancestors,
+            active=active,
         )
         attended = out if mlp is None else None
         hidden = operations.linear_residual(mixed, attention.output, hidden, active=active, out=attended)
@@ -56,6 +59,25 @@ class DecoderLayer:
             return hidden
         inner = operations.gate_up(hidden, mlp.norm, mlp.gate_up, eps=self.eps, active=active)
         return operations.linear_residual(inner, mlp.down, hidden, active=active, out=out)
+
+    def append(
+        self, hidden: Tensor, cache: KVCache, layer: int, position: Place, *, active: Tensor | None = None
+    ) -> Tensor:
+        """Append the keys and values of M rows to that layer of the cache; return their queries, ``[M, H, D]``."""
+        attention, operations = self.weights.attention, self.backend.for_rows(hidden.shape[0])
+        first, ancestors = position if isinstance(position, Branches) else (position, None)
+        return operations.qkv_rope(
+            hidden,
+            attention.norm,
+            attention.qkv,
+            cache.phases,
+            cache.keys[layer],
+            cache.values[layer],
+            first,
+            eps=self.eps,
+            ancestors=ancestors,
+            active=active,
+        )
 
 
 class Llama:

@@ -72,6 +72,9 @@ MEMORY = ("LDG.", "LDGSTS", "STG", "ATOM", "RED.", "REDG.")
 SAMPLES = "scores += gumbels", "logits / temperature + noise"
 """The sums of a score and its noise, where they stand in the source."""
 
+WEIGHED = "stood = stood *", "tried = tried *", "nearer = beside +", "standing = "
+"""Sums of products in ``weigh``."""
+
 MERGED = "top", "weight", "sums"
 """What the merge of attention reads of each split."""
 
@@ -172,17 +175,25 @@ def test_the_last_program_sees_what_the_others_left(kernels):
     What the merge reads comes behind that, from the L2.
     """
     count, parts = place_of("last = tl.atomic_add"), {place_of(f"{each} = tl.load(", "attention.py") for each in MERGED}
+    best, winner = place_of("tl.atomic_max(arrivals_ptr", "look_up.py"), place_of("best = tl.atomic_xchg", "look_up.py")
     merging = [kernel for kernel in kernels if any(place == count for _, place in kernel.code)]
-    assert {kernel.name.partition(",")[0] for kernel in merging} == {"attention_kernel", "draft_loop_kernel"}
+    names = {kernel.name.partition(",")[0] for kernel in merging}
+    assert names == {"attention_kernel", "draft_loop_kernel", "look_up_kernel"}
     for kernel in merging:
-        operations = kernel.operations
+        operations, looks_up = kernel.operations, kernel.name.startswith("look_up_kernel")
         (arrival,) = (at for at, each in enumerate(kernel.code) if each[1] == count and each[0].startswith("ATOMG"))
-        assert operations[arrival] == "ATOMG.E.ADD.STRONG.GPU", kernel.name
+        assert operations[arrival] == f"ATOMG.E.ADD.{'64.' * looks_up}STRONG.GPU", kernel.name
         before = [name for name in operations[:arrival] if name.startswith(("BAR.SYNC", "MEMBAR", "STG", "LDGSTS"))]
         assert before[-1].startswith("MEMBAR"), kernel.name
         assert before[-2].startswith("BAR.SYNC"), kernel.name
         behind = [name for name in operations[arrival + 1 :] if name.startswith(("CCTL", "BAR.SYNC", *MEMORY))]
         assert behind[:2] == ["CCTL.IVALL", "BAR.SYNC.DEFER_BLOCKING"], kernel.name
+        if looks_up:  # the best match so far is one number, which atomics alone touch
+            told = [at for at, (name, place) in enumerate(kernel.code) if place == best and ".MAX.S64." in name]
+            asked = [at for at, (name, place) in enumerate(kernel.code) if place == winner and ".EXCH.64." in name]
+            assert [len(told), len(asked)] == [1, 1]
+            assert told[0] < arrival < asked[0], kernel.name
+            continue
         reads = [(at, name) for at, (name, place) in enumerate(kernel.code) if place in parts and "LDG" in name]
         assert len(reads) >= 3 * 8, kernel.name
         assert all(at > arrival and "STRONG.GPU" in name for at, name in reads), kernel.name
@@ -223,10 +234,14 @@ def test_products_read_swizzled_tiles(kernels):
 
 
 def test_no_product_and_sum_are_one(kernels):
-    """The logarithm's own series is written with fused steps; the noise needs it, and nothing else has any."""
+    """The logarithm's own series is written with fused steps, which the noise needs, and a division in float64 is made
+    of them; nothing else has any."""
     for kernel in kernels:
-        noisy = "sampling" in kernel.name or kernel.name.startswith("filtered")
-        assert noisy or not any(name.startswith("FFMA") for name in kernel.operations), kernel.name
+        noisy, divides = "sampling" in kernel.name or kernel.name.startswith("filtered"), "weigh" in kernel.name
+        assert noisy or divides or not any(name.startswith("FFMA") for name in kernel.operations), kernel.name
+        for words in WEIGHED if divides else ():
+            place = place_of(words, "weigh.py")
+            assert kernel.count("DFMA", place) == 0 < kernel.count("DADD", place), words
 
 
 @pytest.mark.parametrize("words", SAMPLES)

@@ -47,6 +47,8 @@ def arguments(name: str, device: torch.device, paged: bool = False, bias: bool =
         return x, norm, matrix(VOCAB)[0], 1e-5
     if name == "sample_head":
         return x, norm, matrix(VOCAB)[0], position, number(11), 1e-5, 0.7, 1, 9, 0.9
+    if name == "look_up":
+        return torch.tensor([4, 5, 6, 7, 3, 4, 5, 6, 7, 3, 9], device=device), number(9), 5, 3
     tokens = torch.tensor([4, 5, 6, 7], device=device)
     return tokens[:3], tokens, tokens[3:], number(10), number(20)
 
@@ -78,7 +80,7 @@ def plainly(name: str, args: tuple) -> tuple[Tensor, ...]:
         x, norm, matrix, position, seed, eps, temperature, stream, top_k, top_p = args
         settings = {"eps": eps, "temperature": temperature, "seed": seed, "stream": stream}
         return tuple(reference(x, norm, matrix, position, **settings, top_k=top_k, top_p=top_p))
-    return (reference(*args),)
+    return as_tuple(reference(*args))
 
 
 def operation(name: str):

@@ -128,7 +128,7 @@ def test_drafts_at_hand_are_taken_and_tell_nothing():
     for room, most in ((40, 15), (7, 7)):
         assert pace.limits(room, at_hand=True) == (most, 0.6)
         machine.clock.now += 9
-        pace.record(most, most, (0.9,) * most)
+        pace.record(most, most, (0.9,) * most, at_hand=True)
     assert (pace.rungs, pace.credit) == before
     assert machine.write(500) > 0.97 and not pace.drafting
 
@@ -230,9 +230,9 @@ class Leaving:
 
     def limits(self, room: int, at_hand: bool = False) -> Limits:
         self.step += 1
-        return Limits(min(self.asks(self.step), room), 0.0)
+        return Limits(room if at_hand else min(self.asks(self.step), room), 0.0)
 
-    def record(self, drafts: int, agreed: int, confidences: Any, seconds: float | None = None) -> None:
+    def record(self, drafts: int, agreed: int, confidences: Any, *_: Any, **__: Any) -> None:
         self.drafts.append((drafts, agreed, list(confidences)))
 
 

@@ -62,7 +62,7 @@ def test_the_command(
 
 
 def test_what_wins_becomes_the_default(pair: Pair, tmp_path: Path) -> None:
-    """The adapter then drafts so, unless a caller says otherwise or the loop cannot."""
+    """The adapter then drafts so on either loop, unless a caller says otherwise."""
     adapter = shutil.copytree(pair.adapter, tmp_path / "adapter")
     row = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.25, "draft_tree": 0, "prompt_lookup": False}
 
@@ -81,7 +81,8 @@ def test_what_wins_becomes_the_default(pair: Pair, tmp_path: Path) -> None:
     assert drafter(prompt_lookup=True) == "KangarooWithLookup"
     assert drafter(persistent=True) == "KangarooDrafter"
     write_defaults(adapter, [row | {"prompt_lookup": True}])
-    assert drafter(kernels="triton", dtype="float32") == "KangarooDrafter"
+    assert drafter(kernels="triton", dtype="float32") == "KangarooWithLookup"
+    assert drafter(persistent=True) == "KangarooDrafter"
     values = json.loads((adapter / "config.json").read_text())
     for wrong, words in (
         ({"draft_tree": 16}, "from 1 to 15"),

@@ -15,7 +15,7 @@ from pairs import make_target
 
 from kangaroo_kernels import Draft, Drafter, Kangaroo, KangarooError, Settings
 from kangaroo_kernels.model.backend import REFERENCES
-from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup, look_up
+from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup
 from kangaroo_kernels.model.drafters.protocol import Stage, provides
 from kangaroo_kernels.model.loop.iteration import Iteration
 
@@ -88,36 +88,6 @@ def test_the_example_proposes_what_followed(checkpoint, lookup):
         draft = drafter.propose(SimpleNamespace(tokens=tokens), None, most, 0.0)
         assert draft.tokens.tolist() == wanted
         assert len(draft.hidden) == len(wanted) + 1
-
-
-def longest_match(tokens: list[int], most: int) -> list[int]:
-    """What prompt lookup must draft, by trying every place."""
-    matched, place = 0, 0
-    for at in range(1, len(tokens)):
-        same = 0
-        while same < min(at, 15) and tokens[at - 1 - same] == tokens[-1 - same]:
-            same += 1
-        if same >= matched:
-            matched, place = same, at
-    if matched < 3:
-        return []
-    again = tokens[place:]
-    return [again[index % len(again)] for index in range(min(most, matched))]
-
-
-@pytest.mark.parametrize("vocab", [1, 2, 3, 4])
-def test_prompt_lookup_takes_the_longest_match(vocab):
-    """Old values beyond the text are not looked at."""
-    dice, drafted = random.Random(vocab), 0
-    for length in [*range(1, 12), *range(12, 90, 7)]:
-        for most in (0, 1, 5, 15):
-            tokens = [dice.randrange(vocab) for _ in range(length)]
-            buffer = torch.tensor(tokens + tokens[-9:])
-            for size in (length, torch.tensor([length])):
-                drafts, count = look_up(buffer, size, most)
-                assert drafts[: int(count)].tolist() == longest_match(tokens, most)
-            drafted += int(count)
-    assert drafted > 20
 
 
 @torch.inference_mode()

@@ -470,7 +470,7 @@ def test_on_a_gpu_graphs_change_nothing(pair, monkeypatch, sampling):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("way", [{"persistent": True}, {}, {"draft_tree": 9}], ids=str)
+@pytest.mark.parametrize("way", [{"persistent": True}, {"prompt_lookup": True}, {}, {"draft_tree": 9}], ids=str)
 def test_on_a_gpu_nothing_waits_inside_an_iteration(pair, monkeypatch, graphs, way):
     kangaroo = pair.load(dtype="bfloat16", graphs=graphs, **way)
     run = GraphRunner.run
