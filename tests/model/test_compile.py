@@ -26,8 +26,8 @@ from kangaroo_kernels.launch_config import chained
 
 target, adapter = sys.argv[1:]
 ways = [{}, {"plain": True}, {"num_speculative_tokens": 3}, {"repetition_penalty": 1.1}, {"acceptance": "rejection"}]
-loads = {"prompt_lookup": True}, {"persistent": True}, {}
-for on, how in [(False, how) for how in loads] + [(True, how) for how in loads]:  # another order than compiled in
+loads = (False, {"persistent": True}), (True, {"prompt_lookup": True}), (False, {"prompt_lookup": True}), (False, {})
+for on, how in loads:  # another order than the one compiled in
     kangaroo = Kangaroo.from_pretrained(target, adapter, dtype="float16", **how)
     for way in ways:
         for sampling in ({}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}):
