@@ -28,8 +28,9 @@ from kangaroo_kernels.launch_config import chained
 target, adapter = sys.argv[1:]
 long = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.0}
 ways = [{}, {"plain": True}, long, {"repetition_penalty": 1.1, **long}, {"acceptance": "rejection", **long}]
-loads = {"persistent": True}, {"prompt_lookup": True}, {"draft_tree": 0}, {}  # by itself the adapter drafts trees
-for on, how in [(False, how) for how in loads] + [(True, how) for how in loads]:  # another order than compiled in
+lookup, chains, persistent = {"prompt_lookup": True}, {"draft_tree": 0}, {"persistent": True}
+loads = (False, persistent), (True, lookup), (True, {}), (False, chains), (False, {}), (False, lookup)
+for on, how in loads:  # another order than the one compiled in; by itself the adapter drafts trees
     kangaroo = Kangaroo.from_pretrained(target, adapter, dtype="float16", **how)
     for way in ways:
         for sampling in ({}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}):

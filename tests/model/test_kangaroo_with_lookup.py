@@ -23,6 +23,7 @@ from kangaroo_kernels.model.loop.graphs import GraphRunner
 from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.loop.pace import Auto, Limits
 from kangaroo_kernels.model.loop.state import MOST_UNSEEN
+from kangaroo_kernels.model.target.llama import Llama
 
 SAMPLINGS = ({}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 3, "top_k": 9, "top_p": 0.9})
 IDS = ["greedy", "sampled", "filtered"]
@@ -165,6 +166,15 @@ def test_a_conversation(loops, settings, loop):
         text = prompt + written.tokens
 
 
+def test_a_text_forgets_what_the_one_before_learned(loops):
+    for kangaroo in loops:
+        session, asked = kangaroo.session(), {"max_new_tokens": 40, "draft_confidence_threshold": 0.0}
+        wanted = steps(session, REPEATING, **asked)
+        session.memory.drafter.experience.beside.fill_(1e9)  # it would never look up again
+        assert steps(session, [3, *REPEATING], **asked) == steps(kangaroo.session(), [3, *REPEATING], **asked)
+        assert steps(session, REPEATING, **asked) == wanted
+
+
 @pytest.mark.parametrize("loop", [0, 1], ids=["host", "device"])
 @pytest.mark.parametrize("count", range(1, 9))
 def test_the_adapter_catches_up(loops, count, loop):
@@ -199,6 +209,21 @@ def test_text_that_repeats_itself_is_looked_up(tmp_path):
     found = same_steps(load(target, adapter), [1, 2, 3], max_new_tokens=100)
     assert 2 * len(found) < alone.generate([1, 2, 3], max_new_tokens=100).stats.verification_steps
     assert max(agreed for _, _, agreed in found) > 6  # more than the adapter may draft
+
+
+def test_the_way_that_does_not_draft_is_left_out(loops, monkeypatch):
+    """On the device: the shallow layers run on all rows at once, or on the first one and then step by step."""
+    run, ran = Llama.run, []
+
+    def noted(target: Llama, hidden: torch.Tensor, *args: Any, active: Any = None, **named: Any) -> torch.Tensor:
+        if active is not None:
+            ran.append((len(hidden), int(active)))
+        return run(target, hidden, *args, active=active, **named)
+
+    monkeypatch.setattr(Llama, "run", noted)
+    steps(loops[1], REPEATING, max_new_tokens=40, draft_confidence_threshold=0.0)
+    ways = [(at_once, ran[place + 1][1]) for place, (rows, at_once) in enumerate(ran) if rows == 16]
+    assert {*ways} == {(1, 0), (0, 1)}
 
 
 def test_a_stop_token_inside_a_looked_up_draft(loops):
