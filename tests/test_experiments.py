@@ -13,6 +13,7 @@ import typer
 from conftest import Pair
 from typer.testing import CliRunner
 
+from kangaroo_kernels.model.evaluation.plan import find_shapes
 from kangaroo_kernels.model.evaluation.statistics import Row
 
 POINTS = {"drafting": 4, "positions": 2, "temperature": 4, "domains": 2}
@@ -67,6 +68,11 @@ def test_adapters_stand_beside_each_other(pair: Pair, run: Any) -> None:
     first, second = record["rows"]
     assert [first["category"], second["category"]] == [str(pair.adapter), str(again)]
     assert first["acceptance_histogram"] == second["acceptance_histogram"]
+
+
+def test_a_form_that_the_target_has_already_is_left_out() -> None:
+    """The bundled target has as many key-value heads as heads; SmolLM2 and the pairs of tests have fewer."""
+    assert "key-value heads of its own" not in experiment_adapters.forms(find_shapes("demo").shape)
 
 
 def test_adapters_are_trained_and_compared(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,11 @@ def exit_layers(layers: int) -> list[int]:
 
 def forms(shape: ModelShape) -> dict[str, dict[str, Any]]:
     """Each form by its name, as settings of a training; every one changes one part of the paper's."""
+    grouped = shape.kv_heads < shape.heads  # else the target's own heads are that form already
     return {
         "attention alone": {},
         "and an MLP": {"intermediate_size": shape.inner},
-        "key-value heads of its own": {"num_attention_heads": shape.heads},
+        **({"key-value heads of its own": {"num_attention_heads": shape.heads}} if grouped else {}),
         "a deep state": {"deep_state_size": shape.hidden},
         "a quarter of the vocabulary": {"draft_vocabulary": shape.vocab_size // 4},
     }
