@@ -100,7 +100,7 @@ def weigh_kernel(
     for place in range(R):
         power *= sure
         expected += tl.where(place < count, power, 0.0)
-    first = tl.sum(tl.where(offs == 0, thresholds, 0.0), axis=0)
+    first = tl.load(thresholds_ptr, mask=R > 0, other=FORBIDDEN)
     by_lookup = (grows != 0) & (count > 0) & (sure >= first.to(tl.float64)) & (expected > beside)
     made = (offs < count) & by_lookup
     tl.debug_barrier()  # everything is read before anything is written
