@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .options import LOADING, Device, Json, Model, examples, print_json
+from .options import LOADING, Device, Dtype, Json, Model, examples, print_json
 
 EXAMPLES = examples(
     "calibrate --model my-llama --adapter my-adapter --prompts prompts.json",
@@ -25,6 +25,7 @@ def calibrate(
     write: Annotated[bool, typer.Option("--write", help="Make the best setting the adapter's default.")] = False,
     as_json: Json = False,
     device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Find the way of drafting, the draft length and the threshold that make a pair fastest on this machine.
 
@@ -38,7 +39,7 @@ def calibrate(
     from .show import show_rows, training_bars
 
     plan, texts = Calibration(max_new_tokens=max_new_tokens), read_prompts(prompts)
-    kangaroo = Kangaroo.from_pretrained(model, adapter, device=device)
+    kangaroo = Kangaroo.from_pretrained(model, adapter, device=device, dtype=dtype)
     with training_bars() as report:
         rows = calibrate(kangaroo, texts, plan, report=report)
     if as_json:

@@ -48,7 +48,7 @@ def test_the_command(
     before = (adapter / "config.json").read_text()
     (tmp_path / "prompts.json").write_text('["ABCabc"]')
     command = ["--model", pair.target, "--adapter", adapter, "--prompts", tmp_path / "prompts.json"]
-    assert run(monkeypatch, *command, "--max-new-tokens", 6, "--json") == 0
+    assert run(monkeypatch, *command, "--max-new-tokens", 6, "--dtype", "float16", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)) == 4
     assert (adapter / "config.json").read_text() == before
     assert run(monkeypatch, *command, "--max-new-tokens", 6, "--write", "--picture", tmp_path / "frontier.png") == 0
