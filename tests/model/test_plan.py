@@ -83,25 +83,28 @@ def test_speedups_as_recorded(demo: Found, smollm2: Found) -> None:
     Rejection sampling works on rows of probabilities, of which the plan knows nothing.
     """
     found = {
-        "demo_pair": [over_measured(demo, row, 4, 6, "speedup") for row in record("demo_pair")["prompts"]],
-        "smollm2_spec_bench": [
-            over_measured(smollm2, row, 3, 6, "processor_speedup") for row in record("smollm2_spec_bench")["categories"]
-        ],
+        name: [over_measured(smollm2, row, 3, 6, "processor_speedup") for row in record(name)["categories"]]
+        for name in ("smollm2_spec_bench", "smollm2_tasks_alone")
     }
+    found["demo_pair"] = [over_measured(demo, row, 4, 6, "speedup") for row in record("demo_pair")["prompts"]]
     for name in ("drafting", "positions", "domains", "temperature"):
         rows = [row for row in record(f"experiment_{name}")["rows"] if row["settings"].get("acceptance") != "rejection"]
         most = [row["settings"].get("num_speculative_tokens", 6) for row in rows]
         found[name] = [
             over_measured(demo, *each, "processor_speedup") for each in zip(rows, [4] * len(rows), most, strict=True)
         ]
+    exits = enumerate(record("experiment_exits")["rows"], start=1)
+    found["exits"] = [over_measured(demo, row, layer, 6, "processor_speedup") for layer, row in exits]
     ranges = {name: (round(min(each), 2), round(max(each), 2), len(each)) for name, each in found.items()}
     assert ranges == {
-        "demo_pair": (0.98, 1.06, 8),
         "smollm2_spec_bench": (0.95, 1.0, 14),
+        "smollm2_tasks_alone": (0.97, 1.01, 14),
+        "demo_pair": (0.98, 1.06, 8),
         "drafting": (0.83, 1.23, 45),
         "positions": (0.9, 0.97, 2),
         "domains": (0.9, 0.99, 8),
         "temperature": (0.99, 1.14, 5),
+        "exits": (1.0, 1.1, 5),
     }
 
 
