@@ -102,6 +102,9 @@ def test_adapters_are_trained_and_compared(run: Any, tmp_path: Path, monkeypatch
     ]
     assert {each["exit_layer"] for each in configs} == {2}
     assert trained == [2, 1, 1, 1, 1, 1]  # the exits in one run
+    code, ablation, drew = run("ablation", *more)
+    assert (code, drew, len(ablation["rows"])) == (0, True, 10)
+    assert all(each["identical"] == each["texts"] and each["num_draft_tokens"] for each in ablation["rows"])
     (tmp_path / "out" / "exits.json").unlink()
     assert run("exits", *more)[0] == 0 and len(trained) == 6
 

@@ -1,11 +1,13 @@
 """The adapters that ``experiments.py`` compares: trained on the same data, with the same steps and seed.
 
-``exits`` trains one behind each of several layers, in the paper's form; ``forms`` trains each form behind one layer.
-The paper's other forms (two layers, an MLP alone, an LM head of its own) have no place in the adapter's format.
+``exits`` trains one behind each of several layers, in the paper's form; ``forms`` trains each form that the adapter's
+format has behind one layer; ``ablation`` trains the paper's forms there (``experiment_ablation.py``).
 """
 
 from pathlib import Path
 from typing import Any
+
+import experiment_ablation
 
 from kangaroo_kernels.model.commands.show import training_bars
 from kangaroo_kernels.model.evaluation.plan import find_shapes
@@ -15,14 +17,20 @@ from kangaroo_kernels.model.training.trainer import train_adapters
 from kangaroo_kernels.workloads import ModelShape
 
 DEPTHS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8)
-"""Where ``exits`` leaves the model, as shares of its layers; ``forms`` leaves it at the second."""
-EXITS, FORMS = "exits", "forms"
+"""Where ``exits`` leaves the model, as shares of its layers; the others leave it at the second."""
+EXITS, FORMS, ABLATION = "exits", "forms", "ablation"
 STEPS = 100
 
 
 def exit_layers(layers: int) -> list[int]:
     """The exit layers that are tried of so many."""
     return sorted({max(1, round(share * layers)) for share in DEPTHS})
+
+
+def one_exit_layer(layers: int) -> int:
+    """The exit layer of the experiments that compare something else, of so many."""
+    tried = exit_layers(layers)
+    return tried[min(1, len(tried) - 1)]
 
 
 def forms(shape: ModelShape) -> dict[str, dict[str, Any]]:
@@ -42,23 +50,24 @@ def trainings(
 ) -> list[dict[str, TrainingSettings]]:
     """An experiment's trainings by their points' names; those of a group learn from the same passes of the model."""
     shape = find_shapes(model).shape
-    layers = exit_layers(shape.layers)
 
     def settings(name: str, exit_layer: int, **form: Any) -> TrainingSettings:
         return TrainingSettings(model, tuple(data), exit_layer, out / name.replace(" ", "-"), steps=steps, **form)
 
     if experiment == EXITS:
-        return [{name: settings(name, layer) for name, layer in ((f"exit {layer}", layer) for layer in layers)}]
-    exit_layer = layers[min(1, len(layers) - 1)]
+        return [{(name := f"exit {layer}"): settings(name, layer) for layer in exit_layers(shape.layers)}]
+    exit_layer = one_exit_layer(shape.layers)
     return [{name: settings(name, exit_layer, **form)} for name, form in forms(shape).items()]
 
 
 def train(experiment: str, model: str, data: list[Path], steps: int, out: Path) -> dict[str, Path]:
-    """Train what is not trained yet; gives the folder of each adapter by the name of its point.
+    """Train what is not trained yet; gives the folder of each adapter by the name of its point, or the network's file.
 
     Raises:
         KangarooError: settings that cannot be used.
     """
+    if experiment == ABLATION:
+        return experiment_ablation.train(model, data, one_exit_layer(find_shapes(model).shape.layers), steps, out)
     found: dict[str, Path] = {}
     for group in trainings(experiment, model, data, steps, out):
         folders = {name: settings.out for name, settings in group.items()}

@@ -134,4 +134,5 @@ PICTURES: dict[str, Callable[[Records, str], Any]] = {
     "adapters": bars,
     "exits": lines_by_exit,
     "forms": bars,
+    "ablation": bars,
 }

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import experiment_ablation
 import experiment_adapters
 import experiment_pictures
 import torch
@@ -106,8 +107,9 @@ EXPERIMENTS: dict[str, Callable[[Adapters, list[Question]], Iterator[Point]]] = 
     **{each.__name__: each for each in (drafting, positions, temperature, domains, adapters)},
     experiment_adapters.EXITS: adapters,
     experiment_adapters.FORMS: adapters,
+    experiment_adapters.ABLATION: adapters,
 }
-TRAINED = (experiment_adapters.EXITS, experiment_adapters.FORMS)
+TRAINED = (experiment_adapters.EXITS, experiment_adapters.FORMS, experiment_adapters.ABLATION)
 """The experiments that train the adapters that they compare."""
 
 
@@ -135,7 +137,10 @@ def measure(kangaroo: Kangaroo, point: Point, questions: list[Question], max_new
 @lru_cache(maxsize=1)
 def load(model: str, adapter: Path | None, dtype: str | None) -> Kangaroo:
     """A pair, warm; the last one is kept."""
-    kangaroo = Kangaroo.from_pretrained(model, adapter, dtype=dtype, draft_tree=0)  # chains of the adapter alone
+    if adapter is not None and adapter.suffix == experiment_ablation.SUFFIX:
+        kangaroo = experiment_ablation.load(model, adapter, dtype)
+    else:
+        kangaroo = Kangaroo.from_pretrained(model, adapter, dtype=dtype, draft_tree=0)  # chains of the adapter alone
     warm_up(kangaroo)
     return kangaroo
 
@@ -186,7 +191,7 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="As for kangaroo eval.")] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="What 'exits' and 'forms' train on, as for kangaroo train.")
+        list[Path] | None, typer.Option(help="What 'exits', 'forms' and 'ablation' train on, as for kangaroo train.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Of each of these trainings.")] = experiment_adapters.STEPS,
 ) -> None:
@@ -196,7 +201,7 @@ def main(
     if (experiment == adapters.__name__) != (len(adapter or ()) > 1):
         refuse(NAME, "'adapters' takes several --adapter, any other experiment at most one.")
     if (experiment in TRAINED) != bool(data) or (experiment in TRAINED and adapter):
-        refuse(NAME, f"{' and '.join(TRAINED)} train their adapters on --data, which no other experiment takes.")
+        refuse(NAME, f"{', '.join(TRAINED)} train their adapters on --data, which no other experiment takes.")
     if steps < 1:
         refuse(NAME, f"steps is {steps}; it must be a whole number of at least 1.")
     try:

@@ -48,6 +48,11 @@ def in_pages_of_its_own(tensor: Tensor) -> Tensor:
     return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
 
 
+def reached(step: int, size: int, reuse: int) -> int:
+    """How many windows were reached when a step draws ``size`` of them, where each is to be drawn ``reuse`` times."""
+    return size + step * size // reuse
+
+
 class Lessons:
     """The lessons of some windows.
 
@@ -95,6 +100,15 @@ class Lessons:
     def _file(self, index: int) -> Path:
         assert self.folder is not None
         return self.folder / f"{index:07d}.pt"
+
+    def draw(self, step: int, size: int, reuse: int, generator: torch.Generator, processes: int = 1) -> list[int]:
+        """The windows of a step: any of the latest that were reached, of which there are more at every step.
+
+        ``size`` windows are drawn, and each is to be drawn ``reuse`` times; ``processes`` share the lessons.
+        """
+        newest = reached(step, size, reuse)
+        oldest = max(0, newest - self.capacity * processes)
+        return (torch.randint(oldest, newest, (size,), generator=generator) % len(self.windows)).tolist()
 
     def batch(self, indices: list[int]) -> Batch:
         """The lessons of some windows; nothing here waits for a GPU."""

@@ -26,7 +26,7 @@ from .plan import Plan, find_cache, read_plan
 from .processes import Processes, join_processes
 from .scores import Judge, decode_held_out, score
 from .settings import ProgressReport, TrainingSettings
-from .states import AT_ONCE, Batch, Lessons
+from .states import AT_ONCE, Batch, Lessons, reached
 from .teacher import Teacher, autocast
 
 CHECKPOINT_SECONDS = 60.0
@@ -82,20 +82,11 @@ class AdapterTraining:
                 plan.saved[name] for name in ("step", "positions", "elapsed", "losses")
             )
 
-    def drawn(self, generator: torch.Generator) -> list[int]:
-        """The windows of the next step: any of the latest that were reached, of which there are more at every step."""
-        settings, count = self.settings, len(self.plan.corpus.windows)
-        newest = settings.batch_size + self.step * settings.batch_size // settings.reuse
-        oldest = max(0, newest - self.lessons.capacity * self.processes.count)
-        return (torch.randint(oldest, newest, (settings.batch_size,), generator=generator) % count).tolist()
-
     def learned(self) -> list[Window]:
         """Some of the windows that were reached, spread evenly."""
         windows = self.plan.corpus.windows
-        reached = min(
-            self.settings.batch_size + self.step * self.settings.batch_size // self.settings.reuse, len(windows)
-        )
-        return windows[: reached : -(-reached // LEARNED_WINDOWS)]
+        count = min(reached(self.step, self.settings.batch_size, self.settings.reuse), len(windows))
+        return windows[: count : -(-count // LEARNED_WINDOWS)]
 
     def parts(self, windows: list[int]) -> list[list[int]]:
         """Those of a step's windows that are this process's own, as many at once as the settings say.
@@ -109,8 +100,11 @@ class AdapterTraining:
 
     def update(self, share: float) -> None:
         """Make one step, after ``share`` of the run has passed. On a GPU nothing waits for it."""
-        generator = torch.Generator().manual_seed(self.settings.seed + 7919 * (self.step + 1))
-        drawn = self.drawn(generator)
+        settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed + 7919 * (self.step + 1))
+        drawn = self.lessons.draw(
+            self.step, settings.batch_size, settings.reuse, generator, processes=self.processes.count
+        )
         positions = sum(int(self.plan.corpus.windows[window].learned.sum()) for window in drawn)
         total, sampling = torch.zeros((), device=self.teacher.device), generator.get_state()
         for part in self.parts(drawn):
