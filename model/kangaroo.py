@@ -22,7 +22,7 @@ from .loop.host import reach_of
 from .loop.pace import Paces
 from .loop.threads import fastest_thread_count, own_state, threads
 from .request import Request, Settings, check_prompt, resolve
-from .sampling import whole_rows
+from .sampling import is_whole, whole_rows
 from .session import Memory, Session, Writing
 from .target.llama import Llama
 from .writer import Messages, Prompt, Writer
@@ -100,7 +100,7 @@ class Kangaroo(Writer):
             kv_dtype: "float16" rounds the keys and values that a CPU's texts keep, which halves their memory; it
                 goes with ``dtype="float16"``. None keeps them in float32.
             prompt_lookup: beside an adapter, also draft what followed the text's last tokens before, where that
-                promises more; not with ``persistent``.
+                promises more; not with ``persistent``. Without an adapter nothing else drafts.
             draft_tree: draft trees of at most this many tokens, 1 to 15, instead of chains (0); needs an adapter.
                 ``num_speculative_tokens`` then bounds the length of a branch. Where neither this nor
                 ``prompt_lookup`` is given, the adapter's own default counts, which is to draft chains unless ``kangaroo
@@ -132,7 +132,13 @@ class Kangaroo(Writer):
         Args:
             length: tokens of a text that the target's cache has room for at once; a session grows with its texts. Its
                 ``nbytes`` says what it takes.
+
+        Raises:
+            KangarooError: a length that no text of this model can have.
         """
+        most = self.target.config.context_length
+        if not is_whole(length) or not 0 <= length <= most:
+            raise KangarooError(f"length is {length!r}; it must be a whole number of tokens, at most {most}.")
         memory = self._new_memory()
         if length:
             with self.step():

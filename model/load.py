@@ -78,8 +78,15 @@ def load_pair(
     if adapter_folder is not None:
         default = load_adapter_config(adapter_folder, config, exit_layer).way
         way = choose_way(default, draft_tree, prompt_lookup, persistent=persistent)
-    elif draft_tree:
-        raise KangarooError("draft_tree needs an adapter; give one, or leave draft_tree out.")
+    else:
+        for name, given in (("draft_tree", draft_tree), ("persistent", persistent)):
+            if given:
+                raise KangarooError(f"{name} needs an adapter; give one, or leave {name} out.")
+        if prompt_lookup is False:
+            raise KangarooError(
+                "without an adapter prompt lookup alone drafts; give an adapter, leave prompt_lookup=False out, or "
+                "decode with plain=True."
+            )
     tokenizer = checkpoint.tokenizer()
     weights = load_target(
         checkpoint.tensors(),

@@ -124,8 +124,9 @@ class Settings:
             )
         if timeout is not None and (not is_number(timeout) or not timeout > 0):
             raise KangarooError(f"timeout is {timeout!r}; it must be a number of seconds above 0.")
-        if not isinstance(self.ignore_eos, bool):
-            raise KangarooError(f"ignore_eos is {self.ignore_eos!r}; it must be True or False.")
+        for name in ("ignore_eos", "plain"):
+            if not isinstance(getattr(self, name), bool):
+                raise KangarooError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
 
     def _check_shaping(self) -> None:
         penalty, bias, logprobs = self.repetition_penalty, self.logit_bias, self.logprobs
@@ -333,6 +334,8 @@ def check_prompt(tokens: Sequence[int], config: LlamaConfig) -> list[int]:
     Raises:
         KangarooError: no tokens, unknown ones, or more than the context holds.
     """
+    if isinstance(tokens, str):
+        raise KangarooError("the prompt is a text, and only tokens can be taken here; encode it with the tokenizer.")
     if isinstance(tokens, bytes) or not isinstance(tokens, Iterable):
         raise KangarooError(f"the prompt is {tokens!r}; it must be a text or a list of tokens.")
     if isinstance(tokens, Mapping):

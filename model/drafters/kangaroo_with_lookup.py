@@ -112,8 +112,7 @@ class KangarooWithLookup(KangarooDrafter):
         return Draft(tokens, hidden, confidences=sure)
 
     def _look_up(self, text: "TextState") -> Match:
-        known = torch.tensor(text.tokens, device=self.target.device)
-        return self.target.backend.look_up(known, len(known), MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
+        return self.target.backend.look_up(text.on_device(), len(text.tokens), MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
 
     # ---- on the device
 

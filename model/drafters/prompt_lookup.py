@@ -79,8 +79,7 @@ class PromptLookup(Drafter):
         """At most ``most`` tokens; the threshold does not matter, since a match has no probability."""
         if not most:
             return Draft(self.nothing, self.target.embed(text.tokens[-1:]))
-        tokens = torch.tensor(text.tokens, device=self.target.device)
-        found = self.target.backend.look_up(tokens, len(tokens), most, LEAST_MATCH)
+        found = self.target.backend.look_up(text.on_device(), len(text.tokens), most, LEAST_MATCH)
         drafts = found.tokens[: int(found.matched)]
         hidden = self.target.embed([text.tokens[-1], *drafts.tolist()])  # first_layer is 0: verification begins there
         return Draft(drafts, hidden)

@@ -21,17 +21,28 @@ class TextState:
         memory: what ``Drafter.new_memory`` made; the drafter alone reads and writes it.
         final: ``[m, hidden]``, the last layer's output of the latest prefill or verification, on the loop led by the
             host.
+        copied: what ``on_device`` has copied so far, and how many tokens that are.
     """
 
     tokens: list[int]
     cache: KVCache
     memory: Any = None
     final: Tensor | None = None
+    copied: tuple[Tensor, int] | None = None
 
     @property
     def newest(self) -> int:
         """The position of the last committed token, where the next step begins."""
         return len(self.tokens) - 1
+
+    def on_device(self) -> Tensor:
+        """The tokens on the cache's device, ``[n]`` int64, for the loop led by the host; only new ones are copied."""
+        count, (store, held) = len(self.tokens), self.copied or (torch.empty(0, dtype=torch.int64), 0)
+        if count > len(store):
+            store, held = torch.empty(2 * count, dtype=torch.int64, device=self.cache.device), 0
+        store[held:count] = torch.tensor(self.tokens[held:], dtype=torch.int64)
+        self.copied = store, count
+        return store[:count]
 
 
 MOST_UNSEEN = 3

@@ -597,6 +597,28 @@ def test_drafting_without_a_drafter(kangaroo: Kangaroo) -> None:
     assert len(alone.generate([1, 2], max_new_tokens=3, plain=True).tokens) == 3
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"draft_tree": 4}, "draft_tree needs an adapter; give one, or leave draft_tree out"),
+        ({"persistent": True}, "persistent needs an adapter; give one, or leave persistent out"),
+        ({"prompt_lookup": False}, "without an adapter prompt lookup alone drafts"),
+    ],
+)
+def test_ways_to_draft_that_need_an_adapter(given: dict[str, Any], words: str, pair: Any) -> None:
+    refuse(lambda: Kangaroo.from_pretrained(pair.target, **given), words)
+
+
+@pytest.mark.parametrize("length", [-5, "x", 1.5, CONTEXT + 1])
+def test_a_session_for_a_length_that_no_text_has(length: Any, kangaroo: Kangaroo) -> None:
+    refuse(lambda: kangaroo.session(length), f"length is {length!r}", f"at most {CONTEXT}")
+
+
+@pytest.mark.parametrize("method", ["logits", "draft_logits"])
+def test_logits_of_a_text_that_nobody_encoded(method: str, kangaroo: Kangaroo) -> None:
+    refuse(lambda: getattr(kangaroo, method)("abc"), "the prompt is a text", "encode it")
+
+
 def test_drafting_in_one_kernel_takes_16_bits(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kangaroo.target, "device", torch.device("cuda"))
     parts = kangaroo.target, kangaroo.drafter.adapter

@@ -22,7 +22,7 @@ from kangaroo_kernels.model.loop import pace
 from kangaroo_kernels.model.loop.graphs import GraphRunner
 from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.loop.pace import Auto, Limits
-from kangaroo_kernels.model.loop.state import MOST_UNSEEN
+from kangaroo_kernels.model.loop.state import MOST_UNSEEN, TextState
 from kangaroo_kernels.model.target.llama import Llama
 
 SAMPLINGS = ({}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 3, "top_k": 9, "top_p": 0.9})
@@ -78,6 +78,17 @@ def same_steps(loops: Loops, prompt: list[int], **settings: Any) -> list[tuple[l
     plain = {name: value for name, value in settings.items() if name not in drafting}
     assert host.generate(prompt, plain=True, **plain).tokens == text_of(found)
     return found
+
+
+def test_only_new_tokens_go_to_the_device(loops: Loops) -> None:
+    """A step led by the host looks up in a copy of the text that grows with it."""
+    text = TextState([1, 2, 3], loops[0].target.new_cache())
+    assert text.on_device().tolist() == [1, 2, 3]
+    text.on_device()[0] = 9  # what was copied stays as it is
+    text.tokens += [4, 5]
+    assert text.on_device().tolist() == [9, 2, 3, 4, 5]
+    text.tokens += [6, 7]  # there is no room, so all are copied anew
+    assert text.on_device().tolist() == [1, 2, 3, 4, 5, 6, 7] and text.on_device().dtype == torch.int64
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)

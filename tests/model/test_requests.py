@@ -237,6 +237,7 @@ def test_a_timeout_ends_the_text_behind_a_step(kangaroo):
         ({"logit_bias": {3: float("nan")}}, "logit_bias has 3: nan"),
         ({"logit_bias": {67: 1.0}}, "token 67 is not a whole number from 0 to 66"),
         ({"ignore_eos": 1}, "ignore_eos is 1; it must be True or False"),
+        ({"plain": "no"}, "plain is 'no'; it must be True or False"),
         ({"min_new_tokens": 31}, "min_new_tokens is 31; it must be a whole number from 0 to max_new_tokens, 30"),
         ({"min_new_tokens": -1}, "min_new_tokens is -1"),
         ({"timeout": 0}, "timeout is 0; it must be a number of seconds above 0"),
