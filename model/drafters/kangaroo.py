@@ -270,7 +270,7 @@ class KangarooDrafter(Drafter):
             out = memory.own[1:] if row else memory.own
         hidden = adapter.run(exit_hidden, memory.cache, position, states, reach=reach, active=active, out=out)
         if iteration.auto and not row:
-            buffers.begin_drafting()
+            buffers.forbid()
         iteration.chooser.draft(
             hidden[-1:],
             adapter.norm,
