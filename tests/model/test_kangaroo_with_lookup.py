@@ -100,7 +100,7 @@ def test_both_loops_choose_alike(loops, sampling, lag, monkeypatch):
     device_steps = session_module.device_steps
     monkeypatch.setattr(session_module, "device_steps", lambda *args, **named: device_steps(*args, **named, lag=lag))
     lengths = set()
-    for prompt in (REPEATING, [3, 5, 9], [15] * 70):
+    for prompt in (REPEATING, [3, 5, 9], [7], [15] * 70):
         for threshold in (0.0, 0.72):
             asked = {"draft_confidence_threshold": threshold, "max_new_tokens": 50, **sampling}
             lengths |= {drafted for _, drafted, _ in same_steps(loops, prompt, **asked)}
