@@ -18,7 +18,7 @@ from kangaroo_kernels.model import session as session_module
 from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup
 from kangaroo_kernels.model.loop import mailbox
 from kangaroo_kernels.model.loop.iteration import Iteration
-from kangaroo_kernels.model.loop.pace import Auto, Costs, Limits, ladder
+from kangaroo_kernels.model.loop.pace import Auto, Costs, Done, Limits, ladder
 from kangaroo_kernels.model.target.llama import Llama
 
 OWN = Limits(6, 0.6)
@@ -68,7 +68,7 @@ class Machine:
             factors.append(self.busy(self.clock.now))
             lost = 0.2 * (self.idle and limits.most > 0)
             self.clock.now += factors[-1] * (1 + lost + self.draft * len(stands)) * self.dice.uniform(1, 1.1)
-            self.pace.record(len(stands), agreed, confidences)
+            self.pace.record(Done(len(stands), agreed, confidences))
             self.asked.append(limits.most)
             self.written += agreed + 1
         return (end - first) / (self.clock.now - began) * 1.05 * (sum(factors) / len(factors))
@@ -128,7 +128,7 @@ def test_drafts_at_hand_are_taken_and_tell_nothing():
     for room, most in ((40, 15), (7, 7)):
         assert pace.limits(room, at_hand=True) == (most, 0.6)
         machine.clock.now += 9
-        pace.record(most, most, (0.9,) * most, at_hand=True)
+        pace.record(Done(most, most, (0.9,) * most, at_hand=True))
     assert (pace.rungs, pace.credit) == before
     assert machine.write(500) > 0.97 and not pace.drafting
 
@@ -232,8 +232,9 @@ class Leaving:
         self.step += 1
         return Limits(room if at_hand else min(self.asks(self.step), room), 0.0)
 
-    def record(self, drafts: int, agreed: int, confidences: Any, *_: Any, **__: Any) -> None:
-        self.drafts.append((drafts, agreed, list(confidences or [1.0] * drafts)))  # who has none is certain
+    def record(self, done: Done) -> None:
+        confidences = done.confidences or [1.0] * done.drafts  # who has none is certain
+        self.drafts.append((done.drafts, done.agreed, list(confidences)))
 
 
 def begin(kangaroo: Kangaroo, session: Any, prompt: list[int], length: int, pace: Leaving) -> Any:
