@@ -46,7 +46,8 @@ class PromptLookup(Drafter):
         follows = at + N + torch.arange(most, device=device)
         drafts = text[follows.clamp(max=len(text) - 1)]
         buffers.drafts.token.copy_(drafts)
-        buffers.flags[:most].copy_((at >= 0) & (follows < length) & (buffers.flags[0] > 0))  # which drafts are made
+        made = (at >= 0) & (follows < length) & (buffers.flags[0] > 0)
+        buffers.flags[:most].copy_(made & (buffers.thresholds[:most] <= 1))  # "auto" forbids drafts by one above 1
         buffers.hidden(0, 1).copy_(buffers.newest)
         buffers.hidden(1, most + 1).copy_(self.target.weights.embedding[drafts])
 

@@ -1,7 +1,9 @@
 """Drafters that stand in for the real one: they say what a test wants and record what the adapter would have said."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,9 +12,11 @@ from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.model.backend import REFERENCES, Backend
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
-from kangaroo_kernels.model.drafters.protocol import Draft
+from kangaroo_kernels.model.drafters.protocol import Draft, Drafter
 from kangaroo_kernels.model.loop.state import TextState
 from kangaroo_kernels.model.sampling import Chooser
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "own_drafter.py"
 
 Say = Callable[[int, int, int, float], tuple[int, float]]
 """(position of the token, its place in this step's draft, the adapter's own token and confidence) to what is said."""
@@ -84,14 +88,23 @@ def with_drafter(kangaroo: Kangaroo, drafter: KangarooDrafter) -> Kangaroo:
     return Kangaroo(kangaroo.target, drafter, kangaroo.tokenizer)
 
 
+def example_drafter() -> type[Drafter]:
+    """The class of ``examples/own_drafter.py``."""
+    spec = importlib.util.spec_from_file_location("own_drafter", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.PromptLookup
+
+
 def on_the_device(kangaroo: Kangaroo) -> Kangaroo:
-    """The same pair with the loop on the device, on the references: quick, if not free of questions to the host."""
+    """The same with the loop on the device, on the references: quick, if not free of questions to the host."""
     assert kangaroo.drafter is not None
     return with_backend(kangaroo, replace(REFERENCES, resident=True))
 
 
 def with_backend(kangaroo: Kangaroo, backend: Backend) -> Kangaroo:
-    """The same pair, computing with other operations."""
-    for part in (kangaroo.target, *kangaroo.target.layers, kangaroo.drafter.adapter.layer):
+    """The same target and drafter, computing with other operations."""
+    adapter = getattr(kangaroo.drafter, "adapter", None)
+    for part in (kangaroo.target, *kangaroo.target.layers, *([adapter.layer] if adapter else ())):
         part.backend = backend
     return kangaroo

@@ -68,7 +68,7 @@ def attention(
             a multiple of ``H_kv``. With a block table, ``[blocks, H_kv, block_size, D]``.
         v_cache: as ``k_cache``. Rows from ``position + M`` on have no effect.
         position: absolute position of the first query row; a tensor ``[1]`` int64 for a kernel that must not ask the
-            host.
+            host. A chain's row that lies before position 0 sees nothing, and its result is 0.
         scale: of the scores, ``D ** -0.5`` for Llama.
         max_length: bound of ``position + M``, for the kernel's grid; None means the caches' capacity.
         block_table: ``[T / block_size]`` int32, the blocks of a paged cache in the order of positions.
@@ -91,6 +91,10 @@ def attention(
     if active is not None and not active:
         return q.new_empty(q.shape[0], q.shape[1] * q.shape[2]) if out is None else out
     position = int(position)
+    if position < 0:
+        placed = attention(q[-position:], k_cache, v_cache, 0, scale=scale, block_table=block_table)
+        result = pad(placed, (0, 0, -position, 0))
+        return result if out is None else out.copy_(result)
     length = position + q.shape[0]
     keys, values = k_cache, v_cache
     if block_table is not None:

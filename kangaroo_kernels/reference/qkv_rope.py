@@ -12,6 +12,7 @@ Bytes moved: the weight, ``K * (H + 2 * H_kv) * D`` elements, once; everything e
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kangaroo_kernels.packed_weight import Weight, out_features
 from kangaroo_kernels.reference.ancestors import depths, rows_ahead
@@ -80,6 +81,8 @@ def qkv_rope(
             ``position .. position + M`` are written. With a block table, ``[blocks, H_kv, block_size, D]``.
         v_cache: as ``k_cache``.
         position: absolute position of the first row; a tensor ``[1]`` int64 for a kernel that must not ask the host.
+            Of a chain's rows that lie before position 0 nothing is written, and their queries mean nothing; one row
+            at least lies at position 0 or behind it.
         eps: of the norm.
         block_table: ``[T / block_size]`` int32, the blocks of a paged cache in the order of positions.
         ancestors: ``[M]`` int32, for rows that are a tree (``reference/ancestors.py``): ``position`` is then the first
@@ -96,6 +99,12 @@ def qkv_rope(
         heads = out_features(weight) // head_dim - 2 * kv_heads
         return x.new_empty(x.shape[0], heads, head_dim) if out is None else out
     position = int(position)
+    if position < 0:
+        placed = qkv_rope(
+            x[-position:], norm_weight, weight, table, k_cache, v_cache, 0, eps=eps, block_table=block_table
+        )
+        queries = pad(placed, (0, 0, 0, 0, -position, 0))
+        return queries if out is None else out.copy_(queries)
     rows, last = x.shape[0], position + x.shape[0]
     qkv = norm_linear(x, norm_weight, eps, weight).view(rows, -1, head_dim)
     turned = qkv[:, :-kv_heads]
@@ -109,7 +118,6 @@ def qkv_rope(
     else:
         pairs = torch.view_as_complex(turned.float().view(rows, -1, head_dim // 2, 2))
         turned.copy_(torch.view_as_real(pairs * phases).flatten(-2))
-    queries: Tensor
     queries, new = qkv.split_with_sizes((qkv.shape[1] - 2 * kv_heads, 2 * kv_heads), dim=1)
     new_keys, new_values = cached(new, k_cache.dtype).split(kv_heads, dim=1)
     if block_table is None:

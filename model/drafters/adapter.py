@@ -183,7 +183,13 @@ class Adapter:
         return self.layer(hidden, cache, 0, position, reach=reach, active=active, out=out)
 
     def append(
-        self, exit_hidden: Tensor, cache: KVCache, position: Place, states: Tensor | None, active: Tensor | None
+        self,
+        exit_hidden: Tensor,
+        cache: KVCache,
+        position: Place,
+        states: Tensor | None = None,
+        *,
+        active: Tensor | None = None,
     ) -> None:
         """Do of ``run`` what later rows need: append the rows' keys and values to the cache."""
         self.layer.append(self._input(exit_hidden, states, active), cache, 0, position, active=active)

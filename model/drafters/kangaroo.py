@@ -108,7 +108,7 @@ class KangarooDrafter(Drafter):
         return count if memory.cache.serves(length) else 0
 
     def prefill(self, text: "TextState", hidden: Tensor | None, reach: int, length: int) -> None:
-        """Run the adapter on every token but the last and those that are kept, and on those of them that it missed."""
+        """Show the adapter every token but the last and those that are kept, and those of them that it missed."""
         memory: AdapterMemory = text.memory
         kept = text.newest - (0 if hidden is None else len(hidden))
         memory.cache.reserve(reach, length, kept)
@@ -121,7 +121,7 @@ class KangarooDrafter(Drafter):
                 missed = torch.cat(memory.missed)[: kept - memory.length]
                 hidden, kept = torch.cat((missed, hidden)), memory.length
             states = None if memory.states is None else memory.states[kept : text.newest]
-            self.adapter.run(hidden, memory.cache, kept, states)
+            self.adapter.append(hidden, memory.cache, kept, states)
         memory.length, memory.missed = text.newest, []
 
     def observe(self, text: "TextState", first: int, last: int) -> None:
@@ -270,7 +270,7 @@ class KangarooDrafter(Drafter):
             out = memory.own[1:] if row else memory.own
         hidden = adapter.run(exit_hidden, memory.cache, position, states, reach=reach, active=active, out=out)
         if iteration.auto and not row:
-            buffers.begin_drafting()
+            buffers.forbid()
         iteration.chooser.draft(
             hidden[-1:],
             adapter.norm,

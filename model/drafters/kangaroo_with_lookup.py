@@ -185,5 +185,5 @@ class KangarooWithLookup(KangarooDrafter):
         states = None
         if memory.states is not None:
             states = memory.states.index_select(0, buffers.positions[: rows + 1].clamp(min=0))
-        where = buffers.position(-1), states, buffers.at_hand[:1]
-        self.adapter.append(buffers.hidden(-1, rows), memory.cache, *where)
+        hidden, active = buffers.hidden(-1, rows), buffers.at_hand[:1]
+        self.adapter.append(hidden, memory.cache, buffers.position(-1), states, active=active)

@@ -93,6 +93,12 @@ class PromptLookup(Drafter):
         iteration.text.memory.arrivals.zero_()
 
     def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
-        """One stage of three launches, of fixed shapes."""
-        work = partial(look_up_drafts, iteration, iteration.text.memory, iteration.buffers.flags)
-        yield Stage("kangaroo/lookup", work)
+        """One stage of fixed shapes: three launches, and two more where ``auto`` bounds how much is drafted."""
+        yield Stage("kangaroo/lookup", partial(self.draft, iteration))
+
+    def draft(self, iteration: "Iteration") -> None:
+        """The drafts, and which of them are made."""
+        buffers = iteration.buffers
+        look_up_drafts(iteration, iteration.text.memory, buffers.flags)
+        if iteration.auto:
+            buffers.forbid(iteration.max_drafts)

@@ -177,12 +177,14 @@ class Drafter(Protocol):
         On a GPU the work is captured once and replayed from then on: whatever changes from iteration to iteration is
         read from device memory, never from Python. Work of another kind has stages of other names.
 
-        For each draft ``j`` that is made, the work leaves its token in ``buffers.drafts.token[j]``; ``flags[j + 1]`` is
-        1 where another one follows it. ``flags[0]`` is 1 while the text grows; a drafter may lower it, which means that
-        it makes no draft. ``buffers.thresholds`` says which confidence each row needs for a draft to follow it; where
-        ``iteration.auto`` is true it changes, and forbids even the first draft by a threshold above 1 (row 0 counts as
-        certain). ``buffers.exit_hidden[1 + r]`` holds what layer ``first_layer`` reads for row ``r``: the
-        newest token is row 0, draft ``j`` is row ``j + 1``. Rows of drafts that are not made must be finite.
+        For each draft ``j`` that is made, the work leaves its token in ``buffers.drafts.token[j]`` and its confidence,
+        where it has one, in ``buffers.drafts.confidence[j]``; ``flags[j + 1]`` is 1 where another one follows it.
+        ``flags[0]`` is 1 while the text grows; a drafter may lower it, which means that it makes no draft.
+        ``buffers.thresholds[r]`` says which confidence row ``r`` needs for a draft to follow it; the newest token, and
+        drafts that have no confidence, count as certain. Where ``iteration.auto`` is true the thresholds change, and
+        one above 1 forbids the draft, even the first (``buffers.forbid``). ``buffers.exit_hidden[1 + r]`` holds what
+        layer ``first_layer`` reads for row ``r``: the newest token is row 0, draft ``j`` is row ``j + 1``. Rows of
+        drafts that are not made must be finite.
 
         A drafter of trees (``tree`` above 0) also leaves ``buffers.ancestors``. It has ``rows`` drafts; -1 stands for
         the token of one that is not made, which follows the row before it. ``flags[j]`` says whether draft ``j`` was.

@@ -51,7 +51,7 @@ class Buffers:
         newest: ``[1, hidden]``, the embedding of the token that goes through the shallow layers next.
         exit_hidden: ``[R + 2, hidden]``, what the drafter's ``first_layer`` reads; rows of drafts that were not made
             hold old values, which are finite.
-        drafts: ``[R]`` tokens and confidences.
+        drafts: ``[R]`` tokens and confidences; of a drafter that gives none, each stays 1.
         wanted: ``[R + 1]`` tokens and confidences, of which ``accept`` asks only whether they are NaN.
         decision: ``[3]`` int64, what ``accept`` found.
         ancestors: ``[R + 1]`` int32, of a tree's rows; None for chains.
@@ -110,9 +110,9 @@ class Buffers:
         on_gpu = self.thresholds.device.type == "cuda"
         self.thresholds.copy_(torch.tensor(values, dtype=torch.float32, pin_memory=on_gpu), non_blocking=True)
 
-    def begin_drafting(self) -> None:
-        """Lower the newest row's flag where its threshold says that no draft follows it."""
-        self.flags[:1].mul_(self.threshold(0) <= 1)
+    def forbid(self, rows: int = 1) -> None:
+        """Lower the flags of the first rows where a threshold says that no draft follows, however sure it is."""
+        self.flags[:rows].mul_(self.thresholds[:rows] <= 1)
 
     def draft(self, row: int) -> Top1:
         """``[1]`` each: the token and confidence drafted after a row, which will be row ``row + 1``."""
@@ -184,6 +184,7 @@ def begin(buffers: Buffers, target: Llama, tokens: Sequence[int], request: Reque
     put(buffers.stops, [*request.stop_tokens, *[NO_TOKEN] * (len(buffers.stops) - len(request.stop_tokens))])
     put(buffers.flags, [1] + [0] * (len(buffers.flags) - 1))
     buffers.newest.copy_(target.embed(tokens[-1:]))
+    buffers.drafts.confidence.fill_(1)
     buffers.at_hand.zero_()
     buffers.report.zero_()
     buffers.exit_hidden.zero_()  # rows of drafts that are not made must be finite

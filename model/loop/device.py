@@ -8,7 +8,7 @@ from kangaroo_kernels.contract import RECORD_HEAD, Record
 from ..results import Commit
 from .iteration import Iteration
 from .mailbox import Mailbox, Stopwatch
-from .pace import Limits, Pace
+from .pace import Done, Limits, Pace
 from .state import not_finite
 
 LEAST_REACH = 256
@@ -49,7 +49,7 @@ class Paced:
         """What an iteration committed was read."""
         head, confidences, seconds = Record(*record[:RECORD_HEAD]), self._confidences.read(), self._watch.read()
         at_hand = any(self._at_hand.read())
-        self.pace.record(head.drafted, head.agreed, confidences[: head.drafted], seconds, at_hand=at_hand)
+        self.pace.record(Done(head.drafted, head.agreed, confidences[: head.drafted], seconds, at_hand))
 
 
 def device_steps(

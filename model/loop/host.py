@@ -21,7 +21,7 @@ from ..sampling import Choice, Chooser
 from ..spans import span
 from ..target.cache import Branches, Place
 from ..target.llama import Llama
-from .pace import Fixed, Limits, Pace
+from .pace import Done, Fixed, Limits, Pace
 from .state import TextState, not_finite
 
 
@@ -94,7 +94,7 @@ def kangaroo_steps(
             committed = wanted.token[: reached - before].tolist()
             text.tokens += committed  # what lies beyond in the caches is overwritten before it is read
             drafter.commit(text, len(committed))
-        pace.record(len(draft.tokens), agreed, draft.confidences, at_hand=at_hand)
+        pace.record(Done(len(draft.tokens), agreed, draft.confidences, at_hand=at_hand))
         yield Commit(
             committed,
             min(agreed, len(committed)),

@@ -52,29 +52,32 @@ class Limits(NamedTuple):
     threshold: float
 
 
+class Done(NamedTuple):
+    """What came of a step.
+
+    Attributes:
+        drafts: that were made.
+        agreed: how many of them the target agreed with.
+        confidences: of the drafts; None where they have none.
+        seconds: that the step took; None where it began when it was asked for and ends when it is told of.
+        at_hand: whether its drafts took no draft steps.
+    """
+
+    drafts: int
+    agreed: int
+    confidences: Sequence[float] | None = None
+    seconds: float | None = None
+    at_hand: bool = False
+
+
 class Pace(Protocol):
     """Says before every step what to draft, and is told in the same order what came of each."""
 
     def limits(self, room: int, at_hand: bool = False) -> Limits:
         """Those of the next step, which has room for ``room`` drafts; those ``at_hand`` take no draft steps."""
 
-    def record(
-        self,
-        drafts: int,
-        agreed: int,
-        confidences: Sequence[float] | None = None,
-        seconds: float | None = None,
-        at_hand: bool = False,
-    ) -> None:
-        """The first step that was not yet told of is done.
-
-        Args:
-            drafts: that were made.
-            agreed: how many of them the target agreed with.
-            confidences: of the drafts; None where they have none.
-            seconds: that the step took; None where it began when it was asked for and ends now.
-            at_hand: whether its drafts took no draft steps.
-        """
+    def record(self, done: Done) -> None:
+        """The first step that was not yet told of is done."""
 
 
 class Fixed:
@@ -93,14 +96,7 @@ class Fixed:
         most, threshold = self._at_hand if at_hand else self._own
         return Limits(min(most, room), threshold)
 
-    def record(
-        self,
-        drafts: int,
-        agreed: int,
-        confidences: Sequence[float] | None = None,
-        seconds: float | None = None,
-        at_hand: bool = False,
-    ) -> None:
+    def record(self, done: Done) -> None:
         """Nothing is learned."""
 
 
@@ -265,20 +261,12 @@ class Auto:
 
     # ---- after it
 
-    def record(
-        self,
-        drafts: int,
-        agreed: int,
-        confidences: Sequence[float] | None = None,
-        seconds: float | None = None,
-        at_hand: bool = False,
-    ) -> None:
+    def record(self, done: Done) -> None:
         """Learn from a step."""
-        asked, tokens = self._asked.popleft(), agreed + 1
-        if at_hand:
+        asked, drafts, tokens = self._asked.popleft(), done.drafts, done.agreed + 1
+        if done.at_hand:
             return
-        if seconds is None:
-            seconds = self._clock() - asked.began
+        seconds = self._clock() - asked.began if done.seconds is None else done.seconds
         if asked.rung is not None:
             self._row.append((drafts, seconds))
         else:
@@ -297,8 +285,8 @@ class Auto:
             for rung in self.rungs:
                 rung.fade()
             for rung in self.rungs[: asked.rung + 1]:
-                made = rung.drafts_of(drafts, confidences)
-                rung.add(min(agreed, made) + 1, self.costs.of(made))
+                made = rung.drafts_of(drafts, done.confidences)
+                rung.add(min(done.agreed, made) + 1, self.costs.of(made))
             self._choose()
 
     def _rate(self) -> float | None:

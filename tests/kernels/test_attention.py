@@ -578,9 +578,10 @@ def test_a_position_without_room_reads_nothing_beyond_the_cache(device, capacity
     beyond = attend(q, *caches, torch.tensor([capacity - 1], device=device), 0.25, **settings)
     assert torch.equal(beyond[:1], wanted[capacity - 1])
     assert (beyond.abs() < 10).all()
-    before = attend(q, *caches, torch.tensor([-1], device=device), 0.25, **settings)
-    assert torch.equal(before[1:2], second)
-    assert (before[0] == 0).all()
+    for attention, wanted in ((kernel, second), (reference, reference(q[1:2], *caches, 0, scale=0.25, **settings))):
+        before = attention(q[:2], *caches, torch.tensor([-1], device=device), scale=0.25, **settings)
+        assert torch.equal(before[1:], wanted)
+        assert (before[0] == 0).all()
     for position in (-1, capacity - 2, capacity):
         with pytest.raises(ValueError, match=f"position {position} with 3 rows"):
             kernel(q, *caches, position, scale=0.25, **settings)

@@ -504,6 +504,27 @@ def test_a_position_is_an_int_or_a_tensor(position, operation, device):
 
 @BOTH
 @pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("position", [-1, -2])
+def test_rows_before_the_first_position_are_left_out(position, paged, operation, device):
+    """The adapter's first pass has such a row where the text is one token long; the others are as they are alone."""
+    case = projection(3, SMALL, torch.float32, device)
+    alone = case._replace(x=case.x[-position:])
+    settings = {"block_table": torch.tensor([2, 1, 0], dtype=torch.int32, device=device)} if paged else {}
+    ours, theirs = ([case.x.new_full((3, 1, 4, 16) if paged else (1, 12, 16), NAN) for _ in range(2)] for _ in "ab")
+    table = phases(SMALL.head_dim, 0, 12, device)
+    operands = case.norm, case.packed, table
+    where = torch.tensor([position], device=device)
+    for out in (None, case.x.new_full((3, SMALL.heads, SMALL.head_dim), NAN)):
+        q = operation(case.x, *operands, *ours, where, eps=EPS, out=out, **settings)
+        wanted = operation(alone.x, *operands, *theirs, 0, eps=EPS, **settings)
+        torch.testing.assert_close(q[-position:], wanted, rtol=1e-5, atol=1e-5)
+        assert q.isfinite().all()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@BOTH
+@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("raised", [False, True])
 def test_nothing_is_done_where_the_flag_is_down(raised, paged, operation, device):
     case = projection(3, SMALL, torch.float32, device)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from drafters import Scripted, on_the_device, oracle, right_until, with_drafter
-from pairs import make_adapter
+from drafters import Scripted, example_drafter, on_the_device, oracle, right_until, with_drafter
+from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Kangaroo, KangarooError, Settings
 from kangaroo_kernels.contract import RECORD_HEAD, Record
@@ -18,7 +18,7 @@ from kangaroo_kernels.model import session as session_module
 from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup
 from kangaroo_kernels.model.loop import mailbox
 from kangaroo_kernels.model.loop.iteration import Iteration
-from kangaroo_kernels.model.loop.pace import Auto, Costs, Limits, ladder
+from kangaroo_kernels.model.loop.pace import Auto, Costs, Done, Limits, ladder
 from kangaroo_kernels.model.target.llama import Llama
 
 OWN = Limits(6, 0.6)
@@ -68,7 +68,7 @@ class Machine:
             factors.append(self.busy(self.clock.now))
             lost = 0.2 * (self.idle and limits.most > 0)
             self.clock.now += factors[-1] * (1 + lost + self.draft * len(stands)) * self.dice.uniform(1, 1.1)
-            self.pace.record(len(stands), agreed, confidences)
+            self.pace.record(Done(len(stands), agreed, confidences))
             self.asked.append(limits.most)
             self.written += agreed + 1
         return (end - first) / (self.clock.now - began) * 1.05 * (sum(factors) / len(factors))
@@ -128,7 +128,7 @@ def test_drafts_at_hand_are_taken_and_tell_nothing():
     for room, most in ((40, 15), (7, 7)):
         assert pace.limits(room, at_hand=True) == (most, 0.6)
         machine.clock.now += 9
-        pace.record(most, most, (0.9,) * most, at_hand=True)
+        pace.record(Done(most, most, (0.9,) * most, at_hand=True))
     assert (pace.rungs, pace.credit) == before
     assert machine.write(500) > 0.97 and not pace.drafting
 
@@ -232,8 +232,9 @@ class Leaving:
         self.step += 1
         return Limits(room if at_hand else min(self.asks(self.step), room), 0.0)
 
-    def record(self, drafts: int, agreed: int, confidences: Any, *_: Any, **__: Any) -> None:
-        self.drafts.append((drafts, agreed, list(confidences)))
+    def record(self, done: Done) -> None:
+        confidences = done.confidences or [1.0] * done.drafts  # who has none is certain
+        self.drafts.append((done.drafts, done.agreed, list(confidences)))
 
 
 def begin(kangaroo: Kangaroo, session: Any, prompt: list[int], length: int, pace: Leaving) -> Any:
@@ -301,6 +302,19 @@ def resident(pair) -> Kangaroo:
     return on_the_device(pair.load(device="cpu"))
 
 
+@pytest.fixture(scope="module")
+def repeating(tmp_path_factory) -> Callable[[Any], Kangaroo]:
+    """``repeating(make)``: a target with few words, whose text often says again what it said, and its drafter."""
+    sizes = {"vocab_size": 11, "hidden_size": 24, "intermediate_size": 40, "layers": 2, "heads": 2, "kv_heads": 1}
+    folder = make_target(tmp_path_factory.mktemp("repeating"), std=0.3, **sizes)
+
+    def load(make: Any) -> Kangaroo:
+        target = Kangaroo.from_pretrained(folder, device="cpu").target
+        return Kangaroo(target, make(target))
+
+    return load
+
+
 @pytest.mark.parametrize("lag", [0, 1, 3])
 @pytest.mark.parametrize("settings", SETTINGS[:3], ids=["greedy", "sampled", "filtered"])
 def test_on_the_device_it_ends_at_the_right_choice(resident, iteration_costs, monkeypatch, settings, lag):
@@ -324,21 +338,36 @@ def test_on_the_device_it_ends_at_the_right_choice(resident, iteration_costs, mo
 @pytest.mark.parametrize(
     "asks", [lambda step: 4, lambda step: 4 * (step % 3 == 0), lambda step: 3 if step in (0, 30) else 0]
 )
-def test_both_loops_draft_the_same_within_changing_limits(pair, resident, monkeypatch, asks, lag):
+@pytest.mark.parametrize("make", [None, PromptLookup, example_drafter()], ids=["adapter", "lookup", "example"])
+def test_both_loops_draft_the_same_within_changing_limits(pair, repeating, monkeypatch, make, asks, lag):
     """Nothing at times, too: the adapter then sees what the text goes on with all the same."""
     steps = session_module.device_steps
     monkeypatch.setattr(session_module, "device_steps", lambda *args, **named: steps(*args, **named, lag=lag))
     found = []
-    for kangaroo in (pair.load(device="cpu"), resident):
-        pace = Leaving(asks)
+    for place in (lambda kangaroo: kangaroo, on_the_device):
+        pace, kangaroo = Leaving(asks), place(pair.load(device="cpu") if make is None else repeating(make))
         with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
             patch.setattr(session_module, "pace_of", lambda *_, pace=pace, **__: pace)
-            written = kangaroo.generate(PROMPT, max_new_tokens=60, draft_confidence_threshold="auto")
+            written = kangaroo.generate(PROMPT * 3, max_new_tokens=60, draft_confidence_threshold="auto")
         found.append((pace.drafts, written.tokens))
     (by_the_host, wanted), (on_it, tokens) = found
     assert tokens == wanted
+    assert sum(drafts for drafts, *_ in on_it) > 0
     for one, other in zip(by_the_host[:-4], on_it, strict=False):  # at the end the host's loop has room for fewer
         assert one == (*other[:2], pytest.approx(other[2], abs=1e-5))
+
+
+def test_on_the_device_prompt_lookup_ends_at_the_right_choice(repeating, iteration_costs):
+    """It has no confidences, and the search learns all the same what its drafts give."""
+    kangaroo = on_the_device(repeating(PromptLookup))
+    wanted = kangaroo.generate(PROMPT, max_new_tokens=200, plain=True).tokens
+    for cost, few, many in ((0.02, 1.5, 16.0), (2.0, 1.0, 1.2)):
+        iteration_costs(cost)
+        kangaroo.paces.clear()
+        for _ in range(2):
+            written = kangaroo.generate(PROMPT, max_new_tokens=200, draft_confidence_threshold="auto")
+            assert written.tokens == wanted
+        assert few <= written.stats.mean_acceptance_length <= many
 
 
 def test_on_the_device_only_who_asks_for_it_gets_it(resident, iteration_costs, monkeypatch):

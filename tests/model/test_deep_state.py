@@ -49,7 +49,7 @@ def counts(kangaroo: Kangaroo | Session, prompt: list[int] = PROMPT, **settings:
 def test_both_loops_draft_alike(host, resident, sampling, gamma, threshold):
     settings = {"num_speculative_tokens": gamma, "draft_confidence_threshold": threshold, **sampling}
     wanted = host.generate(PROMPT, max_new_tokens=30, plain=True, **sampling).tokens
-    for prompt in (PROMPT, [9, 4]):
+    for prompt in (PROMPT, [9, 4], [9]):
         drafted = counts(host, prompt, max_new_tokens=30, **settings)
         assert counts(resident, prompt, max_new_tokens=30, **settings) == drafted
         assert drafted[1] > 0

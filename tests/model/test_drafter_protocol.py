@@ -1,6 +1,5 @@
 """Any drafter, on both loops: the text is plain decoding's, and a loop that cannot run a drafter says so."""
 
-import importlib.util
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from chi_square import REJECTED, p_value
+from drafters import example_drafter
 from no_host_reads import no_host_reads
 from pairs import make_target
 
@@ -19,7 +19,6 @@ from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup
 from kangaroo_kernels.model.drafters.protocol import Stage, provides
 from kangaroo_kernels.model.loop.iteration import Iteration
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_drafter.py"
 SAMPLINGS = ({}, {"temperature": 1.0, "seed": 5}, {"temperature": 0.7, "seed": 1, "top_k": 8, "top_p": 0.9})
 RESIDENT = replace(REFERENCES, resident=True)
 VOCAB = 11  # so few that guesses are right now and then
@@ -29,12 +28,7 @@ REPEATING = [5, 9, 2, 7, 5, 9, 2, 7, 5, 9, 2]
 @pytest.fixture(scope="module", params=["example", "library"])
 def lookup(request) -> Any:
     """The class of the example, and the library's own."""
-    if request.param == "library":
-        return PromptLookup
-    spec = importlib.util.spec_from_file_location("own_drafter", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.PromptLookup
+    return PromptLookup if request.param == "library" else example_drafter()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +105,8 @@ def test_prompt_lookup_serves_where_no_adapter_is(checkpoint):
     assert kangaroo.generate(REPEATING, max_new_tokens=30).stats.accepted > 0
 
 
-def test_prompt_lookup_on_the_kernels(checkpoint, lookup, monkeypatch):
+@pytest.mark.parametrize("threshold", [None, "auto"])
+def test_prompt_lookup_on_the_kernels(checkpoint, lookup, monkeypatch, threshold):
     """In the interpreter: plain decoding's tokens, and no question to the host inside an iteration."""
     kangaroo = load(checkpoint, lookup, kernels="triton")
     assert kangaroo.target.backend.resident
@@ -123,7 +118,7 @@ def test_prompt_lookup_on_the_kernels(checkpoint, lookup, monkeypatch):
             run(iteration, reach)
 
     monkeypatch.setattr(Iteration, "run", forbidding)
-    settings = {"max_new_tokens": 4, "num_speculative_tokens": 3}
+    settings = {"max_new_tokens": 4, "num_speculative_tokens": 3, "draft_confidence_threshold": threshold}
     drafted = kangaroo.generate(REPEATING, **settings)
     assert drafted.stats.drafted > 0
     assert iterations

@@ -108,7 +108,7 @@ def test_plain_decoding_is_the_same_loop_without_drafts(host, resident, iteratio
 
 def test_requests_leave_nothing_behind(host, resident):
     """Longer, shorter, plain, drafted: all through the same buffers."""
-    prompts = [PROMPT, [5] * 50, [1, 2]]
+    prompts = [PROMPT, [5] * 50, [1, 2], [5]]
     for prompt, gamma, plain in product(prompts, (4, 2), (False, True)):
         settings = {"max_new_tokens": 9, "num_speculative_tokens": gamma, "plain": plain}
         assert counts(resident, prompt, **settings) == counts(host, prompt, **settings)

@@ -21,7 +21,7 @@ from kangaroo_kernels.model.drafters.ways import CHAINS, Way, choose_way
 from kangaroo_kernels.model.loop import pace
 from kangaroo_kernels.model.loop.graphs import GraphRunner
 from kangaroo_kernels.model.loop.iteration import Iteration
-from kangaroo_kernels.model.loop.pace import Auto, Limits
+from kangaroo_kernels.model.loop.pace import Auto, Done, Limits
 from kangaroo_kernels.model.loop.state import MOST_UNSEEN, TextState
 from kangaroo_kernels.model.target.llama import Llama
 
@@ -111,7 +111,7 @@ def test_both_loops_choose_alike(loops, sampling, lag, monkeypatch):
     device_steps = session_module.device_steps
     monkeypatch.setattr(session_module, "device_steps", lambda *args, **named: device_steps(*args, **named, lag=lag))
     lengths = set()
-    for prompt in (REPEATING, [3, 5, 9], [15] * 70):
+    for prompt in (REPEATING, [3, 5, 9], [7], [15] * 70):
         for threshold in (0.0, 0.72):
             asked = {"draft_confidence_threshold": threshold, "max_new_tokens": 50, **sampling}
             lengths |= {drafted for _, drafted, _ in same_steps(loops, prompt, **asked)}
@@ -144,8 +144,8 @@ def test_auto_bounds_the_adapter_alone(loops, monkeypatch, loop):
         def limits(self, room: int, at_hand: bool = False) -> Limits:
             return super().limits(room, at_hand) if at_hand else Limits(0, 1.0)
 
-        def record(self, drafts: int, *_: Any, at_hand: bool = False, **__: Any) -> None:
-            told.append((at_hand, drafts))
+        def record(self, done: Done) -> None:
+            told.append((done.at_hand, done.drafts))
 
     kangaroo = loops[loop]
     most = kangaroo.drafter.num_draft_steps

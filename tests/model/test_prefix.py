@@ -3,15 +3,18 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from drafters import Scripted, on_the_device, oracle, with_drafter
+from drafters import Scripted, on_the_device, oracle, with_backend, with_drafter
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Draft, Drafter, Generation, Kangaroo, Session
+from kangaroo_kernels.model.backend import REFERENCES
 from kangaroo_kernels.model.loop.state import MOST_UNSEEN, Written
+from kangaroo_kernels.reference.attention import attention
 
 KINDS = (
     {},
@@ -33,14 +36,14 @@ def kangaroo(request: pytest.FixtureRequest, pair: Any) -> Kangaroo:
 
 @contextmanager
 def counted(kangaroo: Kangaroo) -> Iterator[dict[str, list[int]]]:
-    """Rows of every pass that begins in the target's first layer, and of every pass of the adapter."""
+    """Rows of every pass that begins in the target's first layer, and of every one that the adapter takes in."""
     rows: dict[str, list[int]] = {"target": [], "adapter": []}
-    target, adapter = kangaroo.target, kangaroo.drafter.adapter
-    embed, run = target.embed, adapter.run
+    target, layer = kangaroo.target, kangaroo.drafter.adapter.layer
+    embed, append = target.embed, layer.append
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(target, "embed", lambda tokens: rows["target"].append(len(tokens)) or embed(tokens))
         patch.setattr(
-            adapter, "run", lambda hidden, *a, **k: rows["adapter"].append(len(hidden)) or run(hidden, *a, **k)
+            layer, "append", lambda hidden, *a, **k: rows["adapter"].append(len(hidden)) or append(hidden, *a, **k)
         )
         yield rows
 
@@ -73,6 +76,16 @@ def test_a_conversation(kangaroo, settings, guarded_workspaces):
         assert rows["adapter"][:1] == ([] if settings.get("plain") else [len(prompt) - 1 - kept])
         text = prompt + written.tokens
     assert len(text) > 200  # the caches have grown on the way, more than once
+
+
+def test_a_prefill_takes_no_output_of_the_adapter(pair):
+    """Later drafts need its keys and values; in the only step there is room for no draft."""
+    kangaroo, attended = pair.load(device="cpu"), []
+    kangaroo._threads = 1
+    count = replace(REFERENCES, attention=lambda q, *a, **k: attended.append(len(q)) or attention(q, *a, **k))
+    with_backend(kangaroo, count).generate([5] * 9, max_new_tokens=1)
+    layers = kangaroo.target.config.num_hidden_layers
+    assert attended == [8] * layers + [1] * layers
 
 
 def both(pair: Any) -> tuple[Kangaroo, Kangaroo]:
