@@ -58,7 +58,8 @@ def draw_bars(axes: Any, rows: Sequence[Row], of: Callable[[Row], Estimate]) -> 
         if each.low is not None:
             axes.plot([each.low, each.high], [place, place], color=INK, linewidth=1.5)
         end = max(each.value or 0, each.high or 0)
-        axes.annotate(f"{each.value or 0:.2f}", (end, place), (5, 0), textcoords="offset points", va="center")
+        style = {"textcoords": "offset points", "va": "center", "bbox": {"fc": "white", "ec": "none", "pad": 1}}
+        axes.annotate(f"{each.value or 0:.2f}", (end, place), (5, 0), **style)
     axes.axvline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.invert_yaxis()
     axes.margins(x=0.1)

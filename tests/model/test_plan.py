@@ -86,6 +86,13 @@ def test_speedups_as_recorded(demo: Found, smollm2: Found) -> None:
         name: [over_measured(smollm2, row, 3, 6, "processor_speedup") for row in record(name)["categories"]]
         for name in ("smollm2_spec_bench", "smollm2_tasks_alone")
     }
+    alone = find_shapes("SmolLM2-135M")  # in the paper's form
+    rows = record("smollm2_paper_form")["categories"]
+    found["smollm2_paper_form"] = [over_measured(alone, row, 3, 6, "processor_speedup") for row in rows]
+    rows = record("smollm2_experiment_exits")["rows"]
+    found["smollm2_exits"] = [
+        over_measured(alone, row, int(row["category"].split()[-1]), 6, "processor_speedup") for row in rows
+    ]
     found["demo_pair"] = [over_measured(demo, row, 4, 6, "speedup") for row in record("demo_pair")["prompts"]]
     for name in ("drafting", "positions", "domains", "temperature"):
         rows = [row for row in record(f"experiment_{name}")["rows"] if row["settings"].get("acceptance") != "rejection"]
@@ -99,6 +106,8 @@ def test_speedups_as_recorded(demo: Found, smollm2: Found) -> None:
     assert ranges == {
         "smollm2_spec_bench": (0.95, 1.0, 14),
         "smollm2_tasks_alone": (0.97, 1.01, 14),
+        "smollm2_paper_form": (0.93, 0.99, 14),
+        "smollm2_exits": (0.97, 0.98, 5),
         "demo_pair": (0.98, 1.06, 8),
         "drafting": (0.83, 1.23, 45),
         "positions": (0.9, 0.97, 2),
