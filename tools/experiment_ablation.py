@@ -307,6 +307,18 @@ class TrialAdapter(Adapter):
                 hidden = operations.linear_residual(inner, part.down, hidden, active=active, out=end)
         return hidden
 
+    def append(
+        self,
+        exit_hidden: Tensor,
+        cache: KVCache,
+        position: Place,
+        states: Tensor | None = None,
+        *,
+        active: Tensor | None = None,
+    ) -> None:
+        """As ``Adapter.append``; a second layer's keys need the first one's output."""
+        self.run(exit_hidden, cache, position, active=active)
+
 
 def load(model: str, file: Path, dtype: str | None) -> Kangaroo:
     """A model that drafts with a trained network.
