@@ -16,10 +16,11 @@ from kangaroo_kernels.shared.ancestors import places_of
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_rank
 from kangaroo_kernels.shared.filters import (
+    A_ROW_ALONE,
     FILTERED,
-    GROUP,
     GroupResults,
     group,
+    groups_in,
     kept_of,
     largest_of,
     numbers_at,
@@ -90,9 +91,9 @@ def rank_kernel(
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr)
         if listed_ptr is not None:
-            start = row * tl.cdiv(V, GROUP)
+            start = row * groups_in(V)
             masses_ptr = None if mass_ptr is None else mass_ptr + start
-            groups = Groups(largest_ptr + start, None, masses_ptr, listed_ptr + start, tl.cdiv(V, GROUP))
+            groups = Groups(largest_ptr + start, None, masses_ptr, listed_ptr + start, groups_in(V))
             kept, _ = kept_of(row_ptr, V, groups, largest_of(groups), temperature, top_k_ptr, top_p_ptr)
 
     largest = tl.full((), float("-inf"), dtype=tl.float32)
@@ -174,7 +175,7 @@ def rank(
         TARGET_STREAM,
         size,
         count,
-        num_warps=8,
+        **A_ROW_ALONE,
         **launch_options(logits),
     )
     return out

@@ -19,9 +19,11 @@ from kangaroo_kernels.shared.ancestors import places_of
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
 from kangaroo_kernels.shared.checks import check_ancestors, check_count, check_sampling
 from kangaroo_kernels.shared.filters import (
+    A_ROW_ALONE,
     FILTERED,
     GROUP,
     group,
+    groups_in,
     kept_of,
     largest_of,
     noise_at,
@@ -187,9 +189,9 @@ def filtered_sample_kernel(
         return
     temperature = tl.load(temperature_ptr)
     row = tl.program_id(0)
-    row_ptr, start = logits_ptr + row.to(tl.int64) * V, row * tl.cdiv(V, GROUP)
+    row_ptr, start = logits_ptr + row.to(tl.int64) * V, row * groups_in(V)
     masses_ptr = None if mass_ptr is None else mass_ptr + start
-    groups = Groups(largest_ptr + start, sum_ptr + start, masses_ptr, listed_ptr + start, tl.cdiv(V, GROUP))
+    groups = Groups(largest_ptr + start, sum_ptr + start, masses_ptr, listed_ptr + start, groups_in(V))
     largest = largest_of(groups)
     total = sum_over_groups(groups, groups.sum_ptr, largest, 1.0)
     kept, listed = kept_of(row_ptr, V, groups, largest, temperature, top_k_ptr, top_p_ptr)
@@ -326,7 +328,7 @@ def sample_head(
         0 if embedding is None else embedding.stride(0),
         0 if embedded is None else embedded.stride(0),
         0 if embedding is None else embedding.shape[1],
-        num_warps=8,
+        **A_ROW_ALONE,
         **launch_options(x),
     )
     return out

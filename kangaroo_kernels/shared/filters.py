@@ -36,8 +36,15 @@ FILTERED = tl.constexpr(4096)
 GROUP = tl.constexpr(32)
 """Neighbouring logits of a group: 128 bytes, a line of the L2."""
 
+ALIGNED = tl.constexpr(16)
+"""A row has a multiple of so many groups, so that a thread reads several at once; the last may lie beyond the row."""
+
 GROUPS_AT_ONCE = tl.constexpr(32)
 """Groups of a program where a row has many programs."""
+
+A_ROW_ALONE = {"num_warps": 8, "maxnreg": 128}
+"""How a program that has a row alone is launched. Left to itself, the assembler may choose 80 registers and spill one,
+so that three such programs would fit an SM, of which there is one at most."""
 
 SMALLEST_TOP_P = tl.constexpr(1e-30)
 """Far below any token's share, and far enough from 0 for its product with the sum to be a normal float32."""
@@ -51,6 +58,12 @@ def order_bits(values):
 
 
 # ---- what is known of each group
+
+
+@triton.jit
+def groups_in(V):
+    """How many groups a row has."""
+    return tl.cdiv(V, GROUP * ALIGNED) * ALIGNED
 
 
 @stable_key
@@ -69,7 +82,7 @@ def group_kernel(
     follow(CHAINED)
     if skipped(active_ptr):
         return
-    row, count = tl.program_id(0), tl.cdiv(V, GROUP)
+    row, count = tl.program_id(0), groups_in(V)
     groups = tl.program_id(1) * GROUPS_AT_ONCE + tl.arange(0, GROUPS_AT_ONCE)
     offs = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     logits = tl.load(logits_ptr + row.to(tl.int64) * V + offs, mask=offs < V, other=float("-inf"))
@@ -261,14 +274,14 @@ def group(
 ) -> GroupResults:
     """Launch the kernel that looks at each group of ``logits`` ``[M, V]``."""
     rows, size = logits.shape
-    shape = rows, triton.cdiv(size, GROUP.value)
+    count = triton.cdiv(size, GROUP.value * ALIGNED.value) * ALIGNED.value
 
     def empty(dtype: torch.dtype) -> Tensor:  # each begins at an aligned address, whatever the number of rows
-        return torch.empty(shape, dtype=dtype, device=logits.device)
+        return torch.empty((rows, count), dtype=dtype, device=logits.device)
 
     sums, masses = (empty(torch.float32) if wanted else None for wanted in (with_sums, with_masses))
     results = GroupResults(empty(torch.float32), sums, masses, empty(torch.int32))
-    group_kernel[(rows, triton.cdiv(shape[1], GROUPS_AT_ONCE.value))](
+    group_kernel[(rows, triton.cdiv(count, GROUPS_AT_ONCE.value))](
         logits, *results[:3], active, temperature, size, num_warps=4, **launch_options(logits)
     )
     return results

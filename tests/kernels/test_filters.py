@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.reference.sample_head import filter_logits
-from kangaroo_kernels.shared.filters import FILTERED, GROUP, group, kept_of, largest_of, order_bits
+from kangaroo_kernels.shared.filters import FILTERED, GROUP, group, groups_in, kept_of, largest_of, order_bits
 from kangaroo_kernels.shared.launch import device_number
 from kangaroo_kernels.shared.operands import Groups
 
@@ -75,7 +75,7 @@ def test_order_bits_of_zeros_and_nans(device):
 
 @triton.jit(do_not_specialize=["size"])
 def kept_kernel(logits_ptr, largest_ptr, mass_ptr, listed_ptr, out_ptr, temperature_ptr, top_k_ptr, top_p_ptr, size):
-    groups = Groups(largest_ptr, None, mass_ptr, listed_ptr, tl.cdiv(size, GROUP))
+    groups = Groups(largest_ptr, None, mass_ptr, listed_ptr, groups_in(size))
     temperature = tl.load(temperature_ptr)
     kept, listed = kept_of(logits_ptr, size, groups, largest_of(groups), temperature, top_k_ptr, top_p_ptr)
     tl.store(out_ptr, kept.to(tl.int64))
@@ -93,7 +93,7 @@ def search(
     out = torch.full((2,), -1, device=device)
     k = None if top_k is None else torch.tensor([top_k], device=device)
     p = None if top_p is None else device_number(top_p, device)
-    kept_kernel[(1,)](row, groups.largest, groups.masses, groups.listed, out, degrees, k, p, size, num_warps=8)
+    kept_kernel[(1,)](row, groups.largest, groups.masses, groups.listed, out, degrees, k, p, size)
     order = order_of(torch.cat((logits, torch.zeros(triton.next_power_of_2(size) - size))), device)[:size]
     kept, count = out.tolist()
     return order >= kept, groups.listed[0, :count].cpu()
