@@ -153,15 +153,15 @@ def rank(
         out = Ranked.empty(rows, count, device)
     top_k, top_p = real_filter(top_k, size), real_filter(top_p, 1.0)
     degrees = None if temperature is None else device_number(temperature, device)
-    groups = GroupResults(None, None, None, None)
+    groups: GroupResults | None = None
     if degrees is not None and (top_k is not None or top_p is not None):
         groups = group(logits, active, degrees, with_sums=False, with_masses=top_k is None)
     rank_kernel[(rows,)](
         logits,
         torch.empty_like(logits),
-        groups.largest,
-        groups.masses,
-        groups.listed,
+        None if groups is None else groups.largest,
+        None if groups is None else groups.masses,
+        None if groups is None else groups.listed,
         device_scalar(position, device),
         seed if isinstance(seed, Tensor) else device_seed(seed, device),
         active,
