@@ -7,6 +7,8 @@ programs look at each group of 32 of them, and one program per row finds the sma
 ``V * K`` elements, once.
 """
 
+from typing import cast
+
 import torch
 import triton
 import triton.language as tl
@@ -305,7 +307,7 @@ def sample_head(
     launch(config, x, norm_weight, (matrix, bias), logits, results, noise, eps)
     if results is not None:
         return merge_tiles(results, out, active, threshold, embedding, embedded, sure, tokens)
-    groups = group(logits, active, degrees, with_sums=True, with_masses=top_k is None)
+    groups = group(cast(Tensor, logits), active, degrees, with_sums=True, with_masses=top_k is None)
     filtered_sample_kernel[(rows,)](
         logits,
         *groups,
