@@ -1,7 +1,8 @@
 """``rank`` in Triton: the likeliest tokens behind each row of logits, for a tree of drafts.
 
 A program owns a row. It writes the row's noisy scores once, with their sum, and then finds the best of them one after
-the other, each the best below the one before. Bytes moved: ``4 * M * V``, ``C + 3`` times, which stay in the L2.
+the other, each the best below the one before. Top-k and top-p are found as for ``sample_head``. Bytes moved:
+``4 * M * V``, ``C + 3`` times, which stay in the L2.
 """
 
 import torch
@@ -10,19 +11,22 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Ranked
-from kangaroo_kernels.sample_head import (
-    FILTERED,
-    NUMBERS,
-    SMALLEST_TOP_P,
-    kept_by_top_k,
-    kept_by_top_p,
-    load_chunk,
-    order_bits,
-    real_filter,
-)
+from kangaroo_kernels.sample_head import NUMBERS
 from kangaroo_kernels.shared.ancestors import places_of
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_rank
+from kangaroo_kernels.shared.filters import (
+    A_ROW_ALONE,
+    FILTERED,
+    GroupResults,
+    group,
+    groups_in,
+    kept_of,
+    largest_of,
+    numbers_at,
+    order_bits,
+    real_filter,
+)
 from kangaroo_kernels.shared.head import NO_TOKEN, first_best, nan_wins
 from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
@@ -34,6 +38,7 @@ from kangaroo_kernels.shared.launch import (
     require_interpreter,
 )
 from kangaroo_kernels.shared.noise import gumbel_of, gumbel_tile
+from kangaroo_kernels.shared.operands import Groups, Looked
 from kangaroo_kernels.shared.tiles import skipped
 
 
@@ -54,6 +59,9 @@ def noise_of(seed, stream, position, first, V, tokens_ptr):
 def rank_kernel(
     logits_ptr,  # [M, V] float32
     scores_ptr,  # [M, V] float32
+    largest_ptr,  # [M, groups] float32; this and the next two None without top-k and top-p
+    mass_ptr,  # [M, groups] float32, or None: for a top-p alone
+    listed_ptr,  # [M, groups] int32
     position_ptr,  # [1] int64
     seed_ptr,  # [1] int64
     active_ptr,  # [1] int32 or None
@@ -75,26 +83,24 @@ def rank_kernel(
         return
     row = tl.program_id(0)
     row_ptr, scored_ptr = logits_ptr + row.to(tl.int64) * V, scores_ptr + row.to(tl.int64) * V
+    logits, scored = Looked(row_ptr, V, None, V), Looked(scored_ptr, V, None, V)
     seed = tl.load(seed_ptr)
     position = tl.load(position_ptr) + places_of(row, row + 1, ancestors_ptr)
     temperature = 1.0
     kept = tl.zeros((), dtype=tl.uint32)
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr)
-        if top_k_ptr is not None:
-            kept = kept_by_top_k(row_ptr, V, tl.load(top_k_ptr))
-        if top_p_ptr is not None:
-            likeliest = tl.full((), float("-inf"), dtype=tl.float32)
-            for first in range(0, V, FILTERED):
-                likeliest = tl.maximum(likeliest, tl.max(nan_wins(load_chunk(row_ptr, first, V)), axis=0))
-            share = tl.maximum(tl.load(top_p_ptr), SMALLEST_TOP_P)
-            kept = kept_by_top_p(row_ptr, V, likeliest, temperature, share, kept)
+        if listed_ptr is not None:
+            start = row * groups_in(V)
+            masses_ptr = None if mass_ptr is None else mass_ptr + start
+            groups = Groups(largest_ptr + start, None, masses_ptr, listed_ptr + start, groups_in(V))
+            kept, _ = kept_of(row_ptr, V, groups, largest_of(groups), temperature, top_k_ptr, top_p_ptr)
 
     largest = tl.full((), float("-inf"), dtype=tl.float32)
     total = tl.zeros((), dtype=tl.float32)
     for first in range(0, V, FILTERED):
         offs = first + tl.arange(0, FILTERED)
-        scores = load_chunk(row_ptr, first, V)
+        scores = numbers_at(logits, first)
         if temperature_ptr is not None:
             noisy = scores / temperature + noise_of(seed, stream, position, first, V, tokens_ptr)
             scores = tl.where((order_bits(scores) >= kept) & (offs < V), noisy, float("-inf"))
@@ -111,7 +117,7 @@ def rank_kernel(
         best, index = tl.full((), float("-inf"), dtype=tl.float32), tl.full((), NO_TOKEN, dtype=tl.int32)
         for first in range(0, V, FILTERED):
             offs = first + tl.arange(0, FILTERED)
-            scores = nan_wins(load_chunk(scored_ptr, first, V))
+            scores = nan_wins(numbers_at(scored, first))
             left = (scores < below) | ((scores == below) & (offs > after))
             score, found = first_best(tl.where(left & (offs < V), scores, float("-inf")), offs, 0)
             index = tl.where(score > best, found, index)
@@ -146,15 +152,22 @@ def rank(
     if out is None:
         out = Ranked.empty(rows, count, device)
     top_k, top_p = real_filter(top_k, size), real_filter(top_p, 1.0)
+    degrees = None if temperature is None else device_number(temperature, device)
+    groups: GroupResults | None = None
+    if degrees is not None and (top_k is not None or top_p is not None):
+        groups = group(logits, active, degrees, with_sums=False, with_masses=top_k is None)
     rank_kernel[(rows,)](
         logits,
         torch.empty_like(logits),
+        None if groups is None else groups.largest,
+        None if groups is None else groups.masses,
+        None if groups is None else groups.listed,
         device_scalar(position, device),
         seed if isinstance(seed, Tensor) else device_seed(seed, device),
         active,
         None if vocabulary is None else vocabulary.tokens,
         ancestors,
-        None if temperature is None else device_number(temperature, device),
+        degrees,
         None if top_k is None else device_scalar(top_k, device),
         None if top_p is None else device_number(top_p, device),
         out.tokens,
@@ -162,7 +175,7 @@ def rank(
         TARGET_STREAM,
         size,
         count,
-        num_warps=8,
+        **A_ROW_ALONE,
         **launch_options(logits),
     )
     return out

@@ -1,13 +1,13 @@
 """``sample_head`` in Triton: RMSNorm, LM head, and a sample by Gumbel-max, the noise made in registers.
 
 Without a filter it is ``top1_head`` with a score beside every logit, and the logits are never written. Top-k and top-p
-need to see a whole row: then the head's tiles write their logits (``4 * M * V`` bytes, which stay in the L2), and one
-program per row finds the smallest logit that is kept, and samples. It finds the 32 bits of that logit one by one, the
-highest first, with one count (top-k) or sum (top-p) over the row for each bit. Bytes moved: the head, ``V * K``
-elements, once.
+need to see a whole row: then the head's tiles write their logits (``4 * M * V`` bytes, which stay in the L2), many
+programs look at each group of 32 of them, and one program per row finds the smallest logit that is kept and samples
+(``shared/filters.py`` says how). It makes noise for the groups that hold a kept logit alone. Bytes moved: the head,
+``V * K`` elements, once.
 """
 
-from typing import Any
+from typing import cast
 
 import torch
 import triton
@@ -20,8 +20,22 @@ from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.ancestors import places_of
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
 from kangaroo_kernels.shared.checks import check_ancestors, check_count, check_sampling
+from kangaroo_kernels.shared.filters import (
+    A_ROW_ALONE,
+    FILTERED,
+    GROUP,
+    group,
+    groups_in,
+    kept_of,
+    largest_of,
+    noise_at,
+    numbers_at,
+    order_bits,
+    places_at,
+    real_filter,
+    sum_over_groups,
+)
 from kangaroo_kernels.shared.head import (
-    NO_TOKEN,
     TileResults,
     check_head,
     check_vocabulary,
@@ -43,14 +57,8 @@ from kangaroo_kernels.shared.launch import (
     weight_and_bias,
 )
 from kangaroo_kernels.shared.noise import gumbel_of, gumbel_tile
-from kangaroo_kernels.shared.operands import Found, Linear, Matrix, Noise, Norm, TileParts
+from kangaroo_kernels.shared.operands import Found, Groups, Linear, Looked, Matrix, Noise, Norm, TileParts
 from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
-
-FILTERED = tl.constexpr(4096)
-"""Logits of a row that the filter takes at a time."""
-
-SMALLEST_TOP_P = tl.constexpr(1e-30)
-"""Far below any token's share, and far enough from 0 for its product with the sum to be a normal float32."""
 
 NUMBERS = ["position_ptr", "seed_ptr", "active_ptr", "temperature_ptr", "tokens_ptr", "ancestors_ptr"]  # lie anywhere
 
@@ -137,56 +145,6 @@ def sample_head_kernel(
     )
 
 
-@triton.jit
-def order_bits(values):
-    """Float32 to uint32 that sort the same way; a NaN sorts highest, -0 as 0."""
-    bits = tl.where(values == 0.0, 0.0, nan_wins(values)).to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def load_chunk(row_ptr, first, V):
-    """``FILTERED`` logits of a row from ``first``, -inf beyond V."""
-    offs = first + tl.arange(0, FILTERED)
-    return tl.load(row_ptr + offs, mask=offs < V, other=float("-inf"))
-
-
-@triton.jit
-def kept_by_top_k(row_ptr, V, top_k):
-    """The order bits of the k-th largest logit."""
-    kept = tl.zeros((), dtype=tl.uint32)
-    for step in range(32):
-        candidate = kept | (tl.full((), 1, dtype=tl.uint32) << (31 - step))
-        count = tl.zeros((), dtype=tl.int32)
-        for first in range(0, V, FILTERED):
-            count += tl.sum((order_bits(load_chunk(row_ptr, first, V)) >= candidate).to(tl.int32), axis=0)
-        kept = tl.where(count >= top_k, candidate, kept)
-    return kept
-
-
-@triton.jit
-def mass_from(row_ptr, V, largest, temperature, kept):
-    """Sum of exp((logit - largest) / T) over the logits whose order bits are at least ``kept``."""
-    mass = tl.zeros((), dtype=tl.float32)
-    for first in range(0, V, FILTERED):
-        logits = load_chunk(row_ptr, first, V)
-        share = tl.where(order_bits(logits) >= kept, tl.exp((logits - largest) / temperature), 0.0)
-        mass += tl.sum(share, axis=0)
-    return mass
-
-
-@triton.jit
-def kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept):
-    """The order bits of the smallest logit among the fewest that reach ``top_p`` of the mass from ``kept`` on."""
-    wanted = top_p * mass_from(row_ptr, V, largest, temperature, kept)
-    smallest = tl.zeros((), dtype=tl.uint32)
-    for step in range(32):
-        candidate = smallest | (tl.full((), 1, dtype=tl.uint32) << (31 - step))
-        reached = mass_from(row_ptr, V, largest, temperature, tl.maximum(candidate, kept)) >= wanted
-        smallest = tl.where(reached, candidate, smallest)
-    return tl.maximum(smallest, kept)
-
-
 @stable_key
 @triton.jit(
     do_not_specialize=["stream"],
@@ -202,6 +160,10 @@ def kept_by_top_p(row_ptr, V, largest, temperature, top_p, kept):
 )
 def filtered_sample_kernel(
     logits_ptr,  # [M, V] float32
+    largest_ptr,  # [M, groups] float32
+    sum_ptr,  # [M, groups] float32
+    mass_ptr,  # [M, groups] float32, or None: for a top-p alone
+    listed_ptr,  # [M, groups] int32
     position_ptr,  # [1] int64
     seed_ptr,  # [1] int64
     token_ptr,  # [M] int64
@@ -229,44 +191,29 @@ def filtered_sample_kernel(
         return
     temperature = tl.load(temperature_ptr)
     row = tl.program_id(0)
-    row_ptr = logits_ptr + row.to(tl.int64) * V
-    largest = tl.full((), float("-inf"), dtype=tl.float32)
-    for first in range(0, V, FILTERED):
-        largest = tl.maximum(largest, tl.max(nan_wins(load_chunk(row_ptr, first, V)), axis=0))
-    total = tl.zeros((), dtype=tl.float32)
-    for first in range(0, V, FILTERED):
-        total += exponential_sum(load_chunk(row_ptr, first, V), largest, 0)
-    kept = tl.zeros((), dtype=tl.uint32)
-    if top_k_ptr is not None:
-        kept = kept_by_top_k(row_ptr, V, tl.load(top_k_ptr))
-    if top_p_ptr is not None:
-        kept = kept_by_top_p(row_ptr, V, largest, temperature, tl.maximum(tl.load(top_p_ptr), SMALLEST_TOP_P), kept)
+    row_ptr, start = logits_ptr + row.to(tl.int64) * V, row * groups_in(V)
+    masses_ptr = None if mass_ptr is None else mass_ptr + start
+    groups = Groups(largest_ptr + start, sum_ptr + start, masses_ptr, listed_ptr + start, groups_in(V))
+    largest = largest_of(groups)
+    total = sum_over_groups(groups, groups.sum_ptr, largest, 1.0)
+    kept, listed = kept_of(row_ptr, V, groups, largest, temperature, top_k_ptr, top_p_ptr)
 
     positions = tl.load(position_ptr) + places_of(row, row + 1, ancestors_ptr) + tl.zeros((1,), dtype=tl.int64)
     seed = tl.load(seed_ptr)
+    looked = Looked(row_ptr, V, groups.listed_ptr, listed * GROUP)
     score = tl.full((), float("-inf"), dtype=tl.float32)
-    token = tl.full((), NO_TOKEN, dtype=tl.int32)
-    for first in range(0, V, FILTERED):
-        logits = load_chunk(row_ptr, first, V)
-        if tokens_ptr is None:
-            noise = gumbel_tile(seed, stream, positions, first, 1, FILTERED)
-        else:
-            tokens = tl.load(tokens_ptr + tl.minimum(first + tl.arange(0, FILTERED), V - 1))
-            noise = gumbel_of(seed, stream, positions, tokens, 1, FILTERED)
-        noise = tl.reshape(noise, (FILTERED,))
+    token = tl.zeros((), dtype=tl.int32)  # of a row of nothing but -inf
+    for first in range(0, looked.count, FILTERED):
+        logits, places = numbers_at(looked, first), places_at(looked, first)
+        noise = noise_at(seed, stream, positions, looked, first, tokens_ptr)
         scores = tl.where(order_bits(logits) >= kept, nan_wins(logits / temperature + noise), float("-inf"))
-        best, index = first_best(scores, first + tl.arange(0, FILTERED), 0)
+        best, index = first_best(tl.reshape(scores, (FILTERED,)), tl.reshape(places, (FILTERED,)), 0)
         token = tl.where(best > score, index, tl.where(best == score, tl.minimum(token, index), token))
         score = tl.maximum(score, best)
     embedding = Matrix(embedding_ptr, None, K, embedding_row_stride)
     embedded = Matrix(embedded_ptr, None, K, embedded_row_stride)
     found = Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded, tokens_ptr)
     finish_row(row, token, confidence_from(total), found)
-
-
-def real_filter(value: Any, all_of_it: float) -> Any:
-    """``value``, a top-k or top-p, or None for one that is known to keep everything."""
-    return None if value is None or (not isinstance(value, Tensor) and value >= all_of_it) else value
 
 
 def launch(
@@ -360,8 +307,10 @@ def sample_head(
     launch(config, x, norm_weight, (matrix, bias), logits, results, noise, eps)
     if results is not None:
         return merge_tiles(results, out, active, threshold, embedding, embedded, sure, tokens)
+    groups = group(cast(Tensor, logits), active, degrees, with_sums=True, with_masses=top_k is None)
     filtered_sample_kernel[(rows,)](
         logits,
+        *groups,
         where,
         key,
         out.token,
@@ -381,7 +330,7 @@ def sample_head(
         0 if embedding is None else embedding.stride(0),
         0 if embedded is None else embedded.stride(0),
         0 if embedding is None else embedding.shape[1],
-        num_warps=8,
+        **A_ROW_ALONE,
         **launch_options(x),
     )
     return out

@@ -108,17 +108,16 @@ def head(
     settings: Settings,
     op: str = "sample_head",
     *,
-    filtered: bool = False,
+    filters: tuple[str, ...] = (),
     drafting: bool = False,
     rows: int | None = None,
 ) -> Calls:
-    """A head, with top-k and top-p if ``filtered``, of so many ``rows``, or of all.
+    """A head, with the ``filters``, of so many ``rows``, or of all.
 
     That of a drafting step is also given the flag, which it may lower, and where the next step begins.
     """
     more = {"temperature": empty(1)} if op == "sample_head" else {}
-    if filtered:
-        more |= {"top_k": empty(1, dtype=torch.int64), "top_p": empty(1)}
+    more |= {name: empty(1, dtype=torch.int64 if name == "top_k" else torch.float32) for name in filters}
     if drafting:
         table = empty(shape.vocab_size, shape.hidden, dtype=settings.dtype)
         more |= {"threshold": empty(1), "embedding": table, "embedded": table[:1], **DRAFTING}
@@ -204,13 +203,15 @@ def draft_loop(
     yield Call("draft_loop", "", (model, flags, positions, states[:1], states), numbers, moved)
 
 
+BOTH = "top_k", "top_p"
 SOME_ROWS = partial(head, drafting=True, rows=8192)
 
 STEPS = (
     Step("layer", layer),
     Step("top-1 head", partial(head, op="top1_head")),
     Step("sampling head", head),
-    Step("filtered head", partial(head, filtered=True)),
+    Step("filtered head", partial(head, filters=BOTH)),
+    Step("top-p head", partial(head, filters=("top_p",)), variant=True),
     Step("prompt lookup", prompt_lookup),
     Step("accept", partial(ending, op="accept")),
     Step("commit", partial(ending, op="commit")),
@@ -222,14 +223,14 @@ STEPS = (
     Step("draft step", draft_step, drafting=True, variant=True),
     Step("draft step, short text", draft_step, length=SHORT_TEXT, drafting=True, variant=True),
     Step("sampling draft head", partial(head, drafting=True), drafting=True, variant=True),
-    Step("filtered draft head", partial(head, filtered=True, drafting=True), drafting=True, variant=True),
+    Step("filtered draft head", partial(head, filters=BOTH, drafting=True), drafting=True, variant=True),
     Step("draft loop", draft_loop, drafting=True, variant=True),
     Step("draft loop, 4 layers", partial(draft_loop, layers=4, most=15), drafting=True, variant=True),
     Step("draft loop, adapter with an MLP", partial(draft_loop, mlp=True), drafting=True, variant=True),
     Step("sampling draft loop", partial(draft_loop, sampled=True), drafting=True, variant=True),
     Step("draft head, 8192 rows", partial(SOME_ROWS, op="top1_head"), drafting=True, variant=True),
     Step("sampling draft head, 8192 rows", SOME_ROWS, drafting=True, variant=True),
-    Step("filtered draft head, 8192 rows", partial(SOME_ROWS, filtered=True), drafting=True, variant=True),
+    Step("filtered draft head, 8192 rows", partial(SOME_ROWS, filters=BOTH), drafting=True, variant=True),
     Step("draft loop, 8192 rows", partial(draft_loop, rows=8192), drafting=True, variant=True),
     Step("sampling draft loop, 8192 rows", partial(draft_loop, sampled=True, rows=8192), drafting=True, variant=True),
 )

@@ -45,8 +45,9 @@ from kangaroo_kernels.draft_loop.stages import (
 from kangaroo_kernels.draft_loop.table import DraftLoop
 from kangaroo_kernels.gate_up import gate_up_tile
 from kangaroo_kernels.linear_residual import linear_residual_tile
-from kangaroo_kernels.sample_head import real_filter, sample_tile
+from kangaroo_kernels.sample_head import sample_tile
 from kangaroo_kernels.shared.checks import check_sampling
+from kangaroo_kernels.shared.filters import real_filter
 from kangaroo_kernels.shared.grid import arrive, is_whole, leave, wait
 from kangaroo_kernels.shared.head import merge_row
 from kangaroo_kernels.shared.keys import stable_key

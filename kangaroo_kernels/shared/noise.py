@@ -7,7 +7,12 @@ import triton.language as tl
 @triton.jit
 def gumbel_tile(seed, stream, positions, first, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Standard Gumbel noise for ``positions`` [BLOCK_M] and BLOCK_N tokens from ``first`` on, both multiples of 4."""
-    words = first // 4 + tl.arange(0, BLOCK_N // 4)
+    return gumbel_words(seed, stream, positions, first // 4 + tl.arange(0, BLOCK_N // 4), BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def gumbel_words(seed, stream, positions, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The same for any fours of tokens: ``words`` [BLOCK_N / 4] are the first token of each, divided by 4."""
     zero = tl.zeros((BLOCK_M, BLOCK_N // 4), dtype=tl.uint32)
     c0 = zero + words[None, :].to(tl.uint32)
     c1 = zero + positions[:, None].to(tl.uint32)

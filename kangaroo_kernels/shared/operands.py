@@ -184,6 +184,40 @@ class TileParts(NamedTuple):
     count: tl.tensor
 
 
+class Groups(NamedTuple):
+    """What is known of each group of neighbouring logits of a row, ``[count]`` each.
+
+    Attributes:
+        largest_ptr: float32, the largest logit, infinity for a NaN.
+        sum_ptr: float32, the sum of exp(logit - largest); None where nothing asks for it.
+        mass_ptr: float32, the sum of exp((logit - largest) / T); None where nothing asks for it.
+        listed_ptr: int32, the groups in which all kept logits lie.
+        count: groups of the row.
+    """
+
+    largest_ptr: tl.tensor
+    sum_ptr: tl.tensor | None
+    mass_ptr: tl.tensor | None
+    listed_ptr: tl.tensor
+    count: tl.tensor
+
+
+class Looked(NamedTuple):
+    """Numbers that a filter looks at.
+
+    Attributes:
+        ptr: the first of all, float32.
+        size: how many there are.
+        listed_ptr: int32, the groups of them that are looked at; None for all.
+        count: how many are looked at.
+    """
+
+    ptr: tl.tensor
+    size: tl.tensor
+    listed_ptr: tl.tensor | None
+    count: tl.tensor
+
+
 class Found(NamedTuple):
     """Where the result of a head goes, and what a drafting step does with it.
 

@@ -64,7 +64,7 @@ def test_the_comparison_is_about_something(kernels):
     assert len({(model, architecture) for _, model, architecture, _ in names}) == 6
     assert {kernel for kernel, *_ in names} >= {
         *(f"{op}_kernel" for op in ("qkv_rope", "attention", "linear_residual", "gate_up", "top1_head", "sample_head")),
-        *("merge_tiles_kernel", "filtered_sample_kernel", "draft_loop_kernel"),
+        *("merge_tiles_kernel", "group_kernel", "filtered_sample_kernel", "draft_loop_kernel"),
     }
     for words in ("paged", "short text", "draft step", "chained"):
         assert any(words in step for *_, step in names), words

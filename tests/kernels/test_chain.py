@@ -121,7 +121,7 @@ print(json.dumps(found))
 KERNELS = {
     *("qkv_rope_kernel", "attention_kernel", "linear_residual_kernel", "gate_up_kernel"),
     *("top1_head_kernel", "merge_tiles_kernel", "sample_head_kernel", "filtered_sample_kernel"),
-    *("accept_kernel", "commit_kernel"),
+    *("group_kernel", "accept_kernel", "commit_kernel"),
 }
 STREAMS_A_WEIGHT = {name for name in KERNELS if name.startswith(("qkv", "linear", "gate", "top1", "sample"))}
 WAIT, RELEASE, PREFETCH = "ACQBULK", "PREEXIT", "CCTL.E.PF2"

@@ -4,8 +4,6 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from budget import assert_within_budget
 from chi_square import REJECTED, p_value
 from hypothesis import given
@@ -20,15 +18,10 @@ from kangaroo_kernels.reference.noise import gumbel, gumbel_rows
 from kangaroo_kernels.reference.sample_head import filter_logits
 from kangaroo_kernels.reference.sample_head import sample_head as reference
 from kangaroo_kernels.reference.top1_head import confidence_of, lm_head, top1_head
-from kangaroo_kernels.sample_head import (
-    filtered_sample_kernel,
-    kept_by_top_k,
-    kept_by_top_p,
-    order_bits,
-    sample_head_kernel,
-)
+from kangaroo_kernels.sample_head import filtered_sample_kernel, sample_head_kernel
 from kangaroo_kernels.sample_head import lm_head as lm_head_kernel
 from kangaroo_kernels.sample_head import sample_head as kernel
+from kangaroo_kernels.shared.filters import group, group_kernel
 from kangaroo_kernels.shared.head import merge_tiles_kernel
 from kangaroo_kernels.shared.launch import device_number, device_seed
 
@@ -261,9 +254,10 @@ def test_kernel_filters_in_odd_shapes(device, settings, vocab_size, inner):
 @pytest.mark.parametrize("inner", [48, 37])
 def test_one_binary_serves_any_number_of_rows(device, monkeypatch, inner):
     """Wherever in a buffer they and the numbers begin, whatever their positions, their stream and the k of a filter."""
-    recorded = [Recorded(sample_head_kernel), Recorded(filtered_sample_kernel)]
+    recorded = [Recorded(sample_head_kernel), Recorded(filtered_sample_kernel), Recorded(group_kernel)]
     monkeypatch.setattr("kangaroo_kernels.sample_head.sample_head_kernel", recorded[0])
     monkeypatch.setattr("kangaroo_kernels.sample_head.filtered_sample_kernel", recorded[1])
+    monkeypatch.setattr("kangaroo_kernels.shared.filters.group_kernel", recorded[2])
     monkeypatch.setattr("kangaroo_kernels.shared.head.merge_tiles_kernel", Recorded(merge_tiles_kernel))
     x, norm, head = problem(device, 20, 9, inner, HALF)
     draw = {"eps": 1e-5, "temperature": 1.0, "seed": 1}
@@ -275,7 +269,7 @@ def test_one_binary_serves_any_number_of_rows(device, monkeypatch, inner):
     for first, top_k in enumerate((1, 2, 8)):
         kernel(x[first : first + 1], norm, head, first, stream=first, top_k=top_k, **draw)
     kernel(x[:1], norm, head, 1, top_k=on_device(3, device), **(draw | {"temperature": on_device(1.0, device)}))
-    assert len(recorded[1].binaries()) == 1
+    assert len(recorded[1].binaries()) == len(recorded[2].binaries()) == 1
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 9}, {"top_k": 10}, {"top_p": 1.0}, {"top_k": 9, "top_p": 1.0}])
@@ -313,167 +307,7 @@ def test_kernel_low_precision(device, settings, dtype):
     assert ((top.confidence.cpu() - wanted).abs() <= wanted * (2 * budget + 1e-6)).all()
 
 
-# ---- the order of logits, and the sets that the filters keep
-
-
-SPECIAL = [0.0, 1.0, 2.0**-126, 1e-30, 0.1, 1.5, 3.0, 65504.0, 1e30, 3.4028235e38, INFINITY]
-
-
-@triton.jit
-def order_kernel(value_ptr, out_ptr, count: tl.constexpr):
-    offs = tl.arange(0, count)
-    tl.store(out_ptr + offs, order_bits(tl.load(value_ptr + offs)).to(tl.int64))
-
-
-def order_of(values: Tensor, device: torch.device) -> Tensor:
-    out = torch.full((len(values),), -1, device=device)
-    order_kernel[(1,)](values.to(device), out, len(values))
-    return out.cpu()
-
-
-def random_floats(count: int, seed: int) -> Tensor:
-    """Of any exponent: random bits, NaN and subnormal numbers (which a GPU may flush) taken out."""
-    bits = torch.randint(-(2**31), 2**31, (count,), generator=torch.Generator().manual_seed(seed))
-    values = bits.to(torch.int32).view(torch.float32)
-    return torch.where(values.isnan() | (values.abs() < 2.0**-126), 0.0, values)
-
-
-def test_order_bits_sort_as_the_numbers_do(device):
-    specials = torch.tensor([sign * value for value in SPECIAL for sign in (1, -1)])
-    close = torch.nextafter(specials[specials.abs() > 2.0**-126], torch.tensor(0.0))  # differ in the last bit
-    values = torch.cat((specials, close, random_floats(4096 - len(specials) - len(close), 0)))
-    order = order_of(values, device)
-    assert 0 <= int(order.min()) <= int(order.max()) < 2**32
-    by_value = values.argsort(stable=True)
-    rises = values[by_value].diff() > 0
-    rises |= (values[by_value][1:] == INFINITY) & (values[by_value][:-1] < INFINITY)
-    rises |= (values[by_value][:-1] == -INFINITY) & (values[by_value][1:] > -INFINITY)
-    assert torch.equal(order[by_value].diff() > 0, rises)
-    assert torch.equal(order[by_value].diff() == 0, ~rises)
-
-
-def test_order_bits_of_zeros_and_nans(device):
-    """The two zeros are one number; a NaN, of either sign and any payload, is as large as infinity."""
-    assert len(set(order_of(torch.tensor([0.0, -0.0]), device).tolist())) == 1
-    bits = [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -0x00400000, -0x007FFFFF, -1]  # a negative one has its sign bit set
-    nans = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    assert nans.isnan().all()
-    values = torch.cat((nans, torch.tensor([INFINITY, 3.4028235e38])))
-    order = order_of(values, device)
-    assert len(set(order[:7].tolist())) == 1
-    assert order[0] > order[7]
-    assert order_of(torch.tensor([-INFINITY, -3.4028235e38]), device).diff() > 0
-
-
-@triton.jit(do_not_specialize=["top_k"])
-def kept_kernel(logits_ptr, out_ptr, largest, temperature, top_k, top_p, size):
-    kept = tl.zeros((), dtype=tl.uint32)
-    if top_k is not None:
-        kept = kept_by_top_k(logits_ptr, size, top_k)
-    if top_p is not None:
-        kept = kept_by_top_p(logits_ptr, size, largest, temperature, top_p, kept)
-    tl.store(out_ptr, kept.to(tl.int64))
-
-
-def kept_of(
-    logits: Tensor, device: torch.device, top_k: int | None, top_p: float | None, temperature: float = 1.0
-) -> Tensor:
-    """Which of ``logits`` [V] the kernel's filters keep."""
-    padded = torch.cat((logits, torch.full((9,), INFINITY))).to(device)  # what follows a row is another row
-    out = torch.full((1,), -1, device=device)
-    kept_kernel[(1,)](padded, out, float(logits.max()), temperature, top_k, top_p, len(logits))
-    count = triton.next_power_of_2(len(logits))
-    order = order_of(torch.cat((logits, torch.zeros(count - len(logits)))), device)[: len(logits)]
-    return order >= int(out)
-
-
-def kept_by_reference(logits: Tensor, top_k: int | None, top_p: float | None, temperature: float = 1.0) -> Tensor:
-    return filter_logits(logits[None], temperature, top_k, top_p)[0] > -INFINITY
-
-
-def coarse(logits: Tensor) -> Tensor:
-    """On a grid with many ties, zeros of both signs among them."""
-    return (logits * 2).round() / 2
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "change", "top_k"),
-    [
-        *((67, change, top_k) for change in (torch.clone, coarse) for top_k in (1, 2, 20, 66)),
-        *((67, change, 5) for change in (lambda logits: -logits.abs(), lambda logits: 1e-30 * logits)),
-        *((size, coarse, top_k) for size in (4096, 4097) for top_k in (1, 4095)),
-        *((9000, coarse, top_k) for top_k in (3, 4500, 8999)),
-        (2, torch.clone, 1),
-    ],
-)
-def test_top_k_keeps_what_the_reference_keeps(device, vocab_size, change, top_k):
-    logits = change(draw_logits(1, vocab_size, 2.0, vocab_size)[0])
-    assert torch.equal(kept_of(logits, device, top_k, None), kept_by_reference(logits, top_k, None))
-
-
-@pytest.mark.parametrize(
-    ("vocab_size", "change", "top_k", "top_p", "temperature"),
-    [
-        *((67, change, None, top_p, 0.7) for change in (torch.clone, coarse) for top_p in (1e-30, 0.2, 0.5, 0.93)),
-        *(
-            (67, change, top_k, top_p, 3.0)
-            for change in (torch.clone, coarse)
-            for top_k, top_p in ((10, 0.8), (2, 0.6))
-        ),
-        *((4097, change, None, 0.5, 1.0) for change in (torch.clone, coarse)),
-        (9000, coarse, 6000, 0.9, 2.0),
-        *((size, torch.clone, None, top_p, 1.0) for size in (1, 2) for top_p in (0.4, 0.99)),
-    ],
-)
-def test_top_p_keeps_what_the_reference_keeps(device, vocab_size, change, top_k, top_p, temperature):
-    logits = change(draw_logits(1, vocab_size, 2.0, vocab_size)[0])
-    kept = kept_of(logits, device, top_k, top_p, temperature)
-    assert torch.equal(kept, kept_by_reference(logits, top_k, top_p, temperature))
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 33, 34])
-@pytest.mark.parametrize("first", [1, 2])
-def test_logits_that_differ_in_the_last_bit(device, first, top_k):
-    """One more or fewer is kept: the search goes down to it, of both parities."""
-    steps = torch.randperm(67, generator=torch.Generator().manual_seed(0)) + first
-    logits = 1 + steps * 2.0**-23
-    assert torch.equal(kept_of(logits, device, top_k, None), kept_by_reference(logits, top_k, None))
-    share = (top_k - 0.5) / 67
-    kept = kept_of(logits, device, None, share)
-    assert torch.equal(kept, kept_by_reference(logits, None, share))
-    assert int(kept.sum()) == top_k
-
-
-def test_top_p_that_is_reached_exactly(device):
-    """Half of the probability is the first token's: it alone is kept."""
-    logits = torch.tensor([-0.6931472, 0.0, -0.6931472])  # 1/2, 1, 1/2
-    assert kept_by_reference(logits, None, 0.5).tolist() == [False, True, False]
-    assert kept_of(logits, device, None, 0.5).tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("chosen", [0, 1])
-def test_kernel_keeps_all_that_tie_with_the_last(device, chosen):
-    logits = torch.tensor([1.0, 3.0, 1.0, 1.0, 0.0])
-    settings = [(2, None), (4, None), (None, 0.75), (2, 0.8), (None, 0.9)]
-    alone = [(1, None), (None, 0.6), (4, 0.1), (1, 0.99)]
-    for top_k, top_p in (settings, alone)[chosen]:
-        kept = kept_of(logits, device, top_k, top_p).tolist()
-        assert kept == ([True] * 4 + [False], [False, True, False, False, False])[chosen]
-    assert kept_of(torch.zeros(8), device, None, 0.25).all()
-    assert kept_of(torch.tensor([-0.0, 0.0, -1.0]), device, 1, None).tolist() == [True, True, False]
-
-
-@pytest.mark.parametrize("top_k", [1, 3, 5, 50])
-def test_top_k_among_infinite_logits(device, top_k):
-    """As many as are finite, fewer than k, or more: what pads the last chunk of a row is none of them."""
-    logits = torch.full((67,), -INFINITY)
-    logits[[3, 9, 40]] = torch.tensor([1.0, -2.0, 0.5])
-    kept = kept_of(logits, device, top_k, None)
-    assert torch.equal(kept & (logits > -INFINITY), kept_by_reference(logits, top_k, None))
-    logits[[5, 66]] = INFINITY
-    for fewest in (1, 2, 4):
-        kept = kept_of(logits, device, fewest, None)
-        assert torch.equal(kept, kept_by_reference(logits, fewest, None))
+# ---- rows of many groups
 
 
 def on_device(value: float, device: torch.device) -> Tensor:
@@ -485,18 +319,24 @@ def on_device(value: float, device: torch.device) -> Tensor:
 def filtered(
     logits: Tensor, device: torch.device, position: int, seed: int, temperature: float, **filters: float
 ) -> Top1:
-    """The second kernel alone, on logits ``[M, V]``."""
+    """The kernels behind the head alone, on logits ``[M, V]``."""
     rows, vocab_size = logits.shape
-    out = poisoned_out(rows, device)
+    out, logits = poisoned_out(rows, device), logits.to(device)
+    degrees = device_number(temperature, device)
+    groups = group(logits, None, degrees, with_sums=True, with_masses="top_k" not in filters)
     given = {
-        "logits_ptr": logits.to(device),
+        "logits_ptr": logits,
+        "largest_ptr": groups.largest,
+        "sum_ptr": groups.sums,
+        "mass_ptr": groups.masses,
+        "listed_ptr": groups.listed,
         "position_ptr": torch.tensor([position], device=device),
         "seed_ptr": device_seed(seed, device),
         "token_ptr": out.token,
         "confidence_ptr": out.confidence,
         "V": vocab_size,
         "stream": 0,
-        "temperature_ptr": device_number(temperature, device),
+        "temperature_ptr": degrees,
         **{f"{name}_ptr": on_device(value, device) for name, value in filters.items()},
     }
     numbers = {"embedding_row_stride", "embedded_row_stride", "K"}
