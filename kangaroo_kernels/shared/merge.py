@@ -22,8 +22,8 @@ MERGED_ROWS, MERGED = tl.constexpr(4), tl.constexpr(8)
 
 MOST_TURNS = 16
 """The most turns, of ``MERGED_ROWS`` rows and ``MERGED`` splits, by which a merge in one program may be longer than one
-in many. A turn is 503 instructions of each warp on sm_90, 0.3 us at 1.7 GHz if nothing waits; a launch in a graph is
-taken for 3 us, as in ``tools/bandwidth_model.py``. Neither has been measured."""
+in many. A turn is about 500 instructions of each warp on sm_90, 0.3 us at 1.7 GHz if nothing waits; a launch in a graph
+is taken for 3 us, as in ``tools/bandwidth_model.py``. Neither has been measured."""
 
 STAGES_APART = tl.constexpr(3)
 """The pipeline's depth where a launch merges: two turns are under way while a third is added up."""
@@ -39,7 +39,8 @@ def seen_or_one(denominator):
 def attention_merge(work, position, splits, q, parts, heads, STAGES: tl.constexpr):
     """Merge the first ``splits`` splits of a block of packed rows, each row those that it sees, one after the other.
 
-    ``STAGES`` is the software pipeline's depth; None is none, where the parts may still be in the making.
+    ``STAGES`` is the software pipeline's depth; None is none, where other programs of the launch wrote the parts: the
+    pipeline copies the two numbers of a split through the L1.
     """
     GROUP: tl.constexpr = heads.GROUP
     HEAD_DIM: tl.constexpr = heads.DIM

@@ -462,11 +462,20 @@ def test_who_merges_changes_no_bit(device, monkeypatch, rows, heads, position):
 
     def found(most_turns: int) -> list[Tensor]:
         monkeypatch.setattr("kangaroo_kernels.shared.merge.MOST_TURNS", most_turns)
-        assert attend(q, keys, values, where, 0.25, active=down).isnan().all()  # nobody writes
+        untouched = q.new_full((rows, heads * 16), 7)
+        assert (kernel(q, keys, values, where, scale=0.25, active=down, out=untouched) == 7).all()
         pages = attend(q, *pools, position, 0.25, block_table=table)
         return [pages, *(attend(q, keys, values, where, 0.25, **way) for way in ways)]
 
     assert all(map(torch.equal, found(-1), found(10**6)))
+
+
+def test_what_a_launch_merges_nobody_else_does(device, monkeypatch):
+    """Without that launch, the result stays as it was."""
+    monkeypatch.setattr("kangaroo_kernels.shared.merge.attention_merge_kernel", Recorded(attention_merge_kernel))
+    q, keys, values = on(device, HALF, inputs(16, 4, 1, 16, 1100))
+    assert attend(q, keys, values, 1100, 0.25).isnan().all()
+    assert not attend(q[:9], keys, values, 1100, 0.25).isnan().any()
 
 
 def test_a_rows_bits_do_not_depend_on_who_merges(device):
