@@ -2,9 +2,9 @@
 
 A program owns one split of the cache of one key-value head for up to 64 packed query rows (row ``m * GROUP + g`` is
 query head g of the group at token m), and leaves an unnormalised sum with its maximum and its denominator. The last
-program to arrive at a block of packed rows merges its splits in order. (Split-KV decoding is Flash-Decoding's, the
-running softmax that of FlashAttention, arXiv 2205.14135; that the last program to arrive finishes the work is CUDA's
-``threadFenceReduction`` sample.)
+program to arrive at a block of packed rows merges its splits in order; where rows and splits are many, a second launch
+does (``shared/merge.py``). (Split-KV decoding is Flash-Decoding's, the running softmax that of FlashAttention, arXiv
+2205.14135; that the last program to arrive finishes the work is CUDA's ``threadFenceReduction`` sample.)
 
 Splits lie at absolute positions: short ones first, so that a short context fills the card, longer ones later, so that
 the partial sums stay small beside the cache. Where every position is in the first split, that one writes the result
@@ -35,22 +35,14 @@ from kangaroo_kernels.shared.launch import (
     device_scalar,
     launch_options,
 )
+from kangaroo_kernels.shared.merge import attention_merge, merge_splits, merges_apart, seen_or_one
 from kangaroo_kernels.shared.operands import Cache, Caches, Heads, Parts, Queries, Work
 from kangaroo_kernels.shared.splits import count_splits, count_splits_of, first_position
 from kangaroo_kernels.shared.tiles import elements, skipped
 
-MERGED_ROWS, MERGED = tl.constexpr(4), tl.constexpr(8)
-"""Packed rows that are merged at a time, and splits that are fetched at a time: 16 KB of parts at heads of 128."""
-
 MAX_PACKED_ROWS = {2: 64, 4: 16}
 """The most packed rows of a tile, by the bytes of an element; float32, multiplied in registers, has fewer. Part of the
 contract (docs/kernels.md)."""
-
-
-@triton.jit
-def seen_or_one(denominator):
-    """``denominator``, but 1 for a row that sees no position, as it lies before the first: its result is 0, not NaN."""
-    return tl.where(denominator > 0.0, denominator, 1.0)
 
 
 @triton.jit
@@ -122,62 +114,18 @@ def attention_split(work, position, q, scale, caches, parts, heads, STAGES: tl.c
 
 
 @triton.jit
-def attention_merge(work, position, splits, q, parts, heads):
-    """Merge the first ``splits`` splits of a block of packed rows, each row those that it sees, one after the other."""
-    GROUP: tl.constexpr = heads.GROUP
-    HEAD_DIM: tl.constexpr = heads.DIM
-    BLOCK_D: tl.constexpr = heads.BLOCK_D
-    BLOCK_R: tl.constexpr = heads.BLOCK_R
-    M = q.rows
-    dims = tl.arange(0, BLOCK_D)
-    dim_mask = dims < HEAD_DIM
-    filled = tl.minimum(M * GROUP - work.block * BLOCK_R, BLOCK_R)
-    for first in tl.range(0, filled, MERGED_ROWS):
-        packed = work.block * BLOCK_R + first + tl.arange(0, MERGED_ROWS)
-        rows, query_heads = packed // GROUP, work.kv_head * GROUP + packed % GROUP
-        row_mask = rows < M
-        seen = tl.maximum(tl.minimum(count_splits_of(position + rows + 1), splits), 1)
-        mask = row_mask[:, None] & dim_mask[None, :]
-        best = tl.full((MERGED_ROWS,), float("-inf"), dtype=tl.float32)
-        denominator = tl.zeros((MERGED_ROWS,), dtype=tl.float32)
-        acc = tl.zeros((MERGED_ROWS, BLOCK_D), dtype=tl.float32)
-        for start in tl.range(0, splits, MERGED):
-            fetched = ()  # all loads are under way before the first is waited for; behind the end, the last part again
-            for offset in tl.static_range(MERGED):
-                slots = (tl.minimum(start + offset, seen - 1) * M + rows).to(tl.int64) * q.heads + query_heads
-                top = tl.load(parts.stats_ptr + slots * 2, mask=row_mask, other=0.0, cache_modifier=".cg")
-                weight = tl.load(parts.stats_ptr + slots * 2 + 1, mask=row_mask, other=0.0, cache_modifier=".cg")
-                sums_ptrs = parts.sums_ptr + slots[:, None] * HEAD_DIM + dims[None, :]
-                sums = tl.load(sums_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-                fetched = fetched + ((top, weight, sums),)  # type: ignore  # noqa: RUF005 (not in Triton)
-            for offset in tl.static_range(MERGED):
-                top, weight, sums = fetched[offset]
-                there = start + offset < seen  # a split that a row does not see changes none of its bits
-                higher = tl.where(there, tl.maximum(best, top), best)
-                pivot = tl.where(higher == float("-inf"), 0.0, higher)
-                fade, share = tl.exp2(best - pivot), tl.exp2(top - pivot)
-                denominator = tl.where(there, denominator * fade + weight * share, denominator)
-                acc = tl.where(there[:, None], acc * fade[:, None] + sums * share[:, None], acc)
-                best = higher
-        out = acc / seen_or_one(denominator)[:, None]
-        out_ptrs = (
-            parts.out_ptr + rows[:, None] * parts.out_row_stride + query_heads[:, None] * HEAD_DIM + dims[None, :]
-        )
-        tl.store(out_ptrs, out.to(parts.out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def attention_tile(work, position, splits, q, scale, caches, parts, heads, STAGES: tl.constexpr):
-    """A split of a block of packed rows, of ``splits``; whoever is the last of them merges them all."""
+def attention_tile(work, position, splits, merges, q, scale, caches, parts, heads, STAGES: tl.constexpr):
+    """A split of a block of packed rows, of ``splits``; where one ``merges``, the last of them to arrive does."""
     attention_split(work, position, q, scale, caches, parts, heads, STAGES)
     if parts.sums_ptr is not None:
-        if is_last(parts.arrivals_ptr + work.block * caches.heads + work.kv_head, splits):
-            attention_merge(work, position, splits, q, parts, heads)
+        if merges:
+            if is_last(parts.arrivals_ptr + work.block * caches.heads + work.kv_head, splits):
+                attention_merge(work, position, splits, q, parts, heads, None)
 
 
 @stable_key
 @triton.jit(
-    do_not_specialize=["M"],
+    do_not_specialize=["M", "merges"],
     do_not_specialize_on_alignment=["position_ptr", "ancestors_ptr", "active_ptr", "arrivals_ptr"],
 )
 def attention_kernel(
@@ -195,6 +143,7 @@ def attention_kernel(
     M,
     H,
     T,  # positions that the cache holds
+    merges,  # 1 where the last program to arrive merges the splits, 0 where a launch of its own does
     scale,  # times log2(e): the exponentials are powers of two
     q_row_stride,
     q_head_stride,
@@ -228,6 +177,7 @@ def attention_kernel(
         Work(split, tl.program_id(1), tl.program_id(0), first_position(split)),
         position,
         splits,
+        merges,
         Queries(q_ptr, M, H, q_row_stride, q_head_stride, ancestors_ptr),
         scale,
         Caches(keys, values, table_ptr, tl.num_programs(1), T, BLOCK_SIZE),
@@ -308,15 +258,12 @@ def attention(
     check_max_length(max_length, position, rows)
     check_ancestors("attention", ancestors, rows, q.device)
     splits = count_splits(keys.capacity if max_length is None else min(max_length, keys.capacity))
-    sums = stats = None
-    if splits == 1:
-        arrivals = None
-    else:
-        arrivals = counters(arrivals, heads, q.device)
-        sums = torch.empty((splits, rows, heads, head_dim), dtype=torch.float32, device=q.device)
-        stats = torch.empty((splits, rows, heads, 2), dtype=torch.float32, device=q.device)
+    sizes = () if splits == 1 else ((splits, rows, heads, head_dim), (splits, rows, heads, 2))
+    parts = [torch.empty(size, dtype=torch.float32, device=q.device) for size in sizes]
+    sums, stats = parts or (None, None)
     where = device_scalar(position, q.device)
     block_rows, block_d = query_tile(group, head_dim, q.element_size())
+    apart = bool(parts) and merges_apart(min(rows * group, block_rows), splits)
     # in a paged cache the pipeline loads block table entries a stage ahead of the rows that they point to
     config = launch_config("attention" if block_table is None else "attention_paged", head_dim, block_rows, q)
     attention_kernel[(triton.cdiv(rows * group, block_rows), keys.kv_heads, splits)](
@@ -329,11 +276,12 @@ def attention(
         active,
         sums,
         stats,
-        arrivals,
+        counters(arrivals, heads, q.device) if parts else None,
         out,
         rows,
         heads,
         keys.capacity,
+        int(not apart),
         scale * math.log2(math.e),
         q.stride(0),
         q.stride(1),
@@ -355,4 +303,6 @@ def attention(
         maxnreg=(config.registers or None) if splits > 1 and ancestors is None else None,
         **launch_options(q),
     )
+    if apart:
+        merge_splits(where, active, out, keys.kv_heads, *parts)
     return out

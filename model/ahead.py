@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Experience
+from kangaroo_kernels.contract import MAX_ROWS, MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Experience
 
 from .backend import triton_backend
 from .drafters.adapter import Adapter, load_adapter_config
@@ -46,7 +46,8 @@ OLDEST, CHAINS_FROM = 80, 90
 
 SAMPLINGS = (Sampling(), Sampling(temperature=0.8), *(Sampling(0.8, *each) for each in ((50,), (50, 0.9), (None, 0.9))))
 LENGTHS = (8, 300)
-"""Texts with room for one split of the attention, and for several. Which kernels are launched depends on no more."""
+"""Texts with room for one split of the attention, and for several. A text as long as the model takes them comes third:
+there a launch of its own merges the splits of many rows. Which kernels are launched depends on no more."""
 
 DRAFTS = (1, 2, 13, MAX_SPECULATIVE_TOKENS)
 """Numbers of drafts. Triton has kernels of their own for sizes of 1 and for multiples of 16: those that count drafts,
@@ -136,7 +137,7 @@ def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
     An adapter drafts chains, and chains beside prompt lookup, whatever its own way is: a caller may ask for them.
     """
     chains = KangarooDrafter(target, drafter.adapter) if isinstance(drafter, KangarooDrafter) else drafter
-    for length in LENGTHS:
+    for length in (*LENGTHS, target.config.context_length):
         yield Work("led by the host", partial(lead_by_host, target, chains, length))
         if isinstance(drafter, TreeDrafter):
             yield Work("trees led by the host", partial(lead_a_tree, target, drafter, length))
@@ -189,14 +190,14 @@ def lead_by_host(target: Llama, drafter: Drafter, length: int) -> None:
     text, weights, config = blank_text(target, drafter, length), target.weights, target.config
     stops = sorted(config.eos_token_ids)
     heads = [(weights.norm, weights.head, config.rms_norm_eps)]
-    for rows in (1, 2):
+    for rows in (1, 2, MAX_ROWS):
         hidden = target.run(target.embed([0] * rows), text.cache, len(TEXT), 0, config.num_hidden_layers)
         wanted = torch.empty(rows, dtype=torch.int64, device=META)
         ends = (torch.empty(count, dtype=torch.int64, device=META) for count in {0, len(stops)})
         for each in ends:
             confidence = torch.empty(rows, dtype=torch.float32, device=META)
             target.backend.accept(wanted[1:], wanted, each, len(TEXT), length, confidence=confidence)
-    match = target.backend.look_up(wanted, 1, MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
+    match = target.backend.look_up(wanted[:2], 1, MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
     if isinstance(drafter, KangarooDrafter):
         thresholds, experience = torch.empty(1, device=META), Experience.none(MATCHES, USUAL, META)
         target.backend.weigh(match.matched, thresholds, len(TEXT), length, experience)
@@ -213,7 +214,7 @@ def lead_a_tree(target: Llama, drafter: TreeDrafter, length: int) -> None:
     """The launches of the loop led by the host that a tree has besides."""
     text, weights, config = blank_text(target, drafter, length), target.weights, target.config
     stops = sorted(config.eos_token_ids)
-    for rows in (1, 2):
+    for rows in (1, 2, MAX_ROWS):
         where = Branches(len(TEXT), torch.empty(rows, dtype=torch.int32, device=META))
         states = target.embed([0] * rows)
         hidden = target.run(states, text.cache, where, 0, config.num_hidden_layers)
@@ -222,7 +223,7 @@ def lead_a_tree(target: Llama, drafter: TreeDrafter, length: int) -> None:
     for count in {0, len(stops)}:
         ends = torch.empty(count, dtype=torch.int64, device=META)
         bounds = len(TEXT), length
-        found = target.backend.walk(wanted[1:], wanted, where.ancestors, ends, *bounds, confidence=confidence)
+        found = target.backend.walk(wanted[1:], wanted, where.ancestors[:2], ends, *bounds, confidence=confidence)
     for rows_of in (text.cache.rows, text.memory.cache.rows, text.memory.exit_hidden[None]):
         target.backend.straighten(found.path, len(TEXT), rows_of)
     for sampling in SAMPLINGS:

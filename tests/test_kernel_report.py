@@ -30,7 +30,7 @@ report, compare = import_module("kernel_report"), import_module("compare_binarie
 OLDER_TRITON = ROOT / ".venv" / "triton-3.6"
 MODELS = ("Vicuna-7B", "Llama-3.1-8B", "Llama-3.2-1B")
 ARCHITECTURES = ("sm_80", "sm_90")
-PERSISTENT = "draft_loop_kernel"
+PERSISTENT, MERGE = "draft_loop_kernel", "attention_merge_kernel"
 STREAMING = {"qkv_rope_kernel", "linear_residual_kernel", "gate_up_kernel", "top1_head_kernel", "sample_head_kernel"}
 
 SOME_ROWS = "sampling draft head, 8192 rows", "sampling draft loop, 8192 rows"
@@ -154,7 +154,11 @@ def test_every_kernel_is_compiled_for_every_model_and_architecture(
         places.setdefault((row["model"], row["architecture"], row["dtype"]), set()).add(row["kernel"])
         assert streams(row) == (row["kernel"] in STREAMING | {"attention_kernel", PERSISTENT}), name_of(row)
     dtypes = {dtype for _, _, dtype in places}
-    assert places == dict.fromkeys(itertools.product(MODELS, ARCHITECTURES, dtypes), kernels)
+    wanted = dict.fromkeys(itertools.product(MODELS, ARCHITECTURES, dtypes), kernels)
+    for model, architecture, dtype in wanted:
+        if "layer" not in steps or model == "Vicuna-7B" or dtype == "float32":  # a block has few packed rows
+            wanted[model, architecture, dtype] = kernels - {MERGE}
+    assert places == wanted
     older = request.node.callspec.params["rows"].startswith("Triton 3.6")
     assert all(row["triton"].startswith("3.6." if older else triton.__version__) for row in rows)
 
@@ -177,6 +181,8 @@ def test_launches(rows: list[Row]) -> None:
     for place in itertools.product(MODELS, ARCHITECTURES):
         found = {step: sum(row["launches"] for row in of_step(rows, step, *place)) for step in LAUNCHES}
         assert found == LAUNCHES, place
+        many = [row for row in of_step(rows[::-1], "layer", *place) if row["rows"] == 16]
+        assert sum(row["launches"] for row in many) == 5 + (place[0] != "Vicuna-7B"), place  # a merge of its own
 
 
 @pytest.mark.parametrize("rows", ["bfloat16"], indirect=True)
@@ -230,6 +236,9 @@ def test_one_binary_for_any_number_of_rows(rows: list[Row]) -> None:
             pairs.setdefault(tuple(row[fact] for fact in facts), {})[row["rows"]] = row
     assert pairs
     for place, by_rows in pairs.items():
+        if MERGE in place:  # one row's splits are merged by the last program to arrive
+            assert set(by_rows) == {16}, place
+            continue
         assert set(by_rows) == {1, 16}, place
         one, sixteen = by_rows[1], by_rows[16]
         assert one["binary"] == sixteen["binary"], place

@@ -168,6 +168,7 @@ def attend_stage(turn, q_ptr, strides, scale, parts, heads):
             work,
             turn.position,
             splits,
+            True,
             Queries(q_ptr, turn.M, heads.GROUP * H_KV, heads.GROUP * H_KV * heads.DIM, heads.DIM, None),
             scale,
             Caches(keys, values, None, H_KV, turn.room, 0),

@@ -10,13 +10,15 @@ from budget import assert_within_budget
 from recorded import Recorded
 from side_by_side import side_by_side
 from torch import Tensor
+from trees import STAR, masks_of
 from triton import knobs
 
 from kangaroo_kernels.attention import attention as kernel
-from kangaroo_kernels.attention import attention_kernel, attention_merge
+from kangaroo_kernels.attention import attention_kernel
 from kangaroo_kernels.reference.attention import MANY_ROWS
 from kangaroo_kernels.reference.attention import attention as reference
 from kangaroo_kernels.shared.cache_layout import row_offsets
+from kangaroo_kernels.shared.merge import attention_merge, attention_merge_kernel, merge_splits, merges_apart
 from kangaroo_kernels.shared.operands import Cache, Heads, Parts, Queries, Work
 from kangaroo_kernels.shared.splits import count_splits, count_splits_of, first_position
 
@@ -329,32 +331,50 @@ def test_no_block_is_looked_up_for_a_position_that_nobody_reads(device):
     assert out.tolist() == [7000, 8010, 80, 20]
 
 
-def test_one_binary_serves_any_number_of_rows(device, monkeypatch):
-    """Wherever they are in the text, and wherever the position lies in its buffer."""
-    recorded = Recorded(attention_kernel)
-    monkeypatch.setattr("kangaroo_kernels.attention.attention_kernel", recorded)
-    q, keys, values = on(device, HALF, inputs(16, 4, 2, 16, 40, spare=200))
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Recorded]:
+    """Attention's kernel and that of the merge, which are not launched."""
+    found = Recorded(attention_kernel), Recorded(attention_merge_kernel)
+    monkeypatch.setattr("kangaroo_kernels.attention.attention_kernel", found[0])
+    monkeypatch.setattr("kangaroo_kernels.shared.merge.attention_merge_kernel", found[1])
+    return found
+
+
+def test_one_binary_serves_any_number_of_rows(device, recorded):
+    """Wherever they are in the text, wherever the position lies in its buffer, and whoever merges."""
+    q, keys, values = on(device, HALF, inputs(16, 8, 2, 16, 40, spare=1100))
     for rows in range(1, 17):
         for position in (rows, torch.tensor([0, 7], device=device)[1:]):
             kernel(q[:rows], keys, values, position, scale=0.25, arrivals=arrivals(device)[rows:])
-    assert len(recorded.launches) == 32
-    assert len(recorded.binaries()) == 1
+    assert [len(each.launches) for each in recorded] == [32, 14]
+    assert [len(each.binaries()) for each in recorded] == [1, 1]
 
 
 @pytest.mark.parametrize(
     ("capacity", "bound", "splits"),
     [(128, None, 1), (129, None, 2), (700, 128, 1), (700, 129, 2), (700, 600, 5), (700, 10_000, 6), (4353, None, 34)],
 )
-def test_programs_are_launched_for_the_bound(device, monkeypatch, capacity, bound, splits):
+def test_programs_are_launched_for_the_bound(device, recorded, capacity, bound, splits):
     """No more than the cache has positions for, in one launch."""
-    recorded = Recorded(attention_kernel)
-    monkeypatch.setattr("kangaroo_kernels.attention.attention_kernel", recorded)
     q, keys, values = on(device, HALF, inputs(2, 4, 2, 16, 3, spare=capacity - 5))
     kernel(q, keys, values, 3, scale=0.25, max_length=bound)
-    assert [launch[0] for launch in recorded.launches] == [(1, 2, splits)]
+    assert [[launch[0] for launch in each.launches] for each in recorded] == [[(1, 2, splits)], []]
 
 
-# ---- the last program merges
+@pytest.mark.parametrize(
+    ("rows", "bound", "apart"),
+    [(16, 128, False), (16, 1024, False), (16, 1025, True), (9, 1025, False), (10, 1025, True), (1, None, False)],
+)
+def test_a_long_merge_has_a_launch_of_its_own(device, recorded, rows, bound, apart):
+    """What the host knows decides: rows, and the bound of positions that lie on the device."""
+    q, keys, values = on(device, HALF, inputs(rows, 8, 2, 16, 3, spare=4500))
+    kernel(q, keys, values, torch.tensor([3], device=device), scale=0.25, max_length=bound)
+    (split,), merges = (each.launches for each in recorded)
+    assert split[1]["merges"] == int(not apart)
+    assert [launch[0] for launch in merges] == [(rows, 2)] * apart
+
+
+# ---- the last program merges, or a launch of its own
 
 
 @triton.jit
@@ -366,12 +386,14 @@ def merge_kernel(sums_ptr, stats_ptr, out_ptr, position, rows, heads, splits, gr
         Queries(None, rows, heads, 0, 0, None),
         Parts(sums_ptr, stats_ptr, None, out_ptr, heads * dim),
         Heads(group, dim, 16, 16),
+        None,
     )
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["the last program", "a launch"])
 @pytest.mark.parametrize("splits", [1, 2, 7, 8, 9, 31, 32, 33, 80, 83])
 @pytest.mark.parametrize(("rows", "group", "head_dim"), [(1, 1, 16), (16, 3, 16), (5, 2, 11)])
-def test_splits_are_merged_in_order(device, rows, group, head_dim, splits):
+def test_splits_are_merged_in_order(device, rows, group, head_dim, splits, apart):
     """One after the other, to the bit; a row takes those that it sees, and the others hold NaN."""
     starts = splits_of(10**6)
     position, heads, generator = starts[splits] - rows // 2 - 1, 2 * group, torch.Generator().manual_seed(splits)
@@ -391,8 +413,12 @@ def test_splits_are_merged_in_order(device, rows, group, head_dim, splits):
         best[row] = higher
     wanted = (wanted / denominator[..., None]).flatten(1)
     out, stats = torch.full((rows, heads * head_dim), NAN, device=device), torch.stack((tops, weights), -1).to(device)
-    given = (sums.to(device), stats, out, position, rows, heads, splits)
-    merge_kernel[(2, triton.cdiv(rows * group, 16))](*given, group=group, dim=head_dim)
+    sums = sums.to(device)
+    if apart:
+        merge_splits(torch.tensor([position], device=device), None, out, 2, sums, stats)
+    else:
+        given = (sums, stats, out, position, rows, heads, splits)
+        merge_kernel[(2, triton.cdiv(rows * group, 16))](*given, group=group, dim=head_dim)
     if device.type == "cpu":  # a GPU's division may differ in the last bit
         assert torch.equal(out, wanted)
     torch.testing.assert_close(out.cpu(), wanted, rtol=1e-6, atol=1e-6)
@@ -421,6 +447,42 @@ def test_the_first_program_must_not_merge(device, monkeypatch):
     q, keys, values = on(device, HALF, inputs(2, 4, 2, 16, 300))
     found = kernel(q, keys, values, 300, scale=0.25, arrivals=arrivals(device).clone())
     assert found.isnan().any()
+
+
+@pytest.mark.usefixtures("guarded_workspaces")
+@pytest.mark.parametrize(("rows", "heads", "position"), [(1, 8, 300), (7, 8, 126), (16, 14, 200), (3, 2, 1100)])
+def test_who_merges_changes_no_bit(device, monkeypatch, rows, heads, position):
+    """Of a chain and a tree, in contiguous and paged caches, with a flag, and of a text beyond its bound."""
+    q, keys, values = on(device, HALF, inputs(rows, heads, 2, 16, position, spare=40))
+    blocks = shuffled_blocks(position + rows, 16)
+    pools = [paged(cache[:, : position + rows], blocks, 16) for cache in (keys, values)]
+    table, down = (torch.tensor(each, dtype=torch.int32, device=device) for each in (blocks, [0]))
+    where, masks = torch.tensor([position], device=device), masks_of(STAR[: rows - 1], device)
+    ways = [{}, {"ancestors": masks}, {"active": down + 1}, {"max_length": 129}]
+
+    def found(most_turns: int) -> list[Tensor]:
+        monkeypatch.setattr("kangaroo_kernels.shared.merge.MOST_TURNS", most_turns)
+        untouched = q.new_full((rows, heads * 16), 7)
+        assert (kernel(q, keys, values, where, scale=0.25, active=down, out=untouched) == 7).all()
+        pages = attend(q, *pools, position, 0.25, block_table=table)
+        return [pages, *(attend(q, keys, values, where, 0.25, **way) for way in ways)]
+
+    assert all(map(torch.equal, found(-1), found(10**6)))
+
+
+def test_what_a_launch_merges_nobody_else_does(device, monkeypatch):
+    """Without that launch, the result stays as it was."""
+    monkeypatch.setattr("kangaroo_kernels.shared.merge.attention_merge_kernel", Recorded(attention_merge_kernel))
+    q, keys, values = on(device, HALF, inputs(16, 4, 1, 16, 1100))
+    assert attend(q, keys, values, 1100, 0.25).isnan().all()
+    assert not attend(q[:9], keys, values, 1100, 0.25).isnan().any()
+
+
+def test_a_rows_bits_do_not_depend_on_who_merges(device):
+    """Alone, or in a pass of so many rows that a launch of its own merges them."""
+    splits = count_splits(1100 + 16)
+    assert [merges_apart(4 * rows, splits) for rows in (1, 9, 16)] == [False, False, True]
+    neighbourhoods(device, HALF, 4, 1, 16, 1100, [(16, 0), (9, 4), (16, 15)])
 
 
 def test_counters_serve_again_and_again(device):

@@ -108,7 +108,8 @@ for run, architecture, on, names in runs:
         for step in STEPS:
             if step.name in names:
                 before = len(launches)
-                for each in step.calls(shape, Settings(1, 4096, torch.bfloat16, META)):
+                settings = Settings(1 if step.drafting else 16, 4096, torch.bfloat16, META)
+                for each in step.calls(shape, settings):
                     each.launch()
                 rows += [(step.drafting, launch) for launch in launches[before:]]
     found[run] = [
@@ -119,9 +120,9 @@ print(json.dumps(found))
 """
 
 KERNELS = {
-    *("qkv_rope_kernel", "attention_kernel", "linear_residual_kernel", "gate_up_kernel"),
-    *("top1_head_kernel", "merge_tiles_kernel", "sample_head_kernel", "filtered_sample_kernel"),
-    *("group_kernel", "accept_kernel", "commit_kernel"),
+    *("qkv_rope_kernel", "attention_kernel", "attention_merge_kernel", "linear_residual_kernel"),
+    *("gate_up_kernel", "top1_head_kernel", "merge_tiles_kernel", "sample_head_kernel"),
+    *("filtered_sample_kernel", "group_kernel", "accept_kernel", "commit_kernel"),
 }
 STREAMS_A_WEIGHT = {name for name in KERNELS if name.startswith(("qkv", "linear", "gate", "top1", "sample"))}
 WAIT, RELEASE, PREFETCH = "ACQBULK", "PREEXIT", "CCTL.E.PF2"
