@@ -14,11 +14,12 @@ import pytest
 import torch
 import triton.language as tl
 from kernel_inputs import ROW_STRIDES, drawer, framed, same_bits
+from pretended_gpus import pretended_gpus
 from torch import Tensor
 
 from kangaroo_kernels.operation import OPERATIONS, Inputs
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
-from kangaroo_kernels.shared.launch import aligned_rows, device_scalar, device_seed
+from kangaroo_kernels.shared.launch import aligned_rows, check_current, device_scalar, device_seed, launch_options
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES, elements
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -374,6 +375,20 @@ def test_a_step_is_512_bytes():
     """The order of the sums, and so every bit, hangs on it."""
     pointers = [SimpleNamespace(dtype=tl.pointer_type(dtype)) for dtype in (tl.float32, tl.float16, tl.bfloat16)]
     assert [elements(K_STEP_BYTES.value, pointer) for pointer in pointers] == [128, 256, 256]
+
+
+# ---- where Triton launches
+
+
+def test_operands_on_another_gpu_than_the_current_one_are_refused(monkeypatch):
+    """Triton would launch on the current one: at best it finds that it cannot read them."""
+    with pretended_gpus(monkeypatch, current=0):
+        check_current(torch.device("cuda:0"))
+        with pytest.raises(RuntimeError, match=r"^the operands are on cuda:1, but the current GPU is cuda:0, .*\(1\)"):
+            launch_options(SimpleNamespace(device=torch.device("cuda:1")))
+        with torch.cuda.device(1):
+            check_current(torch.device("cuda:1"))
+    check_current(torch.device("cpu"))
 
 
 # ---- numbers for the device
