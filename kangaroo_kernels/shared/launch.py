@@ -1,6 +1,6 @@
 """What the launchers share: they check arguments against what the kernels assume, and never wait for the device."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from operator import index
 from typing import Any
 
@@ -136,8 +136,9 @@ def check_position(op: str, position: int | Tensor, rows: int, room: int, device
         )
 
 
-@lru_cache(maxsize=8)
+@cache
 def _counting(length: int, device: torch.device) -> Tensor:
+    """Kept for good: a captured graph has its address. There are five lengths, of 16 MB together on a device."""
     return torch.arange(length, dtype=torch.int64, device=device)
 
 

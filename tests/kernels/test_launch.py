@@ -402,6 +402,18 @@ def test_an_int_becomes_a_tensor_on_the_device(value, device):
     assert device_scalar(value, device).data_ptr() == scalar.data_ptr()  # nothing is uploaded again
 
 
+def test_small_numbers_stay_where_they_are(device):
+    """A captured graph has their addresses, whatever comes after it on that GPU or on another one."""
+    numbers = [device_scalar(1 << bits, device) for bits in (0, 16, 17, 18, 19)]
+    kept = [number.data_ptr() for number in numbers]
+    del numbers
+    for bits in range(16, 20):
+        for other in (torch.device("meta"), device):
+            device_scalar(1 << bits, other)
+            device_scalar(1, torch.device("meta"))
+    assert [device_scalar(1 << bits, device).data_ptr() for bits in (0, 16, 17, 18, 19)] == kept
+
+
 def test_a_number_without_bound_takes_no_memory(device, monkeypatch):
     """Counting up to it would."""
     sizes = []
