@@ -2,8 +2,9 @@
 
 This is a thin layer over the plain functions, which do not use it. It takes tensors and numbers and returns new tensors
 (``qkv_rope`` also writes its caches). Positions and seeds are tensors on the device, and so is the RoPE table, in real
-numbers. CUDA tensors go to the Triton kernels, CPU tensors to the references. Each operation has a fake kernel, which
-gives only shapes and dtypes, so ``torch.compile(fullgraph=True)`` takes it. ``operation.py`` has the schemas.
+numbers. CUDA tensors go to the Triton kernels, on whichever GPU they lie, CPU tensors to the references. Each operation
+has a fake kernel, which gives only shapes and dtypes, so ``torch.compile(fullgraph=True)`` takes it. ``operation.py``
+has the schemas.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +30,18 @@ def _call(names: Sequence[str], function: Callable[..., Any], args: Sequence[Any
     return result.contiguous() if isinstance(result, Tensor) else tuple(result)  # a reference may return a view
 
 
+def _launch(names: Sequence[str], operation: Operation, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call the kernel on the GPU of its first argument; Triton alone would launch on the current one."""
+    with torch.cuda.device_of(args[0]):
+        return _call(names, operation.launcher, args, kwargs)
+
+
 def _register(operation: Operation, schema: str, fake: Callable[..., Any]) -> None:
     """Define an operation; its kernel is imported when it is first called."""
     name = operation.name
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     names = [argument.name for argument in getattr(torch.ops.kangaroo, name).default._schema.arguments]
-    _library.impl(name, lambda *args, **kwargs: _call(names, operation.launcher, args, kwargs), "CUDA")
+    _library.impl(name, lambda *args, **kwargs: _launch(names, operation, args, kwargs), "CUDA")
     _library.impl(name, lambda *args, **kwargs: _call(names, operation.reference, args, kwargs), "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 

@@ -343,6 +343,6 @@ def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float, activ
     x, unused = aligned_rows(x), device_scalar(0, x.device)
     config = launch_config("sample_head", matrix.shape[0], matrix.shape[1], x)
     logits = torch.empty((x.shape[0], matrix.shape[0]), dtype=torch.float32, device=x.device)
-    no_noise = (unused, unused, active, None, None, TARGET_STREAM, device_number(1.0, x.device))
+    no_noise = (unused, unused, active, None, None, TARGET_STREAM, unused.view(torch.float32))
     launch(config, x, norm_weight, (matrix, bias), logits, None, no_noise, eps)
     return logits

@@ -104,13 +104,13 @@ def load_pair(
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or the GPU where there is one.
+    """The device asked for, or the GPU where there is one; ``cuda`` without a number is the current one.
 
     Raises:
         KangarooError: an unknown name, or a GPU that is not there.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
@@ -123,6 +123,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         raise KangarooError(
             f"device {device!r} does not exist; PyTorch sees {torch.cuda.device_count()} CUDA GPUs here."
         )
+    if resolved.type == "cuda" and resolved.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return resolved
 
 

@@ -253,8 +253,8 @@ def _commits(kangaroo: "Kangaroo", request: Request, outcome: Outcome, memory: M
             began, processor = time.perf_counter(), time.process_time()
             try:
                 commit = next(steps, None)
-            except Exception:
-                memory.forget()  # what failed may have left anything in the caches
+            except BaseException:
+                memory.forget()  # what failed, or Ctrl-C cut short, may have left anything in the caches
                 raise
             stats.decode_seconds += time.perf_counter() - began
             stats.processor_seconds += time.process_time() - processor

@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
+from kangaroo_kernels.shared import launch as launch_module
+
 ASKS = {
     Tensor.item,
     Tensor.tolist,
@@ -48,7 +50,10 @@ class HostReadError(AssertionError):
 
 @contextmanager
 def no_host_reads() -> Iterator[None]:
-    """Within it, asking the device raises ``HostReadError``. Triton's interpreter may: it stands for the device."""
+    """Within it, asking the device raises ``HostReadError``. Triton's interpreter may: it stands for the device.
+
+    So does a plain number that is kept on the device for a while only: a graph would go on reading it.
+    """
     depth = 0
     launch = GridExecutor.__call__
 
@@ -74,6 +79,11 @@ def no_host_reads() -> Iterator[None]:
                 raise HostReadError(f"{func} was dispatched")
             return func(*args, **(kwargs or {}))
 
+    def for_a_while(value: float, device: torch.device) -> Tensor:
+        raise HostReadError(f"the number {value} was given")
+
     with pytest.MonkeyPatch.context() as patch, Functions(), Operators():
         patch.setattr(GridExecutor, "__call__", on_the_device)
+        patch.setattr(launch_module, "_kept_count", for_a_while)
+        patch.setattr(launch_module, "_kept_number", for_a_while)
         yield

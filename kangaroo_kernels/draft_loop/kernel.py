@@ -51,7 +51,7 @@ from kangaroo_kernels.shared.filters import real_filter
 from kangaroo_kernels.shared.grid import arrive, is_whole, leave, wait
 from kangaroo_kernels.shared.head import merge_row
 from kangaroo_kernels.shared.keys import stable_key
-from kangaroo_kernels.shared.launch import device_number, device_seed
+from kangaroo_kernels.shared.launch import check_current, device_number, device_seed
 from kangaroo_kernels.shared.operands import Found, Heads, Linear, Matrix, Noise, Norm, Parts, TileParts
 from kangaroo_kernels.top1_head import top1_tile
 
@@ -336,6 +336,7 @@ def draft_loop(
         seed = seed if isinstance(seed, Tensor) else device_seed(seed, newest.device)
     head_n, tiles = loop.heads[temperature is not None]
     shape, adapter = loop.shape, loop.adapter_shape
+    check_current(newest.device)
     draft_loop_kernel[(loop.grid,)](
         loop.base,
         loop.table,

@@ -1,6 +1,6 @@
 """What the launchers share: they check arguments against what the kernels assume, and never wait for the device."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from operator import index
 from typing import Any
 
@@ -26,7 +26,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def launch_options(x: Tensor) -> dict[str, Any]:
     """What every launch on the device of ``x`` is given beside its configuration."""
+    check_current(x.device)
     return UNFUSED | chain(x)
+
+
+def check_current(device: torch.device) -> None:
+    """Raise for a GPU that is not the current one: Triton launches there, wherever the operands lie."""
+    if device.type == "cuda" and device.index != (current := torch.cuda.current_device()):
+        raise RuntimeError(
+            f"the operands are on {device}, but the current GPU is cuda:{current}, and Triton launches there; call the "
+            f"operation within torch.cuda.device({device.index})."
+        )
 
 
 def check_rows(op: str, x: Tensor) -> None:
@@ -126,8 +136,9 @@ def check_position(op: str, position: int | Tensor, rows: int, room: int, device
         )
 
 
-@lru_cache(maxsize=8)
+@cache
 def _counting(length: int, device: torch.device) -> Tensor:
+    """Kept for good: a captured graph has its address. There are five lengths, of 16 MB together on a device."""
     return torch.arange(length, dtype=torch.int64, device=device)
 
 

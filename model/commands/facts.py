@@ -71,7 +71,7 @@ def _version(package: str) -> str | None:
 
 
 def _default_operations() -> str:
-    return "Triton kernels" if resolve_device(None).type == "cuda" else "PyTorch references"
+    return "Triton kernels" if torch.cuda.is_available() else "PyTorch references"
 
 
 def _devices() -> dict[str, str]:

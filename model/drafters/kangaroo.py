@@ -153,13 +153,13 @@ class KangarooDrafter(Drafter):
             with span("kangaroo/draft/step"):
                 seen, rows = memory.length, memory.exit_hidden[row : row + 1]
                 if memory.missed:
-                    rows, memory.missed = torch.cat((*memory.missed, rows)), []
+                    rows = torch.cat((*memory.missed, rows))
                 states = own
                 if own is None and memory.states is not None:
                     states = memory.states[seen : position + 1]
                 own = self.adapter.run(rows, memory.cache, seen, states)[-1:]
+                memory.missed, memory.length = [], position + 1
                 guess, distribution = self.guess(own, chooser, position + 1, tokens)
-                memory.length = position + 1
                 token, confidence = int(guess.token), float(guess.confidence)
             tokens.append(token)
             confidences.append(confidence)

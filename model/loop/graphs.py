@@ -58,6 +58,7 @@ class GraphRunner:
         self._kept: dict[str, Any] = {}
         self._graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
         self._pool: Any = None  # a handle, whose type is PyTorch's own
+        self._stream: torch.cuda.Stream | None = None
         self.captured_bytes = 0
 
     @property
@@ -121,9 +122,11 @@ class GraphRunner:
         return self._graphs[key].replay()
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        if self._pool is None:  # the stream goes with it; PyTorch's own is on the GPU that captured first
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         graph = torch.cuda.CUDAGraph()
-        with no_garbage_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with no_garbage_collection(), torch.cuda.graph(graph, **how):
             before = torch.cuda.memory_reserved(self.device)
             work()
             self.captured_bytes += torch.cuda.memory_reserved(self.device) - before

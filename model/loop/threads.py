@@ -1,20 +1,25 @@
-"""What a step takes from PyTorch's own state and what it leaves to the caller: threads, autocast, default device.
+"""What a step takes from PyTorch's own state and what it leaves to the caller: threads, autocast, devices.
 
 Small matrices lose more to waking threads than they gain, so the number of CPU threads is measured.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 
 @contextmanager
 def own_state(device: torch.device) -> Iterator[None]:
-    """Inference mode, free of an autocast or a default device that the caller works under: they would change tokens."""
+    """Inference mode, free of an autocast or a default device that the caller works under: they would change tokens.
+
+    A GPU is the current one: Triton launches there, and events, streams and captures belong to it. Each thread has a
+    current GPU of its own, the first one unless it says otherwise.
+    """
     moved = torch.empty(0).device.type != "cpu"  # the quickest question for the default device
-    with torch.inference_mode():
+    current: AbstractContextManager[object] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with current, torch.inference_mode():
         if not moved and not torch.is_autocast_enabled(device.type):
             yield
             return

@@ -273,6 +273,7 @@ def train_adapters(
     target, cache = plans[0].target, find_cache(runs, plans)
     reserve = SCORING_SHARE * (deadline - began) if math.isfinite(deadline) else 0.0
     with join_processes(device) as processes:
+        device = resolve_device(leader.device)  # each process has a current GPU of its own now
         if processes.rank:
             progress = lambda *_: None  # noqa: E731
         for settings in runs:

@@ -14,11 +14,12 @@ import pytest
 import torch
 import triton.language as tl
 from kernel_inputs import ROW_STRIDES, drawer, framed, same_bits
+from pretended_gpus import pretended_gpus
 from torch import Tensor
 
 from kangaroo_kernels.operation import OPERATIONS, Inputs
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
-from kangaroo_kernels.shared.launch import aligned_rows, device_scalar, device_seed
+from kangaroo_kernels.shared.launch import aligned_rows, check_current, device_scalar, device_seed, launch_options
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES, elements
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -376,6 +377,20 @@ def test_a_step_is_512_bytes():
     assert [elements(K_STEP_BYTES.value, pointer) for pointer in pointers] == [128, 256, 256]
 
 
+# ---- where Triton launches
+
+
+def test_operands_on_another_gpu_than_the_current_one_are_refused(monkeypatch):
+    """Triton would launch on the current one: at best it finds that it cannot read them."""
+    with pretended_gpus(monkeypatch, current=0):
+        check_current(torch.device("cuda:0"))
+        with pytest.raises(RuntimeError, match=r"^the operands are on cuda:1, but the current GPU is cuda:0, .*\(1\)"):
+            launch_options(SimpleNamespace(device=torch.device("cuda:1")))
+        with torch.cuda.device(1):
+            check_current(torch.device("cuda:1"))
+    check_current(torch.device("cpu"))
+
+
 # ---- numbers for the device
 
 
@@ -385,6 +400,18 @@ def test_an_int_becomes_a_tensor_on_the_device(value, device):
     assert (scalar.dtype, scalar.shape, scalar.device.type) == (torch.int64, (1,), device.type)
     assert int(scalar) == value
     assert device_scalar(value, device).data_ptr() == scalar.data_ptr()  # nothing is uploaded again
+
+
+def test_small_numbers_stay_where_they_are(device):
+    """A captured graph has their addresses, whatever comes after it on that GPU or on another one."""
+    numbers = [device_scalar(1 << bits, device) for bits in (0, 16, 17, 18, 19)]
+    kept = [number.data_ptr() for number in numbers]
+    del numbers
+    for bits in range(16, 20):
+        for other in (torch.device("meta"), device):
+            device_scalar(1 << bits, other)
+            device_scalar(1, torch.device("meta"))
+    assert [device_scalar(1 << bits, device).data_ptr() for bits in (0, 16, 17, 18, 19)] == kept
 
 
 def test_a_number_without_bound_takes_no_memory(device, monkeypatch):

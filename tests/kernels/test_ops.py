@@ -1,12 +1,13 @@
 """The operations as ``torch.ops.kangaroo.*``: PyTorch's own checks, whole graphs, the plain functions' results."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from pretended_gpus import pretended_gpus
 from torch import Tensor
 
-from kangaroo_kernels import (
-    ops,  # noqa: F401 (registers them)
-)
+from kangaroo_kernels import ops
 from kangaroo_kernels.operation import OPERATIONS
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.reference.qkv_rope import rope_table
@@ -108,6 +109,17 @@ def test_results_are_the_references(name, paged, bias, device):
     for ours, wanted in zip(args, again, strict=True):  # the caches, and that nothing else was written
         if isinstance(ours, Tensor):
             torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_is_launched_on_the_gpu_of_its_operands(name, monkeypatch):
+    operation, given = OPERATIONS[name], SimpleNamespace(device=torch.device("cuda:1"))
+    names = [argument.name for argument in getattr(torch.ops.kangaroo, name).default._schema.arguments]
+    assert operation.schema.startswith(f"(Tensor {names[0]}, ")
+    with pretended_gpus(monkeypatch) as current:
+        monkeypatch.setitem(operation.__dict__, "launcher", lambda **given: [current.index])
+        assert ops._launch(names, operation, [given], {}) == (1,)
+        assert current.index == 0
 
 
 @pytest.mark.parametrize(("name", "paged", "bias"), CASES)

@@ -1,7 +1,8 @@
 """The graph runner: when work runs as it is, when it is captured, and what drops a graph."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -174,6 +175,32 @@ def test_garbage_waits_for_the_capture():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_a_capture_runs_on_the_runners_own_gpu(monkeypatch):
+    """PyTorch's own stream for captures belongs to the GPU that captured first."""
+    streams = []
+
+    @contextmanager
+    def capture(graph: object, stream: object = None, **how: object) -> Iterator[None]:
+        streams.append(stream)
+        yield
+
+    for name, stand_in in {
+        "graph": capture,
+        "CUDAGraph": lambda: FakeGraph(lambda: None),
+        "Stream": lambda device: (device, object()),
+        "graph_pool_handle": object,
+        "memory_reserved": lambda device: 0,
+        "synchronize": lambda device: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    first, second = (GraphRunner(torch.device("cuda", index)) for index in range(2))
+    for runner in (first, second):
+        for key in "aabb":
+            runner.run(key, lambda: None)
+    assert [device.index for device, _ in streams] == [0, 0, 1, 1]
+    assert streams[0] is streams[1] and streams[2] is streams[3]  # graphs share their memory on one stream alone
 
 
 @pytest.mark.gpu

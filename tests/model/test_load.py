@@ -9,6 +9,7 @@ import torch
 from conftest import Pair
 from gguf_files import write_gguf
 from pairs import make_target, make_tokenizer
+from pretended_gpus import pretended_gpus
 from sentencepiece import SentencePieceTrainer
 from test_bad_input import refuse
 
@@ -95,6 +96,15 @@ def test_devices_are_named_as_they_were_given(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     refuse(lambda: load.resolve_device("cuda:1"), "'cuda:1'", "sees 1 CUDA")
+
+
+@pytest.mark.parametrize("device", [None, "cuda", torch.device("cuda")])
+def test_a_gpu_without_a_number_is_the_current_one(
+    device: str | torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended_gpus(monkeypatch, current=1):
+        assert load.resolve_device(device) == torch.device("cuda:1")
+        assert load.resolve_device("cuda:0") == torch.device("cuda:0")
 
 
 def test_repr_says_what_was_loaded(pair: Pair) -> None:

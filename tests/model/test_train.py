@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from pairs import TURN_TEMPLATE, make_target, make_tokenizer
+from pretended_gpus import pretended_gpus
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from kangaroo_kernels.model.training import teacher as teacher_module
 from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
 from kangaroo_kernels.model.training.draft_vocabulary import add_draft_vocabulary
 from kangaroo_kernels.model.training.plan import read_plan
+from kangaroo_kernels.model.training.processes import Processes
 from kangaroo_kernels.model.training.scores import Judged, expected_acceptance_length
 from kangaroo_kernels.model.training.settings import TrainingSettings
 from kangaroo_kernels.model.training.teacher import Teacher
@@ -322,6 +325,24 @@ def test_two_processes_make_the_steps_of_one(target: Path, text: Path, tmp_path:
     assert (one.out / "said").read_text() == "[0, 16, 32, 48] True\n"
     said = sorted((two.out / "said").read_text().splitlines())
     assert said == ["[0, 32] True", "[16, 48] False"]
+
+
+def test_each_process_trains_on_its_own_gpu(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pretended_gpus(monkeypatch) as current:
+
+        @contextmanager
+        def join(device: torch.device) -> Iterator[Processes]:
+            current.index = 1  # as the second of two processes does
+            yield Processes(1, 2)
+
+        monkeypatch.setattr(trainer, "join_processes", join)
+        teacher = Mock(side_effect=KangarooError("far enough"))
+        monkeypatch.setattr(trainer, "Teacher", teacher)
+        with pytest.raises(KangarooError, match="far enough"):
+            train_adapter(replace(settings(target, text, tmp_path / "run"), device="cuda"))
+    assert teacher.call_args.args[1] == torch.device("cuda:1")
 
 
 @pytest.mark.parametrize(("deep", "positions"), [(None, [3 * 32, 32]), (20, [3 * 32, 3 * 16, 3 * 16, 32, 16, 16])])
