@@ -14,14 +14,19 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad
 
+from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.reference.ancestors import rows_ahead, seen_rows
 from kangaroo_kernels.reference.qkv_rope import paged_rows
 from kangaroo_kernels.shared.checks import check_ancestors, check_max_length
 
 MANY_ROWS = 64
-"""From this many rows on (a prefill), PyTorch's fused attention repays its overhead."""
+"""From this many rows on (a prefill), PyTorch's fused attention repays its overhead on a CPU."""
+
+FUSED_ON = "cuda"
+"""Where every prefill takes PyTorch's fused attention, a short one behind a long text, too."""
 
 ROWS, POSITIONS = 4, 192
 """What ``_attend_alike`` fills rows and positions up to multiples of."""
@@ -122,6 +127,8 @@ def _attend(
     """``attention`` over the rows of the cache that the text has: ``[H_kv, position + M, D]``."""
     rows, heads, head_dim = q.shape
     kv_heads, length, _ = keys.shape
+    if q.device.type == FUSED_ON and rows > MAX_ROWS and ancestors is None:
+        return _prefill_on_gpu(q, keys, values, scale)
     if rows >= MANY_ROWS:
         whole = position == 0  # else the mask is made anew: it is as large as the text, and rarely wanted again
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -148,6 +155,26 @@ def _attend(
     scores = torch.baddbmm(mask, packed, keys, alpha=scale)
     out = torch.bmm(torch.softmax(scores, dim=-1), values)
     return out.view(kv_heads, group, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, -1)
+
+
+def _prefill_on_gpu(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """``_attend`` for more rows than the kernels take, whose scores a GPU never holds whole, nor rounds to 16 bits.
+
+    Fused kernels take no mask made of numbers, but know of rows that are the last of a longer text. The one for 16-bit
+    numbers takes groups; the one for float32 does not, so each query head gets its own copy of keys and values.
+    """
+    rows, heads, _ = q.shape
+    if q.dtype == torch.float32 and len(keys) < heads:
+        keys, values = (each.repeat_interleave(heads // len(each), dim=0) for each in (keys, values))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=causal_lower_right(rows, keys.shape[1]),
+        scale=scale,
+        enable_gqa=len(keys) < heads,
+    )
+    return out[0].transpose(0, 1).reshape(rows, -1)
 
 
 @lru_cache(maxsize=8)

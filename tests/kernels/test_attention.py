@@ -1,6 +1,7 @@
 import math
 from bisect import bisect_left
 from functools import lru_cache
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from triton import knobs
 
 from kangaroo_kernels.attention import attention as kernel
 from kangaroo_kernels.attention import attention_kernel
-from kangaroo_kernels.reference.attention import MANY_ROWS
+from kangaroo_kernels.contract import MAX_ROWS
+from kangaroo_kernels.reference import attention as attention_module
+from kangaroo_kernels.reference.attention import MANY_ROWS, _prefill_on_gpu
 from kangaroo_kernels.reference.attention import attention as reference
 from kangaroo_kernels.shared.cache_layout import row_offsets
 from kangaroo_kernels.shared.merge import attention_merge, attention_merge_kernel, merge_splits, merges_apart
@@ -71,6 +74,45 @@ def test_many_rows(heads, kv_heads, position, rows):
     truth = formula(q.double(), keys.double(), values.double(), position, 0.3)
     ours = reference(q, keys, values, position, scale=0.3)
     assert_within_budget(ours, truth, formula(q, keys, values, position, 0.3), slack=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [MAX_ROWS + 1, MANY_ROWS + 13])
+@pytest.mark.parametrize("position", [0, 9])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+def test_a_prefill_on_a_gpu(heads, kv_heads, position, rows, dtype, device):
+    """On a CPU the same call falls back to a mask of numbers: what is held is that the rows are the text's last."""
+    q, keys, values = (part.to(dtype) for part in inputs(rows, heads, kv_heads, 8, position, spare=0))
+    truth = formula(q.double(), keys.double(), values.double(), position, 0.3)
+    ours = _prefill_on_gpu(q.to(device), keys.to(device), values.to(device), 0.3).cpu()
+    assert_within_budget(ours, truth, formula(q, keys, values, position, 0.3), slack=4)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+@pytest.mark.parametrize(("rows", "there"), [(1, 0), (MAX_ROWS, 0), (MAX_ROWS + 1, 1), (MANY_ROWS, 1)])
+def test_a_gpu_takes_that_way_for_more_rows_than_the_kernels(rows, there, paged, monkeypatch):
+    """A prefill behind a text, too: a mask would cost all scores at once, and bfloat16 ones would be rounded."""
+    way = Mock(side_effect=lambda q, *_: q.flatten(1))
+    monkeypatch.setattr(attention_module, "_prefill_on_gpu", way)
+    monkeypatch.setattr(attention_module, "FUSED_ON", "cpu")
+    q = torch.randn(rows, 4, 8)
+    caches = torch.randn(2, *((7, 2, 16) if paged else (2, 7 * 16)), 8)
+    table = torch.arange(7, dtype=torch.int32) if paged else None
+    reference(q, *caches, 30, scale=0.3, block_table=table)
+    assert way.call_count == there
+    assert all(call.args[1].shape == (2, 30 + rows, 8) for call in way.call_args_list)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_a_later_turns_scores_are_never_whole(dtype, device):
+    rows, heads, kv_heads, length = 2000, 32, 8, 1 << 15
+    q = torch.randn(rows, heads, 64, dtype=dtype, device=device)
+    caches = torch.randn(2, kv_heads, length, 64, dtype=dtype, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    reference(q, *caches, length - rows, scale=0.125)
+    assert torch.cuda.max_memory_allocated(device) - before < rows * heads * length  # a quarter of float32 scores
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 from conftest import Pair
 
-from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels import Kangaroo, KangarooError, Settings
 from kangaroo_kernels.model.commands import cli
-from kangaroo_kernels.model.evaluation.calibrate import Calibration, calibrate, kind_of, write_defaults
+from kangaroo_kernels.model.drafters.ways import CHAINS
+from kangaroo_kernels.model.evaluation.calibrate import (
+    Calibration,
+    Tried,
+    calibrate,
+    kind_of,
+    measure,
+    write_defaults,
+)
 
 
 def test_the_best_are_measured_again_and_it_ends_in_time(pair: Pair) -> None:
@@ -30,6 +38,20 @@ def test_the_best_are_measured_again_and_it_ends_in_time(pair: Pair) -> None:
         speeds = [row["mean_speedup"] for row in part]
         assert speeds == sorted(speeds, reverse=True)
     assert not calibrate(kangaroo, ["ABCabc"], plan, deadline=time.perf_counter() - 1)
+
+
+def test_both_ways_are_warm_before_they_are_timed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a first text captures graphs, and every setting has new memory."""
+    kangaroo, asked = Kangaroo.from_pretrained(pair.target, pair.adapter, device="cpu"), list[bool]()
+    generate = Kangaroo.generate
+
+    def note(self: Kangaroo, prompt: Any, settings: Any = None, **keywords: Any) -> Any:
+        asked.append(keywords.get("plain", settings is not None and settings.plain))
+        return generate(self, prompt, *([] if settings is None else [settings]), **keywords)
+
+    monkeypatch.setattr(Kangaroo, "generate", note)
+    measure(kangaroo, ["ABC", "BCA"], Tried(CHAINS, Settings(4)))
+    assert asked == [True, False] + 2 * [True, False]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -6,6 +6,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import openai
 import pytest
@@ -14,6 +15,7 @@ from serving import Served, served
 
 from kangaroo_kernels import Generation, Kangaroo, Settings
 from kangaroo_kernels.model.serving import transport
+from kangaroo_kernels.model.serving.pool import roomy_session
 
 SETTINGS = Settings(max_new_tokens=5)
 MESSAGES = [{"role": "system", "content": "BE"}, {"role": "user", "content": "ABC"}]
@@ -339,3 +341,27 @@ def test_metrics(kangaroo: Kangaroo) -> None:
     assert found["kangaroo_mean_acceptance_length"] == pytest.approx(right.stats.mean_acceptance_length)
     for name in ("queue", "first_token", "request", "token"):
         assert found[f"kangaroo_{name}_seconds_count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted"), [("cpu", [(0.0, None, 1)]), ("cuda", [(0.0, None, 2), (1.0, None, 2), (1.0, 0.9, 2)])]
+)
+def test_a_session_is_warm_before_the_first_client(device: str, wanted: list[Any]) -> None:
+    """On a GPU, clients' usual kinds of texts have kernels and graphs of their own; a graph is captured in step two."""
+    kangaroo, texts = Mock(), list[Any]()
+    kangaroo.target.device.type, kangaroo.target.config.vocab_size = device, 9
+
+    def progress(_: Any, temperature: float = 0.0, top_p: float | None = None, **given: Any) -> Any:
+        assert given == {"max_new_tokens": 29, "ignore_eos": True}
+        texts.append([temperature, top_p, 0])
+
+        def steps() -> Iterator[None]:
+            for _ in range(9):
+                texts[-1][2] += 1
+                yield
+
+        return steps()
+
+    kangaroo.session.return_value.progress = progress
+    roomy_session(kangaroo, 30)
+    assert [tuple(each) for each in texts] == wanted
