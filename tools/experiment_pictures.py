@@ -103,7 +103,8 @@ def bars(records: Records, speed: str) -> Any:
     rows = as_rows(records)
     figure, axes = new_axes(1.6 + 0.36 * len(rows), columns=2, width=9)
     draw_bars(axes[0], rows, lambda row: row.mean_acceptance_length)
-    axes[0].plot([row.fresh_acceptance_length.value for row in rows], range(len(rows)), "D", color=ORANGE, markersize=5)
+    fresh = [row.fresh_acceptance_length.value for row in rows]
+    axes[0].plot(fresh, range(len(rows)), "D", color=ORANGE, markersize=5, zorder=5)  # above the labels
     draw_bars(axes[1], rows, lambda row: getattr(row, speed))
     axes[0].set(xlabel="tokens a step\n(diamonds: without the steps in loops)")
     axes[1].set(xlabel=SPEEDS[speed], yticklabels=[])
