@@ -126,9 +126,11 @@ def measure(kangaroo: Kangaroo, prompts: list[str], tried: Tried) -> Row:
     kangaroo = drafting(kangaroo, tried)
     if way.prompt_lookup:  # the number is the adapter's then; a match may be as long as it is
         settings = replace(settings, num_speculative_tokens=MAX_SPECULATIVE_TOKENS)
-    # what a setting needs for the first time (binaries, captured graphs) is not its speed
-    for each in (replace(settings, plain=True), settings):
-        kangaroo.generate(prompts[0], each)
+    # what a setting needs for the first time (binaries, captured graphs) is not its speed; a graph serves some lengths
+    first = sorted(prompts, key=len, reverse=True) if kangaroo.target.backend.resident else prompts[:1]
+    for prompt in first:
+        for each in (replace(settings, plain=True), settings):
+            kangaroo.generate(prompt, each)
     ratios, lengths = [], []
     for prompt in prompts:
         plain = kangaroo.generate(prompt, max_new_tokens=settings.max_new_tokens, plain=True).stats
