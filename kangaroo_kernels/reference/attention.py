@@ -11,10 +11,10 @@ product and sum is a float32 one.
 """
 
 from functools import lru_cache, partial
+from importlib import import_module
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad
 
 from kangaroo_kernels.contract import MAX_ROWS
@@ -163,6 +163,7 @@ def _prefill_on_gpu(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Te
     Fused kernels take no mask made of numbers, but know of rows that are the last of a longer text. The one for 16-bit
     numbers takes groups; the one for float32 does not, so each query head gets its own copy of keys and values.
     """
+    bias = import_module("torch.nn.attention.bias")  # which imports Triton, so it is fetched where it is used
     rows, heads, _ = q.shape
     if q.dtype == torch.float32 and len(keys) < heads:
         keys, values = (each.repeat_interleave(heads // len(each), dim=0) for each in (keys, values))
@@ -170,7 +171,7 @@ def _prefill_on_gpu(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Te
         q.transpose(0, 1)[None],
         keys[None],
         values[None],
-        attn_mask=causal_lower_right(rows, keys.shape[1]),
+        attn_mask=bias.causal_lower_right(rows, keys.shape[1]),
         scale=scale,
         enable_gqa=len(keys) < heads,
     )
