@@ -11,7 +11,7 @@ from experiment_ablation import FORMS, SEEDS, Trial, TrialAdapter
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from kangaroo_kernels import Kangaroo
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.training.plan import read_plan
 from kangaroo_kernels.model.training.settings import TrainingSettings
 from kangaroo_kernels.model.training.teacher import Teacher
@@ -78,6 +78,8 @@ def test_a_stopped_training_goes_on(
     monkeypatch.setattr(Trial, "learn", stop_in_the_last_step)
     with pytest.raises(KeyboardInterrupt):
         train("stopped")
+    with pytest.raises(KangarooError, match="other data or steps; take a new folder"):
+        experiment_ablation.train(str(pair.target), data, EXIT_LAYER, 4, tmp_path / "stopped")
     assert train("stopped") == whole
     assert len(calls) == 3 * len(whole) + 4  # the last step alone was made again
     assert train("stopped") == whole and len(calls) == 3 * len(whole) + 4

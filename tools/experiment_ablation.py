@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kangaroo_kernels import Kangaroo
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.contract import DraftVocabulary, Mlp
 from kangaroo_kernels.model.commands.show import training_bars
 from kangaroo_kernels.model.drafters.adapter import Adapter, AdapterConfig
@@ -206,8 +206,11 @@ def _train(settings: TrainingSettings, plan: Plan, steps: int, report: ProgressR
     trials = [Trial(form, seed, plan, settings, teacher, rows) for form in FORMS for seed in SEEDS]
     settings.out.mkdir(parents=True, exist_ok=True)
     state, first, kept_at = settings.out / STATE_FILE, 0, time.perf_counter()
+    whose = [plan.fingerprint, steps]
     if state.exists():
         saved = torch.load(state, weights_only=True)
+        if saved["whose"] != whose:
+            raise KangarooError(f"{settings.out} holds a training of other data or steps; take a new folder.")
         first = saved["step"]
         for trial, each in zip(trials, saved["trials"], strict=True):
             trial.go_on(each)
@@ -219,7 +222,7 @@ def _train(settings: TrainingSettings, plan: Plan, steps: int, report: ProgressR
         report("training", step + 1, steps, f"losses {min(losses):.3f} to {max(losses):.3f}")
         if time.perf_counter() - kept_at > STATE_SECONDS:
             kept_at = time.perf_counter()
-            write_atomically(state, {"step": step + 1, "trials": [trial.state() for trial in trials]})
+            write_atomically(state, {"whose": whose, "step": step + 1, "trials": [trial.state() for trial in trials]})
     files = [settings.out / f"{place} {trial.name}{SUFFIX}" for place, trial in enumerate(trials)]
     for trial, file in zip(trials, files, strict=True):
         trial.write(file, tokens, settings.exit_layer, plan.target.config.dtype)
