@@ -107,6 +107,8 @@ def test_adapters_are_trained_and_compared(run: Any, tmp_path: Path, monkeypatch
     assert all(each["identical"] == each["texts"] and each["num_draft_tokens"] for each in ablation["rows"])
     (tmp_path / "out" / "exits.json").unlink()
     assert run("exits", *more)[0] == 0 and len(trained) == 6
+    data.write_text(data.read_text()[1:])
+    assert run("exits", *more)[0] == 2  # the record is of other data
 
 
 def test_pictures_of_what_cannot_be_said() -> None:

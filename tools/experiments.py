@@ -9,6 +9,7 @@ beside the paper's (arXiv 2404.18911).
 """
 
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -122,6 +123,14 @@ def read(questions: Path | None, model: str, experiment: str, per_category: int 
     return in_turns(read_questions(questions or OWN_QUESTIONS), per_category)
 
 
+def read_crc(files: list[Path]) -> str:
+    """What tells the training data from other data in a record."""
+    crc = 0
+    for file in files:
+        crc = zlib.crc32(file.read_bytes(), crc)
+    return f"CRC {crc:08x}"
+
+
 def measure(kangaroo: Kangaroo, point: Point, questions: list[Question], max_new_tokens: int) -> Row:
     """The figures of one point."""
     pairs = []
@@ -215,6 +224,7 @@ def main(
             "max_new_tokens": max_new_tokens,
             "dtype": dtype,
             "steps": steps if experiment in TRAINED else None,
+            "data": read_crc(data) if data else None,
             "speed": "speedup" if torch.cuda.is_available() else "processor_speedup",
         }
         record = begin(header, out / f"{experiment}.json")
