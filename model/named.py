@@ -22,8 +22,11 @@ def find_pair(model: str | Path, adapter: str | Path | None) -> tuple[str | Path
     Any other model and adapter are returned as they are.
 
     Raises:
-        KangarooError: where a named model is not installed.
+        KangarooError: where a named model is not installed; what cannot be a name.
     """
+    for what, given in (("model", model), ("adapter", "none" if adapter is None else adapter)):
+        if not isinstance(given, str | Path) or not str(given).strip():
+            raise KangarooError(f"the {what} is {given!r}; give a folder, a GGUF file or a hub name.")
     if model == DEMO_MODEL:
         pair = bundled_pair()
         return pair.target, pair.adapter if adapter is None else adapter

@@ -158,6 +158,10 @@ class Settings:
             if keywords:
                 raise TypeError(f"got both Settings and the keyword {min(keywords)!r}; give one of them.")
             return settings
+        if "prompt" in keywords:
+            raise TypeError("the prompt is given by position, as in generate('Once', max_new_tokens=20).")
+        if "max_new_tokens" not in keywords:
+            raise TypeError("max_new_tokens is missing; say how many tokens to write at most.")
         unknown = keywords.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}; help(Settings) lists them all.")
@@ -239,7 +243,7 @@ def resolve(
     settings = settings.with_seed()
     stop_tokens = find_stops(settings, config, tokenizer)
     bias = settings.logit_bias or {}
-    check_tokens(bias, config.vocab_size)
+    check_tokens(bias, config.vocab_size, "logit_bias's token")
     tokens = prompt_tokens(prompt, config, tokenizer)
     ends_from = len(tokens) + settings.min_new_tokens if settings.min_new_tokens else 0
     length = len(tokens) + settings.max_new_tokens
@@ -295,7 +299,8 @@ def find_stops(settings: Settings, config: LlamaConfig, tokenizer: Any) -> froze
     Raises:
         KangarooError: an unknown token, or more of them than the kernels take.
     """
-    stops = set(check_tokens([entry for entry in settings.stop if not isinstance(entry, str)], config.vocab_size))
+    tokens = [entry for entry in settings.stop if not isinstance(entry, str)]
+    stops = set(check_tokens(tokens, config.vocab_size, "stop's token"))
     if not settings.ignore_eos:
         ends = [*config.eos_token_ids, getattr(tokenizer, "eos_token_id", None)]
         stops.update(end for end in ends if end is not None)
@@ -349,7 +354,7 @@ def check_prompt(tokens: Sequence[int], config: LlamaConfig) -> list[int]:
     for kind, name in ((str, "texts"), (list | tuple, "rows of tokens")):
         if tokens and all(isinstance(entry, kind) for entry in tokens):
             raise KangarooError(f"the prompt is a list of {name}; give one text or one list of tokens.")
-    checked = check_tokens(tokens, config.vocab_size)
+    checked = check_tokens(tokens, config.vocab_size, "the prompt's token")
     if not checked:
         raise KangarooError("the prompt is empty; give at least one token.")
     if len(checked) > config.context_length:
@@ -357,8 +362,8 @@ def check_prompt(tokens: Sequence[int], config: LlamaConfig) -> list[int]:
     return checked
 
 
-def check_tokens(tokens: Iterable[object], vocab_size: int) -> list[int]:
-    """The tokens as a list of plain numbers.
+def check_tokens(tokens: Iterable[object], vocab_size: int, what: str) -> list[int]:
+    """The tokens as a list of plain numbers; ``what`` says in an error whose they are.
 
     Raises:
         KangarooError: one that is not a whole number of the vocabulary.
@@ -370,6 +375,6 @@ def check_tokens(tokens: Iterable[object], vocab_size: int) -> list[int]:
         except TypeError:
             value = -1
         if not 0 <= value < vocab_size or isinstance(token, bool):
-            raise KangarooError(f"token {token!r} is not a whole number from 0 to {vocab_size - 1}.")
+            raise KangarooError(f"{what} {token!r} is not a whole number from 0 to {vocab_size - 1}.")
         checked.append(value)
     return checked

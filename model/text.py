@@ -51,20 +51,39 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def begins_whole(tokens: Sequence[int], tokenizer: Any) -> bool:
+    """Whether they begin with a whole character.
+
+    Some decoders write no character of a run of bytes whose last one is incomplete, so it is left out on trial.
+    """
+    trials = (tokens[: len(tokens) - missing] for missing in range(MOST_MISSING + 1))
+    return any(not decode(tokenizer, trial).startswith(REPLACEMENT) for trial in trials)
+
+
 def end_of(prompt: Sequence[int], tokenizer: Any) -> list[int]:
     """Its last tokens: ``PROMPT_TOKENS``, or more where these begin in the middle of a character."""
     for count in range(PROMPT_TOKENS, LONGEST_RUN):
         tokens = list(prompt[-count:])
-        if len(tokens) < count or not decode(tokenizer, tokens).startswith(REPLACEMENT):
+        if len(tokens) < count or begins_whole(tokens, tokenizer):
             break
     return tokens
+
+
+def whole_length(tokens: Sequence[int], tokenizer: Any) -> int:
+    """How long their text is without a character of which bytes are missing at the end.
+
+    Tokens are left out on trial, for the decoders that ``begins_whole`` speaks of.
+    """
+    trials = (decode(tokenizer, tokens[: len(tokens) - missing]) for missing in range(MOST_MISSING + 1))
+    return max(len(text.rstrip(REPLACEMENT)) for text in trials)
 
 
 class TextStream:
     """Tokens in, text out: the prompt's text and what comes out are the text of all tokens together.
 
     It holds back a character of which bytes are missing, for at most three tokens, and whatever may begin a stop
-    string.
+    string. What is out stays: where bytes follow that make no character, some tokenizers would turn the characters
+    before them into U+FFFD as well.
 
     Args:
         tokenizer: decodes; None gives no text.
@@ -85,6 +104,7 @@ class TextStream:
         self._free = least  # tokens that no stop string is looked for in
         self._context = 0  # the first of the tokens that are decoded together
         self._prompt = "" if tokenizer is None else self._text()  # may end in a character that is incomplete
+        self._whole = 0 if tokenizer is None else whole_length(self.tokens, tokenizer)  # of it, without that character
         self._settled = 0 if self._prompt.endswith(REPLACEMENT) else len(self.tokens)  # these end in a whole character
         self._given = self._length = len(self._prompt)  # of the text of these tokens: what is out, and all of it
         self._forming = 0  # tokens that may belong to one character
@@ -107,7 +127,7 @@ class TextStream:
         if piece and not incomplete:
             self._decode_from(self._settled, incomplete)
         elif len(self.tokens) - self._context > LONGEST_RUN:
-            self._decode_from(len(self.tokens) - LONGEST_RUN // 2, incomplete)
+            self._decode_from(len(self.tokens) - len(self._shorter_run()), incomplete)
         return self._release(piece)
 
     def finish(self) -> str:
@@ -127,7 +147,7 @@ class TextStream:
         This includes a character that the prompt left incomplete, once it is whole.
         """
         if not incomplete and not text.startswith(self._prompt):
-            self._given, self._prompt = len(self._prompt.rstrip(REPLACEMENT)), ""
+            self._given, self._prompt = self._whole, ""
         piece = text[self._given : len(text) - incomplete]
         self._given += len(piece)
         return piece
@@ -137,6 +157,11 @@ class TextStream:
         self._context, self._settled, self._prompt = first, len(self.tokens), ""
         self._length = len(self._text())
         self._given = self._length - incomplete
+
+    def _shorter_run(self) -> list[int]:
+        """Half of ``LONGEST_RUN`` tokens, or up to three more for a whole character at the beginning."""
+        runs = [self.tokens[-count:] for count in range(LONGEST_RUN // 2, LONGEST_RUN // 2 + MOST_MISSING + 1)]
+        return next((run for run in runs if begins_whole(run, self.tokenizer)), runs[0])
 
     def _text(self) -> str:
         return decode(self.tokenizer, self.tokens[self._context :])

@@ -79,12 +79,13 @@ class Writer:
                 ``Settings`` explains each.
 
         Raises:
-            KangarooError: a setting, prompt or message that cannot be used.
+            KangarooError: a setting, prompt or message that cannot be used; a ``TooLongError`` for a prompt of more
+                tokens than the context holds, where a chat can leave out its oldest messages.
             TypeError: an unknown keyword; a prompt and messages at once.
         """
         return self.progress(prompt, settings, messages=messages, **keywords).finish()
 
-    def chat(self, messages: Messages, /, settings: Settings | None = None, **keywords: Any) -> Generation:
+    def chat(self, messages: Messages, settings: Settings | None = None, **keywords: Any) -> Generation:
         """Write the assistant's answer to a conversation, whose prompt the checkpoint's chat template makes.
 
         Args:

@@ -142,7 +142,8 @@ def _size(value: object, name: str, path: Path | str) -> int:
 def _rope_config(values: Mapping[str, Any], path: Path | str) -> RopeConfig:
     """``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (transformers 4 and before)."""
     scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = _positive(scaling.get("rope_theta") or values.get("rope_theta") or 10000.0, "rope_theta", path)
+    named = (scaling.get("rope_theta"), values.get("rope_theta"), 10000.0)
+    theta = _positive(next(theta for theta in named if theta is not None), "rope_theta", path)
     rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
     if rope_type not in SUPPORTED_ROPE_TYPES:
         raise KangarooError(

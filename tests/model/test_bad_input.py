@@ -112,10 +112,6 @@ def test_folder_without_config(folder: Path) -> None:
     refuse(lambda: Kangaroo.from_pretrained(folder), "config.json", str(folder))
 
 
-def test_empty_name() -> None:
-    refuse(lambda: Kangaroo.from_pretrained(" "), "does not exist")
-
-
 def test_folder_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     refuse(lambda: Kangaroo.from_pretrained(folder), "no weights", "model.safetensors", "pytorch_model.bin")
@@ -152,6 +148,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "factor nan": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": NAN}}, ("factor is nan",)),
     "factor text": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": "4"}}, ("factor",)),
     "theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, ("rope_theta", "above 0")),
+    "theta 0": ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, ("rope_theta is 0", "above 0")),
     "llama3 alone": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, ("low_freq",)),
     "llama3 reversed": (
         {
@@ -509,10 +506,21 @@ def test_unknown_keywords(method: str, kangaroo: Kangaroo) -> None:
     for keyword in ("temprature", "max_length", "num_beams"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'"):
             call([1, 2], max_new_tokens=3, **{keyword: 1})
-    with pytest.raises(TypeError, match="max_new_tokens"):
+    with pytest.raises(TypeError, match="max_new_tokens is missing"):
         call([1, 2])
+    with pytest.raises(TypeError, match="the prompt is given by position"):
+        call(prompt=[1, 2], max_new_tokens=3)
     with pytest.raises(TypeError, match="positional"):
         call([1, 2], 3)
+
+
+@pytest.mark.parametrize("name", ["", " ", None, 5])
+def test_what_cannot_be_a_name(name: object, checkpoint: Path) -> None:
+    with pytest.raises(KangarooError, match=r"the model is .*; give a folder"):
+        Kangaroo.from_pretrained(name)  # type: ignore[arg-type]
+    if name is not None:
+        with pytest.raises(KangarooError, match=r"the adapter is .*; give a folder"):
+            Kangaroo.from_pretrained(checkpoint, name)  # type: ignore[arg-type]
 
 
 def test_unknown_keywords_of_loading(checkpoint: Path) -> None:

@@ -235,7 +235,7 @@ def test_a_timeout_ends_the_text_behind_a_step(kangaroo):
         ({"logit_bias": [3]}, r"logit_bias is \[3\]; it must be a mapping"),
         ({"logit_bias": {"3": 1.0}}, "logit_bias has '3': 1.0"),
         ({"logit_bias": {3: float("nan")}}, "logit_bias has 3: nan"),
-        ({"logit_bias": {67: 1.0}}, "token 67 is not a whole number from 0 to 66"),
+        ({"logit_bias": {67: 1.0}}, "logit_bias's token 67 is not a whole number from 0 to 66"),
         ({"ignore_eos": 1}, "ignore_eos is 1; it must be True or False"),
         ({"plain": "no"}, "plain is 'no'; it must be True or False"),
         ({"min_new_tokens": 31}, "min_new_tokens is 31; it must be a whole number from 0 to max_new_tokens, 30"),
@@ -245,6 +245,7 @@ def test_a_timeout_ends_the_text_behind_a_step(kangaroo):
         ({"logprobs": 21}, "logprobs is 21; it must be a whole number from 0 to 20"),
         ({"logprobs": True}, "logprobs is True"),
         ({"seed": -1}, "seed is -1"),
+        ({"stop": [67]}, "stop's token 67 is not a whole number from 0 to 66"),
     ],
 )
 def test_mistakes(kangaroo, setting, words):

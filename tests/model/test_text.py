@@ -53,12 +53,20 @@ def test_any_bytes(tokens, prompt):
 
 @given(st.text("aé€😁\ufffd", max_size=20), st.integers(0, 50))
 def test_characters_in_bytes_of_a_word_tokenizer(text, cut):
-    """Its decoder takes a run of bytes as a whole, and writes U+FFFD for every byte of one that is incomplete."""
+    check_cut(text, min(cut, 1 + len(text.encode())))
+
+
+@pytest.mark.parametrize("cut", range(60, 200, 7))
+def test_a_long_run_of_bytes_that_the_prompt_ends_in(cut):
+    check_cut("😁é€" * 25, cut)
+
+
+def check_cut(text: str, cut: int) -> None:
+    """The decoder takes a run of bytes as a whole, and writes U+FFFD for every byte of one that is incomplete."""
     tokenizer, tokens = word_tokenizer(), [1, *byte_tokens(text), 2, 3]
-    cut = min(cut, len(tokens) - 1)
     known, whole = tokenizer.decode(tokens[: 1 + cut]), tokenizer.decode(tokens)
     if not whole.startswith(known):  # its last character has become whole
-        known = known.rstrip("\ufffd")
+        known = "Once" + text.encode()[:cut].decode(errors="ignore")
     assert known + "".join(pieces_of(tokenizer, tokens[1 + cut :], tokens[: 1 + cut])) == whole
 
 
