@@ -24,6 +24,9 @@ WIDEST_HEAD = 128
 """The largest head size for which the kernel of ``draft_loop`` runs on a GPU, in 16 bits. For wider heads the kernel of
 ``attention`` has 8 warps, which sum in another order, so the two would differ in bits."""
 
+NO_TOKEN = -1
+"""Stands where there is no token: in a tree's rows of padding, and at the end of the list of stop tokens."""
+
 TARGET_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)
 """Streams of noise, which make the draws at one position independent. The first draws the target's tokens (and those of
 a coupled drafter, so that they are the same), the second those of a drafter that draws on its own, and the third

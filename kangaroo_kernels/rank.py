@@ -27,7 +27,7 @@ from kangaroo_kernels.shared.filters import (
     order_bits,
     real_filter,
 )
-from kangaroo_kernels.shared.head import NO_TOKEN, first_best, nan_wins
+from kangaroo_kernels.shared.head import NO_INDEX, first_best, nan_wins
 from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     check_flag,
@@ -114,7 +114,7 @@ def rank_kernel(
     pivot = tl.where(largest == float("inf"), 0.0, largest)
     below, after = tl.full((), float("inf"), dtype=tl.float32), tl.full((), -1, dtype=tl.int32)
     for place in range(C):
-        best, index = tl.full((), float("-inf"), dtype=tl.float32), tl.full((), NO_TOKEN, dtype=tl.int32)
+        best, index = tl.full((), float("-inf"), dtype=tl.float32), tl.full((), NO_INDEX, dtype=tl.int32)
         for first in range(0, V, FILTERED):
             offs = first + tl.arange(0, FILTERED)
             scores = nan_wins(numbers_at(scored, first))

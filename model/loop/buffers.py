@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import RECORD_HEAD, Top1, Walk
+from kangaroo_kernels.contract import NO_TOKEN, RECORD_HEAD, Top1, Walk
 
 from ..request import Request
 from ..sampling import SamplingTensors
@@ -18,8 +18,6 @@ from .state import TextState
 LEAST_STOPS = 16
 NEVER = 2.0
 """A threshold that no confidence reaches."""
-NO_TOKEN = -1
-"""Fills the list of stop tokens: no token equals it."""
 
 
 @dataclass(frozen=True)

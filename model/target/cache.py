@@ -10,12 +10,15 @@ from kangaroo_kernels.reference.qkv_rope import rope_table
 from .config import LlamaConfig
 
 GRANULE = 64
-SHARE = 8
+"""A cache's capacity is a multiple of this many positions."""
 
 
 def roomy(length: int) -> int:
-    """``length`` rounded up by at most an eighth (or to 64), so that texts of similar lengths take the same room."""
-    granule = max(GRANULE, (1 << length.bit_length()) // (2 * SHARE))
+    """``length`` rounded up, so that texts of similar lengths take the same room.
+
+    It becomes a multiple of 64 positions or, where that is more, of an eighth of the largest power of two up to it.
+    """
+    granule = max(GRANULE, 1 << length.bit_length() >> 4)
     return -(-length // granule) * granule
 
 

@@ -12,7 +12,8 @@ from pairs import make_adapter
 from trees import random_parents
 
 from kangaroo_kernels import Draft, Drafter, Kangaroo, KangarooError
-from kangaroo_kernels.model.drafters.growth import CHILDREN, LEAST_SHARE, NO_TOKEN, Tree, widths
+from kangaroo_kernels.contract import NO_TOKEN
+from kangaroo_kernels.model.drafters.growth import CHILDREN, LEAST_SHARE, Tree, widths
 from kangaroo_kernels.model.drafters.tree import TreeDrafter
 from kangaroo_kernels.model.loop.iteration import Iteration
 
