@@ -118,7 +118,7 @@ class Buffers:
 
 
 def buffers_for(
-    target: Llama, text: TextState, request: Request, drafts: int, runner: GraphRunner, name: str, tree: bool = False
+    target: Llama, text: TextState, request: Request, drafts: int, runner: GraphRunner, name: str, tree: bool
 ) -> Buffers:
     """The runner's buffers of that name, for at most ``drafts`` drafts a step; they are made on first use."""
     rows, hidden, sampling = drafts + 1, target.config.hidden_size, request.sampling

@@ -21,7 +21,7 @@ from ..sampling import Choice, Chooser
 from ..spans import span
 from ..target.cache import Branches, Place
 from ..target.llama import Llama
-from .pace import Done, Fixed, Limits, Pace
+from .pace import Done, Pace
 from .state import TextState, not_finite
 
 
@@ -58,12 +58,10 @@ def chooser_of(target: Llama, text: TextState, request: Request) -> Chooser:
     )
 
 
-def kangaroo_steps(
-    target: Llama, drafter: Drafter, text: TextState, request: Request, pace: Pace | None = None
-) -> Iterator[Commit]:
+def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Request, pace: Pace) -> Iterator[Commit]:
     """Steps of Kangaroo decoding until the text has ``request.length`` tokens or a stop token.
 
-    ``pace`` says how long drafts may be; None takes the request's own limits.
+    ``pace`` says how long drafts may be.
 
     Raises:
         KangarooError: the target's logits are not finite.
@@ -71,7 +69,6 @@ def kangaroo_steps(
     chooser, accept = chooser_of(target, text, request), target.backend.accept
     stops = torch.tensor(sorted(request.stop_tokens), dtype=torch.int64, device=target.device)
     most, threshold = request.max_drafts, request.threshold
-    pace = pace or Fixed(Limits(most, threshold))
     while (remaining := request.length - len(text.tokens)) > 0:
         room = remaining - 1
         at_hand = drafter.at_hand(text, min(most, room), threshold)
