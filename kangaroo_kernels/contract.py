@@ -1,6 +1,7 @@
 """What kernels, references and the runtime agree on: numbers and types that are defined here and nowhere else."""
 
 from collections.abc import Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,13 @@ USUAL_WEIGHT = 3.0
 
 EXPERIENCE_MEMORY = 0.95
 """What an observation of ``weigh`` counts for after the next step, so what failed is tried again some steps later."""
+
+
+def seed_bits(seed: int) -> int:
+    """A seed from 0 to 2^64 - 1 as the int64 that has the same bits, which is how tensors hold it."""
+    seed = index(seed)
+    return seed - (1 << 64) if seed >> 63 else seed
+
 
 # ---- types
 
@@ -193,7 +201,7 @@ class DraftVocabulary(NamedTuple):
         return self.tokens.index_select(0, rows.flatten()).view(rows.shape).long()
 
     def spread(self, logits: Tensor) -> Tensor:
-        """Logits ``[M, R]`` as those of the whole vocabulary, ``[M, V]``: -inf where the head has no row."""
+        """Logits ``[M, R]`` as those of the whole vocabulary, ``[M, V]`` of the same dtype: -inf for the others."""
         whole = logits.new_full((len(logits), self.size), float("-inf"))
         return whole.index_copy_(1, self.tokens.long(), logits)
 

@@ -179,11 +179,13 @@ def check_head(
             )
     if embedded is not None and embedded.shape[0] != rows:
         raise ValueError(f"{op}: embedded has {embedded.shape[0]} rows, x {rows}; they must agree.")
+    return check_top1(op, out, rows, x.device)
+
+
+def check_top1(op: str, out: Top1 | None, rows: int, device: torch.device) -> Top1:
+    """``out``, or a new one if it is None; raises unless it has ``rows`` rows."""
     if out is None:
-        return Top1(
-            torch.empty(rows, dtype=torch.int64, device=x.device),
-            torch.empty(rows, dtype=torch.float32, device=x.device),
-        )
+        return Top1.empty(rows, device)
     if (out.token.dtype, out.confidence.dtype) != (torch.int64, torch.float32) or not (
         out.token.shape == out.confidence.shape == (rows,)
     ):
@@ -217,11 +219,10 @@ def merge_tiles(
     threshold: float | Tensor | None,
     embedding: Tensor | None,
     embedded: Tensor | None,
-    sure: Tensor | None = None,
-    tokens: Tensor | None = None,
+    sure: Tensor | None,
+    tokens: Tensor | None,
 ) -> Top1:
     """Launch the merge."""
-    sure = active if sure is None else sure
     merge_tiles_kernel[(tiles.rows,)](
         tiles.scores,
         tiles.indices,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import NO_TOKEN, RECORD_HEAD, Top1, Walk
+from kangaroo_kernels.contract import NO_TOKEN, RECORD_HEAD, Top1, Walk, seed_bits
 
 from ..request import Request
 from ..sampling import SamplingTensors
@@ -177,7 +177,7 @@ def begin(buffers: Buffers, target: Llama, tokens: Sequence[int], request: Reque
     put(numbers.temperature, [sampling.temperature])
     put(numbers.top_k, [sampling.top_k])
     put(numbers.top_p, [sampling.top_p])
-    put(numbers.seed, [sampling.seed - (1 << 64) if sampling.seed >> 63 else sampling.seed])
+    put(numbers.seed, [seed_bits(sampling.seed)])
     put(buffers.positions, range(count - 2, count - 2 + len(buffers.positions)))
     put(buffers.stops, [*request.stop_tokens, *[NO_TOKEN] * (len(buffers.stops) - len(request.stop_tokens))])
     put(buffers.flags, [1] + [0] * (len(buffers.flags) - 1))
