@@ -26,7 +26,8 @@ class Branches(NamedTuple):
     """Where rows of a tree lie, in the place of a chain's first position.
 
     Attributes:
-        position: the cache's slot of the first row; those of the others follow.
+        position: the cache's slot of the first row, a number or ``[1]`` int64 on the device; the other rows' slots
+            follow.
         ancestors: ``[M]`` int32, the rows of the tree that each row sees, which also say where it stands in the text
             (``kangaroo_kernels/reference/ancestors.py``).
     """
