@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from drafters import Scripted, example_drafter, on_the_device, oracle, right_until, with_drafter
+from drafters import Scripted, example_drafter, in_one_launch, on_the_device, oracle, right_until, with_drafter
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Kangaroo, KangarooError, Settings
@@ -297,11 +297,6 @@ def iteration_costs(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return partial(cost.__setitem__, 0)
 
 
-@pytest.fixture
-def resident(pair) -> Kangaroo:
-    return on_the_device(pair.load(device="cpu"))
-
-
 @pytest.fixture(scope="module")
 def repeating(tmp_path_factory) -> Callable[[Any], Kangaroo]:
     """``repeating(make)``: a target with few words, whose text often says again what it said, and its drafter."""
@@ -374,11 +369,12 @@ def test_on_the_device_only_who_asks_for_it_gets_it(resident, iteration_costs, m
     """A calibrated adapter's default stays its own numbers there; drafting in one launch has no limits to change."""
     monkeypatch.setattr(resident.drafter, "auto", True)
     iteration_costs(2.0)
-    for persistent in (False, True):
-        monkeypatch.setattr(resident.drafter, "persistent", persistent)
-        assert resident.generate(PROMPT, max_new_tokens=90).stats.steps_without_drafts <= 1
-    monkeypatch.setattr(resident.drafter, "draft_all", None)
-    written = resident.generate(PROMPT, max_new_tokens=90, draft_confidence_threshold="auto")
+    persistent = in_one_launch(resident)
+    monkeypatch.setattr(persistent.drafter, "auto", True)
+    for kangaroo in (resident, persistent):
+        assert kangaroo.generate(PROMPT, max_new_tokens=90).stats.steps_without_drafts <= 1
+    monkeypatch.setattr(persistent.drafter, "draft_all", None)
+    written = persistent.generate(PROMPT, max_new_tokens=90, draft_confidence_threshold="auto")
     assert written.stats.steps_without_drafts > 20
 
 

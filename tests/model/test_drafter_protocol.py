@@ -12,8 +12,9 @@ from chi_square import REJECTED, p_value
 from drafters import example_drafter
 from no_host_reads import no_host_reads
 from pairs import make_target
+from test_bad_input import refuse
 
-from kangaroo_kernels import Draft, Drafter, Kangaroo, KangarooError, Settings
+from kangaroo_kernels import Draft, Drafter, Kangaroo, Settings
 from kangaroo_kernels.model.backend import REFERENCES
 from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup
 from kangaroo_kernels.model.drafters.protocol import Stage, provides
@@ -183,13 +184,6 @@ def test_a_drafter_that_drafts_nothing(checkpoint):
     drafted = kangaroo.generate([1, 2], max_new_tokens=20)
     assert drafted.tokens == plain.tokens
     assert drafted.stats.drafted == 0
-
-
-def refuse(call: Any, *words: str) -> None:
-    with pytest.raises(KangarooError) as error:
-        call()
-    assert all(word in str(error.value) for word in words), error.value
-    assert str(error.value).count("\n") == 0
 
 
 def test_a_loop_that_cannot_run_a_drafter(checkpoint):

@@ -9,9 +9,10 @@ import torch
 from drafters import on_the_device
 from no_host_reads import no_host_reads
 from pairs import make_adapter
+from test_bad_input import refuse
 from trees import random_parents
 
-from kangaroo_kernels import Draft, Drafter, Kangaroo, KangarooError
+from kangaroo_kernels import Draft, Drafter, Kangaroo
 from kangaroo_kernels.contract import NO_TOKEN
 from kangaroo_kernels.model.drafters.growth import CHILDREN, LEAST_SHARE, Tree, widths
 from kangaroo_kernels.model.drafters.tree import TreeDrafter
@@ -332,13 +333,6 @@ def test_padding_follows_the_row_before_it():
 
 
 # ---- refusals
-
-
-def refuse(call: Any, *words: str) -> None:
-    with pytest.raises(KangarooError) as error:
-        call()
-    assert all(word in str(error.value) for word in words), error.value
-    assert str(error.value).count("\n") == 0
 
 
 @pytest.mark.parametrize(
