@@ -276,7 +276,7 @@ def test_a_session_goes_on_after_a_pause(pair, asks, guarded_workspaces):
     assert texts[0].stats.cached_tokens == len(prompt) - 2 - 3
     assert texts[0].tokens == texts[1].tokens
     assert texts[0].stats.drafted == texts[1].stats.drafted
-    kept = [one.memory.drafter.cache for one in (session, fresh)]
+    kept = [one.memory.drafter_memory.cache for one in (session, fresh)]
     torch.testing.assert_close(kept[0].keys[0][:, : len(prompt)], kept[1].keys[0][:, : len(prompt)], rtol=0, atol=1e-4)
 
 

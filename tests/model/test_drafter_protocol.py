@@ -270,6 +270,6 @@ def test_any_object_will_do(checkpoint):
     for _ in range(2):
         written = session.generate([1, 2], max_new_tokens=9)
         assert written.tokens == kangaroo.generate([1, 2], max_new_tokens=9, plain=True).tokens
-    assert session.memory.drafter == {"texts": 2, "tokens": 18}
+    assert session.memory.drafter_memory == {"texts": 2, "tokens": 18}
     assert provides(kangaroo.drafter, "propose")
     assert not provides(kangaroo.drafter, "stages")

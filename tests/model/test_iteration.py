@@ -166,7 +166,7 @@ def test_the_adapter_has_seen_what_the_host_loop_shows_it(host, resident):
     sessions = resident.session(), host.session()
     length = len(PROMPT) + [len(session.generate(PROMPT, **settings).tokens) for session in sessions][1]
     for name in ("keys", "values"):
-        ours, theirs = (getattr(each.memory.drafter.cache, name)[0][:, : length - 6] for each in sessions)
+        ours, theirs = (getattr(each.memory.drafter_memory.cache, name)[0][:, : length - 6] for each in sessions)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

@@ -147,11 +147,11 @@ def test_the_caches_are_those_of_the_text(pair, trees, threshold):
     assert written.stats.accepted > 5
     text = PROMPT + written.tokens
     other.generate([*text, 1], max_new_tokens=1, num_speculative_tokens=1)
-    length = min(session.memory.drafter.length, len(text) - 2)
+    length = min(session.memory.drafter_memory.length, len(text) - 2)
     assert length > 80
     for ours, theirs in (
         (session.memory.cache, other.memory.cache),
-        (session.memory.drafter.cache, other.memory.drafter.cache),
+        (session.memory.drafter_memory.cache, other.memory.drafter_memory.cache),
     ):
         for name in ("keys", "values"):
             for one, two in zip(getattr(ours, name), getattr(theirs, name), strict=True):
