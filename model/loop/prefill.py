@@ -12,7 +12,7 @@ def reach_of(length: int) -> int:
     return length + MAX_SPECULATIVE_TOKENS + 1
 
 
-def prefill(target: Llama, drafter: Drafter | None, text: TextState, length: int, kept: int = 0) -> None:
+def prefill(target: Llama, drafter: Drafter | None, text: TextState, length: int, kept: int) -> None:
     """Fill all caches for every token but the last, and make room for a text of ``length`` tokens.
 
     The first ``kept`` tokens, at most all but two, are in the caches from the text before.
