@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 ROUNDS = 5
-"""How often each number of threads is timed: the best of five rounds is one that nothing disturbed."""
+"""How often each number of threads is timed; its best round counts."""
 
 
 @contextmanager
