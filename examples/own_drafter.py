@@ -11,8 +11,7 @@ import sys
 
 import torch
 
-from kangaroo_kernels import Draft, Drafter, Kangaroo
-from kangaroo_kernels.model.drafters.protocol import Stage
+from kangaroo_kernels import Draft, Drafter, Kangaroo, Stage
 
 N = 3
 

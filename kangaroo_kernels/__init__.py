@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Commit": "kangaroo_kernels.model.results",
     "DecodeStats": "kangaroo_kernels.model.results",
     "Draft": "kangaroo_kernels.model.drafters.protocol",
     "Drafter": "kangaroo_kernels.model.drafters.protocol",
@@ -19,10 +20,14 @@ _PUBLIC = {
     "Progress": "kangaroo_kernels.model.results",
     "Session": "kangaroo_kernels.model.session",
     "Settings": "kangaroo_kernels.model.request",
+    "Stage": "kangaroo_kernels.model.drafters.protocol",
+    "TokenLogprobs": "kangaroo_kernels.model.results",
+    "TooLongError": "kangaroo_kernels.model.errors",
     "assistant": "kangaroo_kernels.model.integrations.assistant",
 }
 
 __all__ = [
+    "Commit",
     "DecodeStats",
     "Draft",
     "Drafter",
@@ -32,17 +37,20 @@ __all__ = [
     "Progress",
     "Session",
     "Settings",
+    "Stage",
+    "TokenLogprobs",
+    "TooLongError",
     "__version__",
     "assistant",
 ]
 
 if TYPE_CHECKING:
-    from kangaroo_kernels.model.drafters.protocol import Draft, Drafter
-    from kangaroo_kernels.model.errors import KangarooError
+    from kangaroo_kernels.model.drafters.protocol import Draft, Drafter, Stage
+    from kangaroo_kernels.model.errors import KangarooError, TooLongError
     from kangaroo_kernels.model.integrations.assistant import assistant
     from kangaroo_kernels.model.kangaroo import Kangaroo
     from kangaroo_kernels.model.request import Settings
-    from kangaroo_kernels.model.results import DecodeStats, Generation, Progress
+    from kangaroo_kernels.model.results import Commit, DecodeStats, Generation, Progress, TokenLogprobs
     from kangaroo_kernels.model.session import Session
 
 

@@ -12,7 +12,7 @@ from kangaroo_kernels.contract import MAX_ROWS, MAX_STOPS
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_accept
 from kangaroo_kernels.shared.keys import stable_key
-from kangaroo_kernels.shared.launch import device_scalar, launch_options, require_interpreter
+from kangaroo_kernels.shared.launch import device_count, launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import BLOCK_M
 
 
@@ -90,7 +90,7 @@ def accept(
             f"accept takes fewer than {MAX_ROWS} drafts and at most {MAX_STOPS} stop tokens, got {most} and "
             f"{len(stop_tokens)}; its reference takes any number."
         )
-    counts = device_scalar(most if drafted is None else drafted, device)
+    counts = device_count(most if drafted is None else drafted, device)
     if out is None:
         out = torch.empty(3, dtype=torch.int64, device=device)
     accept_kernel[(1,)](
@@ -99,8 +99,8 @@ def accept(
         stop_tokens,
         confidence,
         counts,
-        device_scalar(length, device),
-        device_scalar(limit, device),
+        device_count(length, device),
+        device_count(limit, device),
         out,
         stop_tokens.shape[0],
         counts.numel(),

@@ -32,7 +32,7 @@ from kangaroo_kernels.shared.launch import (
     check_out,
     check_position,
     check_rows,
-    device_scalar,
+    device_count,
     launch_options,
 )
 from kangaroo_kernels.shared.merge import attention_merge, merge_splits, merges_apart, seen_or_one
@@ -261,7 +261,7 @@ def attention(
     sizes = () if splits == 1 else ((splits, rows, heads, head_dim), (splits, rows, heads, 2))
     parts = [torch.empty(size, dtype=torch.float32, device=q.device) for size in sizes]
     sums, stats = parts or (None, None)
-    where = device_scalar(position, q.device)
+    where = device_count(position, q.device)
     block_rows, block_d = query_tile(group, head_dim, q.element_size())
     apart = bool(parts) and merges_apart(min(rows * group, block_rows), splits)
     # in a paged cache the pipeline loads block table entries a stage ahead of the rows that they point to

@@ -1,6 +1,7 @@
 """What kernels, references and the runtime agree on: numbers and types that are defined here and nowhere else."""
 
 from collections.abc import Sequence
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,9 @@ WIDEST_HEAD = 128
 """The largest head size for which the kernel of ``draft_loop`` runs on a GPU, in 16 bits. For wider heads the kernel of
 ``attention`` has 8 warps, which sum in another order, so the two would differ in bits."""
 
+NO_TOKEN = -1
+"""Stands where there is no token: in a tree's rows of padding, and at the end of the list of stop tokens."""
+
 TARGET_STREAM, DRAFT_STREAM, ACCEPT_STREAM = range(3)
 """Streams of noise, which make the draws at one position independent. The first draws the target's tokens (and those of
 a coupled drafter, so that they are the same), the second those of a drafter that draws on its own, and the third
@@ -34,6 +38,13 @@ USUAL_WEIGHT = 3.0
 
 EXPERIENCE_MEMORY = 0.95
 """What an observation of ``weigh`` counts for after the next step, so what failed is tried again some steps later."""
+
+
+def seed_bits(seed: int) -> int:
+    """A seed from 0 to 2^64 - 1 as the int64 that has the same bits, which is how tensors hold it."""
+    seed = index(seed)
+    return seed - (1 << 64) if seed >> 63 else seed
+
 
 # ---- types
 
@@ -190,7 +201,7 @@ class DraftVocabulary(NamedTuple):
         return self.tokens.index_select(0, rows.flatten()).view(rows.shape).long()
 
     def spread(self, logits: Tensor) -> Tensor:
-        """Logits ``[M, R]`` as those of the whole vocabulary, ``[M, V]``: -inf where the head has no row."""
+        """Logits ``[M, R]`` as those of the whole vocabulary, ``[M, V]`` of the same dtype: -inf for the others."""
         whole = logits.new_full((len(logits), self.size), float("-inf"))
         return whole.index_copy_(1, self.tokens.long(), logits)
 

@@ -18,7 +18,7 @@ from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_look_up
 from kangaroo_kernels.shared.grid import is_last
 from kangaroo_kernels.shared.keys import stable_key
-from kangaroo_kernels.shared.launch import device_scalar, launch_options, require_interpreter
+from kangaroo_kernels.shared.launch import device_count, launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import BLOCK_M
 
 PLACES = 1024
@@ -115,7 +115,7 @@ def look_up(
         out = Match.empty(most, device)
     look_up_kernel[(triton.cdiv(len(text), PLACES),)](
         text,
-        device_scalar(length, device),
+        device_count(length, device),
         flags,
         arrivals,
         *out,

@@ -22,7 +22,7 @@ from kangaroo_kernels.shared.launch import (
     check_operands,
     check_out,
     check_position,
-    device_scalar,
+    device_count,
     launch_options,
     weight_and_bias,
 )
@@ -183,7 +183,7 @@ def qkv_rope(
         k_cache,
         v_cache,
         block_table,
-        device_scalar(position, x.device),
+        device_count(position, x.device),
         ancestors,
         active,
         x.shape[0],

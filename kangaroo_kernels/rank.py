@@ -27,12 +27,12 @@ from kangaroo_kernels.shared.filters import (
     order_bits,
     real_filter,
 )
-from kangaroo_kernels.shared.head import NO_TOKEN, first_best, nan_wins
+from kangaroo_kernels.shared.head import NO_INDEX, first_best, nan_wins
 from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     check_flag,
+    device_count,
     device_number,
-    device_scalar,
     device_seed,
     launch_options,
     require_interpreter,
@@ -114,7 +114,7 @@ def rank_kernel(
     pivot = tl.where(largest == float("inf"), 0.0, largest)
     below, after = tl.full((), float("inf"), dtype=tl.float32), tl.full((), -1, dtype=tl.int32)
     for place in range(C):
-        best, index = tl.full((), float("-inf"), dtype=tl.float32), tl.full((), NO_TOKEN, dtype=tl.int32)
+        best, index = tl.full((), float("-inf"), dtype=tl.float32), tl.full((), NO_INDEX, dtype=tl.int32)
         for first in range(0, V, FILTERED):
             offs = first + tl.arange(0, FILTERED)
             scores = nan_wins(numbers_at(scored, first))
@@ -162,13 +162,13 @@ def rank(
         None if groups is None else groups.largest,
         None if groups is None else groups.masses,
         None if groups is None else groups.listed,
-        device_scalar(position, device),
-        seed if isinstance(seed, Tensor) else device_seed(seed, device),
+        device_count(position, device),
+        device_seed(seed, device),
         active,
         None if vocabulary is None else vocabulary.tokens,
         ancestors,
         degrees,
-        None if top_k is None else device_scalar(top_k, device),
+        None if top_k is None else device_count(top_k, device),
         None if top_p is None else device_number(top_p, device),
         out.tokens,
         out.confidences,

@@ -50,8 +50,8 @@ from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     aligned_rows,
     check_operands,
+    device_count,
     device_number,
-    device_scalar,
     device_seed,
     launch_options,
     weight_and_bias,
@@ -296,8 +296,8 @@ def sample_head(
     rows, vocab_size = x.shape[0], matrix.shape[0]
     top_k, top_p = real_filter(top_k, vocab_size), real_filter(top_p, 1.0)
     filtered = top_k is not None or top_p is not None
-    where = device_scalar(position, x.device)
-    key = seed if isinstance(seed, Tensor) else device_seed(seed, x.device)
+    where = device_count(position, x.device)
+    key = device_seed(seed, x.device)
     degrees = device_number(temperature, x.device)
     config = launch_config("sample_head", vocab_size, matrix.shape[1], x)
     logits = torch.empty((rows, vocab_size), dtype=torch.float32, device=x.device) if filtered else None
@@ -324,7 +324,7 @@ def sample_head(
         ancestors,
         stream,
         degrees,
-        None if top_k is None else device_scalar(top_k, x.device),
+        None if top_k is None else device_count(top_k, x.device),
         None if top_p is None else device_number(top_p, x.device),
         vocab_size,
         0 if embedding is None else embedding.stride(0),
@@ -340,7 +340,7 @@ def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float, activ
     """The logits that ``sample_head`` samples from, ``[M, V]`` float32; arguments as for ``reference.lm_head``."""
     matrix, bias = weight_and_bias(weight)
     check_operands("lm_head", x, norm_weight, matrix, active)
-    x, unused = aligned_rows(x), device_scalar(0, x.device)
+    x, unused = aligned_rows(x), device_count(0, x.device)
     config = launch_config("sample_head", matrix.shape[0], matrix.shape[1], x)
     logits = torch.empty((x.shape[0], matrix.shape[0]), dtype=torch.float32, device=x.device)
     no_noise = (unused, unused, active, None, None, TARGET_STREAM, unused.view(torch.float32))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_straighten
 from kangaroo_kernels.shared.keys import stable_key
-from kangaroo_kernels.shared.launch import device_scalar, launch_options, require_interpreter
+from kangaroo_kernels.shared.launch import device_count, launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import BLOCK_M
 
 COLUMNS = 256
@@ -57,7 +57,7 @@ def straighten(path: Tensor, position: int | Tensor, store: Tensor) -> None:
     block = min(COLUMNS, triton.next_power_of_2(width))
     straighten_kernel[(batch, triton.cdiv(width, block))](
         path,
-        device_scalar(position, store.device),
+        device_count(position, store.device),
         store,
         path.shape[0],
         capacity,

@@ -11,7 +11,7 @@ from kangaroo_kernels.contract import MAX_ROWS, MAX_STOPS, Walk
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_walk
 from kangaroo_kernels.shared.keys import stable_key
-from kangaroo_kernels.shared.launch import device_scalar, launch_options, require_interpreter
+from kangaroo_kernels.shared.launch import device_count, launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import BLOCK_M
 
 
@@ -122,8 +122,8 @@ def walk(
         ancestors,
         stop_tokens,
         confidence,
-        device_scalar(length, device),
-        device_scalar(limit, device),
+        device_count(length, device),
+        device_count(limit, device),
         *out,
         most,
         stop_tokens.shape[0],

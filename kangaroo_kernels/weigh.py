@@ -12,7 +12,7 @@ from kangaroo_kernels.contract import EXPERIENCE_MEMORY, USUAL_WEIGHT, Experienc
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_weigh
 from kangaroo_kernels.shared.keys import stable_key
-from kangaroo_kernels.shared.launch import device_scalar, launch_options, require_interpreter
+from kangaroo_kernels.shared.launch import device_count, launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import BLOCK_M
 
 REMEMBERED, FORGOTTEN = tl.constexpr(EXPERIENCE_MEMORY), tl.constexpr(1 - EXPERIENCE_MEMORY)
@@ -137,8 +137,8 @@ def weigh(
     weigh_kernel[(1,)](
         matched,
         thresholds,
-        device_scalar(length, device),
-        device_scalar(limit, device),
+        device_count(length, device),
+        device_count(limit, device),
         *experience,
         flags,
         *out,

@@ -28,8 +28,8 @@ from .drafters.ways import choose_way
 from .errors import KangarooError
 from .load import open_model, resolve_dtype
 from .loop.graphs import GraphRunner
-from .loop.host import reach_of
 from .loop.iteration import Iteration
+from .loop.prefill import reach_of
 from .loop.state import TextState
 from .named import find_pair
 from .request import Request

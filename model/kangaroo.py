@@ -18,8 +18,8 @@ from .drafters.prompt_lookup import PromptLookup
 from .drafters.protocol import Drafter, check_drafter, check_loop
 from .errors import KangarooError
 from .load import load_pair
-from .loop.host import reach_of
 from .loop.pace import Paces
+from .loop.prefill import reach_of
 from .loop.threads import fastest_thread_count, own_state, threads
 from .request import Request, Settings, check_prompt, resolve
 from .sampling import is_whole, whole_rows

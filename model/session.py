@@ -16,9 +16,10 @@ from .drafters.protocol import Drafter
 from .errors import KangarooError
 from .loop.device import device_steps
 from .loop.graphs import GraphRunner
-from .loop.host import kangaroo_steps, plain_steps, prefill, reach_of
+from .loop.host import kangaroo_steps, plain_steps
 from .loop.iteration import Iteration
 from .loop.pace import pace_of
+from .loop.prefill import prefill, reach_of
 from .loop.state import TextState, Written
 from .request import Request, Settings
 from .results import Commit, Generation, Outcome, Progress
@@ -40,14 +41,14 @@ class Memory:
 
     Attributes:
         cache: the target's keys and values.
-        drafter: what ``Drafter.new_memory`` made.
+        drafter_memory: what ``Drafter.new_memory`` made; None without a drafter.
         runner: holds the device's buffers and graphs, and counts their bytes.
         text: the one that the caches hold; None before the first.
     """
 
     def __init__(self, target: Llama, drafter: Drafter | None, graphs: bool) -> None:
         self.cache = target.new_cache()
-        self.drafter = None if drafter is None else drafter.new_memory()
+        self.drafter_memory = None if drafter is None else drafter.new_memory()
         self.runner = GraphRunner(target.device, graphs)
         self.text: TextState | None = None
         self._target_holds: Written | None = None
@@ -57,7 +58,7 @@ class Memory:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory: caches, buffers, and what captured graphs took."""
-        own = self.cache.nbytes + getattr(self.drafter, "nbytes", 0)
+        own = self.cache.nbytes + getattr(self.drafter_memory, "nbytes", 0)
         return own + self.runner.buffer_bytes + self.runner.captured_bytes
 
     @property
@@ -98,7 +99,7 @@ class Memory:
         kept = min(0 if held is None else held.shared(tokens) for held in holders)
         if not kept or not self.cache.serves(request.length):
             return 0
-        return kept if drafter is None else min(kept, drafter.keep(self.drafter, kept, request.length))
+        return kept if drafter is None else min(kept, drafter.keep(self.drafter_memory, kept, request.length))
 
     def _begin(self, kangaroo: "Kangaroo", request: Request, outcome: Outcome, kept: int) -> Iterator[Commit]:
         """The loop is on the device where the backend is resident and the request allows it; else the host leads it."""
@@ -106,7 +107,7 @@ class Memory:
         self._target_holds = None  # a prefill that does not come to its end leaves nothing to rely on
         if drafter is not None:
             self._drafter_holds = None
-        self.text = text = TextState(list(request.tokens), self.cache, self.drafter)
+        self.text = text = TextState(list(request.tokens), self.cache, self.drafter_memory)
         if target.device.type == "cuda":
             torch.cuda.synchronize(target.device)  # what another thread's stream still writes here comes first
         if reach_of(request.length) > self.cache.capacity:

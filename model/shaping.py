@@ -37,9 +37,7 @@ class Shaping:
         return not self.logit_bias and self.repetition_penalty == 1 and not (self.ends and self.ends_from)
 
     def __call__(self, logits: Tensor, text: Sequence[int]) -> Tensor:
-        """The logits ``[1, V]`` of the token after ``text``, changed: a new tensor, or the same one where idle."""
-        if self.idle:
-            return logits
+        """The logits ``[1, V]`` of the token after ``text``, changed, as a new tensor."""
         logits = logits.clone()
         device = logits.device
         if self.logit_bias:

@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import hypothesis
 import pytest
@@ -14,10 +14,14 @@ if not torch.cuda.is_available():  # before anything imports Triton: its interpr
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import row_by_row
+from drafters import on_the_device
 from lost_gpu import pytest_runtest_makereport  # noqa: F401 (a hook)
 from pairs import make_adapter, make_target, make_tokenizer
 
 from kangaroo_kernels import Kangaroo
+
+if TYPE_CHECKING:
+    from report.job import Job
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -78,3 +82,17 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     target = make_tokenizer(make_target(folder / "target", quiet_from=2, quiet=0.2))
     return Pair(target, make_adapter(folder / "adapter", target, exit_layer=2, copy_layer=2))
+
+
+@pytest.fixture
+def resident(pair: Pair) -> Kangaroo:
+    """The pair with the loop on the device, on the references."""
+    return on_the_device(pair.load(device="cpu"))
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> "Job":
+    """A part of the GPU's report, tiny."""
+    from report.job import Job
+
+    return Job(tmp_path / "piece.json", tmp_path, 60.0, smoke=True)

@@ -88,6 +88,12 @@ def with_drafter(kangaroo: Kangaroo, drafter: KangarooDrafter) -> Kangaroo:
     return Kangaroo(kangaroo.target, drafter, kangaroo.tokenizer)
 
 
+def in_one_launch(kangaroo: Kangaroo) -> Kangaroo:
+    """The same target and adapter with ``persistent=True``."""
+    drafter = kangaroo.drafter
+    return with_drafter(kangaroo, KangarooDrafter(drafter.target, drafter.adapter, persistent=True))
+
+
 def example_drafter() -> type[Drafter]:
     """The class of ``examples/own_drafter.py``."""
     spec = importlib.util.spec_from_file_location("own_drafter", EXAMPLE)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_ROWS
+from kangaroo_kernels.contract import MAX_ROWS, Top1
 
 KERNEL_DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 """Triton's interpreter does not multiply bfloat16 rightly, so that one waits for a GPU."""
@@ -67,6 +67,16 @@ def framed(values: Tensor, above: int = 1, below: int = 2, left: int = 5, right:
 def poisoned(rows: int, columns: int, like: Tensor) -> Framed:
     """An output to be written: NaN inside of the frame, too, and room for the rows that a tile has beyond M."""
     return framed(like.new_full((rows, columns), float("nan")), below=MAX_ROWS)
+
+
+def poisoned_top1(rows: int, device: torch.device) -> Top1:
+    """Memory for a head's results that holds none."""
+    return Top1(torch.full((rows,), -7, device=device), torch.full((rows,), float("nan"), device=device))
+
+
+def same_top1(one: Top1, other: Top1) -> bool:
+    """Equal to the last bit, NaN included."""
+    return all(map(same_bits, one, other))
 
 
 ROW_STRIDES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -122,7 +122,7 @@ def half(server: Served, todo: dict[int, tuple[dict[str, Any], Generation]], loa
 
 def bytes_of(session: Session) -> int:
     """Its memory, but for the rows that its adapter has yet to read: there are some after steps without drafts."""
-    return session.nbytes - sum(rows.nbytes for rows in session.memory.drafter.missed)
+    return session.nbytes - sum(rows.nbytes for rows in session.memory.drafter_memory.missed)
 
 
 def texts() -> int:

@@ -27,11 +27,6 @@ TOOLS = Path(__file__).resolve().parent.parent / "tools"
 NAMES, FIRST_NAMES = [part.name for part in PARTS], [part.name for part in FIRST]
 
 
-@pytest.fixture
-def job(tmp_path):
-    return Job(tmp_path / "piece.json", tmp_path, 60.0, smoke=True)
-
-
 def single_spaced(text):
     """A page without what aligns its columns."""
     return re.sub(" +", " ", text)

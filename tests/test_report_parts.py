@@ -11,14 +11,8 @@ import torch
 from plain_llama import PlainLlama
 from random_model import RESIDENT_REFERENCES, SMOKE, random_target
 from report import baselines, pair, vllm
-from report.job import Job
 
 from kangaroo_kernels.model.demo import PAIR as DEMO_PAIR
-
-
-@pytest.fixture
-def job(tmp_path):
-    return Job(tmp_path / "piece.json", tmp_path, 60.0, smoke=True)
 
 
 class Timepiece:

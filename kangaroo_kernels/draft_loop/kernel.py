@@ -47,7 +47,6 @@ from kangaroo_kernels.gate_up import gate_up_tile
 from kangaroo_kernels.linear_residual import linear_residual_tile
 from kangaroo_kernels.sample_head import sample_tile
 from kangaroo_kernels.shared.checks import check_sampling
-from kangaroo_kernels.shared.filters import real_filter
 from kangaroo_kernels.shared.grid import arrive, is_whole, leave, wait
 from kangaroo_kernels.shared.head import merge_row
 from kangaroo_kernels.shared.keys import stable_key
@@ -295,15 +294,6 @@ def prepare_draft_loop(model: DraftModel, most: int) -> DraftLoop:
     return DraftLoop(model, most)
 
 
-def refuse_filters(top_k: int | Tensor | None, top_p: float | Tensor | None, vocab_size: int) -> None:
-    """Raise for a top-k or top-p that leaves tokens out."""
-    if real_filter(top_k, vocab_size) is not None or real_filter(top_p, 1.0) is not None:
-        raise ValueError(
-            f"draft_loop: top_k {top_k} and top_p {top_p} need a whole row of logits, which this kernel never has; "
-            "draft step by step, or without a filter."
-        )
-
-
 def draft_loop(
     model: DraftModel,
     flags: Tensor,
@@ -315,8 +305,6 @@ def draft_loop(
     temperature: float | Tensor | None = None,
     seed: int | Tensor = 0,
     stream: int = TARGET_STREAM,
-    top_k: int | Tensor | None = None,
-    top_p: float | Tensor | None = None,
     prepared: DraftLoop | None = None,
     out: Top1 | None = None,
 ) -> Top1:
@@ -330,10 +318,9 @@ def draft_loop(
     out = loop.check(model, flags, positions, newest, exit_hidden, out)
     vocab_size, K = loop.head[0].shape
     if temperature is not None:
-        check_sampling("draft_loop", temperature, top_k, top_p, seed, newest.device)
-        refuse_filters(top_k, top_p, vocab_size)
+        check_sampling("draft_loop", temperature, None, None, seed, newest.device)
         temperature = device_number(temperature, newest.device)
-        seed = seed if isinstance(seed, Tensor) else device_seed(seed, newest.device)
+        seed = device_seed(seed, newest.device)
     head_n, tiles = loop.heads[temperature is not None]
     shape, adapter = loop.shape, loop.adapter_shape
     check_current(newest.device)

@@ -29,7 +29,7 @@ from kangaroo_kernels.qkv_rope import phases_of
 from kangaroo_kernels.shared.attend import TILE_BYTES
 from kangaroo_kernels.shared.cache_layout import cache_layout
 from kangaroo_kernels.shared.grid import ERROR, STATE_WORDS
-from kangaroo_kernels.shared.head import TileResults, check_vocabulary
+from kangaroo_kernels.shared.head import TileResults, check_top1, check_vocabulary
 from kangaroo_kernels.shared.launch import UNFUSED, VECTOR_BYTES, check_operands, require_interpreter, weight_and_bias
 from kangaroo_kernels.shared.splits import count_splits
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES
@@ -322,11 +322,4 @@ class DraftLoop:
                 f"flags are {flags.dtype} on {flags.device}, positions {positions.dtype} on {positions.device}; they "
                 f"must be int32 and int64 on {x.device}."
             )
-        if out is None:
-            token = torch.empty(self.most, dtype=torch.int64, device=x.device)
-            return Top1(token, torch.empty(self.most, dtype=torch.float32, device=x.device))
-        if (out.token.dtype, out.confidence.dtype) != (torch.int64, torch.float32) or not (
-            out.token.shape == out.confidence.shape == (self.most,)
-        ):
-            raise refuse(f"out must be Top1([{self.most}] int64, [{self.most}] float32).")
-        return out
+        return check_top1("draft_loop", out, self.most, x.device)

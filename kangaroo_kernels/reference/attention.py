@@ -121,9 +121,7 @@ def _tree_mask(ancestors: Tensor, length: int, group: int, dtype: torch.dtype) -
     return mask.repeat(group, 1)
 
 
-def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float, ancestors: Tensor | None = None
-) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float, ancestors: Tensor | None) -> Tensor:
     """``attention`` over the rows of the cache that the text has: ``[H_kv, position + M, D]``."""
     rows, heads, head_dim = q.shape
     kv_heads, length, _ = keys.shape
@@ -196,7 +194,7 @@ def rows_are_alike(group: int, head_dim: int) -> bool:
 
 
 def _attend_alike(
-    q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float, ancestors: Tensor | None = None
+    q: Tensor, keys: Tensor, values: Tensor, position: int, scale: float, ancestors: Tensor | None
 ) -> Tensor:
     """``attention`` over contiguous positions, where a row has the same bits whatever is computed beside it.
 

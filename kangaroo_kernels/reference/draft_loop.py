@@ -44,8 +44,6 @@ def draft_loop(
     temperature: float | Tensor | None = None,
     seed: int | Tensor = 0,
     stream: int = TARGET_STREAM,
-    top_k: int | Tensor | None = None,
-    top_p: float | Tensor | None = None,
     prepared: Any = None,
     out: Top1 | None = None,
 ) -> Top1:
@@ -60,15 +58,16 @@ def draft_loop(
         exit_hidden: ``[R + 2, K]``; row 0, of the position before the newest token, is read, row ``j + 1`` is written
             for the newest token (j = 0) and every draft. Where the first position is -1, row 0 is masked.
         threshold: a confidence below it, or NaN, is unsure and ends the drafting; a number or ``[1]`` float32.
-        temperature: of a sample, a number or ``[1]`` float32; None takes the most likely token.
-        seed, stream, top_k, top_p: as for ``sample_head``; without a temperature they have no effect.
+        temperature: of a sample, a number or ``[1]`` float32; None takes the most likely token. There are no filters:
+            the kernel never has the whole row of logits that they need.
+        seed, stream: as for ``sample_head``; without a temperature they have no effect.
         prepared: what the kernel's ``prepare_draft_loop`` made of ``model``; None prepares it on the spot.
         out: ``Top1([R], [R])``, made if None; entries after the last draft stay as they were.
     """
     most, device = len(flags) - 1, newest.device
     out = Top1.empty(most, device) if out is None else out
     if temperature is not None:
-        check_sampling("draft_loop", temperature, top_k, top_p, seed, device)
+        check_sampling("draft_loop", temperature, None, None, seed, device)
     if not flags[0]:
         return out
     newest_position = int(positions[0]) + 1
@@ -95,6 +94,6 @@ def draft_loop(
         if temperature is None:
             top1_head(hidden, model.norm, model.head, **settings)
         else:
-            settings |= {"temperature": temperature, "seed": seed, "stream": stream, "top_k": top_k, "top_p": top_p}
+            settings |= {"temperature": temperature, "seed": seed, "stream": stream}
             sample_head(hidden, model.norm, model.head, position + 1, **settings)
     return out

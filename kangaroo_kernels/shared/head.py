@@ -17,7 +17,8 @@ from kangaroo_kernels.shared.launch import device_number, launch_options
 from kangaroo_kernels.shared.operands import Found, Matrix, TileParts
 from kangaroo_kernels.shared.tiles import CHUNK, skipped
 
-NO_TOKEN = tl.constexpr(2**31 - 1)
+NO_INDEX = tl.constexpr(2**31 - 1)
+"""Above every index of a head's row, so that it loses against each."""
 
 MERGE_WARPS = 4
 """Warps of the merge: as many as ``draft_loop`` has, since the order of its sum depends on them."""
@@ -35,7 +36,7 @@ def first_best(scores, indices, axis: tl.constexpr):
     """The largest of ``scores`` along ``axis`` and the lowest of ``indices`` that has it."""
     best = tl.max(scores, axis=axis)
     is_best = scores == tl.expand_dims(best, axis)
-    return best, tl.min(tl.where(is_best, indices, NO_TOKEN), axis=axis)
+    return best, tl.min(tl.where(is_best, indices, NO_INDEX), axis=axis)
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def finish_row(row, token, confidence, found):
 def merge_row(row, parts, found):
     """Merge the tiles of ``row`` and finish it."""
     score = tl.full((), float("-inf"), dtype=tl.float32)
-    token = tl.full((), NO_TOKEN, dtype=tl.int32)
+    token = tl.full((), NO_INDEX, dtype=tl.int32)
     largest = tl.full((), float("-inf"), dtype=tl.float32)
     total = tl.zeros((), dtype=tl.float32)
     start = row * parts.count
@@ -84,7 +85,7 @@ def merge_row(row, parts, found):
         offs = first + tl.arange(0, CHUNK)
         there = offs < parts.count
         scores = tl.load(parts.score_ptr + start + offs, mask=there, other=float("-inf"), cache_modifier=".cg")
-        indices = tl.load(parts.index_ptr + start + offs, mask=there, other=NO_TOKEN, cache_modifier=".cg")
+        indices = tl.load(parts.index_ptr + start + offs, mask=there, other=NO_INDEX, cache_modifier=".cg")
         tops = tl.load(parts.largest_ptr + start + offs, mask=there, other=float("-inf"), cache_modifier=".cg")
         sums = tl.load(parts.sum_ptr + start + offs, mask=there, other=0.0, cache_modifier=".cg")
         best, index = first_best(scores, indices, 0)
@@ -178,11 +179,13 @@ def check_head(
             )
     if embedded is not None and embedded.shape[0] != rows:
         raise ValueError(f"{op}: embedded has {embedded.shape[0]} rows, x {rows}; they must agree.")
+    return check_top1(op, out, rows, x.device)
+
+
+def check_top1(op: str, out: Top1 | None, rows: int, device: torch.device) -> Top1:
+    """``out``, or a new one if it is None; raises unless it has ``rows`` rows."""
     if out is None:
-        return Top1(
-            torch.empty(rows, dtype=torch.int64, device=x.device),
-            torch.empty(rows, dtype=torch.float32, device=x.device),
-        )
+        return Top1.empty(rows, device)
     if (out.token.dtype, out.confidence.dtype) != (torch.int64, torch.float32) or not (
         out.token.shape == out.confidence.shape == (rows,)
     ):
@@ -216,11 +219,10 @@ def merge_tiles(
     threshold: float | Tensor | None,
     embedding: Tensor | None,
     embedded: Tensor | None,
-    sure: Tensor | None = None,
-    tokens: Tensor | None = None,
+    sure: Tensor | None,
+    tokens: Tensor | None,
 ) -> Top1:
     """Launch the merge."""
-    sure = active if sure is None else sure
     merge_tiles_kernel[(tiles.rows,)](
         tiles.scores,
         tiles.indices,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from kangaroo_kernels.contract import MAX_ROWS
+from kangaroo_kernels.contract import MAX_ROWS, seed_bits
 from kangaroo_kernels.packed_weight import Layout, PackedWeight, Weight
 from kangaroo_kernels.shared.chain import chain
 from kangaroo_kernels.shared.checks import check_one, check_tensor, is_whole
@@ -147,8 +147,8 @@ def _kept_count(value: int, device: torch.device) -> Tensor:
     return torch.tensor([value], dtype=torch.int64, device=device)
 
 
-def device_scalar(value: int | Tensor, device: torch.device) -> Tensor:
-    """A position as ``[1]`` int64 on the device: the caller's own tensor, or a slice of 0, 1, 2, ... kept there."""
+def device_count(value: int | Tensor, device: torch.device) -> Tensor:
+    """A count or position as ``[1]`` int64 on the device: the caller's, or a slice of 0, 1, 2, ... kept there."""
     if isinstance(value, Tensor):
         return value
     value = index(value)
@@ -167,8 +167,6 @@ def _kept_number(value: float, device: torch.device) -> Tensor:
     return torch.full((1,), value, dtype=torch.float32, device=device)  # on the device: no copy from the host
 
 
-@lru_cache(maxsize=64)
-def device_seed(seed: int, device: torch.device) -> Tensor:
-    """A 64-bit seed as ``[1]`` int64 on the device, bit for bit."""
-    seed = index(seed)
-    return torch.tensor([seed - (1 << 64) if seed >= 1 << 63 else seed], dtype=torch.int64, device=device)
+def device_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A 64-bit seed as ``[1]`` int64 on the device, bit for bit: the caller's tensor, or one kept there."""
+    return seed if isinstance(seed, Tensor) else _kept_count(seed_bits(seed), device)

@@ -51,6 +51,8 @@ def plan(
 
     Nothing is loaded or run. What the figures rest on is listed below them.
     """
+    from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+
     from ..drafters.protocol import PAPER_NUM_SPECULATIVE_TOKENS
     from ..errors import KangarooError
     from ..evaluation.acceptance import PAPER, read_profile
@@ -58,9 +60,10 @@ def plan(
     from ..evaluation.plan import Plan, find_shapes
     from .show import show_plan
 
-    if num_speculative_tokens is not None and not 1 <= num_speculative_tokens <= 15:
+    most = MAX_SPECULATIVE_TOKENS
+    if num_speculative_tokens is not None and not 1 <= num_speculative_tokens <= most:
         raise KangarooError(
-            f"num_speculative_tokens is {num_speculative_tokens}; it must be a whole number from 1 to 15."
+            f"num_speculative_tokens is {num_speculative_tokens}; it must be a whole number from 1 to {most}."
         )
     if length < 1:
         raise KangarooError(f"length is {length}; it must be at least 1.")

@@ -19,7 +19,8 @@ class PreparedLoop(NamedTuple):
 
     Attributes:
         model: weights and caches.
-        prepared: what the launcher made of them; None where it needs nothing.
+        prepared: what the backend's ``prepare_draft_loop`` made of them, on the kernels a ``DraftLoop``: workspaces and
+            a table of addresses on the device. None on the references, which need nothing.
     """
 
     model: DraftModel

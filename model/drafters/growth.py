@@ -8,15 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import NO_TOKEN
+
 CHILDREN = 4
 """The most candidates behind a row, and the most rows of a round."""
 
 LEAST_SHARE = 0.02
 """Below it a candidate is not worth its row."""
-
-
-NO_TOKEN = -1
-"""Stands in rows of padding: no model says it."""
 
 
 def widths(rows: int, rounds: int) -> Iterator[int]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
@@ -49,12 +50,48 @@ class Draft:
     parents: tuple[int, ...] | None = None
 
     @property
+    def is_tree(self) -> bool:
+        """Whether it is a tree, of one draft at least."""
+        return bool(self.parents)
+
+    @property
+    def ancestors(self) -> Tensor:
+        """``masks`` on the device: ``[k + 1]`` int32."""
+        return torch.tensor(self.masks, dtype=torch.int32, device=self.tokens.device)
+
+    @property
     def masks(self) -> list[int]:
         """``ancestors`` of each row (``kangaroo_kernels/reference/ancestors.py``)."""
         masks = [1]
         for row, parent in enumerate(self.parents or range(len(self.tokens)), start=1):
             masks.append(masks[parent] | 1 << row)
         return masks
+
+
+def check_draft(drafter: "Drafter", text: "TextState", draft: Draft, most: int) -> None:
+    """Raise unless a draft has the form that verification goes on from."""
+    count, rows = len(draft.tokens), len(draft.hidden)
+    if draft.parents is not None:
+        parents, name = draft.parents, type(drafter).__name__
+        fits = len(parents) == count == rows - 1 <= MAX_SPECULATIVE_TOKENS
+        if not fits or not all(0 <= parent <= row for row, parent in enumerate(parents)):
+            raise KangarooError(
+                f"{name}.propose gave {count} tokens, {rows} rows and the parents {parents}; it may give up to "
+                f"{MAX_SPECULATIVE_TOKENS} tokens, a row for the newest token and for each of them, and for each an "
+                "earlier row that it follows."
+            )
+        longest = max(mask.bit_count() for mask in draft.masks) - 1
+        if longest > most:
+            raise KangarooError(f"{name}.propose gave a branch of {longest} tokens; it may give up to {most}.")
+        if text.cache.dtype != draft.hidden.dtype:
+            raise KangarooError(f"{name}.propose gave a tree; with kv_dtype='float16' it may give chains alone.")
+        if not callable(getattr(drafter, "straighten", None)):
+            raise KangarooError(f"{name} has no straighten(), which trees need; derive it from Drafter.")
+    elif count > most or rows != count + 1:
+        raise KangarooError(
+            f"{type(drafter).__name__}.propose gave {count} tokens and {rows} rows; it may give up to {most} tokens, "
+            "and must give a row for the newest token and for each of them."
+        )
 
 
 class Stage(NamedTuple):

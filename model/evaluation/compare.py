@@ -1,6 +1,6 @@
 """Plain decoding and Kangaroo on the same prompt, timed in turns, so that a slow minute is slow for both."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from statistics import median
@@ -104,18 +104,10 @@ def compare(
     )
 
 
-def compare_all(
-    kangaroo: Kangaroo, prompts: Mapping[str, str], settings: Settings | None = None, /, **keywords: Any
-) -> Iterator[Comparison]:
-    """``compare`` for each of the named prompts, as soon as it is measured; settings and keywords as for it."""
-    for name, prompt in prompts.items():
-        yield compare(kangaroo, prompt, settings, name=name, **keywords)
-
-
-def summarise(comparisons: Sequence[Comparison], name: str = "all") -> Comparison:
+def summarise(comparisons: Sequence[Comparison]) -> Comparison:
     """Sum up one or more comparisons: median speeds and speedup, summed counts, identical if all are."""
     return Comparison(
-        name,
+        "all",
         median(entry.plain_tokens_per_second for entry in comparisons),
         median(entry.kangaroo_tokens_per_second for entry in comparisons),
         speedup=median(entry.speedup for entry in comparisons),

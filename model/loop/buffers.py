@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import RECORD_HEAD, Top1, Walk
+from kangaroo_kernels.contract import NO_TOKEN, RECORD_HEAD, Top1, Walk, seed_bits
 
 from ..request import Request
 from ..sampling import SamplingTensors
@@ -18,8 +18,6 @@ from .state import TextState
 LEAST_STOPS = 16
 NEVER = 2.0
 """A threshold that no confidence reaches."""
-NO_TOKEN = -1
-"""Fills the list of stop tokens: no token equals it."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ class Buffers:
 
 
 def buffers_for(
-    target: Llama, text: TextState, request: Request, drafts: int, runner: GraphRunner, name: str, tree: bool = False
+    target: Llama, text: TextState, request: Request, drafts: int, runner: GraphRunner, name: str, tree: bool
 ) -> Buffers:
     """The runner's buffers of that name, for at most ``drafts`` drafts a step; they are made on first use."""
     rows, hidden, sampling = drafts + 1, target.config.hidden_size, request.sampling
@@ -179,7 +177,7 @@ def begin(buffers: Buffers, target: Llama, tokens: Sequence[int], request: Reque
     put(numbers.temperature, [sampling.temperature])
     put(numbers.top_k, [sampling.top_k])
     put(numbers.top_p, [sampling.top_p])
-    put(numbers.seed, [sampling.seed - (1 << 64) if sampling.seed >> 63 else sampling.seed])
+    put(numbers.seed, [seed_bits(sampling.seed)])
     put(buffers.positions, range(count - 2, count - 2 + len(buffers.positions)))
     put(buffers.stops, [*request.stop_tokens, *[NO_TOKEN] * (len(buffers.stops) - len(request.stop_tokens))])
     put(buffers.flags, [1] + [0] * (len(buffers.flags) - 1))

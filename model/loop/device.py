@@ -100,7 +100,7 @@ def bucket(positions: int, capacity: int) -> int:
     return min(capacity, max(LEAST_REACH, 1 << (positions - 1).bit_length()))
 
 
-def read_record(record: list[int], length: int, tree: bool = False) -> Commit:
+def read_record(record: list[int], length: int, tree: bool) -> Commit:
     """Turn an iteration's record into a ``Commit``, counted like the host's loop: it drafts nothing past the limit.
 
     A tree leaves out what is past the limit by itself.

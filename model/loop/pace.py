@@ -33,11 +33,14 @@ MOST_SAVED = 2.0
 MEMORY = 0.92
 """What an observation counts for after the next one: about twelve of them decide."""
 
-ENOUGH, COMPARED = 3, 5
-"""Steps under some limits, and comparisons of a step with a plain one, before which nothing is concluded."""
+ENOUGH = 3
+"""How many steps under some limits it takes to know what these limits give."""
+
+COMPARED = 5
+"""How many steps must be compared with a plain one before costs are known."""
 
 BETTER = 1.03
-"""What is this much faster than what is done takes its place."""
+"""Limits replace the current ones if they are at least 3 % faster, so that noise does not make the pace change."""
 
 
 class Limits(NamedTuple):
@@ -77,7 +80,7 @@ class Pace(Protocol):
         """Those of the next step, which has room for ``room`` drafts; those ``at_hand`` take no draft steps."""
 
     def record(self, done: Done) -> None:
-        """The first step that was not yet told of is done."""
+        """Report the oldest unreported step."""
 
 
 class Fixed:
@@ -169,7 +172,7 @@ class Rung:
 
 
 def ladder(own: Limits, most: int) -> list[Rung]:
-    """Limits from strict to loose, up to ``most`` drafts; the drafter's own are among them where they are no more.
+    """Limits from strict to loose, up to ``most`` drafts, including the drafter's own unless they exceed ``most``.
 
     Fewer drafts go with a threshold nearer to 1, more of them with one nearer to 0.
     """

@@ -9,6 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+ROUNDS = 5
+"""How often each number of threads is timed; its best round counts."""
+
 
 @contextmanager
 def own_state(device: torch.device) -> Iterator[None]:
@@ -41,7 +44,7 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def fastest_thread_count(step: Callable[[], object], rounds: int = 5) -> int:
+def fastest_thread_count(step: Callable[[], object]) -> int:
     """Time ``step`` with 1, 2, 4, ... threads up to the caller's number; the smallest count within 3 % of the best.
 
     The counts take turns and the best round of each counts, so a busy moment slows them all alike and decides nothing.
@@ -49,7 +52,7 @@ def fastest_thread_count(step: Callable[[], object], rounds: int = 5) -> int:
     limit = torch.get_num_threads()
     counts = [1 << bit for bit in range(limit.bit_length()) if 1 << bit < limit] + [limit]
     times = dict.fromkeys(counts, float("inf"))
-    for _ in range(rounds if len(counts) > 1 else 0):
+    for _ in range(ROUNDS if len(counts) > 1 else 0):
         for count in counts:
             with threads(count):
                 step()  # wakes the threads and warms the caches

@@ -10,12 +10,15 @@ from kangaroo_kernels.reference.qkv_rope import rope_table
 from .config import LlamaConfig
 
 GRANULE = 64
-SHARE = 8
+"""A cache's capacity is a multiple of this many positions."""
 
 
 def roomy(length: int) -> int:
-    """``length`` rounded up by at most an eighth (or to 64), so that texts of similar lengths take the same room."""
-    granule = max(GRANULE, (1 << length.bit_length()) // (2 * SHARE))
+    """``length`` rounded up, so that texts of similar lengths take the same room.
+
+    It becomes a multiple of 64 positions or, where that is more, of an eighth of the largest power of two up to it.
+    """
+    granule = max(GRANULE, 1 << length.bit_length() >> 4)
     return -(-length // granule) * granule
 
 
@@ -23,7 +26,8 @@ class Branches(NamedTuple):
     """Where rows of a tree lie, in the place of a chain's first position.
 
     Attributes:
-        position: the cache's slot of the first row; those of the others follow.
+        position: the cache's slot of the first row, a number or ``[1]`` int64 on the device; the other rows' slots
+            follow.
         ancestors: ``[M]`` int32, the rows of the tree that each row sees, which also say where it stands in the text
             (``kangaroo_kernels/reference/ancestors.py``).
     """

@@ -67,7 +67,7 @@ class Judge:
         self.tokens = None if tokens is None else tokens.to(teacher.device)
 
     @torch.no_grad()
-    def judge(self, window: Window, drafts: int = 1) -> list[Judged]:
+    def judge(self, window: Window, drafts: int) -> list[Judged]:
         """The choices as the first draft of a step, as the second, and so on."""
         teacher = self.teacher
         (lesson,) = teacher.lessons([window.tokens])
@@ -108,7 +108,7 @@ def _agreement(windows: list[list[Judged]]) -> float:
     return round(right / count, 4)
 
 
-def _judge(head: Tensor, passes: list[Tensor], normed: Tensor, tokens: Tensor | None = None) -> list[Judged]:
+def _judge(head: Tensor, passes: list[Tensor], normed: Tensor, tokens: Tensor | None) -> list[Judged]:
     """Whether each pass's guesses and the target rank the same token first, and the guesses' probabilities.
 
     ``[P, hidden]`` each, the inputs of the head. A guess is one of ``tokens``, if they are given. All is float32:

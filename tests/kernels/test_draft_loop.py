@@ -148,14 +148,6 @@ def test_sampled(device):
     assert not torch.equal(step.out.token, greedy.out.token)
 
 
-def test_a_filter_that_keeps_all_is_none(device):
-    model = make_model(device, layers=1)
-    steps = [begin(model, 2, 20) for _ in range(2)]
-    by(draft_loop, model, steps[0], threshold=1.1, temperature=0.8, top_k=VOCAB, top_p=1.0)
-    by(draft_loop, model, steps[1], threshold=1.1, temperature=0.8)
-    same(*steps)
-
-
 @pytest.mark.parametrize("operation", [draft_loop, draft_loop_ref.draft_loop], ids=["kernel", "reference"])
 def test_nothing_to_do_writes_nothing(device, operation):
     model = make_model(device, layers=1)
@@ -302,8 +294,6 @@ def refusals() -> dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exceptio
 
     odd = lambda layer: layer._replace(attention=layer.attention._replace(eps=0.5))  # noqa: E731
     return {
-        "top-k": (change(temperature=1.0, top_k=5), ValueError, "top_k 5 and top_p None need a whole row of logits"),
-        "top-p": (change(temperature=1.0, top_p=0.9), ValueError, "draft step by step, or without a filter"),
         "temperature": (change(temperature=0.0), ValueError, "draft_loop: temperature is 0.0; it must be"),
         "no drafts": (
             reshape("flags", lambda x: x[:1]),

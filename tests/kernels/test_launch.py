@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kangaroo_kernels.operation import OPERATIONS, Inputs
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
-from kangaroo_kernels.shared.launch import aligned_rows, check_current, device_scalar, device_seed, launch_options
+from kangaroo_kernels.shared.launch import aligned_rows, check_current, device_count, device_seed, launch_options
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES, elements
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -396,22 +396,22 @@ def test_operands_on_another_gpu_than_the_current_one_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("value", [0, 1, 17, 65535, 65536, 131071, 131072, 1 << 20, 1 << 40, (1 << 63) - 1])
 def test_an_int_becomes_a_tensor_on_the_device(value, device):
-    scalar = device_scalar(value, device)
+    scalar = device_count(value, device)
     assert (scalar.dtype, scalar.shape, scalar.device.type) == (torch.int64, (1,), device.type)
     assert int(scalar) == value
-    assert device_scalar(value, device).data_ptr() == scalar.data_ptr()  # nothing is uploaded again
+    assert device_count(value, device).data_ptr() == scalar.data_ptr()  # nothing is uploaded again
 
 
 def test_small_numbers_stay_where_they_are(device):
     """A captured graph has their addresses, whatever comes after it on that GPU or on another one."""
-    numbers = [device_scalar(1 << bits, device) for bits in (0, 16, 17, 18, 19)]
+    numbers = [device_count(1 << bits, device) for bits in (0, 16, 17, 18, 19)]
     kept = [number.data_ptr() for number in numbers]
     del numbers
     for bits in range(16, 20):
         for other in (torch.device("meta"), device):
-            device_scalar(1 << bits, other)
-            device_scalar(1, torch.device("meta"))
-    assert [device_scalar(1 << bits, device).data_ptr() for bits in (0, 16, 17, 18, 19)] == kept
+            device_count(1 << bits, other)
+            device_count(1, torch.device("meta"))
+    assert [device_count(1 << bits, device).data_ptr() for bits in (0, 16, 17, 18, 19)] == kept
 
 
 def test_a_number_without_bound_takes_no_memory(device, monkeypatch):
@@ -419,19 +419,19 @@ def test_a_number_without_bound_takes_no_memory(device, monkeypatch):
     sizes = []
     arange = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *args, **settings: sizes.append(args[0]) or arange(*args, **settings))
-    device_scalar(12_345_678_901, device)
-    device_scalar(1 << 20, device)
+    device_count(12_345_678_901, device)
+    device_count(1 << 20, device)
     assert not sizes
 
 
 def test_numbers_of_numpy_are_numbers(device):
-    assert int(device_scalar(np.int64(70_001), device)) == 70_001
+    assert int(device_count(np.int64(70_001), device)) == 70_001
     assert int(device_seed(np.uint64((1 << 63) + 5), device)) == 5 - (1 << 63)
 
 
 def test_a_tensor_stays_the_callers_own(device):
     position = torch.tensor([5], device=device)
-    assert device_scalar(position, device) is position
+    assert device_count(position, device) is position
 
 
 @pytest.mark.parametrize("seed", [0, 1, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 0xDEADBEEFCAFEF00D])

@@ -8,6 +8,7 @@ from budget import assert_within_budget
 from chi_square import REJECTED, p_value
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_inputs import poisoned_top1, same_top1
 from recorded import Recorded
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -172,20 +173,9 @@ def with_logits(logits: Tensor, device: torch.device, rows: int = 1) -> tuple[Te
     return torch.ones(rows, 4, device=device), torch.ones(4, device=device), weight
 
 
-def poisoned_out(rows: int, device: torch.device) -> Top1:
-    return Top1(torch.full((rows,), -7, device=device), torch.full((rows,), NAN, device=device))
-
-
-def same(ours: Top1, theirs: Top1) -> bool:
-    """Bit for bit; a NaN is a NaN."""
-    return torch.equal(ours.token, theirs.token) and torch.equal(
-        ours.confidence.view(torch.int32), theirs.confidence.view(torch.int32)
-    )
-
-
 def hold(x: Tensor, norm: Tensor, head: Tensor | PackedWeight, position: int, **settings: object) -> Top1:
     """The reference's tokens, and the confidence of the float64 logits."""
-    out = poisoned_out(len(x), x.device)
+    out = poisoned_top1(len(x), x.device)
     assert kernel(x, norm, head, position, eps=1e-5, out=out, **settings) is out
     x, norm, bias = x.cpu(), norm.cpu(), isinstance(head, PackedWeight)
     head = PackedWeight(head.rows.cpu(), head.bias.cpu(), Layout.ROWS) if bias else head.cpu()
@@ -321,7 +311,7 @@ def filtered(
 ) -> Top1:
     """The kernels behind the head alone, on logits ``[M, V]``."""
     rows, vocab_size = logits.shape
-    out, logits = poisoned_out(rows, device), logits.to(device)
+    out, logits = poisoned_top1(rows, device), logits.to(device)
     degrees = device_number(temperature, device)
     groups = group(logits, None, degrees, with_sums=True, with_masses="top_k" not in filters)
     given = {
@@ -398,7 +388,7 @@ def test_kernel_a_nan_makes_its_row_unsure_and_no_other(device, settings):
     assert top.confidence.isnan().tolist() == [False, True, False]
     assert int(top.token[1]) == 0
     for row in (0, 2):
-        assert same(Top1(*(part[row : row + 1] for part in top)), Top1(*(part[row : row + 1] for part in clean)))
+        assert same_top1(Top1(*(part[row : row + 1] for part in top)), Top1(*(part[row : row + 1] for part in clean)))
 
 
 @NANS
@@ -467,7 +457,7 @@ def test_position_and_seed_may_lie_on_the_device(device, sample_head, settings):
         wanted = sample_head(x, norm, head, position, eps=1e-5, temperature=1.0, seed=seed, **settings)
         numbers = torch.tensor([99, position, seed - 2**64 if seed >= 2**63 else seed, 99], device=device)
         drawn = sample_head(x, norm, head, numbers[1:2], eps=1e-5, temperature=1.0, seed=numbers[2:3], **settings)
-        assert same(drawn, wanted)
+        assert same_top1(drawn, wanted)
 
 
 @EITHER
@@ -484,7 +474,7 @@ def test_settings_may_lie_on_the_device(device, sample_head, settings, temperatu
     for threshold, up in ((confidence, 1), (np.nextafter(np.float32(confidence), np.float32(2)), 0)):
         flag = torch.ones(1, dtype=torch.int32, device=device)
         where = on_device(float(threshold), device)
-        assert same(sample_head(x, norm, head, 3, threshold=where, active=flag, **draw), wanted)
+        assert same_top1(sample_head(x, norm, head, 3, threshold=where, active=flag, **draw), wanted)
         assert flag.tolist() == [up]
 
 
@@ -499,7 +489,7 @@ def test_filters_on_the_device_may_keep_all(device, sample_head):
     likeliest = sample_head(x, norm, head, 3, top_k=1, **draw)
     assert not torch.equal(likeliest.token, wanted.token)
     for top_p in (0.0, 1e-40):
-        assert same(sample_head(x, norm, head, 3, top_p=on_device(top_p, device), **draw), likeliest)
+        assert same_top1(sample_head(x, norm, head, 3, top_p=on_device(top_p, device), **draw), likeliest)
 
 
 @EITHER
@@ -508,10 +498,10 @@ def test_a_flag_that_is_down(device, sample_head, settings):
     """Nothing is written, and the flag stays down."""
     x, norm, head = problem(device, 1, 67)
     flag = torch.zeros(1, dtype=torch.int32, device=device)
-    out, embedded = poisoned_out(1, device), torch.full((1, 48), NAN, device=device)
+    out, embedded = poisoned_top1(1, device), torch.full((1, 48), NAN, device=device)
     step = {"threshold": 0.0, "active": flag, "embedding": head, "embedded": embedded, "seed": 1, "temperature": 1.0}
     assert sample_head(x, norm, head, 4, eps=1e-5, out=out, **step, **settings) is out
-    assert same(out, poisoned_out(1, device))
+    assert same_top1(out, poisoned_top1(1, device))
     assert embedded.isnan().all()
     assert flag.tolist() == [0]
     made = sample_head(x, norm, head, 4, eps=1e-5, **step, **settings)
@@ -529,12 +519,12 @@ def test_a_flag_that_is_up(device, sample_head, settings):
     above = float(torch.nextafter(wanted.confidence.cpu(), torch.tensor(INFINITY)))
     for threshold, up in ((None, 1), (sure, 1), (above, 0)):
         flag = torch.tensor([9, 1, 9], dtype=torch.int32, device=device)
-        out, buffer = poisoned_out(1, device), torch.full((3, 60), NAN, device=device)
+        out, buffer = poisoned_top1(1, device), torch.full((3, 60), NAN, device=device)
         embedded = buffer[1:2, 5:53]
         step = {"threshold": threshold, "active": flag[1:2], "embedding": head, "embedded": embedded, "out": out}
         sample_head(x, norm, head, 4, **draw, **step)
         assert flag.tolist() == [9, up, 9]
-        assert same(out, wanted)
+        assert same_top1(out, wanted)
         assert torch.equal(embedded, head[wanted.token])
         embedded.fill_(NAN)
         assert buffer.isnan().all()
@@ -575,7 +565,7 @@ def test_kernel_rows_are_rows_one_by_one(device, settings):
     whole = kernel(x, norm, head, 30, **draw)
     for row in range(3):
         alone = kernel(x[row : row + 1], norm, head, 30 + row, **draw)
-        assert same(alone, Top1(*(part[row : row + 1] for part in whole)))
+        assert same_top1(alone, Top1(*(part[row : row + 1] for part in whole)))
 
 
 @pytest.mark.parametrize("settings", PATHS)
@@ -588,7 +578,7 @@ def test_kernel_strides(device, settings, inner):
     wide = torch.full((67, inner + 9), NAN, device=device)
     wide[:, :inner] = head
     found = hold(rows[1:4, 5 : 5 + inner], norm, wide[:, :inner], 5, temperature=1.0, seed=1, **settings)
-    assert same(found, wanted)
+    assert same_top1(found, wanted)
 
 
 def test_arguments_that_do_not_fit(device):
@@ -600,7 +590,7 @@ def test_arguments_that_do_not_fit(device):
         ("sample_head: x is", (x[:, :40], norm, head), {}),
         ("sample_head: a threshold sets the flag", (x, norm, head), {"threshold": 0.5, "active": flag}),
         ("sample_head: give both embedding and embedded", (x, norm, head), {"embedding": head}),
-        ("sample_head: out must be Top1", (x[:1], norm, head), {"out": poisoned_out(2, device)}),
+        ("sample_head: out must be Top1", (x[:1], norm, head), {"out": poisoned_top1(2, device)}),
     ]:
         with pytest.raises(ValueError, match=message):
             kernel(*arguments, 3, eps=1e-5, temperature=1.0, seed=1, **settings)
@@ -637,7 +627,7 @@ def test_numbers_at_their_bounds(device, sample_head):
         assert ((token >= 0) & (token < 67)).all()
     wanted = sample_head(x, norm, head, 0, **draw)
     for settings in ({"top_k": 67}, {"top_k": 2**62}, {"top_p": 1.0}, {"top_p": INFINITY}):
-        assert same(sample_head(x, norm, head, 0, **draw | settings), wanted)
+        assert same_top1(sample_head(x, norm, head, 0, **draw | settings), wanted)
 
 
 @EITHER
@@ -666,13 +656,13 @@ def test_a_rows_bits_on_a_gpu(device, vocab_size, inner, dtype, settings):
         where = torch.tensor([position], device=device)
         draw = {"eps": 1e-5, "temperature": 0.9, "seed": 2**63 + 1, "stream": 1, **settings}
         alone = kernel(x, norm, head, position, **draw)
-        assert same(kernel(x, norm, head, where, threshold=0.0, active=flag, **draw), alone)
+        assert same_top1(kernel(x, norm, head, where, threshold=0.0, active=flag, **draw), alone)
         for rows in range(1, 17):
             for place in range(rows):
                 many = torch.randn(rows, inner, generator=generator).to(device, dtype)
                 many[place] = x[0]
                 found = kernel(many, norm, head, position - place, active=flag if place % 2 else None, **draw)
-                assert same(Top1(*(part[place : place + 1] for part in found)), alone), (rows, place)
+                assert same_top1(Top1(*(part[place : place + 1] for part in found)), alone), (rows, place)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from budget import assert_within_budget
+from kernel_inputs import poisoned_top1, same_top1
 from recorded import Recorded
 from torch import Tensor
 from triton import knobs
@@ -127,21 +128,10 @@ def with_logits(logits: list[float], device: torch.device, rows: int = 1) -> tup
     return torch.ones(rows, 4, device=device), torch.ones(4, device=device), PackedWeight(zeros, bias, Layout.ROWS)
 
 
-def poisoned_out(rows: int, device: torch.device) -> Top1:
-    return Top1(torch.full((rows,), -7, device=device), torch.full((rows,), NAN, device=device))
-
-
-def same(ours: Top1, theirs: Top1) -> bool:
-    """Bit for bit; a NaN is a NaN."""
-    return torch.equal(ours.token, theirs.token) and torch.equal(
-        ours.confidence.view(torch.int32), theirs.confidence.view(torch.int32)
-    )
-
-
 def hold(x: Tensor, norm: Tensor, head: Tensor, bias: Tensor | None = None) -> Top1:
     """The token is as likely as any, and the confidence its probability, both by float64's measure."""
     weight = head if bias is None else PackedWeight(head, bias, Layout.ROWS)
-    out = poisoned_out(len(x), x.device)
+    out = poisoned_top1(len(x), x.device)
     assert kernel(x, norm, weight, eps=1e-5, out=out) is out
     x, norm, head = x.cpu(), norm.cpu(), head.cpu()
     weight = head if bias is None else PackedWeight(head, bias.cpu(), Layout.ROWS)
@@ -175,7 +165,7 @@ def test_kernel_rows(device, rows):
     x, norm, head = problem(device, 16, 67)
     whole = hold(x[:rows], norm, head)
     alone = kernel(x[rows - 1 : rows], norm, head, eps=1e-5)
-    assert same(alone, Top1(*(part[-1:] for part in whole)))
+    assert same_top1(alone, Top1(*(part[-1:] for part in whole)))
 
 
 @pytest.mark.parametrize("inner", [48, 37])
@@ -261,7 +251,7 @@ def test_kernel_a_nan_makes_its_row_unsure_and_no_other(device):
     assert top.confidence.isnan().tolist() == [False, False, True, False, False]
     assert int(top.token[2]) == 0
     for row in (0, 1, 3, 4):
-        assert same(Top1(*(part[row : row + 1] for part in top)), Top1(*(part[row : row + 1] for part in clean)))
+        assert same_top1(Top1(*(part[row : row + 1] for part in top)), Top1(*(part[row : row + 1] for part in clean)))
 
 
 @NANS
@@ -337,7 +327,7 @@ def test_tiles_are_merged(device, count, winners, sampled):
         (tiles.indices, indices),
     ):
         mine.copy_(theirs)
-    out = merge_tiles(tiles, poisoned_out(rows, device), None, None, None, None)
+    out = merge_tiles(tiles, poisoned_top1(rows, device), *[None] * 6)
     wanted = by_formula(scores, indices, largest, sums)
     assert torch.equal(out.token.cpu(), wanted.token)
     assert out.token.tolist() == indices[:, winners[0]].tolist()
@@ -353,10 +343,10 @@ def test_merged_tiles_may_be_empty_or_nan(device, place):
     tiles.largest.fill_(-INFINITY)[:, place] = 2.0
     tiles.sums.zero_()[:, place] = 4.0
     tiles.indices.copy_(torch.arange(count))
-    out = merge_tiles(tiles, poisoned_out(1, device), None, None, None, None)
+    out = merge_tiles(tiles, poisoned_top1(1, device), *[None] * 6)
     assert (out.token.tolist(), out.confidence.tolist()) == ([place], [0.25])
     tiles.largest[:, place], tiles.sums[:, place] = INFINITY, NAN
-    out = merge_tiles(tiles, poisoned_out(1, device), None, None, None, None)
+    out = merge_tiles(tiles, poisoned_top1(1, device), *[None] * 6)
     assert out.token.tolist() == [place]
     assert out.confidence.isnan().all()
 
@@ -399,7 +389,7 @@ def test_without_a_threshold_the_flag_stays(device, top1_head):
     x, norm, head = problem(device, 3, 67)
     flag = torch.ones(1, dtype=torch.int32, device=device)
     wanted = top1_head(x, norm, head, eps=1e-5)
-    assert same(top1_head(x, norm, head, eps=1e-5, active=flag), wanted)
+    assert same_top1(top1_head(x, norm, head, eps=1e-5, active=flag), wanted)
     assert flag.tolist() == [1]
 
 
@@ -417,7 +407,7 @@ def test_the_tokens_embedding_is_fetched(device, top1_head, rows, inner, dtype):
     assert torch.equal(embedded, embedding[top.token])
     embedded.fill_(NAN)
     assert buffer.isnan().all()
-    assert same(top1_head(x, norm, head, eps=1e-5), top)
+    assert same_top1(top1_head(x, norm, head, eps=1e-5), top)
 
 
 @EITHER
@@ -425,10 +415,10 @@ def test_a_flag_that_is_down(device, top1_head):
     """Nothing is written, and the flag stays down."""
     x, norm, head = problem(device, 1, 67)
     flag = torch.zeros(1, dtype=torch.int32, device=device)
-    out, embedded = poisoned_out(1, device), torch.full((1, 48), NAN, device=device)
+    out, embedded = poisoned_top1(1, device), torch.full((1, 48), NAN, device=device)
     settings = {"threshold": 0.0, "active": flag, "embedding": head, "embedded": embedded}
     assert top1_head(x, norm, head, eps=1e-5, out=out, **settings) is out
-    assert same(out, poisoned_out(1, device))
+    assert same_top1(out, poisoned_top1(1, device))
     assert embedded.isnan().all()
     assert flag.tolist() == [0]
     assert [part.shape for part in top1_head(x, norm, head, eps=1e-5, **settings)] == [(1,), (1,)]
@@ -440,9 +430,9 @@ def test_a_flag_that_is_up(device, top1_head):
     x, norm, head = problem(device, 1, 67)
     wanted = top1_head(x, norm, head, eps=1e-5)
     flag = torch.ones(1, dtype=torch.int32, device=device)
-    out, embedded = poisoned_out(1, device), torch.full((1, 48), NAN, device=device)
+    out, embedded = poisoned_top1(1, device), torch.full((1, 48), NAN, device=device)
     top1_head(x, norm, head, eps=1e-5, threshold=0.0, active=flag, embedding=head, embedded=embedded, out=out)
-    assert same(out, wanted)
+    assert same_top1(out, wanted)
     assert torch.equal(embedded, head[wanted.token])
     assert flag.tolist() == [1]
 
@@ -470,7 +460,7 @@ def test_kernel_strides(device, layout, inner, dtype):
         buffer = torch.full((67, inner + 9), NAN, device=device, dtype=dtype)
         buffer[:, :inner] = head
         head = buffer[:, :inner]
-    assert same(kernel(x, norm, head, eps=1e-5), wanted)
+    assert same_top1(kernel(x, norm, head, eps=1e-5), wanted)
 
 
 def test_arguments_are_left_alone(device):
@@ -484,7 +474,7 @@ def test_arguments_that_do_not_fit(device):
     x, norm, head = problem(device, 2, 67)
     flag = torch.ones(1, dtype=torch.int32, device=device)
     embedded = torch.zeros(2, 48, device=device)
-    token, confidence = poisoned_out(2, device)
+    token, confidence = poisoned_top1(2, device)
     for error, message, arguments, settings in [
         (ValueError, "1 to 16 rows, got 17", (x.repeat(9, 1)[:17], norm, head), {}),
         (ValueError, "1 to 16 rows, got 0", (x[:0], norm, head), {}),
@@ -531,13 +521,13 @@ def test_a_rows_bits_on_a_gpu(device, vocab_size, inner, dtype):
     alone = kernel(x, norm, head, eps=1e-5)
     generator = torch.Generator().manual_seed(1)
     flag = torch.ones(1, dtype=torch.int32, device=device)
-    assert same(kernel(x, norm, head, eps=1e-5, threshold=0.0, active=flag), alone)
+    assert same_top1(kernel(x, norm, head, eps=1e-5, threshold=0.0, active=flag), alone)
     for rows in range(1, 17):
         for place in range(rows):
             many = torch.randn(rows, inner, generator=generator).to(device, dtype)
             many[place] = x[0]
             found = kernel(many, norm, head, eps=1e-5, active=flag if place % 2 else None)
-            assert same(Top1(*(part[place : place + 1] for part in found)), alone), (rows, place)
+            assert same_top1(Top1(*(part[place : place + 1] for part in found)), alone), (rows, place)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from drafters import Scripted, example_drafter, on_the_device, oracle, right_until, with_drafter
+from drafters import Scripted, example_drafter, in_one_launch, on_the_device, oracle, right_until, with_drafter
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Kangaroo, KangarooError, Settings
@@ -276,7 +276,7 @@ def test_a_session_goes_on_after_a_pause(pair, asks, guarded_workspaces):
     assert texts[0].stats.cached_tokens == len(prompt) - 2 - 3
     assert texts[0].tokens == texts[1].tokens
     assert texts[0].stats.drafted == texts[1].stats.drafted
-    kept = [one.memory.drafter.cache for one in (session, fresh)]
+    kept = [one.memory.drafter_memory.cache for one in (session, fresh)]
     torch.testing.assert_close(kept[0].keys[0][:, : len(prompt)], kept[1].keys[0][:, : len(prompt)], rtol=0, atol=1e-4)
 
 
@@ -295,11 +295,6 @@ def iteration_costs(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     monkeypatch.setattr(Iteration, "run", timed)
     monkeypatch.setattr(mailbox.time, "perf_counter", clock)
     return partial(cost.__setitem__, 0)
-
-
-@pytest.fixture
-def resident(pair) -> Kangaroo:
-    return on_the_device(pair.load(device="cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -374,11 +369,12 @@ def test_on_the_device_only_who_asks_for_it_gets_it(resident, iteration_costs, m
     """A calibrated adapter's default stays its own numbers there; drafting in one launch has no limits to change."""
     monkeypatch.setattr(resident.drafter, "auto", True)
     iteration_costs(2.0)
-    for persistent in (False, True):
-        monkeypatch.setattr(resident.drafter, "persistent", persistent)
-        assert resident.generate(PROMPT, max_new_tokens=90).stats.steps_without_drafts <= 1
-    monkeypatch.setattr(resident.drafter, "draft_all", None)
-    written = resident.generate(PROMPT, max_new_tokens=90, draft_confidence_threshold="auto")
+    persistent = in_one_launch(resident)
+    monkeypatch.setattr(persistent.drafter, "auto", True)
+    for kangaroo in (resident, persistent):
+        assert kangaroo.generate(PROMPT, max_new_tokens=90).stats.steps_without_drafts <= 1
+    monkeypatch.setattr(persistent.drafter, "draft_all", None)
+    written = persistent.generate(PROMPT, max_new_tokens=90, draft_confidence_threshold="auto")
     assert written.stats.steps_without_drafts > 20
 
 

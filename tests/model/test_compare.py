@@ -6,7 +6,7 @@ import pytest
 from conftest import Pair
 
 from kangaroo_kernels import DecodeStats, KangarooError, Settings
-from kangaroo_kernels.model.evaluation.compare import Comparison, compare, compare_all, report, summarise
+from kangaroo_kernels.model.evaluation.compare import Comparison, compare, report, summarise
 from kangaroo_kernels.model.evaluation.loops import looping_tokens
 
 
@@ -67,11 +67,6 @@ def test_all_together() -> None:
     assert total.looping_share == 27 / 36
     assert report([]) == {"prompts": [], "total": None}
     assert report(parts)["total"] == total.as_dict()
-
-
-def test_each_prompt_keeps_its_name(pair: Pair) -> None:
-    results = compare_all(pair.load(), {"first": "ABC", "second": "xyz"}, rounds=1, max_new_tokens=4)
-    assert [result.name for result in results] == ["first", "second"]
 
 
 FRESH = list(range(1000, 1100))

@@ -160,7 +160,7 @@ def test_a_session_keeps_the_states(host, resident, loop, between):
         prompt += [*written.tokens, 4 + number]
     if between.get("plain"):
         session.generate(prompt, **settings)  # catches up
-    check_memory(kangaroo, session.memory.drafter, prompt, len(prompt) - 5)
+    check_memory(kangaroo, session.memory.drafter_memory, prompt, len(prompt) - 5)
 
 
 def test_other_engines_refuse_it(folders, tmp_path):

@@ -12,8 +12,9 @@ from chi_square import REJECTED, p_value
 from drafters import example_drafter
 from no_host_reads import no_host_reads
 from pairs import make_target
+from test_bad_input import refuse
 
-from kangaroo_kernels import Draft, Drafter, Kangaroo, KangarooError, Settings
+from kangaroo_kernels import Draft, Drafter, Kangaroo, Settings
 from kangaroo_kernels.model.backend import REFERENCES
 from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup
 from kangaroo_kernels.model.drafters.protocol import Stage, provides
@@ -185,13 +186,6 @@ def test_a_drafter_that_drafts_nothing(checkpoint):
     assert drafted.stats.drafted == 0
 
 
-def refuse(call: Any, *words: str) -> None:
-    with pytest.raises(KangarooError) as error:
-        call()
-    assert all(word in str(error.value) for word in words), error.value
-    assert str(error.value).count("\n") == 0
-
-
 def test_a_loop_that_cannot_run_a_drafter(checkpoint):
     refuse(lambda: load(checkpoint, Guessing, resident=True), "Guessing has no stages()", "kernels='reference'")
     refuse(lambda: load(checkpoint, OnTheDevice), "OnTheDevice has no propose()")
@@ -276,6 +270,6 @@ def test_any_object_will_do(checkpoint):
     for _ in range(2):
         written = session.generate([1, 2], max_new_tokens=9)
         assert written.tokens == kangaroo.generate([1, 2], max_new_tokens=9, plain=True).tokens
-    assert session.memory.drafter == {"texts": 2, "tokens": 18}
+    assert session.memory.drafter_memory == {"texts": 2, "tokens": 18}
     assert provides(kangaroo.drafter, "propose")
     assert not provides(kangaroo.drafter, "stages")

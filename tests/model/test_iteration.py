@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from drafters import on_the_device, with_backend
+from drafters import in_one_launch, with_backend
 from no_host_reads import HostReadError, no_host_reads
 from pairs import make_adapter, make_target
 
@@ -25,11 +25,6 @@ SAMPLINGS = ({}, {"temperature": 1.0, "seed": 2**64 - 3}, {"temperature": 0.8, "
 @pytest.fixture(scope="module")
 def host(pair) -> Kangaroo:
     return pair.load(device="cpu")
-
-
-@pytest.fixture
-def resident(pair) -> Kangaroo:
-    return on_the_device(pair.load(device="cpu"))
 
 
 @pytest.fixture
@@ -90,7 +85,7 @@ def test_it_does_what_the_host_loop_does(host, resident, sampling, gamma, thresh
 @pytest.mark.parametrize("gamma", [1, 4, 15])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0])
 def test_drafting_in_one_launch_does_the_same(host, resident, iterations, sampling, gamma, threshold):
-    resident.drafter.persistent = True
+    resident = in_one_launch(resident)
     settings = {"num_speculative_tokens": gamma, "draft_confidence_threshold": threshold, **sampling}
     for new_tokens in (1, 5, 40):
         assert counts(resident, max_new_tokens=new_tokens, **settings) == counts(
@@ -171,7 +166,7 @@ def test_the_adapter_has_seen_what_the_host_loop_shows_it(host, resident):
     sessions = resident.session(), host.session()
     length = len(PROMPT) + [len(session.generate(PROMPT, **settings).tokens) for session in sessions][1]
     for name in ("keys", "values"):
-        ours, theirs = (getattr(each.memory.drafter.cache, name)[0][:, : length - 6] for each in sessions)
+        ours, theirs = (getattr(each.memory.drafter_memory.cache, name)[0][:, : length - 6] for each in sessions)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -239,7 +234,7 @@ def test_a_captured_iteration_serves_all_numbers(host, resident, monkeypatch, sa
     """One graph, whatever threshold, temperature, filters and seed; what is replayed is the first request's work."""
     first: dict[Any, Callable[[], None]] = {}
     monkeypatch.setattr(GraphRunner, "run", lambda runner, key, work: first.setdefault(key, work)())
-    resident.drafter.persistent = persistent
+    resident = in_one_launch(resident) if persistent else resident
     settings = {"max_new_tokens": 30, "num_speculative_tokens": 4, "draft_confidence_threshold": 0.3, **sampling}
     others = [each for each in OTHERS if each.keys() - {"draft_confidence_threshold"} <= sampling.keys()]
     wanted = []
@@ -254,7 +249,7 @@ def test_filters_that_keep_all_are_none(host, resident, monkeypatch):
     """They are launched, and drafted in one kernel, as if they were not asked for."""
     keys = set()
     monkeypatch.setattr(GraphRunner, "run", lambda runner, key, work: (keys.add(key), work()))
-    resident.drafter.persistent = True
+    resident = in_one_launch(resident)
     for filters in ({}, {"top_p": 1.0}, {"top_k": host.target.config.vocab_size}, {"top_k": 10**6, "top_p": 1}):
         settings = {"max_new_tokens": 8, "temperature": 1.0, "seed": 3, **filters}
         assert counts(resident, **settings) == counts(host, **settings)
@@ -307,17 +302,17 @@ def test_buckets():
 
 
 def test_stages_in_order(resident, made):
-    def stages(**settings: Any) -> list[str]:
-        resident.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=2, **settings)
+    def stages(kangaroo: Kangaroo, **settings: Any) -> list[str]:
+        kangaroo.generate(PROMPT, max_new_tokens=1, num_speculative_tokens=2, **settings)
         return [stage.name for stage in made[-1].stages(8)]
 
     drafting, end = ["kangaroo/draft/shallow", "kangaroo/draft/step"], ["kangaroo/accept", "kangaroo/commit"]
     by_steps = [*drafting, *drafting, drafting[0], "kangaroo/verify", *end]
-    assert stages() == by_steps
-    assert stages(plain=True) == ["kangaroo/verify", *end]
-    resident.drafter.persistent = True
-    assert stages() == ["kangaroo/draft", "kangaroo/verify", *end]
-    assert stages(temperature=1.0, top_k=5) == by_steps  # a filter needs a row of logits
+    assert stages(resident) == by_steps
+    assert stages(resident, plain=True) == ["kangaroo/verify", *end]
+    persistent = in_one_launch(resident)
+    assert stages(persistent) == ["kangaroo/draft", "kangaroo/verify", *end]
+    assert stages(persistent, temperature=1.0, top_k=5) == by_steps  # a filter needs a row of logits
     assert len({iteration.key for iteration in made}) == 4  # each has graphs of its own
 
 
@@ -332,7 +327,7 @@ def test_a_lost_program_is_an_error(resident, monkeypatch):
 
     backend = replace(resident.target.backend, prepare_draft_loop=lambda model, most: Prepared())
     monkeypatch.setattr(resident.target, "backend", backend)
-    resident.drafter.persistent = True
+    resident = in_one_launch(resident)
     wanted = resident.generate(PROMPT, max_new_tokens=9).tokens
     assert resident.generate(PROMPT, max_new_tokens=9).tokens == wanted
     assert len(words) == 1
@@ -378,7 +373,7 @@ class Forbidden:
 def test_an_iteration_never_asks_the_host(kernels, monkeypatch, sampling, way):
     forbidden = Forbidden()
     monkeypatch.setattr(Iteration, "run", forbidden.run)
-    monkeypatch.setattr(kernels.drafter, "persistent", way == "persistent")
+    kernels = in_one_launch(kernels) if way == "persistent" else kernels
     settings = {"num_speculative_tokens": 3, "plain": way == "plain", **sampling}
     settings["draft_confidence_threshold"] = "auto" if way == "auto" else 0.2
     assert len(kernels.generate(PROMPT, max_new_tokens=4, **settings).tokens) == 4
@@ -427,24 +422,20 @@ def test_what_is_no_question():
 
 
 @pytest.mark.parametrize("prompt", [[5], [5, 6]])
-def test_a_prompt_of_one_token(kernels, monkeypatch, prompt):
+def test_a_prompt_of_one_token(kernels, prompt):
     """Nothing was prefilled: the adapter's first pass has a row before the first position."""
     settings = {"max_new_tokens": 6, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.0}
     plain = kernels.generate(prompt, max_new_tokens=6, plain=True).tokens
     by_steps = counts(kernels, prompt, **settings)
     assert by_steps["tokens"] == plain
-    monkeypatch.setattr(kernels.drafter, "persistent", True)
-    assert counts(kernels, prompt, **settings) == by_steps
+    assert counts(in_one_launch(kernels), prompt, **settings) == by_steps
 
 
-def test_one_launch_drafts_what_the_steps_draft(kernels, monkeypatch):
+def test_one_launch_drafts_what_the_steps_draft(kernels):
     """Through the kernels, with an early exit now and then."""
     for sampling in SAMPLINGS[:2]:
         settings = {"max_new_tokens": 5, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.4, **sampling}
-        by_steps = counts(kernels, **settings)
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels.drafter, "persistent", True)
-            assert counts(kernels, **settings) == by_steps
+        assert counts(in_one_launch(kernels), **settings) == counts(kernels, **settings)
 
 
 # ---- on a GPU

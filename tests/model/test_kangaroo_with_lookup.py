@@ -181,7 +181,7 @@ def test_a_text_forgets_what_the_one_before_learned(loops):
     for kangaroo in loops:
         session, asked = kangaroo.session(), {"max_new_tokens": 40, "draft_confidence_threshold": 0.0}
         wanted = steps(session, REPEATING, **asked)
-        session.memory.drafter.experience.beside.fill_(1e9)  # it would never look up again
+        session.memory.drafter_memory.experience.beside.fill_(1e9)  # it would never look up again
         assert steps(session, [3, *REPEATING], **asked) == steps(kangaroo.session(), [3, *REPEATING], **asked)
         assert steps(session, REPEATING, **asked) == wanted
 
@@ -197,7 +197,7 @@ def test_the_adapter_catches_up(loops, count, loop):
     writing = session.progress(REPEATING, max_new_tokens=60, draft_confidence_threshold=0.0)
     for _ in range(count):
         text += next(writing).commit.tokens
-    memory = session.memory.drafter
+    memory = session.memory.drafter_memory
     target, adapter = kangaroo.target, kangaroo.drafter.adapter
     caches = target.new_cache(), adapter.new_cache()
     for cache in caches:

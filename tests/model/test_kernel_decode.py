@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from drafters import in_one_launch
 from no_host_reads import no_host_reads
 from pairs import make_adapter, make_target, with_vocabulary
 
@@ -74,9 +75,8 @@ def test_a_head_of_some_tokens(pairs, folders, device, tmp_path, monkeypatch, sa
 
     if device.type == "cpu":
         monkeypatch.setattr(Iteration, "run", alone)
-    for persistent in (False, True):
-        ours.drafter.persistent = persistent
-        drafted = ours.generate(PROMPT, **settings)
+    for each in (ours, in_one_launch(ours)):
+        drafted = each.generate(PROMPT, **settings)
         assert drafted.tokens == wanted.tokens
         assert (drafted.stats.drafted, drafted.stats.accepted_at) == (wanted.stats.drafted, wanted.stats.accepted_at)
 

@@ -105,7 +105,7 @@ def test_an_adapter_that_lags_far(pair, loop, new, guarded_workspaces):
     session, settings = kangaroo.session(), {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.0}
     for length in (4, 4 + new, 4 + 2 * new, 4 + 3 * new):
         turn(session, kangaroo, text[:length], max_new_tokens=new, **settings)
-        cache = session.memory.drafter.cache
+        cache = session.memory.drafter_memory.cache
         assert not cache.keys[0][:, : length + new - MOST_UNSEEN].isnan().any()
 
 
@@ -299,7 +299,7 @@ def test_a_catching_up_that_does_not_end(pair, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             next(writing)
     text += writing.outcome.tokens
-    memory = session.memory.drafter
+    memory = session.memory.drafter_memory
     assert memory.length + sum(map(len, memory.missed)) == len(text) - 1
     assert turn(session, kangaroo, text, max_new_tokens=20).stats.cached_tokens == 0
 

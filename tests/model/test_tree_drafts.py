@@ -9,10 +9,12 @@ import torch
 from drafters import on_the_device
 from no_host_reads import no_host_reads
 from pairs import make_adapter
+from test_bad_input import refuse
 from trees import random_parents
 
-from kangaroo_kernels import Draft, Drafter, Kangaroo, KangarooError
-from kangaroo_kernels.model.drafters.growth import CHILDREN, LEAST_SHARE, NO_TOKEN, Tree, widths
+from kangaroo_kernels import Draft, Drafter, Kangaroo
+from kangaroo_kernels.contract import NO_TOKEN
+from kangaroo_kernels.model.drafters.growth import CHILDREN, LEAST_SHARE, Tree, widths
 from kangaroo_kernels.model.drafters.tree import TreeDrafter
 from kangaroo_kernels.model.loop.iteration import Iteration
 
@@ -145,11 +147,11 @@ def test_the_caches_are_those_of_the_text(pair, trees, threshold):
     assert written.stats.accepted > 5
     text = PROMPT + written.tokens
     other.generate([*text, 1], max_new_tokens=1, num_speculative_tokens=1)
-    length = min(session.memory.drafter.length, len(text) - 2)
+    length = min(session.memory.drafter_memory.length, len(text) - 2)
     assert length > 80
     for ours, theirs in (
         (session.memory.cache, other.memory.cache),
-        (session.memory.drafter.cache, other.memory.drafter.cache),
+        (session.memory.drafter_memory.cache, other.memory.drafter_memory.cache),
     ):
         for name in ("keys", "values"):
             for one, two in zip(getattr(ours, name), getattr(theirs, name), strict=True):
@@ -331,13 +333,6 @@ def test_padding_follows_the_row_before_it():
 
 
 # ---- refusals
-
-
-def refuse(call: Any, *words: str) -> None:
-    with pytest.raises(KangarooError) as error:
-        call()
-    assert all(word in str(error.value) for word in words), error.value
-    assert str(error.value).count("\n") == 0
 
 
 @pytest.mark.parametrize(
