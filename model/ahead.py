@@ -4,7 +4,6 @@ Nothing is computed and no weight is read: the model lies on PyTorch's ``meta`` 
 launches its kernels there (``kangaroo_kernels/shared/absent_gpu.py``).
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -189,7 +188,7 @@ def lead_by_host(target: Llama, drafter: Drafter, length: int) -> None:
     """The launches of the loop led by the host, whose positions are numbers."""
     text, weights, config = blank_text(target, drafter, length), target.weights, target.config
     stops = sorted(config.eos_token_ids)
-    heads = [(weights.norm, weights.head, config.rms_norm_eps)]
+    choosers = [Chooser(each.without_idle_filters(config.vocab_size), target.backend) for each in SAMPLINGS]
     for rows in (1, 2, MAX_ROWS):
         hidden = target.run(target.embed([0] * rows), text.cache, len(TEXT), 0, config.num_hidden_layers)
         wanted = torch.empty(rows, dtype=torch.int64, device=META)
@@ -197,17 +196,21 @@ def lead_by_host(target: Llama, drafter: Drafter, length: int) -> None:
         for each in ends:
             confidence = torch.empty(rows, dtype=torch.float32, device=META)
             target.backend.accept(wanted[1:], wanted, each, len(TEXT), length, confidence=confidence)
+    for chooser in choosers:
+        head = hidden[:1], weights.norm, weights.head, config.rms_norm_eps
+        chooser.target(*head, len(TEXT))
+        chooser.logits(*head)
     match = target.backend.look_up(wanted[:2], 1, MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
     if isinstance(drafter, KangarooDrafter):
         thresholds, experience = torch.empty(1, device=META), Experience.none(MATCHES, USUAL, META)
         target.backend.weigh(match.matched, thresholds, len(TEXT), length, experience)
         adapter = drafter.adapter
-        adapter.run(hidden, text.memory.cache, len(TEXT) - 1)
-        heads.append((adapter.norm, weights.head, adapter.config.llama.rms_norm_eps))
-    for sampling, head in itertools.product(SAMPLINGS, heads):
-        chooser = Chooser(sampling.without_idle_filters(config.vocab_size), target.backend)
-        chooser.target(hidden[:1], *head, len(TEXT))
-        chooser.logits(hidden[:1], *head)
+        where = hidden, text.memory.cache, len(TEXT) - 1, None if adapter.state is None else hidden
+        adapter.append(*where)
+        adapter.run(*where)
+        for chooser in choosers:
+            drafter.guess(hidden[:1], chooser, len(TEXT))
+            chooser.logits(hidden[:1], adapter.norm, adapter.head, adapter.config.llama.rms_norm_eps)
 
 
 def lead_a_tree(target: Llama, drafter: TreeDrafter, length: int) -> None:
