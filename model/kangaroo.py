@@ -21,8 +21,9 @@ from .load import load_pair
 from .loop.host import reach_of
 from .loop.pace import Paces
 from .loop.threads import fastest_thread_count, own_state, threads
+from .number import is_whole
 from .request import Request, Settings, check_prompt, resolve
-from .sampling import is_whole, whole_rows
+from .sampling import whole_rows
 from .session import Memory, Session, Writing
 from .target.llama import Llama
 from .writer import Messages, Prompt, Writer

@@ -8,7 +8,6 @@ et al., arXiv 2211.17192) draws the drafts with other noise and keeps the target
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from kangaroo_kernels.reference.top1_head import confidence_of
 
 from .backend import REFERENCES, Backend
 from .errors import KangarooError
+from .number import is_number, is_whole, plain_number
 from .results import TokenLogprobs
 from .shaping import NO_SHAPING, Shaping, logprobs_of
 
@@ -90,21 +90,6 @@ class Sampling:
             least = filtered.amax(dim=-1, keepdim=True) + math.log(self.min_p)
             filtered = filtered.masked_fill(filtered < least, -torch.inf)
         return filtered
-
-
-def is_whole(value: object) -> bool:
-    """Whether ``value`` is a whole number, Python's or NumPy's; True and False are not."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether ``value`` is a real number, Python's or NumPy's; True and False are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def plain_number(value: Any) -> Any:
-    """The same as Python's own ``int`` or ``float``; anything else, None for instance, as it is."""
-    return int(value) if is_whole(value) else float(value) if is_number(value) else value
 
 
 def whole_rows(logits: Tensor, vocabulary: DraftVocabulary | None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, DraftVocabulary
 
 from ..errors import KangarooError
+from ..number import is_number, is_whole
 from ..target.cache import KVCache, Place
 from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, load_config_values, parse_config
@@ -62,7 +63,7 @@ class AdapterConfig:
 
 def _number(values: dict[str, Any], name: str, default: float, low: float, high: float, path: Path) -> float:
     value = values.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+    if not is_number(value) or not low <= value <= high:
         raise KangarooError(f"{path}: {name} is {value!r}; it must be a number from {low:g} to {high:g}.")
     return value
 
@@ -107,7 +108,7 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
         raise KangarooError(f"{path}: calibrated is {calibrated!r}; it must be true or false.")
     vocabulary = read_draft_vocabulary(folder, values, config.vocab_size)
     deep_state_size = values.get("deep_state_size", 0)
-    if not isinstance(deep_state_size, int) or isinstance(deep_state_size, bool) or deep_state_size < 0:
+    if not is_whole(deep_state_size) or deep_state_size < 0:
         raise KangarooError(f"{path}: deep_state_size is {deep_state_size!r}; it must be a whole number, 0 for none.")
     way = read_way(values, path)
     return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary, deep_state_size, way)
@@ -116,7 +117,7 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
 def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:
     """Raise unless at least one layer lies on either side of the exit."""
     highest = target.num_hidden_layers - 1
-    if not isinstance(exit_layer, int) or isinstance(exit_layer, bool) or not 1 <= exit_layer <= highest:
+    if not is_whole(exit_layer) or not 1 <= exit_layer <= highest:
         raise KangarooError(f"exit_layer is {exit_layer!r}; this target allows 1 to {highest}.")
 
 

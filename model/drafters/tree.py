@@ -21,6 +21,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
 
 from ..errors import KangarooError
+from ..number import is_whole
 from ..spans import span
 from ..target.cache import Branches
 from ..target.llama import Llama
@@ -60,7 +61,7 @@ class TreeDrafter(KangarooDrafter):
     """
 
     def __init__(self, target: Llama, adapter: Adapter, rows: int) -> None:
-        if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows <= MAX_SPECULATIVE_TOKENS:
+        if not is_whole(rows) or not 1 <= rows <= MAX_SPECULATIVE_TOKENS:
             raise KangarooError(
                 f"draft_tree is {rows!r}; it must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}, or None."
             )
@@ -72,7 +73,7 @@ class TreeDrafter(KangarooDrafter):
                 "out."
             )
         super().__init__(target, adapter)
-        self.tree, self.auto = rows, False
+        self.draft_tree, self.auto = rows, False
 
     def new_memory(self) -> TreeMemory:
         """As for chains, with a count of its own."""
@@ -86,9 +87,9 @@ class TreeDrafter(KangarooDrafter):
         if not most:
             return super().propose(text, chooser, most, threshold)
         memory: TreeMemory = text.memory
-        tree, first, last = Tree(self.tree, self.target.device), 0, 1
+        tree, first, last = Tree(self.draft_tree, self.target.device), 0, 1
         self.shallow_rows(text, tree, first, last)
-        for count in widths(self.tree, most):
+        for count in widths(self.draft_tree, most):
             sure = [row for row in range(first, last) if tree.confidences[row] >= threshold or not row]
             if not sure:
                 break
@@ -153,7 +154,7 @@ class TreeDrafter(KangarooDrafter):
 
     def rows(self, most: int) -> int:
         """Drafts of a tree whose branches have at most ``most`` tokens."""
-        return sum(widths(self.tree, most))
+        return sum(widths(self.draft_tree, most))
 
     def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
         """The shallow layers on the newest token; then, round by round, candidates and the shallow layers on the best.
@@ -163,7 +164,7 @@ class TreeDrafter(KangarooDrafter):
         growth = Growth(self, iteration, reach)
         yield Stage("kangaroo/tree/shallow", growth.begin)
         first, last = 0, 1
-        for number, count in enumerate(widths(self.tree, iteration.longest), start=1):
+        for number, count in enumerate(widths(self.draft_tree, iteration.longest), start=1):
             yield Stage("kangaroo/tree/step", partial(growth.rank, number, first, last))
             first, last = last, last + count
             yield Stage("kangaroo/tree/shallow", partial(growth.grow, number, first, last))

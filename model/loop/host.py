@@ -144,8 +144,6 @@ def check_draft(drafter: Drafter, text: TextState, draft: Draft, most: int) -> N
             raise KangarooError(f"{name}.propose gave a branch of {longest} tokens; it may give up to {most}.")
         if text.cache.dtype != draft.hidden.dtype:
             raise KangarooError(f"{name}.propose gave a tree; with kv_dtype='float16' it may give chains alone.")
-        if not callable(getattr(drafter, "straighten", None)):
-            raise KangarooError(f"{name} has no straighten(), which trees need; derive it from Drafter.")
     elif count > most or rows != count + 1:
         raise KangarooError(
             f"{type(drafter).__name__}.propose gave {count} tokens and {rows} rows; it may give up to {most} tokens, "

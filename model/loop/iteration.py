@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..drafters.protocol import Drafter, Stage, provides
+from ..drafters.protocol import Drafter, Stage
 from ..request import Request
 from ..sampling import Chooser
 from ..spans import span
@@ -53,7 +53,7 @@ class Iteration:
         self.longest = 0 if drafter is None else request.max_drafts
         self.auto = drafter is not None and request.auto_on_the_device
         self.first_layer = 0 if drafter is None else drafter.first_layer
-        tree = drafter is not None and getattr(drafter, "tree", 0) > 0
+        tree = drafter is not None and drafter.draft_tree > 0
         self.max_drafts = drafter.rows(self.longest) if drafter is not None and tree else self.longest
         name = "plain" if drafter is None else f"{self.max_drafts} drafts"
         if tree:
@@ -73,7 +73,7 @@ class Iteration:
         if self.drafter is not None:
             yield from self.drafter.stages(self, reach)
         yield Stage("kangaroo/verify", partial(self.verify, reach))
-        if self.drafter is not None and provides(self.drafter, "observations"):
+        if self.drafter is not None:
             yield from self.drafter.observations(self)
         yield Stage("kangaroo/accept", self.accept)
         if self.buffers.walked is not None:
