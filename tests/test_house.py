@@ -22,7 +22,7 @@ KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 ROOMS = (
     ("errors", "spans", "number"),
     ("results", "demo", "text", "chat"),
-    ("backend", "named", "shaping"),
+    ("backend", "named", "shaping", "head", "rejection"),
     ("sampling",),
     ("target",),
     ("drafters",),

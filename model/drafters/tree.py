@@ -25,7 +25,7 @@ from ..number import is_whole
 from ..spans import span
 from ..target.cache import Branches
 from ..target.llama import Llama
-from .adapter import Adapter
+from .adapter import DraftNetwork
 from .growth import CHILDREN, Tree, widths
 from .kangaroo import AdapterMemory, KangarooDrafter
 from .protocol import Draft, Stage
@@ -60,7 +60,7 @@ class TreeDrafter(KangarooDrafter):
             arithmetic.
     """
 
-    def __init__(self, target: Llama, adapter: Adapter, rows: int) -> None:
+    def __init__(self, target: Llama, adapter: DraftNetwork, rows: int) -> None:
         if not is_whole(rows) or not 1 <= rows <= MAX_SPECULATIVE_TOKENS:
             raise KangarooError(
                 f"draft_tree is {rows!r}; it must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}, or None."
@@ -128,11 +128,11 @@ class TreeDrafter(KangarooDrafter):
         else:  # behind the rows that it missed, as in a chain
             hidden = adapter.run(torch.cat((*memory.missed, rows)), memory.cache, memory.length)[-1:]
             memory.missed, memory.length = [], text.newest + 1
-        logits = chooser.logits(hidden, adapter.norm, adapter.head, adapter.config.llama.rms_norm_eps)
+        logits, vocabulary = chooser.logits(hidden, adapter.head), adapter.head.vocabulary
         drafted = tree.tokens[1:last].tolist()
-        scores = chooser.scores(logits, text.newest + 1, drafted, tree.masks[sure], adapter.vocabulary)
+        scores = chooser.scores(logits, adapter.head, text.newest + 1, drafted, tree.masks[sure])
         best, tokens = torch.softmax(scores, dim=-1).topk(min(CHILDREN, scores.shape[1]))
-        tokens = tokens if adapter.vocabulary is None else adapter.vocabulary.tokens_of(tokens)
+        tokens = tokens if vocabulary is None else vocabulary.tokens_of(tokens)
         tree.offer(torch.tensor(sure, device=tokens.device), tokens, best)
 
     def straighten(self, text: "TextState", path: Tensor, position: int | Tensor) -> None:
@@ -209,8 +209,8 @@ class Growth:
         else:  # with the row before, which it may not have seen
             rows = buffers.hidden(-1, 1)
             hidden = adapter.run(rows, cache, buffers.position(-1), reach=self.reach, active=active)[-1:]
-        backend, eps = self.target.backend, adapter.config.llama.rms_norm_eps
-        logits = backend.lm_head(hidden, adapter.norm, adapter.head, eps=eps, active=active)
+        backend, head = self.target.backend, adapter.head
+        logits = backend.lm_head(hidden, head.norm, head.weight, eps=head.eps, active=active)
         greedy = self.iteration.chooser.sampling.greedy
         ranked = backend.rank(
             logits,
@@ -220,7 +220,7 @@ class Growth:
             seed=sampling.seed,
             top_k=None if greedy else sampling.top_k,
             top_p=None if greedy else sampling.top_p,
-            vocabulary=adapter.vocabulary,
+            vocabulary=head.vocabulary,
             ancestors=masks,
             active=active,
         )

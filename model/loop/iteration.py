@@ -88,15 +88,14 @@ class Iteration:
 
     def verify(self, reach: int) -> None:
         """The remaining layers and the head over all rows: the target's token after each of them."""
-        target, weights, config, buffers = self.target, self.target.weights, self.target.config, self.buffers
+        target, buffers = self.target, self.buffers
         rows = buffers.newest if self.drafter is None else buffers.hidden(0, self.max_drafts + 1)
         position: Place = buffers.position(0)
         if buffers.ancestors is not None:
             position = Branches(buffers.position(0), buffers.ancestors)
-        layers = config.num_hidden_layers
+        layers, first = target.config.num_hidden_layers, buffers.position(1)
         self.final = target.run(rows, self.text.cache, position, self.first_layer, layers, reach=reach)
-        head = self.final, weights.norm, weights.head, config.rms_norm_eps, buffers.position(1)
-        self.chooser.target(*head, ancestors=buffers.ancestors, out=buffers.wanted)
+        self.chooser.target(self.final, target.head, first, ancestors=buffers.ancestors, out=buffers.wanted)
 
     def accept(self) -> None:
         """How many drafts stand, how long the text becomes, whether it ends."""
