@@ -25,7 +25,7 @@ def reject(draft: Tensor, draft_distribution: Tensor, target_logits: Tensor, pos
         ``[k + 1]`` int64.
     """
     count, device = len(draft), target_logits.device
-    noise = gumbel_rows(seed, TARGET_STREAM, position, *target_logits.shape, device)
+    noise = gumbel_rows(seed, TARGET_STREAM, position, count + 1, target_logits.shape[1], device)
     tokens = (target_logits + noise).argmax(dim=-1)
     if count == 0:
         return tokens

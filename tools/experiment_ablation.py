@@ -241,12 +241,14 @@ class TrialAdapter:
         target: the model that it was trained for.
     """
 
+    state: Mlp | None = None
+
     def __init__(self, file: Path, target: Llama) -> None:
         with safe_open(file, "pt") as opened:
             facts = opened.metadata()
             tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         exit_layer, form = int(facts["exit_layer"]), FORMS[facts["form"]]
-        self.target, self.state = target, None
+        self.target = target
         vocabulary = DraftVocabulary(tensors.pop(TOKENS).to(target.device), target.config.vocab_size)
         own = tensors.pop(HEAD, None)
         rows = target.weights.head.select(vocabulary.tokens) if own is None else self._packed(own)
