@@ -4,7 +4,6 @@ Nothing is computed and no weight is read: the model lies on PyTorch's ``meta`` 
 launches its kernels there (``kangaroo_kernels/shared/absent_gpu.py``).
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_ROWS, MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Experience
+from kangaroo_kernels.contract import MAX_ROWS, MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Experience, Top1
 
 from .backend import triton_backend
 from .drafters.adapter import Adapter, load_adapter_config
@@ -44,7 +44,9 @@ META, GPU = torch.device("meta"), torch.device("cuda")
 OLDEST, CHAINS_FROM = 80, 90
 """The lowest architecture that the kernels are written for, and the first that can chain launches."""
 
-SAMPLINGS = (Sampling(), Sampling(temperature=0.8), *(Sampling(0.8, *each) for each in ((50,), (50, 0.9), (None, 0.9))))
+SAMPLINGS = (Sampling(), Sampling(temperature=0.8), *(Sampling(0.8, *each) for each in ((2,), (2, 0.9), (None, 0.9))))
+"""Every combination of filters. A head with no more rows than top-k has none of it; every head has more than two."""
+
 LENGTHS = (8, 300)
 """Texts with room for one split of the attention, and for several. A text as long as the model takes them comes third:
 there a launch of its own merges the splits of many rows. Which kernels are launched depends on no more."""
@@ -169,13 +171,12 @@ def in_one_launch(drafter: Drafter) -> KangarooDrafter | None:
 
 def blank_text(target: Llama, drafter: Drafter | None, length: int) -> TextState:
     """A text whose caches have room for ``length`` tokens."""
-    cache, memory = target.new_cache(), None
-    cache.reserve(reach_of(length), length)
+    text = TextState(list(TEXT), target.new_cache())
+    text.cache.reserve(reach_of(length), length)
     if drafter is not None:
-        memory = drafter.new_memory()
-        text = TextState(list(TEXT), cache, memory)
+        text.memory = drafter.new_memory()
         drafter.prefill(text, None, reach_of(length), length)
-    return TextState(list(TEXT), cache, memory)
+    return text
 
 
 def iterate(target: Llama, drafter: Drafter | None, sampling: Sampling, drafts: int, length: int) -> None:
@@ -185,51 +186,56 @@ def iterate(target: Llama, drafter: Drafter | None, sampling: Sampling, drafts: 
     Iteration(target, drafter, text, request, GraphRunner(META, capture=False)).run(text.cache.capacity)
 
 
+def choosers_of(target: Llama) -> list[Chooser]:
+    """What picks tokens on the loop led by the host, for every kind of sampling."""
+    return [Chooser(each.without_idle_filters(target.config.vocab_size), target.backend) for each in SAMPLINGS]
+
+
+def stops_of(target: Llama) -> list[Tensor]:
+    """Stop tokens: none, and as many as the model has."""
+    counts = {0, len(target.config.eos_token_ids)}
+    return [torch.empty(count, dtype=torch.int64, device=META) for count in counts]
+
+
 def lead_by_host(target: Llama, drafter: Drafter, length: int) -> None:
     """The launches of the loop led by the host, whose positions are numbers."""
-    text, weights, config = blank_text(target, drafter, length), target.weights, target.config
-    stops = sorted(config.eos_token_ids)
-    heads = [(weights.norm, weights.head, config.rms_norm_eps)]
+    text, backend, layers = blank_text(target, drafter, length), target.backend, target.config.num_hidden_layers
     for rows in (1, 2, MAX_ROWS):
-        hidden = target.run(target.embed([0] * rows), text.cache, len(TEXT), 0, config.num_hidden_layers)
-        wanted = torch.empty(rows, dtype=torch.int64, device=META)
-        ends = (torch.empty(count, dtype=torch.int64, device=META) for count in {0, len(stops)})
-        for each in ends:
-            confidence = torch.empty(rows, dtype=torch.float32, device=META)
-            target.backend.accept(wanted[1:], wanted, each, len(TEXT), length, confidence=confidence)
-    match = target.backend.look_up(wanted[:2], 1, MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
+        hidden = target.run(target.embed([0] * rows), text.cache, len(TEXT), 0, layers)
+        wanted = Top1.empty(rows, META)
+        for stops in stops_of(target):
+            backend.accept(wanted.token[1:], wanted.token, stops, len(TEXT), length, confidence=wanted.confidence)
+    match = backend.look_up(wanted.token[:2], 1, MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
+    for chooser in choosers_of(target):
+        chooser.target(hidden[:1], target.head, len(TEXT))
+        chooser.logits(hidden[:1], target.head)
     if isinstance(drafter, KangarooDrafter):
         thresholds, experience = torch.empty(1, device=META), Experience.none(MATCHES, USUAL, META)
-        target.backend.weigh(match.matched, thresholds, len(TEXT), length, experience)
-        adapter = drafter.adapter
-        adapter.run(hidden, text.memory.cache, len(TEXT) - 1)
-        heads.append((adapter.norm, weights.head, adapter.config.llama.rms_norm_eps))
-    for sampling, head in itertools.product(SAMPLINGS, heads):
-        chooser = Chooser(sampling.without_idle_filters(config.vocab_size), target.backend)
-        chooser.target(hidden[:1], *head, len(TEXT))
-        chooser.logits(hidden[:1], *head)
+        backend.weigh(match.matched, thresholds, len(TEXT), length, experience)
+        states = None if drafter.adapter.state is None else hidden
+        for work in (drafter.adapter.append, drafter.adapter.run):
+            work(hidden, text.memory.cache, len(TEXT) - 1, states)
+        for chooser in choosers_of(target):
+            drafter.guess(hidden[:1], chooser, len(TEXT))
+            chooser.logits(hidden[:1], drafter.adapter.head)
 
 
 def lead_a_tree(target: Llama, drafter: TreeDrafter, length: int) -> None:
     """The launches of the loop led by the host that a tree has besides."""
-    text, weights, config = blank_text(target, drafter, length), target.weights, target.config
-    stops = sorted(config.eos_token_ids)
+    text, backend, layers = blank_text(target, drafter, length), target.backend, target.config.num_hidden_layers
     for rows in (1, 2, MAX_ROWS):
         where = Branches(len(TEXT), torch.empty(rows, dtype=torch.int32, device=META))
         states = target.embed([0] * rows)
-        hidden = target.run(states, text.cache, where, 0, config.num_hidden_layers)
+        hidden = target.run(states, text.cache, where, 0, layers)
         drafter.adapter.run(states, text.memory.cache, where)
-    wanted, confidence = torch.empty(2, dtype=torch.int64, device=META), torch.empty(2, device=META)
-    for count in {0, len(stops)}:
-        ends = torch.empty(count, dtype=torch.int64, device=META)
-        bounds = len(TEXT), length
-        found = target.backend.walk(wanted[1:], wanted, where.ancestors[:2], ends, *bounds, confidence=confidence)
+    wanted, ancestors = Top1.empty(2, META), where.ancestors[:2]
+    for stops in stops_of(target):
+        tokens, bounds = (wanted.token[1:], wanted.token), (stops, len(TEXT), length)
+        found = backend.walk(*tokens, ancestors, *bounds, confidence=wanted.confidence)
     for rows_of in (text.cache.rows, text.memory.cache.rows, text.memory.exit_hidden[None]):
-        target.backend.straighten(found.path, len(TEXT), rows_of)
-    for sampling in SAMPLINGS:
-        chooser = Chooser(sampling.without_idle_filters(config.vocab_size), target.backend)
-        head = weights.norm, weights.head, config.rms_norm_eps
-        chooser.target(hidden, *head, len(TEXT), ancestors=where.ancestors)
+        backend.straighten(found.path, len(TEXT), rows_of)
+    for chooser in choosers_of(target):
+        chooser.target(hidden, target.head, len(TEXT), ancestors=where.ancestors)
 
 
 def default_folder() -> Path:

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.reference.top1_head import lm_head
-
 from .chat import chat_tokens
 from .drafters.kangaroo import KangarooDrafter
 from .drafters.make import make_drafter
@@ -21,8 +19,8 @@ from .load import load_pair
 from .loop.pace import Paces
 from .loop.prefill import reach_of
 from .loop.threads import fastest_thread_count, own_state, threads
+from .number import is_whole
 from .request import Request, Settings, check_prompt, resolve
-from .sampling import is_whole, whole_rows
 from .session import Memory, Session, Writing
 from .target.llama import Llama
 from .writer import Messages, Prompt, Writer
@@ -183,7 +181,7 @@ class Kangaroo(Writer):
         elif prompt is None:
             raise KangarooError("the prompt is None; it must be a text or a list of tokens, or give messages.")
         request = resolve(prompt, settings, self.target.config, self.tokenizer, self.drafter)
-        if request.max_drafts:
+        if self.drafter is not None and request.max_drafts:
             check_loop(self.drafter, self.target.backend.resident and not request.led_by_host)
         return request
 
@@ -229,9 +227,7 @@ class Kangaroo(Writer):
                 states = torch.nn.functional.pad(final[:-1], (0, 0, 1, 0))
             cache = adapter.new_cache()
             cache.reserve(len(tokens))
-            hidden = adapter.run(exit_hidden, cache, 0, states)
-            logits = lm_head(hidden, adapter.norm, adapter.head, eps=adapter.config.llama.rms_norm_eps)
-            return whole_rows(logits, adapter.vocabulary)
+            return adapter.head.logits(adapter.run(exit_hidden, cache, 0, states))
 
     def _run_all(self, tokens: Sequence[int], layers: int) -> Tensor:
         checked = check_prompt(tokens, self.target.config)

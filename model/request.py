@@ -15,7 +15,8 @@ from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, MAX_STOPS
 
 from .drafters.protocol import Drafter
 from .errors import KangarooError, TooLongError
-from .sampling import Sampling, is_number, is_whole, plain_number
+from .number import is_number, is_whole, plain_number
+from .sampling import Sampling
 from .shaping import NO_SHAPING, Shaping
 from .target.config import LlamaConfig
 
@@ -278,10 +279,10 @@ def _drafting(settings: Settings, drafter: Drafter) -> _Drafting:
     """The settings' own numbers before the drafter's, and ``auto`` where it is asked for or nothing speaks against."""
     drafts, threshold = settings.num_speculative_tokens, settings.draft_confidence_threshold
     fixed = drafts is not None or threshold is not None or settings.sampling.rejects
-    auto = threshold == AUTO or (getattr(drafter, "auto", False) and not fixed)
+    auto = threshold == AUTO or (drafter.auto and not fixed)
     if threshold is None or threshold == AUTO:
         threshold = drafter.draft_confidence_threshold
-    if auto and getattr(drafter, "tree", 0):
+    if auto and drafter.draft_tree:
         raise KangarooError(
             "draft_confidence_threshold is 'auto', which finds the length of chains, and this drafter drafts trees; "
             "give a number from 0 to 1."

@@ -8,24 +8,26 @@ et al., arXiv 2211.17192) draws the drafts with other noise and keeps the target
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, DraftVocabulary, Top1
-from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.reference.noise import gumbel_rows, uniform
+from kangaroo_kernels.contract import DRAFT_STREAM, TARGET_STREAM, Top1
+from kangaroo_kernels.reference.noise import gumbel_rows
 from kangaroo_kernels.reference.sample_head import filter_logits
 from kangaroo_kernels.reference.top1_head import confidence_of
 
 from .backend import REFERENCES, Backend
 from .errors import KangarooError
+from .head import Head
+from .number import is_number, is_whole, plain_number
+from .rejection import reject
 from .results import TokenLogprobs
 from .shaping import NO_SHAPING, Shaping, logprobs_of
 
 ACCEPTANCES = ("coupled", "rejection")
+KNOWN_POSITIONS = "rows of logits are chosen from by the loop that the host leads"
 
 
 @dataclass(frozen=True)
@@ -92,26 +94,6 @@ class Sampling:
         return filtered
 
 
-def is_whole(value: object) -> bool:
-    """Whether ``value`` is a whole number, Python's or NumPy's; True and False are not."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether ``value`` is a real number, Python's or NumPy's; True and False are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def plain_number(value: Any) -> Any:
-    """The same as Python's own ``int`` or ``float``; anything else, None for instance, as it is."""
-    return int(value) if is_whole(value) else float(value) if is_number(value) else value
-
-
-def whole_rows(logits: Tensor, vocabulary: DraftVocabulary | None) -> Tensor:
-    """Rows of a drafter's logits over the whole vocabulary, -inf where its head has no row."""
-    return logits if vocabulary is None else vocabulary.spread(logits)
-
-
 class SamplingTensors(NamedTuple):
     """The numbers of a ``Sampling`` in device memory, so that work which is captured once serves all values.
 
@@ -170,16 +152,14 @@ class Chooser:
     ) -> None:
         self.sampling, self.backend, self.shaping = sampling, backend, shaping
         self.text, self.most_logprobs = text, logprobs
-        self.numbers = sampling if numbers is None else numbers
+        self.numbers: Sampling | SamplingTensors = sampling if numbers is None else numbers
         self.draft_stream = DRAFT_STREAM if sampling.rejects else TARGET_STREAM
         self.shapes = not shaping.idle or sampling.uses_min_p
 
     def target(
         self,
         hidden: Tensor,
-        norm: Tensor,
-        head: Weight,
-        eps: float,
+        head: Head,
         position: int | Tensor,
         *,
         drafted: Sequence[int] = (),
@@ -192,41 +172,32 @@ class Chooser:
         ``ancestors`` are those of a tree, whose rows stand at positions by their depths.
         """
         if not self.shapes and self.most_logprobs is None:
-            return Choice(*self._pick(hidden, norm, head, eps, position, TARGET_STREAM, ancestors=ancestors, out=out))
-        assert isinstance(position, int), "rows of logits are chosen from by the loop that the host leads"
-        logits = self.logits(hidden, norm, head, eps)
+            return Choice(*self._pick(hidden, head, position, TARGET_STREAM, ancestors, out=out))
+        assert isinstance(position, int), KNOWN_POSITIONS
+        logits = self.logits(hidden, head)
         if ancestors is None:
             token = self._pick_from(logits, position, TARGET_STREAM, drafted)
         else:
-            token = self.scores(logits, position, drafted, ancestors).argmax(dim=-1)
+            token = self.scores(logits, head, position, drafted, ancestors).argmax(dim=-1)
         return Choice(token, confidence_of(logits), logits)
 
     def draft(
-        self,
-        hidden: Tensor,
-        norm: Tensor,
-        head: Weight,
-        eps: float,
-        position: int | Tensor,
-        *,
-        drafted: Sequence[int] = (),
-        vocabulary: DraftVocabulary | None = None,
-        **step: Any,
+        self, hidden: Tensor, head: Head, position: int | Tensor, *, drafted: Sequence[int] = (), **step: Any
     ) -> Top1:
         """The drafter's token at ``position`` and its un-tempered top-1 probability, ``[1]`` each.
 
-        ``drafted`` are the tokens behind the text so far, ``vocabulary`` those of the head's rows, where it has not
-        all; ``step`` goes to the head.
+        ``drafted`` are the tokens behind the text so far; ``step`` goes to the head's operation.
         """
-        if self.shapes and isinstance(position, int):
-            logits = self.logits(hidden, norm, head, eps)
-            rows = whole_rows(logits, vocabulary)
-            return Top1(self._pick_from(rows, position, self.draft_stream, drafted), confidence_of(logits))
-        return self._pick(hidden, norm, head, eps, position, self.draft_stream, vocabulary=vocabulary, **step)
+        if not self.shapes:
+            return self._pick(hidden, head, position, self.draft_stream, **step)
+        assert isinstance(position, int), KNOWN_POSITIONS
+        logits = self.logits(hidden, head)
+        token = self._pick_from(head.whole_rows(logits), position, self.draft_stream, drafted)
+        return Top1(token, confidence_of(logits))
 
-    def logits(self, hidden: Tensor, norm: Tensor, head: Weight, eps: float) -> Tensor:
-        """The head's logits ``[M, V]`` float32 from the backend's own operation: rows have the bits of its heads."""
-        return self.backend.for_rows(len(hidden)).lm_head(hidden, norm, head, eps=eps)
+    def logits(self, hidden: Tensor, head: Head) -> Tensor:
+        """What the weight's rows give: ``[M, V]`` or ``[M, R]`` float32, with the bits of the backend's heads."""
+        return self.backend.for_rows(len(hidden)).lm_head(hidden, head.norm, head.weight, eps=head.eps)
 
     def shaped(self, logits: Tensor, drafted: Sequence[int]) -> Tensor:
         """Every row of ``[M, V]`` shaped for its place: the last row is that after all of ``drafted``."""
@@ -247,26 +218,19 @@ class Chooser:
         ]
         return torch.cat(rows)
 
-    def scores(
-        self,
-        logits: Tensor,
-        position: int,
-        drafted: Sequence[int],
-        ancestors: Tensor,
-        vocabulary: DraftVocabulary | None = None,
-    ) -> Tensor:
-        """What ranks the tokens behind rows of a tree, ``[M, V]`` or over the vocabulary's rows: the best is chosen.
+    def scores(self, logits: Tensor, head: Head, position: int, drafted: Sequence[int], ancestors: Tensor) -> Tensor:
+        """What ranks the tokens behind rows of a tree, ``[M, V]`` or ``[M, R]`` as ``logits``: the best is chosen.
 
         They are the shaped logits where decoding is greedy, else filtered ones with the target's noise at the row's
         position. ``position`` is that of the token behind the root, ``drafted`` the tree's tokens in the order of its
         rows, up to the last that the masks of ``ancestors`` name.
         """
-        rows = []
+        rows, vocabulary = [], head.vocabulary
         for row, mask in enumerate(ancestors.tolist()):
             path = [drafted[each - 1] for each in range(1, mask.bit_length()) if mask >> each & 1]
             one = logits[row : row + 1]
             if not self.shaping.idle:
-                one = self.shaping(whole_rows(one, vocabulary), [*self.text, *path])
+                one = self.shaping(head.whole_rows(one), [*self.text, *path])
                 one = one if vocabulary is None else one[:, vocabulary.tokens]
             if not self.sampling.greedy:
                 size = one.shape[1] if vocabulary is None else vocabulary.size
@@ -283,18 +247,22 @@ class Chooser:
         return logprobs_of(choice.logits, committed, self.most_logprobs)
 
     def _pick(
-        self, hidden: Tensor, norm: Tensor, head: Weight, eps: float, position: int | Tensor, stream: int, **step: Any
+        self,
+        hidden: Tensor,
+        head: Head,
+        position: int | Tensor,
+        stream: int,
+        ancestors: Tensor | None = None,
+        **step: Any,
     ) -> Top1:
-        numbers, operations = self.numbers, self.backend.for_rows(hidden.shape[0])
-        ancestors = step.pop("ancestors", None)
+        numbers, operations = self.numbers, self.backend.for_rows(len(hidden))
+        given = hidden, head.norm, head.weight
+        step |= {"eps": head.eps, "vocabulary": head.vocabulary}
         if self.sampling.greedy:
-            return operations.top1_head(hidden, norm, head, eps=eps, **step)
+            return operations.top1_head(*given, **step)
         return operations.sample_head(
-            hidden,
-            norm,
-            head,
+            *given,
             position,
-            eps=eps,
             temperature=numbers.temperature,
             seed=numbers.seed,
             stream=stream,
@@ -309,72 +277,25 @@ class Chooser:
         return gumbel_rows(self.sampling.seed, stream, position, logits.shape[0], logits.shape[1], logits.device)
 
     def draft_with_distribution(
-        self,
-        hidden: Tensor,
-        norm: Tensor,
-        head: Weight,
-        eps: float,
-        position: int,
-        drafted: Sequence[int] = (),
-        vocabulary: DraftVocabulary | None = None,
+        self, hidden: Tensor, head: Head, position: int, drafted: Sequence[int] = ()
     ) -> tuple[Top1, Tensor]:
         """For rejection sampling: a draft and the distribution it was drawn from, ``[1, V]``.
 
         A token without a row has the probability 0. Where the request bars all others, as the ends that come too early,
         the drafter is certain of one that will not stand.
         """
-        logits = self.logits(hidden, norm, head, eps)
-        finite = whole_rows(torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0), vocabulary)
+        logits = self.logits(hidden, head)
+        finite = head.whole_rows(torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=0.0))
         filtered = self.sampling.filter(self.shaped(finite, drafted))
         token = (filtered + self.noise(DRAFT_STREAM, position, filtered)).argmax(dim=-1)
         filtered[0, token] = filtered[0, token].clamp(min=torch.finfo(filtered.dtype).min)
         return Top1(token, confidence_of(logits)), torch.softmax(filtered, dim=-1)
 
     def target_or_draft(
-        self,
-        hidden: Tensor,
-        norm: Tensor,
-        head: Weight,
-        eps: float,
-        position: int,
-        draft: Tensor,
-        draft_distribution: Tensor,
+        self, hidden: Tensor, head: Head, position: int, draft: Tensor, draft_distribution: Tensor
     ) -> Choice:
         """As ``target``, by rejection sampling; ``reject`` has the rule."""
-        logits = self.logits(hidden, norm, head, eps)
-        tokens = self.reject(draft, draft_distribution, self.shaped(logits, draft.tolist()), position)
+        logits = self.logits(hidden, head)
+        filtered = self.sampling.filter(self.shaped(logits, draft.tolist()))
+        tokens = reject(draft, draft_distribution, filtered, position, self.sampling.seed)
         return Choice(tokens, confidence_of(logits), logits)
-
-    def reject(self, draft: Tensor, draft_distribution: Tensor, target_logits: Tensor, position: int) -> Tensor:
-        """Rejection sampling, written as the tokens the target "would have said".
-
-        With the target's distribution ``p_i`` and the draft's ``q_i``, draft ``d_i`` is accepted with probability
-        ``min(1, p_i(d_i) / q_i(d_i))``. Otherwise a sample of ``max(p_i - q_i, 0)`` (normalised) takes its place, which
-        is never ``d_i``. So the rule for acceptance stays prefix equality.
-
-        Args:
-            draft: ``[k]`` int64, the tokens at ``position, ...``.
-            draft_distribution: ``[k, V]`` float32, what each was drawn from.
-            target_logits: ``[k + 1, V]`` float32.
-            position: of the first draft.
-
-        Returns:
-            ``[k + 1]`` int64.
-        """
-        count = len(draft)
-        noise = self.noise(TARGET_STREAM, position, target_logits)
-        filtered = self.sampling.filter(target_logits)
-        tokens = (filtered + noise).argmax(dim=-1)
-        if count == 0:
-            return tokens
-        p = torch.softmax(filtered[:count], dim=-1)
-        residual = (p - draft_distribution).clamp_(min=0)
-        exhausted = residual.sum(dim=-1, keepdim=True) <= 0  # p equals q up to rounding: any rejection is rounding too
-        weights = torch.where(exhausted, p, residual)
-        replaced = (weights.log() + noise[:count]).argmax(dim=-1)
-        positions = torch.arange(position, position + count, device=draft.device)
-        u = uniform(self.sampling.seed, ACCEPT_STREAM, positions, 1)[:, 0]
-        p_draft = p.gather(1, draft[:, None])[:, 0]
-        q_draft = draft_distribution.gather(1, draft[:, None])[:, 0]
-        tokens[:count] = torch.where(u * q_draft < p_draft, draft, replaced)
-        return tokens

@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 
 ROOMS = (
-    ("errors", "spans"),
+    ("errors", "spans", "number"),
     ("results", "demo", "text", "chat"),
-    ("backend", "named", "shaping"),
+    ("backend", "named", "shaping", "head", "rejection"),
     ("sampling",),
     ("target",),
     ("drafters",),

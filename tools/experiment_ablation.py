@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.contract import DraftVocabulary, Mlp
 from kangaroo_kernels.model.commands.show import training_bars
-from kangaroo_kernels.model.drafters.adapter import Adapter, AdapterConfig
+from kangaroo_kernels.model.drafters.adapter import AdapterConfig
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.drafters.protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
 from kangaroo_kernels.model.evaluation.plan import find_shapes
+from kangaroo_kernels.model.head import Head
 from kangaroo_kernels.model.load import resolve_device, resolve_dtype
 from kangaroo_kernels.model.target.cache import KVCache, Place
 from kangaroo_kernels.model.target.config import LlamaConfig
@@ -232,28 +233,30 @@ def _train(settings: TrainingSettings, plan: Plan, steps: int, report: ProgressR
 # ---- drafting
 
 
-class TrialAdapter(Adapter):
-    """A trained network in the place of an adapter, for ``KangarooDrafter``.
+class TrialAdapter:
+    """A trained network in the place of an adapter: a ``DraftNetwork``.
 
     Args:
         file: what ``Trial.write`` wrote.
         target: the model that it was trained for.
     """
 
+    state: Mlp | None = None
+
     def __init__(self, file: Path, target: Llama) -> None:
         with safe_open(file, "pt") as opened:
             facts = opened.metadata()
             tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         exit_layer, form = int(facts["exit_layer"]), FORMS[facts["form"]]
-        self.target, self.state = target, None
-        self.vocabulary = DraftVocabulary(tensors.pop(TOKENS).to(target.device), target.config.vocab_size)
+        self.target = target
+        vocabulary = DraftVocabulary(tensors.pop(TOKENS).to(target.device), target.config.vocab_size)
         own = tensors.pop(HEAD, None)
-        self.head = target.weights.head.select(self.vocabulary.tokens) if own is None else self._packed(own)
-        self.norm = self._rounded(tensors["norm.weight"])
+        rows = target.weights.head.select(vocabulary.tokens) if own is None else self._packed(own)
+        self.head = Head(self._rounded(tensors["norm.weight"]), rows, target.config.rms_norm_eps, vocabulary)
         size = next((len(tensor) for name, tensor in tensors.items() if name.endswith("up_proj.weight")), 0)
         shape = replace(target.config, qkv_bias=False, output_bias=False, mlp_bias=False, intermediate_size=size)
         self.config = AdapterConfig(
-            shape, exit_layer, PAPER_NUM_SPECULATIVE_TOKENS, PAPER_DRAFT_CONFIDENCE_THRESHOLD, False, self.vocabulary
+            shape, exit_layer, PAPER_NUM_SPECULATIVE_TOKENS, PAPER_DRAFT_CONFIDENCE_THRESHOLD, False, vocabulary
         )
         self.parts = [self._part(part, f"layers.{place}.", tensors) for place, part in enumerate(form.parts)]
 
@@ -297,7 +300,7 @@ class TrialAdapter(Adapter):
         active: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """As ``Adapter.run``."""
+        """As ``DraftNetwork.run``."""
         hidden, operations = exit_hidden, self.target.backend.for_rows(exit_hidden.shape[0])
         for place, part in enumerate(self.parts):
             end = out if place == len(self.parts) - 1 else None
@@ -319,7 +322,7 @@ class TrialAdapter(Adapter):
         *,
         active: Tensor | None = None,
     ) -> None:
-        """As ``Adapter.append``; a second layer's keys need the first one's output."""
+        """As ``DraftNetwork.append``; a second layer's keys need the first one's output."""
         self.run(exit_hidden, cache, position, active=active)
 
 

@@ -17,6 +17,7 @@ from torch.profiler import profile
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.contract import MAX_ROWS
+from kangaroo_kernels.model.drafters.adapter import Adapter
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.results import Commit
 from kangaroo_kernels.model.target.config import LlamaConfig
@@ -209,8 +210,9 @@ def stage_bytes(kangaroo: Kangaroo, length: int) -> dict[str, int]:
     head, exit_layer, found = target.weights.head.nbytes, 0, {}
     if isinstance(kangaroo.drafter, KangarooDrafter):
         adapter, exit_layer = kangaroo.drafter.adapter, kangaroo.drafter.first_layer
+        assert isinstance(adapter, Adapter)
         found[SHALLOW] = sum(layers[:exit_layer])
-        found[STEP] = layer_bytes(adapter.layer, adapter.config.llama) + adapter.head.nbytes
+        found[STEP] = layer_bytes(adapter.layer, adapter.config.llama) + adapter.head.weight.nbytes
     return found | {PREFIX + "verify": sum(layers[exit_layer:]) + head}
 
 

@@ -1,6 +1,8 @@
 """What a kernel's launcher and its reference check alike: values of numbers; shapes, dtypes and devices of tensors."""
 
 from collections.abc import Sequence
+from numbers import Integral
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,9 +16,9 @@ COUNTS = 1 << 63
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
-def is_whole(value: object) -> bool:
-    """Whether ``value`` is a whole number: an int of Python or NumPy."""
-    return hasattr(value, "__index__")
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether ``value`` is a whole number, Python's or NumPy's; True and False are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_one(op: str, name: str, value: Tensor, dtype: torch.dtype, device: torch.device) -> None:

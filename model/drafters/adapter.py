@@ -11,13 +11,15 @@ weights.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, DraftVocabulary
+from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, DraftVocabulary, Mlp
 
 from ..errors import KangarooError
+from ..head import Head
+from ..number import is_number, is_whole
 from ..target.cache import KVCache, Place
 from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, load_config_values, parse_config
@@ -62,7 +64,7 @@ class AdapterConfig:
 
 def _number(values: dict[str, Any], name: str, default: float, low: float, high: float, path: Path) -> float:
     value = values.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+    if not is_number(value) or not low <= value <= high:
         raise KangarooError(f"{path}: {name} is {value!r}; it must be a number from {low:g} to {high:g}.")
     return value
 
@@ -107,7 +109,7 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
         raise KangarooError(f"{path}: calibrated is {calibrated!r}; it must be true or false.")
     vocabulary = read_draft_vocabulary(folder, values, config.vocab_size)
     deep_state_size = values.get("deep_state_size", 0)
-    if not isinstance(deep_state_size, int) or isinstance(deep_state_size, bool) or deep_state_size < 0:
+    if not is_whole(deep_state_size) or deep_state_size < 0:
         raise KangarooError(f"{path}: deep_state_size is {deep_state_size!r}; it must be a whole number, 0 for none.")
     way = read_way(values, path)
     return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary, deep_state_size, way)
@@ -116,26 +118,66 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
 def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:
     """Raise unless at least one layer lies on either side of the exit."""
     highest = target.num_hidden_layers - 1
-    if not isinstance(exit_layer, int) or isinstance(exit_layer, bool) or not 1 <= exit_layer <= highest:
+    if not is_whole(exit_layer) or not 1 <= exit_layer <= highest:
         raise KangarooError(f"exit_layer is {exit_layer!r}; this target allows 1 to {highest}.")
 
 
-class Adapter:
-    """A loaded adapter, whose output goes to the target's head.
+class DraftNetwork(Protocol):
+    """What ``KangarooDrafter`` needs of an adapter, whatever layers it is made of.
 
     Attributes:
-        head: the target's head, or the rows of it that the draft vocabulary names.
-        vocabulary: the tokens of the head's rows, on the target's device; None where it has all.
+        config: its shape and its defaults.
+        head: its norm and the target's head, or the rows of it that it may draft.
         state: the SwiGLU over the deep state; None where it has none.
     """
 
+    config: AdapterConfig
+    head: Head
+    state: Mlp | None
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for its layers."""
+
+    def run(
+        self,
+        exit_hidden: Tensor,
+        cache: KVCache,
+        position: Place,
+        states: Tensor | None = None,
+        *,
+        reach: int | None = None,
+        active: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Turn the exit layer's rows at ``position, ...`` into the input of the head: ``[M, hidden]``.
+
+        ``position``, ``reach``, ``active`` and ``out`` are those of ``Llama.run``. ``states`` is ``[M, hidden]``, the
+        last layer's output at the position before each row, for an adapter with a deep state; ``out`` may be ``states``
+        itself.
+        """
+
+    def append(
+        self,
+        exit_hidden: Tensor,
+        cache: KVCache,
+        position: Place,
+        states: Tensor | None = None,
+        *,
+        active: Tensor | None = None,
+    ) -> None:
+        """Do of ``run`` what later rows need: append the rows' keys and values to the cache."""
+
+
+class Adapter:
+    """A loaded adapter: the ``DraftNetwork`` of one layer that its folder holds."""
+
     def __init__(self, config: AdapterConfig, weights: AdapterWeights, target: Llama) -> None:
-        self.config, self.target = config, target
-        self.norm, self.state = weights.norm, weights.state
-        self.head, self.vocabulary = target.weights.head, config.vocabulary
-        if self.vocabulary is not None:
-            self.vocabulary = DraftVocabulary(self.vocabulary.tokens.to(target.device), self.vocabulary.size)
-            self.head = self.head.select(self.vocabulary.tokens)
+        self.config, self.target, self.state = config, target, weights.state
+        rows, vocabulary = target.weights.head, config.vocabulary
+        if vocabulary is not None:
+            vocabulary = DraftVocabulary(vocabulary.tokens.to(target.device), vocabulary.size)
+            rows = rows.select(vocabulary.tokens)
+        self.head = Head(weights.norm, rows, config.llama.rms_norm_eps, vocabulary)
         self.layer = DecoderLayer(config.llama, weights.layer, target.backend)
 
     @classmethod
@@ -173,12 +215,7 @@ class Adapter:
         active: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Turn the exit layer's rows at ``position, ...`` into the input of the adapter's norm: ``[M, hidden]``.
-
-        ``position``, ``reach``, ``active`` and ``out`` are those of ``Llama.run``. ``states`` is ``[M, hidden]``, the
-        last layer's output at the position before each row, for an adapter with a deep state; ``out`` may be ``states``
-        itself.
-        """
+        """As ``DraftNetwork.run``."""
         hidden = self._input(exit_hidden, states, active)
         return self.layer(hidden, cache, 0, position, reach=reach, active=active, out=out)
 
@@ -191,7 +228,7 @@ class Adapter:
         *,
         active: Tensor | None = None,
     ) -> None:
-        """Do of ``run`` what later rows need: append the rows' keys and values to the cache."""
+        """As ``DraftNetwork.append``."""
         self.layer.append(self._input(exit_hidden, states, active), cache, 0, position, active=active)
 
     def _input(self, exit_hidden: Tensor, states: Tensor | None, active: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from ..target.cache import KVCache
 from ..target.config import LlamaConfig
 from ..target.llama import Llama
 from ..target.weights import LayerWeights
-from .adapter import Adapter
+from .adapter import Adapter, DraftNetwork
 
 if TYPE_CHECKING:
     from ..loop.state import TextState
@@ -27,7 +27,7 @@ class PreparedLoop(NamedTuple):
     prepared: Any
 
 
-def prepare_loop(target: Llama, adapter: Adapter, text: "TextState", drafts: int) -> PreparedLoop:
+def prepare_loop(target: Llama, adapter: DraftNetwork, text: "TextState", drafts: int) -> PreparedLoop:
     """Gather the shallow layers and the adapter over the caches of a text, for at most ``drafts`` drafts."""
 
     def layer(weights: LayerWeights, config: LlamaConfig, cache: KVCache, index: int) -> Layer:
@@ -36,14 +36,15 @@ def prepare_loop(target: Llama, adapter: Adapter, text: "TextState", drafts: int
         block = AttentionBlock(attention.norm, attention.qkv, attention.output, *caches, cache.phases, eps, scale)
         return Layer(block, weights.mlp)
 
-    shallow = enumerate(target.weights.layers[: adapter.config.exit_layer])
+    assert isinstance(adapter, Adapter), "draft_loop runs one layer behind the exit"
+    head, shallow = adapter.head, enumerate(target.weights.layers[: adapter.config.exit_layer])
     model = DraftModel(
         tuple(layer(weights, target.config, text.cache, index) for index, weights in shallow),
         layer(adapter.layer.weights, adapter.config.llama, text.memory.cache, 0),
-        adapter.norm,
-        adapter.head,
-        adapter.config.llama.rms_norm_eps,
+        head.norm,
+        head.weight,
+        head.eps,
         target.weights.embedding,
-        adapter.vocabulary,
+        head.vocabulary,
     )
     return PreparedLoop(model, target.backend.prepare_draft_loop(model, drafts))

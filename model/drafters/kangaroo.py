@@ -17,7 +17,7 @@ from ..errors import KangarooError
 from ..spans import span
 from ..target.cache import KVCache
 from ..target.llama import Llama
-from .adapter import Adapter
+from .adapter import DraftNetwork
 from .draft_model import PreparedLoop, prepare_loop
 from .protocol import Draft, Drafter, Stage
 
@@ -82,7 +82,7 @@ class KangarooDrafter(Drafter):
         KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU.
     """
 
-    def __init__(self, target: Llama, adapter: Adapter, persistent: bool = False) -> None:
+    def __init__(self, target: Llama, adapter: DraftNetwork, persistent: bool = False) -> None:
         widest = max(target.config.head_dim, adapter.config.llama.head_dim)
         if persistent and target.device.type == "cuda" and (target.dtype == torch.float32 or widest > WIDEST_HEAD):
             raise KangarooError(
@@ -179,11 +179,9 @@ class KangarooDrafter(Drafter):
 
         ``drafted`` are the tokens behind the text.
         """
-        adapter = self.adapter
-        head = hidden, adapter.norm, adapter.head, adapter.config.llama.rms_norm_eps, position
         if chooser.sampling.rejects:
-            return chooser.draft_with_distribution(*head, drafted, adapter.vocabulary)
-        return chooser.draft(*head, drafted=drafted, vocabulary=adapter.vocabulary), None
+            return chooser.draft_with_distribution(hidden, self.adapter.head, position, drafted)
+        return chooser.draft(hidden, self.adapter.head, position, drafted=drafted), None
 
     def commit(self, text: "TextState", count: int) -> None:
         """Roll back by length; the rows of tokens that stand, but that the adapter has not run on, are kept for it.
@@ -273,11 +271,8 @@ class KangarooDrafter(Drafter):
             buffers.forbid()
         iteration.chooser.draft(
             hidden[-1:],
-            adapter.norm,
             adapter.head,
-            adapter.config.llama.rms_norm_eps,
             buffers.position(row + 1),
-            vocabulary=adapter.vocabulary,
             threshold=buffers.threshold(row + 1),
             active=active,
             sure=buffers.drafting(following),

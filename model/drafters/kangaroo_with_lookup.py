@@ -17,7 +17,7 @@ from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, Experience, Match,
 
 from ..spans import span
 from ..target.llama import Llama
-from .adapter import Adapter
+from .adapter import DraftNetwork
 from .kangaroo import AdapterMemory, KangarooDrafter
 from .prompt_lookup import LEAST_MATCH, Found, look_up_drafts
 from .protocol import Draft, Stage
@@ -67,7 +67,7 @@ class KangarooWithLookup(KangarooDrafter):
         adapter: trained for it.
     """
 
-    def __init__(self, target: Llama, adapter: Adapter) -> None:
+    def __init__(self, target: Llama, adapter: DraftNetwork) -> None:
         super().__init__(target, adapter)
         self.num_draft_steps, self.num_speculative_tokens = self.num_speculative_tokens, MAX_SPECULATIVE_TOKENS
 

@@ -1,14 +1,14 @@
 """Make the drafter that drafts in a given way."""
 
 from ..target.llama import Llama
-from .adapter import Adapter
+from .adapter import DraftNetwork
 from .kangaroo import KangarooDrafter
 from .kangaroo_with_lookup import KangarooWithLookup
 from .tree import TreeDrafter
 from .ways import Way
 
 
-def make_drafter(target: Llama, adapter: Adapter, way: Way, persistent: bool = False) -> KangarooDrafter:
+def make_drafter(target: Llama, adapter: DraftNetwork, way: Way, persistent: bool = False) -> KangarooDrafter:
     """A drafter of chains, of chains beside prompt lookup, or of trees.
 
     Raises:

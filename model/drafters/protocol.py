@@ -1,4 +1,4 @@
-"""What a drafter is: anything that proposes tokens. Verification decides, so no drafted token can change the text.
+"""What a drafter is: a class that proposes tokens. Verification decides, so no drafted token can change the text.
 
 Two loops use it. The loop led by the host (``loop/host.py``) asks ``propose`` for the drafts of a step. The loop that
 is resident on the device (``loop/iteration.py``) asks for ``stages``: work that reads and writes the iteration's
@@ -7,7 +7,7 @@ buffers and never asks the host. A drafter may have one of the two or both; a lo
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
 
 from ..errors import KangarooError
+from ..number import is_number, is_whole
 
 if TYPE_CHECKING:
     from ..loop.iteration import Iteration
@@ -68,11 +69,14 @@ class Draft:
         return masks
 
 
-def check_draft(drafter: "Drafter", text: "TextState", draft: Draft, most: int) -> None:
+def check_draft(drafter: "Drafter", text: "TextState", draft: object, most: int) -> None:
     """Raise unless a draft has the form that verification goes on from."""
+    name = type(drafter).__name__
+    if not isinstance(draft, Draft) or not isinstance(draft.tokens, Tensor) or not isinstance(draft.hidden, Tensor):
+        raise KangarooError(f"{name}.propose gave {draft!r}; it must give a Draft whose tokens and hidden are tensors.")
     count, rows = len(draft.tokens), len(draft.hidden)
     if draft.parents is not None:
-        parents, name = draft.parents, type(drafter).__name__
+        parents = draft.parents
         fits = len(parents) == count == rows - 1 <= MAX_SPECULATIVE_TOKENS
         if not fits or not all(0 <= parent <= row for row, parent in enumerate(parents)):
             raise KangarooError(
@@ -85,11 +89,9 @@ def check_draft(drafter: "Drafter", text: "TextState", draft: Draft, most: int) 
             raise KangarooError(f"{name}.propose gave a branch of {longest} tokens; it may give up to {most}.")
         if text.cache.dtype != draft.hidden.dtype:
             raise KangarooError(f"{name}.propose gave a tree; with kv_dtype='float16' it may give chains alone.")
-        if not callable(getattr(drafter, "straighten", None)):
-            raise KangarooError(f"{name} has no straighten(), which trees need; derive it from Drafter.")
     elif count > most or rows != count + 1:
         raise KangarooError(
-            f"{type(drafter).__name__}.propose gave {count} tokens and {rows} rows; it may give up to {most} tokens, "
+            f"{name}.propose gave {count} tokens and {rows} rows; it may give up to {most} tokens, "
             "and must give a row for the newest token and for each of them."
         )
 
@@ -106,8 +108,8 @@ class Stage(NamedTuple):
     work: Callable[[], object]
 
 
-class Drafter(Protocol):
-    """Proposes tokens. A class that names it as its base inherits what it does not define.
+class Drafter:
+    """Proposes tokens: the base of all drafters, which have ``propose``, ``stages`` or both and inherit the rest.
 
     Attributes:
         first_layer: the first of the target's layers that verification runs. A drafter that ran the ones before it on
@@ -117,8 +119,8 @@ class Drafter(Protocol):
             the confidence is, each drafter decides for itself.
         num_draft_steps: the most drafts a step that take draft steps, where there are others ``at_hand``; 0 where there
             are none.
-        tree: the most drafts of a tree, 1 to 15; 0 for a drafter of chains. ``num_speculative_tokens`` then bounds the
-            length of its branches.
+        draft_tree: the most drafts of a tree, 1 to 15, whose branches ``num_speculative_tokens`` then bounds; 0 for a
+            drafter of chains.
         auto: whether both are starting points where the caller names neither, and the loop led by the host finds
             better ones while it decodes (``loop/pace.py``); it may then ask for no draft for a long time. The resident
             loop does so only where the caller asks for it.
@@ -128,7 +130,7 @@ class Drafter(Protocol):
     num_speculative_tokens: int = PAPER_NUM_SPECULATIVE_TOKENS
     draft_confidence_threshold: float = PAPER_DRAFT_CONFIDENCE_THRESHOLD
     num_draft_steps: int = 0
-    tree: int = 0
+    draft_tree: int = 0
     auto: bool = False
 
     def new_memory(self) -> Any:
@@ -171,8 +173,8 @@ class Drafter(Protocol):
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
         """Draft at most ``most`` tokens after the newest one, for the loop led by the host.
 
-        A tree may have up to 15 of them, and no branch longer than ``most``.
-        ``most`` may be 0; ``hidden`` has a row for the newest token all the same.
+        A tree may have up to 15 of them, and no branch longer than ``most``. ``most`` may be 0; ``hidden`` has a row
+        for the newest token all the same. ``text`` is the loop's own: its tokens are read here, and never changed.
         """
         raise NotImplementedError
 
@@ -223,8 +225,9 @@ class Drafter(Protocol):
         layer ``first_layer`` reads for row ``r``: the newest token is row 0, draft ``j`` is row ``j + 1``. Rows of
         drafts that are not made must be finite.
 
-        A drafter of trees (``tree`` above 0) also leaves ``buffers.ancestors``. It has ``rows`` drafts; -1 stands for
-        the token of one that is not made, which follows the row before it. ``flags[j]`` says whether draft ``j`` was.
+        A drafter of trees (``draft_tree`` above 0) also leaves ``buffers.ancestors``. It has ``rows`` drafts; -1 stands
+        for the token of one that is not made, which follows the row before it. ``flags[j]`` says whether draft ``j``
+        was.
         """
         raise NotImplementedError
 
@@ -236,38 +239,38 @@ class Drafter(Protocol):
         return ()
 
 
-def provides(drafter: object, method: str) -> bool:
+def provides(drafter: Drafter, method: str) -> bool:
     """Whether a drafter has a method of its own, and not the one that ``Drafter`` only declares."""
-    own = getattr(drafter, method, None)
-    return callable(own) and getattr(own, "__func__", own) is not getattr(Drafter, method)
+    return getattr(type(drafter), method) is not getattr(Drafter, method)
 
 
-def check_drafter(drafter: Any, target: "Llama") -> None:
+def check_drafter(drafter: object, target: "Llama") -> None:
     """Check a drafter against the target and its loop.
 
     Raises:
-        KangarooError: something is missing or out of its range.
+        KangarooError: it is none, it was made for another target, or a number is out of its range.
     """
+    if not isinstance(drafter, Drafter):
+        raise KangarooError(f"the drafter is {drafter!r}; it must be an object of a class derived from Drafter.")
+    name, most = type(drafter).__name__, MAX_SPECULATIVE_TOKENS
     if getattr(drafter, "target", target) is not target:
-        raise KangarooError(
-            f"this {type(drafter).__name__} was made for another target; make one for the target that it drafts for."
-        )
-    name, layers, most = type(drafter).__name__, target.config.num_hidden_layers, MAX_SPECULATIVE_TOKENS
-    for method in ("new_memory", "keep", "prefill", "at_hand", "commit", "attach"):
-        if not callable(getattr(drafter, method, None)):
-            raise KangarooError(f"{name} has no {method}(); derive it from Drafter, which has one that does nothing.")
-    first, drafts = getattr(drafter, "first_layer", None), getattr(drafter, "num_speculative_tokens", None)
-    if not isinstance(first, int) or not 0 <= first < layers:
-        raise KangarooError(f"{name}.first_layer is {first!r}; this target allows 0 to {layers - 1}.")
-    if not isinstance(drafts, int) or not 1 <= drafts <= most:
-        raise KangarooError(f"{name}.num_speculative_tokens is {drafts!r}; it must be a whole number from 1 to {most}.")
-    threshold = getattr(drafter, "draft_confidence_threshold", None)
-    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise KangarooError(f"this {name} was made for another target; make one for the target that it drafts for.")
+    for attribute, low, high in (
+        ("first_layer", 0, target.config.num_hidden_layers - 1),
+        ("num_speculative_tokens", 1, most),
+        ("num_draft_steps", 0, most),
+        ("draft_tree", 0, most),
+    ):
+        value = getattr(drafter, attribute)
+        if not is_whole(value) or not low <= value <= high:
+            raise KangarooError(f"{name}.{attribute} is {value!r}; it must be a whole number from {low} to {high}.")
+    threshold = drafter.draft_confidence_threshold
+    if not is_number(threshold) or not 0 <= threshold <= 1:
         raise KangarooError(f"{name}.draft_confidence_threshold is {threshold!r}; it must be a number from 0 to 1.")
     check_loop(drafter, target.backend.resident)
 
 
-def check_loop(drafter: Any, resident: bool) -> None:
+def check_loop(drafter: Drafter, resident: bool) -> None:
     """Raise unless the loop, resident on the device or led by the host, can run the drafter."""
     name = type(drafter).__name__
     if resident and not provides(drafter, "stages"):

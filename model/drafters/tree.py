@@ -21,10 +21,11 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
 
 from ..errors import KangarooError
+from ..number import is_whole
 from ..spans import span
 from ..target.cache import Branches
 from ..target.llama import Llama
-from .adapter import Adapter
+from .adapter import DraftNetwork
 from .growth import CHILDREN, Tree, widths
 from .kangaroo import AdapterMemory, KangarooDrafter
 from .protocol import Draft, Stage
@@ -59,8 +60,8 @@ class TreeDrafter(KangarooDrafter):
             arithmetic.
     """
 
-    def __init__(self, target: Llama, adapter: Adapter, rows: int) -> None:
-        if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows <= MAX_SPECULATIVE_TOKENS:
+    def __init__(self, target: Llama, adapter: DraftNetwork, rows: int) -> None:
+        if not is_whole(rows) or not 1 <= rows <= MAX_SPECULATIVE_TOKENS:
             raise KangarooError(
                 f"draft_tree is {rows!r}; it must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}, or None."
             )
@@ -72,7 +73,7 @@ class TreeDrafter(KangarooDrafter):
                 "out."
             )
         super().__init__(target, adapter)
-        self.tree, self.auto = rows, False
+        self.draft_tree, self.auto = rows, False
 
     def new_memory(self) -> TreeMemory:
         """As for chains, with a count of its own."""
@@ -86,9 +87,9 @@ class TreeDrafter(KangarooDrafter):
         if not most:
             return super().propose(text, chooser, most, threshold)
         memory: TreeMemory = text.memory
-        tree, first, last = Tree(self.tree, self.target.device), 0, 1
+        tree, first, last = Tree(self.draft_tree, self.target.device), 0, 1
         self.shallow_rows(text, tree, first, last)
-        for count in widths(self.tree, most):
+        for count in widths(self.draft_tree, most):
             sure = [row for row in range(first, last) if tree.confidences[row] >= threshold or not row]
             if not sure:
                 break
@@ -127,11 +128,11 @@ class TreeDrafter(KangarooDrafter):
         else:  # behind the rows that it missed, as in a chain
             hidden = adapter.run(torch.cat((*memory.missed, rows)), memory.cache, memory.length)[-1:]
             memory.missed, memory.length = [], text.newest + 1
-        logits = chooser.logits(hidden, adapter.norm, adapter.head, adapter.config.llama.rms_norm_eps)
+        logits, vocabulary = chooser.logits(hidden, adapter.head), adapter.head.vocabulary
         drafted = tree.tokens[1:last].tolist()
-        scores = chooser.scores(logits, text.newest + 1, drafted, tree.masks[sure], adapter.vocabulary)
+        scores = chooser.scores(logits, adapter.head, text.newest + 1, drafted, tree.masks[sure])
         best, tokens = torch.softmax(scores, dim=-1).topk(min(CHILDREN, scores.shape[1]))
-        tokens = tokens if adapter.vocabulary is None else adapter.vocabulary.tokens_of(tokens)
+        tokens = tokens if vocabulary is None else vocabulary.tokens_of(tokens)
         tree.offer(torch.tensor(sure, device=tokens.device), tokens, best)
 
     def straighten(self, text: "TextState", path: Tensor, position: int | Tensor) -> None:
@@ -153,7 +154,7 @@ class TreeDrafter(KangarooDrafter):
 
     def rows(self, most: int) -> int:
         """Drafts of a tree whose branches have at most ``most`` tokens."""
-        return sum(widths(self.tree, most))
+        return sum(widths(self.draft_tree, most))
 
     def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
         """The shallow layers on the newest token; then, round by round, candidates and the shallow layers on the best.
@@ -163,7 +164,7 @@ class TreeDrafter(KangarooDrafter):
         growth = Growth(self, iteration, reach)
         yield Stage("kangaroo/tree/shallow", growth.begin)
         first, last = 0, 1
-        for number, count in enumerate(widths(self.tree, iteration.longest), start=1):
+        for number, count in enumerate(widths(self.draft_tree, iteration.longest), start=1):
             yield Stage("kangaroo/tree/step", partial(growth.rank, number, first, last))
             first, last = last, last + count
             yield Stage("kangaroo/tree/shallow", partial(growth.grow, number, first, last))
@@ -208,8 +209,8 @@ class Growth:
         else:  # with the row before, which it may not have seen
             rows = buffers.hidden(-1, 1)
             hidden = adapter.run(rows, cache, buffers.position(-1), reach=self.reach, active=active)[-1:]
-        backend, eps = self.target.backend, adapter.config.llama.rms_norm_eps
-        logits = backend.lm_head(hidden, adapter.norm, adapter.head, eps=eps, active=active)
+        backend, head = self.target.backend, adapter.head
+        logits = backend.lm_head(hidden, head.norm, head.weight, eps=head.eps, active=active)
         greedy = self.iteration.chooser.sampling.greedy
         ranked = backend.rank(
             logits,
@@ -219,7 +220,7 @@ class Growth:
             seed=sampling.seed,
             top_k=None if greedy else sampling.top_k,
             top_p=None if greedy else sampling.top_p,
-            vocabulary=adapter.vocabulary,
+            vocabulary=head.vocabulary,
             ancestors=masks,
             active=active,
         )

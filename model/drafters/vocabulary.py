@@ -17,6 +17,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import DraftVocabulary
 
 from ..errors import KangarooError
+from ..number import is_whole
 from ..target.checkpoint import DRAFT_VOCABULARY_FILE
 
 SIZE = "draft_vocab_size"
@@ -62,7 +63,7 @@ def _read(path: Path) -> Tensor:
 
 def check_size(size: object, vocab_size: int, name: str) -> None:
     """Raise unless a vocabulary of that size leaves tokens out and keeps some; the error calls the size ``name``."""
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < vocab_size:
+    if not is_whole(size) or not 1 <= size < vocab_size:
         raise KangarooError(
             f"{name} is {size!r}; it must be a whole number from 1 to {vocab_size - 1}, fewer than the model has "
             "tokens. Leave it out to draft from all of them."

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
 
 from ..errors import KangarooError
+from ..number import is_whole
 
 
 class Way(NamedTuple):
@@ -36,7 +37,7 @@ def read_way(values: Mapping[str, Any], path: Path) -> Way:
         KangarooError: values that name no way.
     """
     tree, lookup, most = values.get("draft_tree", 0), values.get("prompt_lookup", False), MAX_SPECULATIVE_TOKENS
-    if not isinstance(tree, int) or isinstance(tree, bool) or not 0 <= tree <= most:
+    if not is_whole(tree) or not 0 <= tree <= most:
         raise KangarooError(f"{path}: draft_tree is {tree!r}; it must be a whole number from 1 to {most}, 0 for none.")
     if not isinstance(lookup, bool):
         raise KangarooError(f"{path}: prompt_lookup is {lookup!r}; it must be true or false.")
@@ -52,9 +53,7 @@ def choose_way(default: Way, draft_tree: int | None, prompt_lookup: bool | None,
         KangarooError: what is asked for cannot be had together.
     """
     most = MAX_SPECULATIVE_TOKENS
-    if draft_tree is not None and (
-        not isinstance(draft_tree, int) or isinstance(draft_tree, bool) or not 0 <= draft_tree <= most
-    ):
+    if draft_tree is not None and (not is_whole(draft_tree) or not 0 <= draft_tree <= most):
         raise KangarooError(f"draft_tree is {draft_tree!r}; it must be a whole number from 1 to {most}, 0 for chains.")
     if draft_tree:
         for name, given in (("persistent", persistent), ("prompt_lookup", prompt_lookup)):

@@ -81,11 +81,11 @@ def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, d
 
     The layers below ``first_layer`` are not run again; the others and the LM head run over all positions at once.
     """
-    config, weights = target.config, target.weights
+    config = target.config
     ancestors = draft.ancestors if draft.is_tree else None
     where: Place = text.newest if ancestors is None else Branches(text.newest, ancestors)
     text.final = target.run(draft.hidden, text.cache, where, first_layer, config.num_hidden_layers)
-    head = (text.final, weights.norm, weights.head, config.rms_norm_eps, text.newest + 1)
+    head = text.final, target.head, text.newest + 1
     if chooser.sampling.rejects and not draft.is_tree:
         certain = one_hot(draft.tokens, config.vocab_size).float()
         distributions = certain if draft.distributions is None else draft.distributions
@@ -117,12 +117,12 @@ def judge(
 
 def plain_steps(target: Llama, text: TextState, request: Request) -> Iterator[Commit]:
     """Autoregressive decoding on the same operations, one token a step; raises as ``kangaroo_steps`` does."""
-    weights, config, chooser = target.weights, target.config, chooser_of(target, text, request)
+    layers, chooser = target.config.num_hidden_layers, chooser_of(target, text, request)
     for _ in range(request.length - len(text.tokens)):
         with span("kangaroo/verify"):
             newest = text.newest
-            hidden = target.run(target.embed(text.tokens[-1:]), text.cache, newest, 0, config.num_hidden_layers)
-            wanted = chooser.target(hidden, weights.norm, weights.head, config.rms_norm_eps, newest + 1)
+            hidden = target.run(target.embed(text.tokens[-1:]), text.cache, newest, 0, layers)
+            wanted = chooser.target(hidden, target.head, newest + 1)
             token = int(wanted.token)
         if math.isnan(wanted.confidence.item()):
             raise not_finite(text, target.dtype)

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..drafters.protocol import Drafter, Stage, provides
+from ..drafters.protocol import Drafter, Stage
 from ..request import Request
 from ..sampling import Chooser
 from ..spans import span
@@ -53,7 +53,7 @@ class Iteration:
         self.longest = 0 if drafter is None else request.max_drafts
         self.auto = drafter is not None and request.auto_on_the_device
         self.first_layer = 0 if drafter is None else drafter.first_layer
-        tree = drafter is not None and getattr(drafter, "tree", 0) > 0
+        tree = drafter is not None and drafter.draft_tree > 0
         self.max_drafts = drafter.rows(self.longest) if drafter is not None and tree else self.longest
         name = "plain" if drafter is None else f"{self.max_drafts} drafts"
         if tree:
@@ -73,7 +73,7 @@ class Iteration:
         if self.drafter is not None:
             yield from self.drafter.stages(self, reach)
         yield Stage("kangaroo/verify", partial(self.verify, reach))
-        if self.drafter is not None and provides(self.drafter, "observations"):
+        if self.drafter is not None:
             yield from self.drafter.observations(self)
         yield Stage("kangaroo/accept", self.accept)
         if self.buffers.walked is not None:
@@ -88,15 +88,14 @@ class Iteration:
 
     def verify(self, reach: int) -> None:
         """The remaining layers and the head over all rows: the target's token after each of them."""
-        target, weights, config, buffers = self.target, self.target.weights, self.target.config, self.buffers
+        target, buffers = self.target, self.buffers
         rows = buffers.newest if self.drafter is None else buffers.hidden(0, self.max_drafts + 1)
         position: Place = buffers.position(0)
         if buffers.ancestors is not None:
             position = Branches(buffers.position(0), buffers.ancestors)
-        layers = config.num_hidden_layers
+        layers, first = target.config.num_hidden_layers, buffers.position(1)
         self.final = target.run(rows, self.text.cache, position, self.first_layer, layers, reach=reach)
-        head = self.final, weights.norm, weights.head, config.rms_norm_eps, buffers.position(1)
-        self.chooser.target(*head, ancestors=buffers.ancestors, out=buffers.wanted)
+        self.chooser.target(self.final, target.head, first, ancestors=buffers.ancestors, out=buffers.wanted)
 
     def accept(self) -> None:
         """How many drafts stand, how long the text becomes, whether it ends."""

@@ -327,7 +327,7 @@ def pace_of(request: Request, drafter: Drafter, paces: Paces, on_the_device: boo
     On the device the number of drafts is a matter of shapes, so there are never more than the drafter's own.
     """
     at_hand = Limits(request.max_drafts, request.threshold)
-    steps = getattr(drafter, "num_draft_steps", 0) or request.max_drafts
+    steps = drafter.num_draft_steps or request.max_drafts
     own = Limits(min(steps, request.max_drafts), request.threshold)
     if not request.auto:
         return Fixed(own, at_hand)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import KangarooError
+from ..number import is_number
 from ..request import Settings
-from ..sampling import is_number
 from .refused import RefusedError
 
 COMMON = {"model", "stream", "stream_options", "stop", "seed", "logit_bias", "logprobs", "max_tokens", "min_tokens"}

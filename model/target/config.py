@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KangarooError
+from ..number import is_number, is_whole
 from .architectures import find_architecture
 
 GENERATION_CONFIG = "generation_config.json"
@@ -127,14 +128,14 @@ class LlamaConfig:
 
 def _positive(value: object, name: str, path: Path | str) -> float:
     """A finite number above 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not is_number(value) or not 0 < value < math.inf:
         raise KangarooError(f"{path}: {name} is {value!r}; it must be a number above 0.")
     return float(value)
 
 
 def _size(value: object, name: str, path: Path | str) -> int:
     """A whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_whole(value) or value < 1:
         raise KangarooError(f"{path}: {name} is {value!r}; it must be a whole number of at least 1.")
     return value
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.reference.top1_head import lm_head
-
 from ..backend import REFERENCES, Backend
+from ..head import Head
 from .cache import Branches, KVCache, Place
 from .config import LlamaConfig
 from .weights import LayerWeights, TargetWeights
@@ -85,6 +84,8 @@ class Llama:
 
     Attributes:
         config: its shape.
+        layers: the decoder layers.
+        head: the final norm and the LM head.
         device: where it lives.
         dtype: of its weights and hidden states.
         kv_dtype: in which caches keep keys and values; ``dtype``, unless another is given.
@@ -105,6 +106,7 @@ class Llama:
         on_gpu = self.device.type == "cuda"
         self.lock = GPU_LOCKS.setdefault(self.device, threading.RLock()) if on_gpu else threading.RLock()
         self.layers = [DecoderLayer(config, layer, backend) for layer in weights.layers]
+        self.head = Head(weights.norm, weights.head, config.rms_norm_eps)
 
     def new_cache(self) -> KVCache:
         """An empty cache for all layers."""
@@ -148,4 +150,4 @@ class Llama:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The LM head over the last layer's output: ``[M, V]`` float32."""
-        return lm_head(hidden, self.weights.norm, self.weights.head, eps=self.config.rms_norm_eps)
+        return self.head.logits(hidden)

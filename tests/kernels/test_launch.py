@@ -151,6 +151,7 @@ FLAGS: list[Refusal] = [
 ]
 POSITIONS: list[Refusal] = [
     ("position", lambda _: 2.0, (TypeError, ValueError), r"position is 2\.0; it must be a whole number"),
+    ("position", lambda _: True, (TypeError, ValueError), r"position is True; it must be a whole number"),
     ("position", lambda _: torch.tensor([2.5]), TypeError, r"position is \[1\] torch.float32 on cpu; it must be \[1\]"),
     (
         "position",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from compiling import ROOT
+from pairs import make_adapter, with_vocabulary
 from typer.testing import CliRunner
 
 from kangaroo_kernels.model.ahead import blank_pair, works_for
@@ -25,12 +26,11 @@ import standin  # the place of a GPU: it launches, and the references compute
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.launch_config import chained
 
-target, adapter = sys.argv[1:]
+target, adapter = sys.argv[1:3]
 long = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.0}
-ways = [{}, {"plain": True}, long, {"repetition_penalty": 1.1, **long}, {"acceptance": "rejection", **long}]
-lookup, chains, persistent = {"prompt_lookup": True}, {"draft_tree": 0}, {"persistent": True}
-loads = (False, persistent), (True, lookup), (True, {}), (False, chains), (False, {}), (False, lookup)
-for on, how in loads:  # another order than the one compiled in; by itself the adapter drafts trees
+by_host = {"logprobs": 1}, {"repetition_penalty": 1.1}, {"acceptance": "rejection"}
+ways = [{}, {"plain": True}, long, *(long | each for each in by_host)]
+for on, how in json.loads(sys.argv[3]):
     kangaroo = Kangaroo.from_pretrained(target, adapter, dtype="float16", **how)
     for way in ways:
         for sampling in ({}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "top_k": 5, "top_p": 0.9}):
@@ -52,22 +52,39 @@ def run(*command: Any, **environment: str) -> str:
     return done.stdout
 
 
-def test_a_decode_finds_every_kernel(pair, tmp_path):
+LOOKUP, CHAINS, PERSISTENT = {"prompt_lookup": True}, {"draft_tree": 0}, {"persistent": True}
+LOADS = [(False, PERSISTENT), (True, LOOKUP), (True, {}), (False, CHAINS), (False, {}), (False, LOOKUP)]
+"""Whether launches are chained, and how an adapter drafts; another order than the one compiled in."""
+
+
+def tree_adapter(folder, target):
+    """Drafts trees by itself, of some tokens alone."""
+    whole = make_adapter(folder / "whole", target, exit_layer=2, copy_layer=2, draft_tree=7)
+    return with_vocabulary(whole, folder / "some", range(3, 40))
+
+
+def deep_adapter(folder, target):
+    """Has a deep state."""
+    return make_adapter(folder / "deep", target, exit_layer=2, copy_layer=2, deep_state_size=20)
+
+
+@pytest.mark.parametrize(("make", "loads"), [(tree_adapter, LOADS), (deep_adapter, LOADS[1:3] + LOADS[4:])])
+def test_a_decode_finds_every_kernel(pair, tmp_path, make, loads):
     """Of the model only config.json is there when its kernels are compiled, and no weight of the adapter."""
-    configs, target, adapter = [], tmp_path / "target", tmp_path / "trees"
-    for folder, source, more in ((target, pair.target, {}), (adapter, pair.adapter, {"draft_tree": 7})):
-        shutil.copytree(source, folder)
-        values = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 4096} | more))
-        configs.append(tmp_path / "configs" / folder.name)
-        configs[-1].mkdir(parents=True)
-        shutil.copy(folder / "config.json", configs[-1])
+    target = tmp_path / "target"
+    shutil.copytree(pair.target, target)
+    values = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(values | {"max_position_embeddings": 4096}))
+    adapter = make(tmp_path, target)
+    alone = [tmp_path / "configs" / folder.name for folder in (target, adapter)]
+    for folder, source in zip(alone, (target, adapter), strict=True):
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model.safetensors", "tokenizer*"))
     cache, used = tmp_path / "cache", tmp_path / "used"
     command = ["-m", "kangaroo_kernels.model", "compile", "--dtype", "float16", "--arch", "sm_90", "--out", cache]
-    command += ["--model", configs[0], "--adapter", configs[1]]
+    command += ["--model", alone[0], "--adapter", alone[1]]
     assert f"{cache} holds the kernels for sm_90; " in run(*command)
     settings = {"TRITON_CACHE_DIR": str(cache), "STANDIN": "compute", "STANDIN_USED": str(used)}
-    compiled, found = json.loads(run("-c", DECODE, target, adapter, **settings))
+    compiled, found = json.loads(run("-c", DECODE, target, adapter, json.dumps(loads), **settings))
     assert compiled == []
     assert len(found) > 40
     assert "attention_merge_kernel" in found

@@ -106,7 +106,7 @@ def test_the_folder_holds_a_draft_vocabulary(pair: Pair, tmp_path: Path) -> None
     folder = tmp_path / "folder"
     export_for_transformers(pair.target, with_vocabulary(pair.adapter, tmp_path / "some", range(9)), folder)
     drafter = Kangaroo.from_pretrained(folder, folder / "adapter").drafter
-    assert drafter.adapter.vocabulary.tokens.tolist() == [*range(9)]
+    assert drafter.adapter.head.vocabulary.tokens.tolist() == [*range(9)]
 
 
 def test_what_ends_a_text_ends_it_as_in_transformers(

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.contract import DRAFT_STREAM, TARGET_STREAM, DraftVocabulary
 from kangaroo_kernels.model.drafters.vocabulary import most_frequent
+from kangaroo_kernels.model.head import Head
 from kangaroo_kernels.model.sampling import Chooser, Sampling
 from kangaroo_kernels.model.shaping import Shaping
 from kangaroo_kernels.model.target.checkpoint import DRAFT_VOCABULARY_FILE
@@ -100,10 +101,10 @@ def test_a_part_with_every_draft_loses_nothing(pair, load):
 def test_a_draft_comes_from_the_distribution_it_names(filters):
     """Without the part's, another distribution than the drafts' would decide what is accepted."""
     size, part = 8, DraftVocabulary(torch.tensor([1, 2, 5, 7], dtype=torch.int32), 8)
-    hidden, norm, head = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.ones(4), torch.zeros(4, 4)
-    head[:, 0] = torch.tensor([0.1, 0.5, 0.3, 0.4])
+    hidden, head = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), Head(torch.ones(4), torch.zeros(4, 4), 1e-6, part)
+    head.weight[:, 0] = torch.tensor([0.1, 0.5, 0.3, 0.4])
     chooser = Chooser(Sampling(temperature=0.8, acceptance="rejection", **filters))
-    draws = [chooser.draft_with_distribution(hidden, norm, head, 1e-6, place, (), part) for place in range(1500)]
+    draws = [chooser.draft_with_distribution(hidden, head, place) for place in range(1500)]
     counts = torch.bincount(torch.cat([guess.token for guess, _ in draws]), minlength=size).float()
     distribution = draws[0][1]
     assert distribution.shape == (1, size)
@@ -118,9 +119,8 @@ def test_a_part_that_the_request_bars_is_certain_of_a_draft_that_falls():
     chooser = Chooser(
         Sampling(temperature=1.0, acceptance="rejection"), shaping=Shaping(ends=frozenset({1, 2}), ends_from=10)
     )
-    guess, distribution = chooser.draft_with_distribution(
-        torch.ones(1, 4), torch.ones(4), torch.randn(2, 4), 1e-6, 3, (), part
-    )
+    head = Head(torch.ones(4), torch.randn(2, 4), 1e-6, part)
+    guess, distribution = chooser.draft_with_distribution(torch.ones(1, 4), head, 3)
     assert distribution.tolist() == [[float(token == int(guess.token)) for token in range(6)]]
 
 
@@ -130,7 +130,7 @@ def test_a_part_that_the_request_bars_is_certain_of_a_draft_that_falls():
 def test_the_tokens_ascend_whatever_their_order_was(load):
     """So that ties fall to the lowest token."""
     kangaroo = load([50, 7, 31])
-    assert kangaroo.drafter.adapter.vocabulary.tokens.tolist() == [7, 31, 50]
+    assert kangaroo.drafter.adapter.head.vocabulary.tokens.tolist() == [7, 31, 50]
 
 
 def test_most_frequent():
@@ -179,4 +179,4 @@ def test_a_broken_part_is_refused(pair, tmp_path, case):
 def test_without_the_entry_the_file_is_not_read(pair, tmp_path):
     folder = with_vocabulary(pair.adapter, tmp_path / "adapter", [1, 2])
     break_size(None)(folder)
-    assert Kangaroo.from_pretrained(pair.target, folder).drafter.adapter.vocabulary is None
+    assert Kangaroo.from_pretrained(pair.target, folder).drafter.adapter.head.vocabulary is None

@@ -17,7 +17,7 @@ from test_bad_input import refuse
 from kangaroo_kernels import Draft, Drafter, Kangaroo, Settings
 from kangaroo_kernels.model.backend import REFERENCES
 from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup
-from kangaroo_kernels.model.drafters.protocol import Stage, provides
+from kangaroo_kernels.model.drafters.protocol import Stage
 from kangaroo_kernels.model.loop.iteration import Iteration
 
 SAMPLINGS = ({}, {"temperature": 1.0, "seed": 5}, {"temperature": 0.7, "seed": 1, "top_k": 8, "top_p": 0.9})
@@ -194,6 +194,12 @@ def test_a_loop_that_cannot_run_a_drafter(checkpoint):
     refuse(lambda: kangaroo.generate([1, 2], **rejecting), "OnTheDevice has no propose()")
 
 
+def test_what_is_no_drafter(checkpoint):
+    """An object that only looks like one, or a class in the place of its object."""
+    for wrong in (SimpleNamespace(first_layer=0), PromptLookup):
+        refuse(lambda wrong=wrong: load(checkpoint, lambda target: wrong), "the drafter is", "derived from Drafter")
+
+
 def test_a_drafter_of_another_target(checkpoint):
     """Its states would go into verification, and its keys into the cache."""
     targets = [Kangaroo.from_pretrained(checkpoint, device="cpu").target for _ in range(2)]
@@ -213,14 +219,28 @@ def test_a_draft_of_another_form(checkpoint, tokens, rows):
     )
 
 
+@pytest.mark.parametrize("given", [None, [5], Draft([5], torch.zeros(2, 8))])
+def test_what_is_no_draft(checkpoint, given):
+    class Wrong(Guessing):
+        def propose(self, text, chooser, most, threshold):
+            return given
+
+    kangaroo = load(checkpoint, Wrong)
+    refuse(lambda: kangaroo.generate([1, 2], max_new_tokens=9), "Wrong.propose gave", "must give a Draft")
+
+
 @pytest.mark.parametrize(
     ("attribute", "value", "words"),
     [
         ("first_layer", 2, ("first_layer is 2", "0 to 1")),
         ("first_layer", None, ("first_layer is None",)),
+        ("first_layer", False, ("first_layer is False",)),
         ("num_speculative_tokens", 16, ("num_speculative_tokens is 16", "1 to 15")),
+        ("num_speculative_tokens", True, ("num_speculative_tokens is True",)),
+        ("num_draft_steps", 16, ("num_draft_steps is 16", "0 to 15")),
+        ("draft_tree", 99, ("draft_tree is 99", "0 to 15")),
         ("draft_confidence_threshold", 2.0, ("draft_confidence_threshold is 2.0", "0 to 1")),
-        ("new_memory", None, ("has no new_memory()", "Drafter")),
+        ("draft_confidence_threshold", True, ("draft_confidence_threshold is True",)),
     ],
 )
 def test_a_drafter_of_another_shape(checkpoint, attribute, value, words):
@@ -230,46 +250,3 @@ def test_a_drafter_of_another_shape(checkpoint, attribute, value, words):
         return drafter
 
     refuse(lambda: load(checkpoint, make), *words)
-
-
-def test_any_object_will_do(checkpoint):
-    """The protocol's methods are enough; deriving from it is for what a drafter leaves out."""
-    guessing = Guessing(None)
-
-    class Own:
-        first_layer, num_speculative_tokens, draft_confidence_threshold = 0, 4, 0.5
-
-        def __init__(self, target: Any) -> None:
-            guessing.target = target
-
-        def new_memory(self) -> dict[str, int]:
-            return {"texts": 0, "tokens": 0}
-
-        def keep(self, memory, count, length):
-            return 0
-
-        def prefill(self, text, hidden, reach, length):
-            text.memory["texts"] += 1
-
-        def at_hand(self, text, most, threshold):
-            assert (most, threshold) == (4, 0.5) or most < 4
-            return False
-
-        def propose(self, text, chooser, most, threshold):
-            assert (most, threshold) == (4, 0.5) or most < 4
-            return guessing.propose(text, chooser, most, threshold)
-
-        def commit(self, text, count):
-            text.memory["tokens"] += count
-
-        def attach(self, iteration):
-            raise AssertionError("the host leads this loop")
-
-    kangaroo = load(checkpoint, Own)
-    session = kangaroo.session()
-    for _ in range(2):
-        written = session.generate([1, 2], max_new_tokens=9)
-        assert written.tokens == kangaroo.generate([1, 2], max_new_tokens=9, plain=True).tokens
-    assert session.memory.drafter_memory == {"texts": 2, "tokens": 18}
-    assert provides(kangaroo.drafter, "propose")
-    assert not provides(kangaroo.drafter, "stages")

@@ -131,7 +131,7 @@ def test_smollm2(tmp_path: Path) -> None:
     tokens = kangaroo.tokenizer("The capital of France is Paris, and", return_tensors="pt")["input_ids"]
     wanted = kangaroo.draft_logits(tokens[0].tolist())
     there = wanted.isfinite()
-    assert there[0].sum() == len(kangaroo.drafter.adapter.vocabulary.tokens)
+    assert there[0].sum() == len(kangaroo.drafter.adapter.head.vocabulary.tokens)
     with torch.inference_mode():
         found = stock(tmp_path / "out")(tokens).logits[0]
     torch.testing.assert_close(found[there], wanted[there], rtol=0, atol=TOLERANCE)

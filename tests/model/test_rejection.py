@@ -16,9 +16,11 @@ from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, DraftVocabulary
 from kangaroo_kernels.model.drafters.adapter import Adapter
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
+from kangaroo_kernels.model.head import Head
+from kangaroo_kernels.model.rejection import reject
 from kangaroo_kernels.model.sampling import Chooser, Sampling
 from kangaroo_kernels.model.target.weights import AdapterWeights
-from kangaroo_kernels.reference.noise import uniform
+from kangaroo_kernels.reference.noise import gumbel_rows, uniform
 
 CPU = torch.device("cpu")
 DRAWS = 60_000
@@ -33,28 +35,27 @@ CASES = {  # probabilities of target and drafter
     "target narrow": ([0.0, 0.6, 0.4, 0.0], [0.25, 0.25, 0.25, 0.25]),
     "eight": ([0.05, 0.2, 0.1, 0.15, 0.05, 0.2, 0.05, 0.2], [0.3, 0.02, 0.2, 0.08, 0.2, 0.1, 0.05, 0.05]),
 }
-Reject = Callable[[Chooser, Tensor, Tensor, Tensor, int], Tensor]
+Reject = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 
 
 def wrong_reject(residual: Callable[[Tensor, Tensor], Tensor], accept: float | None = None) -> Reject:
-    """``Chooser.reject`` with another residual distribution or another odds of acceptance, all else the same."""
+    """``reject`` with another residual distribution or another odds of acceptance, all else the same."""
 
-    def reject(chooser: Chooser, draft: Tensor, q: Tensor, target_logits: Tensor, position: int) -> Tensor:
+    def wrong(draft: Tensor, q: Tensor, target_logits: Tensor, position: int, seed: int) -> Tensor:
         count = len(draft)
-        noise = chooser.noise(TARGET_STREAM, position, target_logits)
-        filtered = chooser.sampling.filter(target_logits)
-        tokens = (filtered + noise).argmax(dim=-1)
+        noise = gumbel_rows(seed, TARGET_STREAM, position, *target_logits.shape, CPU)
+        tokens = (target_logits + noise).argmax(dim=-1)
         if count == 0:
             return tokens
-        p = torch.softmax(filtered[:count], dim=-1)
+        p = torch.softmax(target_logits[:count], dim=-1)
         replaced = (residual(p, q).log() + noise[:count]).argmax(dim=-1)
-        u = uniform(chooser.sampling.seed, ACCEPT_STREAM, torch.arange(position, position + count), 1)[:, 0]
+        u = uniform(seed, ACCEPT_STREAM, torch.arange(position, position + count), 1)[:, 0]
         ratio = p.gather(1, draft[:, None])[:, 0] / q.gather(1, draft[:, None])[:, 0]
         odds = ratio if accept is None else torch.full_like(ratio, accept)
         tokens[:count] = torch.where(u < odds, draft, replaced)
         return tokens
 
-    return reject
+    return wrong
 
 
 RIGHT_ANEW = wrong_reject(lambda p, q: (p - q).clamp(min=0))
@@ -67,13 +68,12 @@ WRONG = {
 }
 
 
-def draw(case: str, seed: int, reject: Reject = Chooser.reject) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def draw(case: str, seed: int, rule: Reject = reject) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Drafts from q, and what rejection makes of them, each at its own position; with p and q."""
     p, q = (torch.tensor(values) for values in CASES[case])
-    chooser = Chooser(Sampling(temperature=1.0, seed=seed, acceptance="rejection"))
     position = 17
-    drafts = (q.log() + chooser.noise(DRAFT_STREAM, position, q.expand(DRAWS, -1))).argmax(dim=-1)
-    tokens = reject(chooser, drafts, q.expand(DRAWS, -1), p.log().expand(DRAWS + 1, -1), position)
+    drafts = (q.log() + gumbel_rows(seed, DRAFT_STREAM, position, DRAWS, len(q), CPU)).argmax(dim=-1)
+    tokens = rule(drafts, q.expand(DRAWS, -1), p.log().expand(DRAWS + 1, -1), position, seed)
     return drafts, tokens[:DRAWS], p, q
 
 
@@ -117,27 +117,26 @@ def test_drafts_and_tokens_have_the_joint_distribution_of_the_paper(case):
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("case", ["alike", "opposite", "drafter sure", "eight"])
 def test_a_wrong_rule_is_noticed(case, wrong):
-    _, tokens, p, _ = draw(case, seed=0, reject=WRONG[wrong])
+    _, tokens, p, _ = draw(case, seed=0, rule=WRONG[wrong])
     assert p_value(tokens.bincount(minlength=len(p)), p) < REJECTED
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "same"])
 def test_the_control_with_the_right_residual_is_the_rule(case):
     """So the controls above differ from the rule in what they say they do, and in nothing else."""
-    assert torch.equal(draw(case, seed=4)[1], draw(case, seed=4, reject=RIGHT_ANEW)[1])
+    assert torch.equal(draw(case, seed=4)[1], draw(case, seed=4, rule=RIGHT_ANEW)[1])
 
 
 def test_the_bonus_token_follows_the_target():
     p = torch.tensor(CASES["eight"][0])
     counts = torch.zeros(len(p))
-    chooser = Chooser(Sampling(temperature=1.0, acceptance="rejection"))
     none, nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, len(p))
     draft, q = torch.tensor([1]), p[None]
     for position in range(0, 8000, 2):
         if position % 4:
-            counts[chooser.reject(none, nothing, p.log()[None], position)[-1]] += 1
+            counts[reject(none, nothing, p.log()[None], position, 0)[-1]] += 1
         else:
-            counts[chooser.reject(draft, q, p.log().expand(2, -1), position)[-1]] += 1
+            counts[reject(draft, q, p.log().expand(2, -1), position, 0)[-1]] += 1
     assert p_value(counts, p) > REJECTED
 
 
@@ -147,9 +146,10 @@ def test_filters_apply_to_the_target(settings):
     p, q = (torch.tensor(values) for values in CASES["eight"])
     logits = p.log() + torch.linspace(0, 0.1, len(p))
     wanted = torch.softmax(sampling.filter(logits[None]), dim=-1)[0]
-    chooser = Chooser(sampling)
-    drafts = (q.log() + chooser.noise(DRAFT_STREAM, 0, q.expand(DRAWS, -1))).argmax(dim=-1)
-    tokens = chooser.reject(drafts, q.expand(DRAWS, -1), logits.expand(DRAWS + 1, -1), 0)[:DRAWS]
+    chooser, draws = Chooser(sampling), q.expand(DRAWS, -1)
+    drafts = (q.log() + chooser.noise(DRAFT_STREAM, 0, draws)).argmax(dim=-1)
+    chooser.logits = lambda hidden, head: logits.expand(DRAWS + 1, -1)
+    tokens = chooser.target_or_draft(None, None, 0, drafts, draws).token[:DRAWS]
     assert p_value(tokens.bincount(minlength=len(p)), wanted) > REJECTED
 
 
@@ -161,12 +161,12 @@ def test_a_draft_comes_from_the_distribution_it_names(spoiled, everywhere, tempe
     size = 6
     column = torch.linspace(-1, 1, size)
     column[slice(None) if everywhere else 2] = spoiled
-    head, hidden, norm = torch.zeros(size, 4), torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.ones(4)
-    head[:, 0] = column / 2
+    hidden, head = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), Head(torch.ones(4), torch.zeros(size, 4), 1e-6)
+    head.weight[:, 0] = column / 2
     chooser = Chooser(Sampling(temperature=temperature, acceptance="rejection"))
     counts = torch.zeros(size)
     for position in range(1500):
-        guess, q = chooser.draft_with_distribution(hidden, norm, head, 1e-6, position)
+        guess, q = chooser.draft_with_distribution(hidden, head, position)
         counts[guess.token] += 1
     assert q.shape == (1, size)
     assert torch.isfinite(q).all()
@@ -244,7 +244,7 @@ def test_every_decoded_token_follows_the_target(small, settings):
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_rule_is_noticed_in_decoded_text(small, monkeypatch, wrong):
-    monkeypatch.setattr(Chooser, "reject", WRONG[wrong])
+    monkeypatch.setattr("kangaroo_kernels.model.sampling.reject", WRONG[wrong])
     assert decode_p_value(small, {"temperature": 1.0}, texts=4) < REJECTED
 
 
@@ -325,7 +325,7 @@ def test_a_drafter_of_some_tokens_keeps_the_distribution(small, settings):
     """It never proposes the others, which the residual makes up for."""
     adapter, tokens = small.drafter.adapter, torch.tensor([0, 2, 3, 6], dtype=torch.int32)
     config = replace(adapter.config, vocabulary=DraftVocabulary(tokens, 7))
-    weights = AdapterWeights(adapter.layer.weights, adapter.norm)
+    weights = AdapterWeights(adapter.layer.weights, adapter.head.norm)
     some = with_drafter(small, KangarooDrafter(small.target, Adapter(config, weights, small.target)))
     assert decode_p_value(some, settings) > REJECTED
 

@@ -9,9 +9,9 @@ from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.contract import DRAFT_STREAM, TARGET_STREAM
+from kangaroo_kernels.model.head import Head
 from kangaroo_kernels.model.sampling import Chooser, Sampling
 from kangaroo_kernels.reference.noise import BLOCK, gumbel_rows
-from kangaroo_kernels.reference.top1_head import lm_head
 
 CPU = torch.device("cpu")
 SIZE = 7
@@ -54,10 +54,10 @@ def exact(logits: torch.Tensor, temperature: float, top_k: int | None = None, to
 @pytest.mark.parametrize("seed", [0, 2**63])
 def test_the_chooser_follows_the_distribution(settings, seed):
     torch.manual_seed(seed % 1000)
-    hidden, norm, head = torch.randn(1, 12), 1 + 0.1 * torch.randn(12), 0.4 * torch.randn(SIZE, 12)
+    hidden, head = torch.randn(1, 12), Head(1 + 0.1 * torch.randn(12), 0.4 * torch.randn(SIZE, 12), 1e-6)
     chooser = Chooser(Sampling(**settings, seed=seed))
-    tokens = chooser.target(hidden.expand(DRAWS, -1), norm, head, 1e-6, position=9).token
-    wanted = exact(lm_head(hidden, norm, head, eps=1e-6), **settings)[0]
+    tokens = chooser.target(hidden.expand(DRAWS, -1), head, position=9).token
+    wanted = exact(head.logits(hidden), **settings)[0]
     assert p_value(tokens.bincount(minlength=SIZE), wanted) > REJECTED
     neighbours = (tokens[0::2] * SIZE + tokens[1::2]).bincount(minlength=SIZE**2)
     assert p_value(neighbours, torch.outer(wanted, wanted)) > REJECTED
@@ -65,10 +65,10 @@ def test_the_chooser_follows_the_distribution(settings, seed):
 
 def test_another_temperature_is_noticed():
     torch.manual_seed(0)
-    hidden, norm, head = torch.randn(1, 12), torch.ones(12), 0.4 * torch.randn(SIZE, 12)
+    hidden, head = torch.randn(1, 12), Head(torch.ones(12), 0.4 * torch.randn(SIZE, 12), 1e-6)
     chooser = Chooser(Sampling(temperature=1.05))
-    tokens = chooser.target(hidden.expand(DRAWS, -1), norm, head, 1e-6, position=0).token
-    wanted = exact(lm_head(hidden, norm, head, eps=1e-6), 1.0)[0]
+    tokens = chooser.target(hidden.expand(DRAWS, -1), head, position=0).token
+    wanted = exact(head.logits(hidden), 1.0)[0]
     assert p_value(tokens.bincount(minlength=SIZE), wanted) < REJECTED
 
 
@@ -119,31 +119,26 @@ def test_wide_settings_change_nothing(small):
 def test_a_token_depends_on_its_position_and_not_on_how_it_was_reached():
     """Rows of one call, single calls, blocks of noise made anew: always the same token."""
     torch.manual_seed(1)
-    hidden, norm, head = torch.randn(150, 12), torch.ones(12), torch.randn(33, 12)
+    hidden, head = torch.randn(150, 12), Head(torch.ones(12), torch.randn(33, 12), 1e-6)
     sampling = Sampling(temperature=1.0, top_k=20, seed=5)
-    whole = Chooser(sampling).target(hidden, norm, head, 1e-6, position=3).token
+    whole = Chooser(sampling).target(hidden, head, position=3).token
     single, stepping, backwards = (Chooser(sampling) for _ in range(3))
     for row in range(150):
-        assert int(single.target(hidden[row : row + 1], norm, head, 1e-6, 3 + row).token) == int(whole[row])
+        assert int(single.target(hidden[row : row + 1], head, 3 + row).token) == int(whole[row])
     for row in range(0, 140, 7):
-        assert torch.equal(
-            stepping.target(hidden[row : row + 10], norm, head, 1e-6, 3 + row).token, whole[row : row + 10]
-        )
+        assert torch.equal(stepping.target(hidden[row : row + 10], head, 3 + row).token, whole[row : row + 10])
     for row in reversed(range(0, 140, 9)):
-        assert torch.equal(
-            backwards.target(hidden[row : row + 9], norm, head, 1e-6, 3 + row).token, whole[row : row + 9]
-        )
+        assert torch.equal(backwards.target(hidden[row : row + 9], head, 3 + row).token, whole[row : row + 9])
 
 
 def test_the_drafter_draws_with_the_targets_noise_when_coupled():
     torch.manual_seed(2)
-    hidden, norm, head = torch.randn(1, 12), torch.ones(12), 0.3 * torch.randn(33, 12)
+    hidden, head = torch.randn(1, 12), Head(torch.ones(12), 0.3 * torch.randn(33, 12), 1e-6)
     same = {}
     for acceptance in ("coupled", "rejection"):
         chooser = Chooser(Sampling(temperature=1.0, acceptance=acceptance))
         same[acceptance] = sum(
-            int(chooser.draft(hidden, norm, head, 1e-6, position).token)
-            == int(chooser.target(hidden, norm, head, 1e-6, position).token)
+            int(chooser.draft(hidden, head, position).token) == int(chooser.target(hidden, head, position).token)
             for position in range(200)
         )
     assert same["coupled"] == 200
@@ -169,9 +164,8 @@ def test_noise_is_the_same_however_its_blocks_fall(vocab_size):
 def test_the_largest_noise_does_not_beat_a_filter(position, token):
     """At these positions of seed 0 the generator gives the largest number it has: one in 2^24."""
     size = 4096
-    hidden, norm = torch.tensor([[1.0, 0.0]]), torch.ones(2)
-    head = torch.zeros(size, 2)
-    head[100, 0] = 30.0  # softmax: one to within 1e-14
+    hidden, head = torch.tensor([[1.0, 0.0]]), Head(torch.ones(2), torch.zeros(size, 2), 1e-6)
+    head.weight[100, 0] = 30.0  # softmax: one to within 1e-14
     for settings in ({}, {"top_k": 1}, {"top_p": 0.9}):
         chooser = Chooser(Sampling(temperature=1.0, **settings))
-        assert int(chooser.target(hidden, norm, head, 1e-6, position).token) == 100, (token, settings)
+        assert int(chooser.target(hidden, head, position).token) == 100, (token, settings)

@@ -416,12 +416,12 @@ def test_the_most_frequent_tokens_are_drafted(target: Path, text: Path, tmp_path
     tokenizer = load_tokenizer(target)
     counted = Counter(tokenizer(TEXT)["input_ids"])
     special = {*tokenizer.all_special_ids}
-    drafted = set(Kangaroo.from_pretrained(target, out).drafter.adapter.vocabulary.tokens.tolist())
+    drafted = set(Kangaroo.from_pretrained(target, out).drafter.adapter.head.vocabulary.tokens.tolist())
     assert special <= drafted and len(drafted) == 20
     least = min(counted[token] for token in drafted - special)
     assert {token for token in counted if counted[token] > least} <= drafted
     train_adapter(replace(given, steps=14))
-    assert Kangaroo.from_pretrained(target, out).drafter.adapter.vocabulary is None
+    assert Kangaroo.from_pretrained(target, out).drafter.adapter.head.vocabulary is None
 
 
 def test_scores_are_those_of_the_drafted_tokens(target: Path, text: Path, tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_an_adapter_gets_a_draft_vocabulary_without_training(target: Path, text:
     shutil.copytree(out, again)
     added = add_draft_vocabulary(str(target), again, [text], 20)
     assert (added.tokens, added.vocab_size) == (20, 67)
-    tokens = Kangaroo.from_pretrained(target, again).drafter.adapter.vocabulary.tokens
+    tokens = Kangaroo.from_pretrained(target, again).drafter.adapter.head.vocabulary.tokens
     share = Counter(load_tokenizer(target)(TEXT)["input_ids"])
     assert added.coverage == pytest.approx(sum(share[token] for token in tokens.tolist()) / share.total(), abs=1e-3)
     assert 0.5 < added.coverage < 1
