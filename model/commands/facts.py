@@ -93,6 +93,9 @@ def _available(layout: Layout) -> bool:
 class Footprint:
     """A model's shape, and the bytes of weights that each kind of step reads once.
 
+    A CPU with FBGEMM reads two bytes of a weight that is stored in 16 bits or rounded to them; a matrix that does not
+    fit into scaled fp16 (``PackedWeight``) takes four there, which only reading it would tell.
+
     Attributes:
         dtype: the one that the weights are rounded to.
         exit_layer: how many of ``layers`` run before the adapter; None without one, as is every field about drafting.
@@ -143,9 +146,11 @@ def footprint(
     model, adapter = find_pair(model, adapter)
     if exit_layer is not None and adapter is None:
         raise KangarooError("exit_layer was given without an adapter; give both or neither.")
-    config = open_model(model).config
+    checkpoint = open_model(model)
+    config = checkpoint.config
     loaded = resolve_dtype(dtype, where, config.dtype)
-    size, kept = loaded.itemsize, kept_dtype(loaded, where)
+    kept = kept_dtype(loaded, where)
+    size = _weight_size(torch.float32 if checkpoint.quantized else config.dtype, loaded, where)
     kv_size = resolve_kv_dtype(kv_dtype, loaded, kept, config).itemsize
     layer = config.attention_parameters + config.mlp_parameters
     norm, embedding = config.hidden_size, config.vocab_size * config.hidden_size
@@ -157,6 +162,7 @@ def footprint(
         trained = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
         shallow = trained.exit_layer * layer
         own = trained.parameters
+        own_size = _weight_size(trained.llama.dtype, loaded, where)
         kv_bytes += _kv_values(trained.llama) * kv_size
         drafted = None if trained.vocabulary is None else len(trained.vocabulary.tokens)
         rows = (drafted or config.vocab_size) * config.hidden_size
@@ -164,7 +170,7 @@ def footprint(
             "exit_layer": trained.exit_layer,
             "adapter_parameters": own,
             "draft_vocab_size": drafted,
-            "draft_step_bytes": (shallow + own + rows) * size,
+            "draft_step_bytes": (shallow + rows) * size + own * own_size,
             "verify_pass_bytes": (layers - shallow + head) * size,
             "drafting": _drafting(trained),
         }
@@ -184,6 +190,13 @@ def footprint(
         kv_bytes_per_token=kv_bytes,
         **drafter,
     )
+
+
+def _weight_size(stored: torch.dtype, rounded_to: torch.dtype, device: torch.device) -> int:
+    """Bytes of a weight as it is packed: on a CPU, FBGEMM keeps all that 16 bits hold in two."""
+    if device.type == "cpu" and _available(Layout.FP16):
+        return min(stored.itemsize, rounded_to.itemsize)
+    return kept_dtype(rounded_to, device).itemsize
 
 
 def _drafting(adapter: AdapterConfig) -> str:
