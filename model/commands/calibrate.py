@@ -16,7 +16,7 @@ EXAMPLES = examples(
 
 def calibrate(
     model: Model,
-    adapter: Annotated[Path, typer.Option(help="The adapter's folder.", rich_help_panel=LOADING)],
+    adapter: Annotated[str, typer.Option(help="The adapter's folder or hub name.", rich_help_panel=LOADING)],
     prompts: Annotated[Path, typer.Option(help="A JSON list of texts, none that the pair will be judged by.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write for a prompt.")] = 128,
     picture: Annotated[
@@ -32,13 +32,14 @@ def calibrate(
     Each setting decodes the prompts in turns with plain decoding. The table has the best first. Chains are tried first;
     chains beside prompt lookup and trees of drafts then, around the best of them.
 
-    --write puts the best into the adapter's config.json, and the table into calibration.json beside it.
+    --write puts the best into the config.json of the adapter's folder, and the table into calibration.json beside it.
     """
-    from ..evaluation.calibrate import Calibration, calibrate, draw_frontier, read_prompts, write_defaults
+    from ..evaluation.calibrate import Calibration, calibrate, check_folder, draw_frontier, read_prompts, write_defaults
     from ..kangaroo import Kangaroo
     from .show import show_rows, training_bars
 
     plan, texts = Calibration(max_new_tokens=max_new_tokens), read_prompts(prompts)
+    folder = check_folder(adapter) if write else None
     kangaroo = Kangaroo.from_pretrained(model, adapter, device=device, dtype=dtype)
     with training_bars() as report:
         rows = calibrate(kangaroo, texts, plan, report=report)
@@ -48,5 +49,5 @@ def calibrate(
         show_rows(Console(), rows)
     if picture is not None and not draw_frontier(picture, rows):
         typer.echo("The picture needs matplotlib; pip install matplotlib.", err=True)
-    if write:
-        write_defaults(adapter, rows)
+    if folder is not None:
+        write_defaults(folder, rows)

@@ -7,7 +7,6 @@ then tried around the best of them.
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from ..drafters.kangaroo_with_lookup import KangarooWithLookup
 from ..drafters.make import make_drafter
 from ..drafters.ways import CHAINS, Way
 from ..errors import KangarooError
+from ..files import write_text
 from ..kangaroo import Kangaroo
 from ..request import Settings
 from .plots import BLUE, DPI, INK, ORANGE, can_draw, new_axes
@@ -213,8 +213,22 @@ def draw_frontier(file: Path, table: list[Row]) -> bool:
     return True
 
 
+def check_folder(adapter: str | Path) -> Path:
+    """The folder of an adapter whose defaults can be written.
+
+    Raises:
+        KangarooError: anything else, as the name of a hub's repository.
+    """
+    if not (Path(adapter) / "config.json").is_file():
+        raise KangarooError(f"--write changes an adapter's folder, and {str(adapter)!r} is none; give a local folder.")
+    return Path(adapter)
+
+
 def write_defaults(adapter: Path, table: list[Row]) -> None:
-    """Make the table's first row the adapter's defaults, and keep the table they come from."""
+    """Make the table's first row the adapter's defaults, and keep the table they come from.
+
+    The table is written first: whoever is killed meanwhile leaves no defaults without one.
+    """
     path = adapter / "config.json"
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for name in ("num_speculative_tokens", "draft_confidence_threshold"):
@@ -224,7 +238,5 @@ def write_defaults(adapter: Path, table: list[Row]) -> None:
         if table[0][name]:
             values[name] = table[0][name]
     values["calibrated"] = True  # from now on they are where draft_confidence_threshold="auto" begins
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    (adapter / "calibration.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_text(adapter / "calibration.json", json.dumps(table, indent=1) + "\n")
+    write_text(path, json.dumps(values, indent=2) + "\n")
