@@ -27,6 +27,7 @@ class Loaded(NamedTuple):
         target: the model.
         adapter: None where none was asked for.
         tokenizer: None where the checkpoint has none.
+        way: how the adapter drafts; chains without one.
     """
 
     target: Llama
