@@ -70,6 +70,7 @@ class Kangaroo(Writer):
         cls,
         model: str | Path,
         adapter: str | Path | None = None,
+        *,
         exit_layer: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -109,8 +110,18 @@ class Kangaroo(Writer):
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.
         """
-        given = model, adapter, exit_layer, device, dtype, kernels, kv_dtype, draft_tree, prompt_lookup, persistent
-        loaded = load_pair(*given)
+        loaded = load_pair(
+            model,
+            adapter,
+            exit_layer=exit_layer,
+            device=device,
+            dtype=dtype,
+            kernels=kernels,
+            kv_dtype=kv_dtype,
+            draft_tree=draft_tree,
+            prompt_lookup=prompt_lookup,
+            persistent=persistent,
+        )
         if loaded.adapter is None:
             drafter: Drafter = PromptLookup(loaded.target)
         else:

@@ -12,15 +12,12 @@ import torch
 from kangaroo_kernels import __version__
 from kangaroo_kernels.packed_weight import Layout
 
-from ..drafters.adapter import AdapterConfig, load_adapter_config
+from ..drafters.adapter import AdapterConfig
 from ..drafters.ways import CHAINS
-from ..errors import KangarooError
-from ..load import kept_dtype, open_model, resolve_device, resolve_dtype, resolve_kv_dtype
-from ..named import find_pair
+from ..load import kept_dtype, open_pair, resolve_device, resolve_dtype, resolve_kv_dtype
 from ..request import LED_BY_HOST
 from ..target.architectures import ARCHITECTURES
 from ..target.config import DTYPES, SUPPORTED_ROPE_TYPES, LlamaConfig
-from ..target.hub import find_folder
 
 
 @dataclass(frozen=True)
@@ -143,10 +140,7 @@ def footprint(
         KangarooError: as ``Kangaroo.from_pretrained`` does.
     """
     where = resolve_device(device)
-    model, adapter = find_pair(model, adapter)
-    if exit_layer is not None and adapter is None:
-        raise KangarooError("exit_layer was given without an adapter; give both or neither.")
-    checkpoint = open_model(model)
+    checkpoint, _, trained = open_pair(model, adapter, exit_layer)
     config = checkpoint.config
     loaded = resolve_dtype(dtype, where, config.dtype)
     kept = kept_dtype(loaded, where)
@@ -158,8 +152,7 @@ def footprint(
     layers = config.num_hidden_layers * layer
     kv_bytes = config.num_hidden_layers * _kv_values(config) * kv_size
     drafter: dict[str, Any] = {}
-    if adapter is not None:
-        trained = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
+    if trained is not None:
         shallow = trained.exit_layer * layer
         own = trained.parameters
         own_size = _weight_size(trained.llama.dtype, loaded, where)
