@@ -34,7 +34,8 @@ def calibrate(
 
     --write puts the best into the config.json of the adapter's folder, and the table into calibration.json beside it.
     """
-    from ..evaluation.calibrate import Calibration, calibrate, check_folder, draw_frontier, read_prompts, write_defaults
+    from ..evaluation.calibrate import Calibration, calibrate, check_folder, read_prompts, write_defaults
+    from ..evaluation.calibrate_picture import draw_frontier
     from ..kangaroo import Kangaroo
     from .show import show_rows, training_bars
 

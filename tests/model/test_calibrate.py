@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Pair
 
-from kangaroo_kernels import Kangaroo, KangarooError, Settings
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.commands import cli
 from kangaroo_kernels.model.drafters.ways import CHAINS
 from kangaroo_kernels.model.evaluation.calibrate import (
@@ -51,7 +51,7 @@ def test_both_ways_are_warm_before_they_are_timed(pair: Pair, monkeypatch: pytes
         return generate(self, prompt, *([] if settings is None else [settings]), **keywords)
 
     monkeypatch.setattr(Kangaroo, "generate", note)
-    measure(kangaroo, ["ABC", "BCA"], Tried(CHAINS, Settings(4)))
+    measure(kangaroo, ["ABC", "BCA"], Tried(CHAINS, 3, 0.5), 4)
     assert asked == [True, False] + 2 * [True, False]
 
 
