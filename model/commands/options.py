@@ -133,7 +133,7 @@ def _threshold(text: str) -> float | str:
 
 
 DraftConfidenceThreshold = Annotated[
-    float | None,
+    Any,  # a number, 'auto' or None; typer takes no union of two types
     typer.Option(
         parser=_threshold,
         metavar="<float|auto>",
