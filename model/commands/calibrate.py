@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..errors import KangarooError
 from .options import LOADING, Device, Dtype, Json, Model, examples, print_json
 
 EXAMPLES = examples(
@@ -34,13 +35,14 @@ def calibrate(
 
     --write puts the best into the config.json of the adapter's folder, and the table into calibration.json beside it.
     """
-    from ..evaluation.calibrate import Calibration, calibrate, check_folder, read_prompts, write_defaults
+    if write and not Path(adapter, "config.json").is_file():  # before hours of measuring
+        raise KangarooError(f"--write changes an adapter's folder, and {adapter!r} is none; give a local folder.")
+    from ..evaluation.calibrate import Calibration, calibrate, read_prompts, write_defaults
     from ..evaluation.calibrate_picture import draw_frontier
     from ..kangaroo import Kangaroo
     from .show import show_rows, training_bars
 
     plan, texts = Calibration(max_new_tokens=max_new_tokens), read_prompts(prompts)
-    folder = check_folder(adapter) if write else None
     kangaroo = Kangaroo.from_pretrained(model, adapter, device=device, dtype=dtype)
     with training_bars() as report:
         rows = calibrate(kangaroo, texts, plan, report=report)
@@ -50,5 +52,5 @@ def calibrate(
         show_rows(Console(), rows)
     if picture is not None and not draw_frontier(picture, rows):
         typer.echo("The picture needs matplotlib; pip install matplotlib.", err=True)
-    if folder is not None:
-        write_defaults(folder, rows)
+    if write:
+        write_defaults(Path(adapter), rows)

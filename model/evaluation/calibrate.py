@@ -192,17 +192,6 @@ def kind_of(row: Row) -> str:
     return "trees" if row["draft_tree"] else str(Way(prompt_lookup=bool(row["prompt_lookup"])))
 
 
-def check_folder(adapter: str | Path) -> Path:
-    """The folder of an adapter whose defaults can be written.
-
-    Raises:
-        KangarooError: anything else, as the name of a hub's repository.
-    """
-    if not (Path(adapter) / "config.json").is_file():
-        raise KangarooError(f"--write changes an adapter's folder, and {str(adapter)!r} is none; give a local folder.")
-    return Path(adapter)
-
-
 def write_defaults(adapter: Path, table: list[Row]) -> None:
     """Make the table's first row the adapter's defaults, and keep the table they come from.
 
