@@ -17,7 +17,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_ROWS, MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Experience, Top1
 
 from .backend import triton_backend
-from .drafters.adapter import Adapter, load_adapter_config
+from .drafters.adapter import Adapter
 from .drafters.kangaroo import KangarooDrafter
 from .drafters.kangaroo_with_lookup import MATCHES, USUAL, KangarooWithLookup
 from .drafters.make import make_drafter
@@ -26,17 +26,15 @@ from .drafters.protocol import Drafter
 from .drafters.tree import TreeDrafter
 from .drafters.ways import choose_way
 from .errors import KangarooError
-from .load import open_model, resolve_dtype
+from .load import open_pair, resolve_dtype
 from .loop.graphs import GraphRunner
 from .loop.iteration import Iteration
 from .loop.prefill import reach_of
 from .loop.state import TextState
-from .named import find_pair
 from .request import Request
 from .sampling import Chooser, Sampling
 from .target.cache import Branches
 from .target.config import LlamaConfig
-from .target.hub import find_folder
 from .target.llama import Llama
 from .target.weights import load_adapter, load_target
 
@@ -106,17 +104,14 @@ def blank_pair(
     Raises:
         KangarooError: as ``load_pair``.
     """
-    model, adapter = find_pair(model, adapter)
-    if exit_layer is not None and adapter is None:
-        raise KangarooError("exit_layer was given without an adapter; give both or neither.")
-    config = open_model(model).config
+    checkpoint, _, settings = open_pair(model, adapter, exit_layer)
+    config = checkpoint.config
     precision = resolve_dtype(dtype, GPU, config.dtype)
-    if adapter is None:
+    if settings is None:
         if draft_tree:
             raise KangarooError("draft_tree needs an adapter; give one, or leave draft_tree out.")
         target = blank_target(replace(config, num_hidden_layers=1), precision)
         return target, PromptLookup(target)
-    settings = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
     way = choose_way(settings.way, draft_tree, None, persistent=False)
     target = blank_target(replace(config, num_hidden_layers=settings.exit_layer + 1), precision)
     size = settings.deep_state_size
@@ -182,7 +177,16 @@ def blank_text(target: Llama, drafter: Drafter | None, length: int) -> TextState
 def iterate(target: Llama, drafter: Drafter | None, sampling: Sampling, drafts: int, length: int) -> None:
     """An iteration of the loop on the device."""
     text = blank_text(target, drafter, length)
-    request = Request(tuple(TEXT), length, False, sampling, drafts, 0.6, frozenset(target.config.eos_token_ids), ())
+    request = Request(
+        tokens=tuple(TEXT),
+        length=length,
+        limited_by_context=False,
+        sampling=sampling,
+        max_drafts=drafts,
+        threshold=0.6,
+        stop_tokens=frozenset(target.config.eos_token_ids),
+        stop_strings=(),
+    )
     Iteration(target, drafter, text, request, GraphRunner(META, capture=False)).run(text.cache.capacity)
 
 

@@ -68,6 +68,7 @@ class Kangaroo(Writer):
         cls,
         model: str | Path,
         adapter: str | Path | None = None,
+        *,
         exit_layer: int | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -83,7 +84,8 @@ class Kangaroo(Writer):
         Args:
             model: a Hugging Face folder; a GGUF file, or a folder with one; a hub name, ``owner/name`` or
                 ``owner/name/file.gguf``; ``demo``, the bundled pair; or ``smollm2``, SmolLM2-135M-Instruct.
-            adapter: a folder or a hub name; None drafts by prompt lookup, or takes the bundled pair's own adapter.
+            adapter: a folder or a hub name. None takes the model's own adapter (``smollm2`` and ``demo`` have one);
+                other models then draft by prompt lookup.
             exit_layer: overrides the adapter's own; needed for adapters that do not name it.
             device: ``cpu`` or ``cuda``; None takes a GPU where there is one.
             dtype: what the weights are rounded to; None means float32 on a CPU and the checkpoint's own on a GPU
@@ -92,23 +94,32 @@ class Kangaroo(Writer):
             kernels: ``triton`` or ``reference``; None means the Triton kernels on a GPU and the PyTorch references on a
                 CPU. (``triton`` on a CPU needs TRITON_INTERPRET=1 in the environment, and is for tests.)
             graphs: capture iterations in CUDA graphs on a GPU; False launches kernel by kernel, for debuggers.
-            persistent: on the kernels, draft in one persistent launch (``draft_loop``) instead of kernel by kernel. The
-                references draft step by step all the same, and so do requests with top-k or top-p, or whose loop the
-                host leads (``Settings``).
+            persistent: on the kernels, draft in one persistent launch (``draft_loop``) instead of kernel by kernel,
+                where that is possible; ``KangarooDrafter`` says where drafts are made step by step all the same.
             kv_dtype: "float16" rounds the keys and values that a CPU's texts keep, which halves their memory; it
                 goes with ``dtype="float16"``. None keeps them in float32.
             prompt_lookup: beside an adapter, also draft what followed the text's last tokens before, where that
                 promises more; not with ``persistent``. Without an adapter nothing else drafts.
             draft_tree: draft trees of at most this many tokens, 1 to 15, instead of chains (0); needs an adapter.
                 ``num_speculative_tokens`` then bounds the length of a branch. Where neither this nor
-                ``prompt_lookup`` is given, the adapter's own default counts, which is to draft chains unless ``kangaroo
-                calibrate`` found otherwise.
+                ``prompt_lookup`` is given, the adapter's ``config.json`` decides; without an entry there, and with
+                ``persistent=True``, it drafts chains.
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.
         """
-        given = model, adapter, exit_layer, device, dtype, kernels, kv_dtype, draft_tree, prompt_lookup, persistent
-        loaded = load_pair(*given)
+        loaded = load_pair(
+            model,
+            adapter,
+            exit_layer=exit_layer,
+            device=device,
+            dtype=dtype,
+            kernels=kernels,
+            kv_dtype=kv_dtype,
+            draft_tree=draft_tree,
+            prompt_lookup=prompt_lookup,
+            persistent=persistent,
+        )
         if loaded.adapter is None:
             drafter: Drafter = PromptLookup(loaded.target)
         else:

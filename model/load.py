@@ -8,7 +8,7 @@ import torch
 from kangaroo_kernels.reference.attention import rows_are_alike
 
 from .backend import load_backend
-from .drafters.adapter import Adapter, load_adapter_config
+from .drafters.adapter import Adapter, AdapterConfig, load_adapter_config
 from .drafters.ways import CHAINS, Way, choose_way
 from .errors import KangarooError
 from .loop.threads import own_state
@@ -27,6 +27,7 @@ class Loaded(NamedTuple):
         target: the model.
         adapter: None where none was asked for.
         tokenizer: None where the checkpoint has none.
+        way: how the adapter drafts; chains without one.
     """
 
     target: Llama
@@ -49,9 +50,40 @@ def open_model(name_or_path: str | Path) -> Checkpoint:
     return open_gguf(path)
 
 
+class Opened(NamedTuple):
+    """The files of a model and of an adapter for it, whose configurations were read and fit together.
+
+    Attributes:
+        checkpoint: the model's.
+        folder: the adapter's; None where neither the caller nor the model's name gives one.
+        adapter: what its ``config.json`` says; likewise.
+    """
+
+    checkpoint: Checkpoint
+    folder: Path | None = None
+    adapter: AdapterConfig | None = None
+
+
+def open_pair(model: str | Path, adapter: str | Path | None = None, exit_layer: int | None = None) -> Opened:
+    """Find a model and an adapter, and read their configurations; arguments as for ``Kangaroo.from_pretrained``.
+
+    Raises:
+        KangarooError: as ``find_pair``, ``open_model`` and ``load_adapter_config``; an exit layer without an adapter.
+    """
+    model, adapter = find_pair(model, adapter)
+    if exit_layer is not None and adapter is None:
+        raise KangarooError("exit_layer was given without an adapter; give both or neither.")
+    checkpoint = open_model(model)
+    if adapter is None:
+        return Opened(checkpoint)
+    folder = find_folder(adapter, "adapter")
+    return Opened(checkpoint, folder, load_adapter_config(folder, checkpoint.config, exit_layer))
+
+
 def load_pair(
     model: str | Path,
     adapter: str | Path | None = None,
+    *,
     exit_layer: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -63,21 +95,16 @@ def load_pair(
 ) -> Loaded:
     """Load a checkpoint and perhaps an adapter for it; arguments and errors as for ``Kangaroo.from_pretrained``."""
     where = resolve_device(device)
-    model, adapter = find_pair(model, adapter)
-    if exit_layer is not None and adapter is None:
-        raise KangarooError("exit_layer was given without an adapter; give both or neither.")
-    checkpoint = open_model(model)
+    checkpoint, folder, trained = open_pair(model, adapter, exit_layer)
     config = checkpoint.config
-    adapter_folder = None if adapter is None else find_folder(adapter, "adapter")
     precision = resolve_dtype(dtype, where, config.dtype)
     backend = load_backend(kernels, where, precision)
     kept = kept_dtype(precision, where, backend.resident)
     keys_and_values = resolve_kv_dtype(kv_dtype, precision, kept, config)
     # what can fail quickly comes before the weights
     way = CHAINS
-    if adapter_folder is not None:
-        default = load_adapter_config(adapter_folder, config, exit_layer).way
-        way = choose_way(default, draft_tree, prompt_lookup, persistent=persistent)
+    if trained is not None:
+        way = choose_way(trained.way, draft_tree, prompt_lookup, persistent=persistent)
     else:
         for name, given in (("draft_tree", draft_tree), ("persistent", persistent)):
             if given:
@@ -99,7 +126,7 @@ def load_pair(
         rounded_to=precision,
     )
     target = Llama(config, weights, backend, keys_and_values)
-    loaded = None if adapter_folder is None else Adapter.load(adapter_folder, target, exit_layer)
+    loaded = None if folder is None else Adapter.load(folder, target, exit_layer)
     return Loaded(target, loaded, tokenizer, way)
 
 

@@ -8,7 +8,7 @@ import math
 import operator
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, MAX_STOPS
@@ -67,6 +67,7 @@ class Settings:
     """
 
     max_new_tokens: int
+    _: KW_ONLY
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -184,7 +185,7 @@ class Settings:
         return tuple(entry for entry in self.stop if isinstance(entry, str))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt and its settings, resolved against a model: what the loops read.
 
@@ -195,8 +196,8 @@ class Request:
         sampling: how tokens are picked.
         max_drafts: the most drafts a step; 0 decodes plainly.
         threshold: the confidence below which drafting stops.
-        auto: where the loop led by the host finds both by itself, the most drafts that it may take; else 0.
-        auto_on_the_device: whether the resident loop does so, too: only where the caller asked for it, since no card
+        auto_drafts: where the loop led by the host finds both by itself, the most drafts that it may take; else 0.
+        auto_on_device: whether the resident loop does so, too: only where the caller asked for it, since no card
             has measured yet what it gains there.
         stop_tokens: the caller's and the model's own.
         stop_strings: strings that end the text and are cut off it.
@@ -218,8 +219,8 @@ class Request:
     min_new_tokens: int = 0
     timeout: float | None = None
     logprobs: int | None = None
-    auto: int = 0
-    auto_on_the_device: bool = False
+    auto_drafts: int = 0
+    auto_on_device: bool = False
 
     @property
     def led_by_host(self) -> bool:
@@ -250,20 +251,20 @@ def resolve(
     length = len(tokens) + settings.max_new_tokens
     limits = _Drafting(0, 0.0) if drafter is None or settings.plain else _drafting(settings, drafter)
     return Request(
-        tuple(tokens),
-        min(length, config.context_length),
-        length > config.context_length,
-        settings.sampling,
-        limits.max_drafts,
-        limits.threshold,
-        stop_tokens,
-        settings.stop_strings,
-        Shaping(bias, settings.repetition_penalty, stop_tokens, ends_from),
-        settings.min_new_tokens,
-        settings.timeout,
-        settings.logprobs,
-        limits.auto,
-        limits.auto > 0 and settings.draft_confidence_threshold == AUTO,
+        tokens=tuple(tokens),
+        length=min(length, config.context_length),
+        limited_by_context=length > config.context_length,
+        sampling=settings.sampling,
+        max_drafts=limits.max_drafts,
+        threshold=limits.threshold,
+        auto_drafts=limits.auto_drafts,
+        auto_on_device=limits.auto_drafts > 0 and settings.draft_confidence_threshold == AUTO,
+        stop_tokens=stop_tokens,
+        stop_strings=settings.stop_strings,
+        shaping=Shaping(bias, settings.repetition_penalty, stop_tokens, ends_from),
+        min_new_tokens=settings.min_new_tokens,
+        timeout=settings.timeout,
+        logprobs=settings.logprobs,
     )
 
 
@@ -272,7 +273,7 @@ class _Drafting(NamedTuple):
 
     max_drafts: int
     threshold: float
-    auto: int = 0
+    auto_drafts: int = 0
 
 
 def _drafting(settings: Settings, drafter: Drafter) -> _Drafting:

@@ -73,7 +73,7 @@ class Pair(NamedTuple):
 
     def load(self, exit_layer: int | None = None, **settings: object) -> Kangaroo:
         """The pair as a user would load it."""
-        return Kangaroo.from_pretrained(self.target, self.adapter, exit_layer, **settings)
+        return Kangaroo.from_pretrained(self.target, self.adapter, exit_layer=exit_layer, **settings)
 
 
 @pytest.fixture(scope="session")

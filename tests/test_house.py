@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 
 ROOMS = (
-    ("errors", "spans", "number"),
+    ("errors", "files", "spans", "number"),
     ("results", "demo", "text", "chat"),
     ("backend", "named", "shaping", "head", "rejection"),
     ("sampling",),

@@ -9,7 +9,10 @@ import profile_decode
 import pytest
 import torch
 from drafters import on_the_device
+from gguf import GGMLQuantizationType
+from gguf_files import write_gguf
 from iteration_profile import Event, Profile, StageRun, by_order, by_ranges, stage_bytes, stage_rows
+from pairs import make_adapter, make_target
 from typer.testing import CliRunner
 
 from kangaroo_kernels import Kangaroo, KangarooError
@@ -104,10 +107,17 @@ def test_ranges_cost_nothing_while_nobody_looks():
     assert span("kangaroo/verify") is NOTHING
 
 
-def test_bytes_are_those_of_info(pair):
-    kangaroo = pair.load(device="cpu", dtype="bfloat16")
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, "blocks"])
+def test_bytes_are_those_of_info(tmp_path, stored, dtype):
+    precision = torch.float32 if stored == "blocks" else stored
+    model = make_target(tmp_path / "target", hidden_size=64, intermediate_size=96, dtype=precision)
+    adapter = make_adapter(tmp_path / "adapter", model, exit_layer=2)
+    if stored == "blocks":
+        model = write_gguf(tmp_path / "target.gguf", model, GGMLQuantizationType.Q4_1)
+    kangaroo = Kangaroo.from_pretrained(model, adapter, device="cpu", dtype=dtype)
     moved = stage_bytes(kangaroo, 0)
-    told = footprint(pair.target, pair.adapter, device="cpu", dtype="bfloat16")
+    told = footprint(model, adapter, device="cpu", dtype=dtype)
     step = moved["kangaroo/draft/shallow"] + moved["kangaroo/draft/step"]
     assert step == pytest.approx(told.draft_step_bytes, rel=0.02)  # norms are left out
     assert moved["kangaroo/verify"] == pytest.approx(told.verify_pass_bytes, rel=0.02)

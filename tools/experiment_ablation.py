@@ -7,6 +7,7 @@ that the host leads.
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from kangaroo_kernels.model.drafters.adapter import AdapterConfig
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.drafters.protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
 from kangaroo_kernels.model.evaluation.plan import find_shapes
+from kangaroo_kernels.model.files import write_whole
 from kangaroo_kernels.model.head import Head
 from kangaroo_kernels.model.load import resolve_device, resolve_dtype
 from kangaroo_kernels.model.target.cache import KVCache, Place
@@ -30,7 +32,6 @@ from kangaroo_kernels.model.target.config import LlamaConfig
 from kangaroo_kernels.model.target.llama import DecoderLayer, Llama
 from kangaroo_kernels.model.target.weights import load_adapter
 from kangaroo_kernels.model.training.adapter_module import AdapterBlock, TrainableAdapter, apply_swiglu, swiglu
-from kangaroo_kernels.model.training.checkpoint import write_atomically
 from kangaroo_kernels.model.training.draft_vocabulary import count_tokens, draft_tokens
 from kangaroo_kernels.model.training.losses import in_chunks
 from kangaroo_kernels.model.training.optimizers import Optimizers, rise_and_fall
@@ -223,7 +224,8 @@ def _train(settings: TrainingSettings, plan: Plan, steps: int, report: ProgressR
         report("training", step + 1, steps, f"losses {min(losses):.3f} to {max(losses):.3f}")
         if time.perf_counter() - kept_at > STATE_SECONDS:
             kept_at = time.perf_counter()
-            write_atomically(state, {"whose": whose, "step": step + 1, "trials": [trial.state() for trial in trials]})
+            reached = {"whose": whose, "step": step + 1, "trials": [trial.state() for trial in trials]}
+            write_whole(state, partial(torch.save, reached))
     files = [settings.out / f"{place} {trial.name}{SUFFIX}" for place, trial in enumerate(trials)]
     for trial, file in zip(trials, files, strict=True):
         trial.write(file, tokens, settings.exit_layer, plan.target.config.dtype)

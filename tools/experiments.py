@@ -27,11 +27,11 @@ from kangaroo_kernels import Kangaroo, KangarooError, Settings
 from kangaroo_kernels.model.commands.facts import environment
 from kangaroo_kernels.model.commands.show import training_bars
 from kangaroo_kernels.model.demo import DEMO_MODEL, bundled_pair
-from kangaroo_kernels.model.evaluation.answers import write_whole
 from kangaroo_kernels.model.evaluation.evaluate import KANGAROO, PLAIN, answer
 from kangaroo_kernels.model.evaluation.questions import Question, in_turns, read_questions
 from kangaroo_kernels.model.evaluation.race import warm_up
 from kangaroo_kernels.model.evaluation.statistics import Row, row
+from kangaroo_kernels.model.files import write_text
 
 NAME = "experiments"
 OWN_QUESTIONS = Path(__file__).parent.parent / "bench" / "domains.jsonl"
@@ -182,7 +182,7 @@ def run(points: list[Point], questions: list[Question], record: dict[str, Any], 
                 found = measure(kangaroo, point, questions, record["max_new_tokens"])
                 record["rows"].append({"settings": point.settings, **asdict(found)})
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(file, json.dumps(record, indent=1) + "\n")
+                write_text(file, json.dumps(record, indent=1) + "\n")
             report("measuring", done, len(points), point.name)
     rows: list[dict[str, Any]] = record["rows"]
     return rows

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..errors import KangarooError
 from .options import LOADING, Device, Dtype, Json, Model, examples, print_json
 
 EXAMPLES = examples(
@@ -16,7 +17,7 @@ EXAMPLES = examples(
 
 def calibrate(
     model: Model,
-    adapter: Annotated[Path, typer.Option(help="The adapter's folder.", rich_help_panel=LOADING)],
+    adapter: Annotated[str, typer.Option(help="The adapter's folder or hub name.", rich_help_panel=LOADING)],
     prompts: Annotated[Path, typer.Option(help="A JSON list of texts, none that the pair will be judged by.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write for a prompt.")] = 128,
     picture: Annotated[
@@ -32,9 +33,12 @@ def calibrate(
     Each setting decodes the prompts in turns with plain decoding. The table has the best first. Chains are tried first;
     chains beside prompt lookup and trees of drafts then, around the best of them.
 
-    --write puts the best into the adapter's config.json, and the table into calibration.json beside it.
+    --write puts the best into the config.json of the adapter's folder, and the table into calibration.json beside it.
     """
-    from ..evaluation.calibrate import Calibration, calibrate, draw_frontier, read_prompts, write_defaults
+    if write and not Path(adapter, "config.json").is_file():  # before hours of measuring
+        raise KangarooError(f"--write changes an adapter's folder, and {adapter!r} is none; give a local folder.")
+    from ..evaluation.calibrate import Calibration, calibrate, read_prompts, write_defaults
+    from ..evaluation.calibrate_picture import draw_frontier
     from ..kangaroo import Kangaroo
     from .show import show_rows, training_bars
 
@@ -49,4 +53,4 @@ def calibrate(
     if picture is not None and not draw_frontier(picture, rows):
         typer.echo("The picture needs matplotlib; pip install matplotlib.", err=True)
     if write:
-        write_defaults(adapter, rows)
+        write_defaults(Path(adapter), rows)

@@ -70,7 +70,8 @@ def evaluate(
     """
     began = time.perf_counter()  # the imports take their time, too
 
-    from ..evaluation.evaluate import Run, deadline_of
+    from ..evaluation.deadline import deadline_of
+    from ..evaluation.evaluate import Run
     from ..evaluation.evaluate import evaluate as answer_all
     from ..evaluation.others import TRANSFORMERS, transformers_ways
     from ..evaluation.plots import draw

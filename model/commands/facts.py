@@ -12,15 +12,12 @@ import torch
 from kangaroo_kernels import __version__
 from kangaroo_kernels.packed_weight import Layout
 
-from ..drafters.adapter import AdapterConfig, load_adapter_config
+from ..drafters.adapter import AdapterConfig
 from ..drafters.ways import CHAINS
-from ..errors import KangarooError
-from ..load import kept_dtype, open_model, resolve_device, resolve_dtype, resolve_kv_dtype
-from ..named import find_pair
+from ..load import kept_dtype, open_pair, resolve_device, resolve_dtype, resolve_kv_dtype
 from ..request import LED_BY_HOST
 from ..target.architectures import ARCHITECTURES
 from ..target.config import DTYPES, SUPPORTED_ROPE_TYPES, LlamaConfig
-from ..target.hub import find_folder
 
 
 @dataclass(frozen=True)
@@ -93,6 +90,9 @@ def _available(layout: Layout) -> bool:
 class Footprint:
     """A model's shape, and the bytes of weights that each kind of step reads once.
 
+    A CPU with FBGEMM reads two bytes of a weight that is stored in 16 bits or rounded to them; a matrix that does not
+    fit into scaled fp16 (``PackedWeight``) takes four there, which only reading it would tell.
+
     Attributes:
         dtype: the one that the weights are rounded to.
         exit_layer: how many of ``layers`` run before the adapter; None without one, as is every field about drafting.
@@ -140,12 +140,11 @@ def footprint(
         KangarooError: as ``Kangaroo.from_pretrained`` does.
     """
     where = resolve_device(device)
-    model, adapter = find_pair(model, adapter)
-    if exit_layer is not None and adapter is None:
-        raise KangarooError("exit_layer was given without an adapter; give both or neither.")
-    config = open_model(model).config
+    checkpoint, _, trained = open_pair(model, adapter, exit_layer)
+    config = checkpoint.config
     loaded = resolve_dtype(dtype, where, config.dtype)
-    size, kept = loaded.itemsize, kept_dtype(loaded, where)
+    kept = kept_dtype(loaded, where)
+    size = _weight_size(torch.float32 if checkpoint.quantized else config.dtype, loaded, where)
     kv_size = resolve_kv_dtype(kv_dtype, loaded, kept, config).itemsize
     layer = config.attention_parameters + config.mlp_parameters
     norm, embedding = config.hidden_size, config.vocab_size * config.hidden_size
@@ -153,10 +152,10 @@ def footprint(
     layers = config.num_hidden_layers * layer
     kv_bytes = config.num_hidden_layers * _kv_values(config) * kv_size
     drafter: dict[str, Any] = {}
-    if adapter is not None:
-        trained = load_adapter_config(find_folder(adapter, "adapter"), config, exit_layer)
+    if trained is not None:
         shallow = trained.exit_layer * layer
         own = trained.parameters
+        own_size = _weight_size(trained.llama.dtype, loaded, where)
         kv_bytes += _kv_values(trained.llama) * kv_size
         drafted = None if trained.vocabulary is None else len(trained.vocabulary.tokens)
         rows = (drafted or config.vocab_size) * config.hidden_size
@@ -164,7 +163,7 @@ def footprint(
             "exit_layer": trained.exit_layer,
             "adapter_parameters": own,
             "draft_vocab_size": drafted,
-            "draft_step_bytes": (shallow + own + rows) * size,
+            "draft_step_bytes": (shallow + rows) * size + own * own_size,
             "verify_pass_bytes": (layers - shallow + head) * size,
             "drafting": _drafting(trained),
         }
@@ -184,6 +183,13 @@ def footprint(
         kv_bytes_per_token=kv_bytes,
         **drafter,
     )
+
+
+def _weight_size(stored: torch.dtype, rounded_to: torch.dtype, device: torch.device) -> int:
+    """Bytes of a weight as it is packed: on a CPU, FBGEMM keeps all that 16 bits hold in two."""
+    if device.type == "cpu" and _available(Layout.FP16):
+        return min(stored.itemsize, rounded_to.itemsize)
+    return kept_dtype(rounded_to, device).itemsize
 
 
 def _drafting(adapter: AdapterConfig) -> str:

@@ -19,7 +19,11 @@ Model = Annotated[
 ]
 Adapter = Annotated[
     str | None,
-    typer.Option(help="The adapter's folder or hub name; without one, prompt lookup drafts.", rich_help_panel=LOADING),
+    typer.Option(
+        help="The adapter's folder or hub name; by default the model's own ('smollm2' and 'demo' have one), and "
+        "prompt lookup drafts where there is none.",
+        rich_help_panel=LOADING,
+    ),
 ]
 ExitLayer = Annotated[
     int | None,
@@ -129,7 +133,7 @@ def _threshold(text: str) -> float | str:
 
 
 DraftConfidenceThreshold = Annotated[
-    float | None,
+    Any,  # a number, 'auto' or None; typer takes no union of two types
     typer.Option(
         parser=_threshold,
         metavar="<float|auto>",

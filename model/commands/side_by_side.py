@@ -1,6 +1,7 @@
 """A race drawn in a terminal: the text of plain decoding on the left, Kangaroo's on the right, coloured by origin."""
 
 import time
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.live import Live
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from ..evaluation.race import Race
 from ..results import Outcome
+from ..session import Writing
 from .show import DRAFTED_STYLE, PROMPT_LINES, PROMPT_STYLE, TARGET_STYLE
 
 SECONDS_A_PICTURE = 0.1
@@ -43,7 +45,7 @@ def show_race(console: Console, name: str, prompt: str, race: Race) -> None:
         console.print()  # where it is one, Live ends the line
 
 
-def _picture(race: Race, texts: dict) -> Table:  # type: ignore[type-arg]
+def _picture(race: Race, texts: Mapping[Writing, Text]) -> Table:
     columns = Table.grid(expand=True)
     columns.add_column(ratio=1)
     columns.add_column(ratio=1)

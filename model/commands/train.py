@@ -1,6 +1,5 @@
 """``kangaroo train``: train an adapter for a model."""
 
-import math
 import shlex
 import time
 from collections.abc import Container, Iterable, Mapping
@@ -143,6 +142,7 @@ def train(
     """
     began = time.perf_counter()  # the imports take their time, too
 
+    from ..evaluation.deadline import deadline_of
     from ..training.settings import TrainingSettings
     from ..training.trainer import train_adapters
     from .show import show_training, training_bars
@@ -176,7 +176,7 @@ def train(
     runs = settings.with_exits(exit_layer)
     try:
         with training_bars() as progress:
-            reports = train_adapters(runs, progress, began + 60 * minutes if minutes else math.inf)
+            reports = train_adapters(runs, progress, deadline_of(minutes, began))
     except KeyboardInterrupt as stopped:
         where = str(stopped) or "stopped outside of the steps; what an earlier run kept is still there"
         typer.echo(f"{where}. The same command goes on from there.", err=True)

@@ -76,7 +76,7 @@ class KangarooDrafter(Drafter):
         adapter: trained for it.
         persistent: on the kernels, draft in one launch (``draft_loop``) instead of kernel by kernel. The references
             still draft step by step, and so do an adapter with a deep state, a request with top-k or top-p, which need
-            a row of logits, and one with a threshold of ``auto``.
+            a row of logits, one with a threshold of ``auto``, and one whose loop the host leads (``Settings``).
 
     Raises:
         KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU.

@@ -58,18 +58,20 @@ class LookupMemory(AdapterMemory):
 class KangarooWithLookup(KangarooDrafter):
     """Drafts what followed the text's last tokens before, where that promises more than the adapter.
 
-    A match of m tokens is worth m drafts, up to the request's number; the adapter drafts up to the number of its own
-    configuration, or as ``auto`` finds best. The confidence of a looked-up token is how often such tokens stood lately.
+    A match of m tokens is worth m drafts, up to the request's number; the adapter drafts up to ``num_draft_steps``, or
+    as ``auto`` finds best. The confidence of a looked-up token is how often such tokens stood lately.
     The adapter catches up on what it did not draft.
 
     Args:
         target: the model.
         adapter: trained for it.
+        num_draft_steps: the most drafts a step that the adapter makes, 1 to 15; None takes its configuration's number.
     """
 
-    def __init__(self, target: Llama, adapter: DraftNetwork) -> None:
+    def __init__(self, target: Llama, adapter: DraftNetwork, num_draft_steps: int | None = None) -> None:
         super().__init__(target, adapter)
-        self.num_draft_steps, self.num_speculative_tokens = self.num_speculative_tokens, MAX_SPECULATIVE_TOKENS
+        self.num_draft_steps = self.num_speculative_tokens if num_draft_steps is None else num_draft_steps
+        self.num_speculative_tokens = MAX_SPECULATIVE_TOKENS
 
     def new_memory(self) -> LookupMemory:
         """The adapter's, and no experience."""

@@ -73,7 +73,7 @@ def check_draft(drafter: "Drafter", text: "TextState", draft: object, most: int)
     """Raise unless a draft has the form that verification goes on from."""
     name = type(drafter).__name__
     if not isinstance(draft, Draft) or not isinstance(draft.tokens, Tensor) or not isinstance(draft.hidden, Tensor):
-        raise KangarooError(f"{name}.propose gave {draft!r}; it must give a Draft whose tokens and hidden are tensors.")
+        raise KangarooError(f"{name}.propose must give a Draft whose tokens and hidden are tensors.")
     count, rows = len(draft.tokens), len(draft.hidden)
     if draft.parents is not None:
         parents = draft.parents

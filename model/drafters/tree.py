@@ -63,7 +63,7 @@ class TreeDrafter(KangarooDrafter):
     def __init__(self, target: Llama, adapter: DraftNetwork, rows: int) -> None:
         if not is_whole(rows) or not 1 <= rows <= MAX_SPECULATIVE_TOKENS:
             raise KangarooError(
-                f"draft_tree is {rows!r}; it must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}, or None."
+                f"draft_tree is {rows!r}; it must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}."
             )
         if adapter.state is not None:
             raise KangarooError("the adapter has a deep state, which is fed along a chain; leave draft_tree out.")

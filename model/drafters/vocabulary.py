@@ -6,8 +6,8 @@ and holds no weights: their rows are the target's own.
 """
 
 import json
-import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import DraftVocabulary
 
 from ..errors import KangarooError
+from ..files import write_text, write_whole
 from ..number import is_whole
 from ..target.checkpoint import DRAFT_VOCABULARY_FILE
 
@@ -76,13 +77,8 @@ def write_draft_vocabulary(folder: Path, tokens: Tensor) -> None:
 
     path, config = folder / DRAFT_VOCABULARY_FILE, folder / "config.json"
     values = json.loads(config.read_text(encoding="utf-8")) | {SIZE: len(tokens)}
-    for place in (path, config):
-        partial = place.with_name(f"{place.name}.partial")
-        if place is path:
-            save_file({TENSOR: tokens.sort().values.to("cpu", torch.int32)}, partial)
-        else:
-            partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, place)
+    write_whole(path, partial(save_file, {TENSOR: tokens.sort().values.to("cpu", torch.int32)}))
+    write_text(config, json.dumps(values, indent=2) + "\n")
 
 
 def most_frequent(counts: Tensor, size: int, always: Iterable[int] = ()) -> Tensor:

@@ -38,7 +38,9 @@ def read_way(values: Mapping[str, Any], path: Path) -> Way:
     """
     tree, lookup, most = values.get("draft_tree", 0), values.get("prompt_lookup", False), MAX_SPECULATIVE_TOKENS
     if not is_whole(tree) or not 0 <= tree <= most:
-        raise KangarooError(f"{path}: draft_tree is {tree!r}; it must be a whole number from 1 to {most}, 0 for none.")
+        raise KangarooError(
+            f"{path}: draft_tree is {tree!r}; it must be a whole number from 1 to {most}, or 0 for chains."
+        )
     if not isinstance(lookup, bool):
         raise KangarooError(f"{path}: prompt_lookup is {lookup!r}; it must be true or false.")
     if tree and lookup:
@@ -54,7 +56,9 @@ def choose_way(default: Way, draft_tree: int | None, prompt_lookup: bool | None,
     """
     most = MAX_SPECULATIVE_TOKENS
     if draft_tree is not None and (not is_whole(draft_tree) or not 0 <= draft_tree <= most):
-        raise KangarooError(f"draft_tree is {draft_tree!r}; it must be a whole number from 1 to {most}, 0 for chains.")
+        raise KangarooError(
+            f"draft_tree is {draft_tree!r}; it must be a whole number from 1 to {most}, or 0 for chains."
+        )
     if draft_tree:
         for name, given in (("persistent", persistent), ("prompt_lookup", prompt_lookup)):
             if given:

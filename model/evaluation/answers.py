@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KangarooError
+from ..files import write_text
 from ..results import Commit, Outcome
 from .questions import Question
 
@@ -129,13 +130,6 @@ class Answer:
         return cls(question, turns, [Difference(**entry) for entry in values["differences"]])
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever is killed meanwhile leaves the file before it."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 class AnswerFile:
     """A file of answers that grows by whole lines.
 
@@ -182,7 +176,7 @@ class AnswerFile:
         wanted = set(numbers)
         self.lines = {number: line for number, line in self.lines.items() if number in wanted}
         self.answers = {number: answer for number, answer in self.answers.items() if number in wanted}
-        write_whole(self.path, "".join(f"{line}\n" for line in self.lines.values()))
+        write_text(self.path, "".join(f"{line}\n" for line in self.lines.values()))
 
     def add(self, answer: Answer) -> None:
         """Append an answer."""

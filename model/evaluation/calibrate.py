@@ -7,7 +7,6 @@ then tried around the best of them.
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,9 +21,9 @@ from ..drafters.kangaroo_with_lookup import KangarooWithLookup
 from ..drafters.make import make_drafter
 from ..drafters.ways import CHAINS, Way
 from ..errors import KangarooError
+from ..files import write_text
 from ..kangaroo import Kangaroo
 from ..request import Settings
-from .plots import BLUE, DPI, INK, ORANGE, can_draw, new_axes
 
 Row = dict[str, float]
 """What was measured of one setting, by the names of the columns."""
@@ -52,42 +51,46 @@ class Calibration:
     finalists: int = 8
 
     def __post_init__(self) -> None:
-        _ = self.settings
+        for tried in self.chains:
+            _ = tried.settings(self.max_new_tokens)
 
     @property
-    def settings(self) -> list[Settings]:
+    def chains(self) -> list["Tried"]:
         """Every setting of chains, in the order in which they are tried."""
-        return [self.setting(length, threshold) for threshold in self.thresholds for length in self.lengths]
+        return [Tried(CHAINS, length, threshold) for threshold in self.thresholds for length in self.lengths]
 
-    def setting(self, length: int, threshold: float) -> Settings:
-        """A text's settings with a draft length and a threshold."""
-        return Settings(self.max_new_tokens, num_speculative_tokens=length, draft_confidence_threshold=threshold)
-
-    def beside(self, best: Settings, kangaroo: Kangaroo) -> list["Tried"]:
+    def beside(self, best: "Tried", kangaroo: Kangaroo) -> list["Tried"]:
         """The other ways, around the best setting of chains, as far as the pair can draft so."""
-        length, threshold = best.num_speculative_tokens or 1, best.draft_confidence_threshold
-        assert isinstance(threshold, float | int)
-        ways = [Way(prompt_lookup=True), *(Way(rows) for rows in self.trees)]
         found = []
-        for way in ways:
+        for way in (Way(prompt_lookup=True), *(Way(rows) for rows in self.trees)):
+            lengths = (best.length,) if way.prompt_lookup else sorted({best.length, max(self.lengths)})
+            thresholds = sorted({best.threshold, best.threshold / 2}, reverse=True)
+            tries = [Tried(way, length, threshold) for threshold in thresholds for length in lengths]
             try:
-                drafting(kangaroo, Tried(way, best))
+                drafting(kangaroo, tries[0])
             except KangarooError:  # the loop on the device, or the adapter, cannot
                 continue
-            lengths = (length,) if way.prompt_lookup else sorted({length, max(self.lengths)})
-            found += [
-                Tried(way, self.setting(each, lower))
-                for lower in sorted({threshold, threshold / 2}, reverse=True)
-                for each in lengths
-            ]
+            found += tries
         return found
 
 
 class Tried(NamedTuple):
-    """A way of drafting and a text's settings."""
+    """A way of drafting and its two numbers.
+
+    Attributes:
+        way: of drafting.
+        length: the most drafts a step that take draft steps; of a tree, the most that follow each other.
+        threshold: the confidence below which drafting stops.
+    """
 
     way: Way
-    settings: Settings
+    length: int
+    threshold: float
+
+    def settings(self, max_new_tokens: int) -> Settings:
+        """Of a text that is drafted so. A match may be as long as it is: beside lookup, the length is the adapter's."""
+        most = MAX_SPECULATIVE_TOKENS if self.way.prompt_lookup else self.length
+        return Settings(max_new_tokens, num_speculative_tokens=most, draft_confidence_threshold=self.threshold)
 
 
 def drafting(kangaroo: Kangaroo, tried: Tried) -> Kangaroo:
@@ -99,10 +102,12 @@ def drafting(kangaroo: Kangaroo, tried: Tried) -> Kangaroo:
     drafter = kangaroo.drafter
     if not isinstance(drafter, KangarooDrafter):
         raise KangarooError("no adapter is loaded; calibration is for adapters.")
-    made = make_drafter(kangaroo.target, drafter.adapter, tried.way, drafter.persistent)
-    if isinstance(made, KangarooWithLookup):
-        made.num_draft_steps = tried.settings.num_speculative_tokens or made.num_draft_steps
-    return Kangaroo(kangaroo.target, made, kangaroo.tokenizer, kangaroo.graphs, name=kangaroo.name)
+    target, adapter = kangaroo.target, drafter.adapter
+    if tried.way.prompt_lookup:
+        made: KangarooDrafter = KangarooWithLookup(target, adapter, tried.length)
+    else:
+        made = make_drafter(target, adapter, tried.way, drafter.persistent)
+    return Kangaroo(target, made, kangaroo.tokenizer, kangaroo.graphs, name=kangaroo.name)
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -120,28 +125,26 @@ def read_prompts(file: Path) -> list[str]:
     return texts
 
 
-def measure(kangaroo: Kangaroo, prompts: list[str], tried: Tried) -> Row:
+def measure(kangaroo: Kangaroo, prompts: list[str], tried: Tried, max_new_tokens: int) -> Row:
     """Speed over plain decoding, by the median and the mean over prompts, and acceptance."""
-    way, settings = tried
-    kangaroo = drafting(kangaroo, tried)
-    if way.prompt_lookup:  # the number is the adapter's then; a match may be as long as it is
-        settings = replace(settings, num_speculative_tokens=MAX_SPECULATIVE_TOKENS)
+    kangaroo, settings = drafting(kangaroo, tried), tried.settings(max_new_tokens)
+    undrafted = replace(settings, plain=True)
     # what a setting needs for the first time (binaries, captured graphs) is not its speed; a graph serves some lengths
     first = sorted(prompts, key=len, reverse=True) if kangaroo.target.backend.resident else prompts[:1]
     for prompt in first:
-        for each in (replace(settings, plain=True), settings):
+        for each in (undrafted, settings):
             kangaroo.generate(prompt, each)
     ratios, lengths = [], []
     for prompt in prompts:
-        plain = kangaroo.generate(prompt, max_new_tokens=settings.max_new_tokens, plain=True).stats
+        plain = kangaroo.generate(prompt, undrafted).stats
         drafted = kangaroo.generate(prompt, settings).stats
         ratios.append(drafted.tokens_per_second / plain.tokens_per_second)
         lengths.append(drafted.mean_acceptance_length)
     return {
-        "draft_tree": way.draft_tree,
-        "prompt_lookup": way.prompt_lookup,
-        "num_speculative_tokens": tried.settings.num_speculative_tokens or 0,
-        "draft_confidence_threshold": float(tried.settings.draft_confidence_threshold or 0),
+        "draft_tree": tried.way.draft_tree,
+        "prompt_lookup": tried.way.prompt_lookup,
+        "num_speculative_tokens": tried.length,
+        "draft_confidence_threshold": tried.threshold,
         "speedup": round(statistics.median(ratios), 4),
         "mean_speedup": round(statistics.fmean(ratios), 4),
         "mean_acceptance_length": round(statistics.fmean(lengths), 4),
@@ -166,13 +169,13 @@ def calibrate(
         for tried in tries:
             if time.perf_counter() > deadline:
                 break
-            done.append((tried, measure(kangaroo, texts, tried)))
+            done.append((tried, measure(kangaroo, texts, tried, plan.max_new_tokens)))
             report(stage, len(done), len(tries), f"{done[-1][1]['mean_acceptance_length']:.2f} tokens a step")
         return best_first(done)
 
-    first = measured("calibrating", [Tried(CHAINS, settings) for settings in plan.settings], prompts)
+    first = measured("calibrating", plan.chains, prompts)
     if first:
-        first += measured("other ways", plan.beside(first[0][0].settings, kangaroo), prompts)
+        first += measured("other ways", plan.beside(first[0][0], kangaroo), prompts)
         first = best_first(first)
     finals = measured("the best again", [tried for tried, _ in first[: plan.finalists]], prompts * 3)
     again = [tried for tried, _ in finals]
@@ -189,32 +192,11 @@ def kind_of(row: Row) -> str:
     return "trees" if row["draft_tree"] else str(Way(prompt_lookup=bool(row["prompt_lookup"])))
 
 
-def draw_frontier(file: Path, table: list[Row]) -> bool:
-    """Draw tokens a step over what a step costs, in plain steps; False without matplotlib, an optional package.
-
-    What lies above the dotted line is faster than plain decoding.
-    """
-    if not can_draw():
-        return False
-    figure, axes = new_axes(4.5)
-    for kind, color, marker in (("chains", BLUE, "o"), ("chains and lookup", ORANGE, "D"), ("trees", INK, "^")):
-        rows = [row for row in table if kind_of(row) == kind]
-        points = [(row["mean_acceptance_length"] / row["mean_speedup"], row["mean_acceptance_length"]) for row in rows]
-        if points:
-            axes.scatter(*zip(*points, strict=True), color=color, marker=marker, s=22, label=kind)
-    cost, tokens = table[0]["mean_acceptance_length"] / table[0]["mean_speedup"], table[0]["mean_acceptance_length"]
-    note = f"{table[0]['mean_speedup']:.2f}x plain"
-    axes.annotate(note, (cost, tokens), (8, -4), textcoords="offset points", fontweight="bold")
-    low, high = (of(*axes.get_xlim(), *axes.get_ylim()) for of in (min, max))
-    axes.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle=":", label="as fast as plain decoding")
-    axes.set(xlabel="what a step costs, in steps of plain decoding", ylabel="tokens a step")
-    axes.legend(frameon=False)
-    figure.savefig(file, dpi=DPI)
-    return True
-
-
 def write_defaults(adapter: Path, table: list[Row]) -> None:
-    """Make the table's first row the adapter's defaults, and keep the table they come from."""
+    """Make the table's first row the adapter's defaults, and keep the table they come from.
+
+    The table is written first: whoever is killed meanwhile leaves no defaults without one.
+    """
     path = adapter / "config.json"
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     for name in ("num_speculative_tokens", "draft_confidence_threshold"):
@@ -224,7 +206,5 @@ def write_defaults(adapter: Path, table: list[Row]) -> None:
         if table[0][name]:
             values[name] = table[0][name]
     values["calibrated"] = True  # from now on they are where draft_confidence_threshold="auto" begins
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    (adapter / "calibration.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    write_text(adapter / "calibration.json", json.dumps(table, indent=1) + "\n")
+    write_text(path, json.dumps(values, indent=2) + "\n")

@@ -1,7 +1,6 @@
 """Every question is answered plainly and with drafts, in one run, and the answers are kept as they come."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, zip_longest
@@ -9,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KangarooError
+from ..files import write_text
 from ..kangaroo import Kangaroo
 from ..request import Settings
 from ..results import Commit, Progress
 from ..session import Writing
-from .answers import Answer, AnswerFile, Difference, Turn, write_whole
+from .answers import Answer, AnswerFile, Difference, Turn
 from .questions import Conversation, Question
 from .race import Race, warm_up
 
@@ -24,19 +24,6 @@ LIKELY = 20
 
 Way = Callable[[list[int], Settings], Turn]
 """Another way of decoding: from a prompt's tokens to the answer."""
-
-
-def deadline_of(minutes: float | None, began: float) -> float:
-    """When the time is over, as ``time.perf_counter`` counts; never without ``minutes``.
-
-    Raises:
-        KangarooError: minutes that are no time.
-    """
-    if minutes is None:
-        return math.inf
-    if not 0 < minutes < math.inf:
-        raise KangarooError(f"minutes is {minutes!r}; it must be a finite number above 0.")
-    return began + 60 * minutes
 
 
 class Run:
@@ -109,7 +96,7 @@ class Run:
         model = Path(str(self.settings["model"])).name
         self.files = {way: AnswerFile(self.out / f"{way}.jsonl", f"{model}-{way}", self.questions) for way in ways}
         self.out.mkdir(parents=True, exist_ok=True)
-        write_whole(self.out / "run.json", json.dumps(self.settings, indent=1) + "\n")
+        write_text(self.out / "run.json", json.dumps(self.settings, indent=1) + "\n")
         whole = set.intersection(*(set(file.lines) for file in self.files.values()))
         for file in self.files.values():
             file.keep(whole)

@@ -17,6 +17,7 @@ from ..loop.threads import fastest_thread_count, threads
 from ..named import find_pair
 from ..request import Settings
 from ..target.hub import GGUF, find_model
+from ..text import decode
 from .answers import Turn
 
 TRANSFORMERS, ASSISTED = "transformers", "transformers-assisted"
@@ -55,7 +56,7 @@ class TransformersWay:
             )
             tokens = whole[0, len(prompt) :].tolist()
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
-        text = self.kangaroo.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = decode(self.kangaroo.tokenizer, tokens)
         return Turn(text, tokens, *steps_of(passes, len(prompt), len(tokens)), 0.0, wall, processor)
 
 

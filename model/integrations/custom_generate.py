@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backend import load_backend
 from ..drafters.adapter import Adapter
-from ..drafters.kangaroo import KangarooDrafter
+from ..drafters.make import make_drafter
 from ..errors import KangarooError
 from ..kangaroo import Kangaroo
 from ..load import resolve_device, resolve_dtype
@@ -196,6 +196,6 @@ def _kangaroo(model: Any, adapter: str | Path) -> Kangaroo:
         source = "the model"
         weights = load_target(model.state_dict().items(), config, device, dtype, backend.layout, source)
         target = Llama(config, weights, backend)
-        drafter = KangarooDrafter(target, Adapter.load(find_folder(adapter, "adapter"), target))
-        loaded[str(adapter)] = Kangaroo(target, drafter)
+        trained = Adapter.load(find_folder(adapter, "adapter"), target)
+        loaded[str(adapter)] = Kangaroo(target, make_drafter(target, trained, trained.config.way))
     return loaded[str(adapter)]

@@ -43,7 +43,7 @@ def export_drafter(
 
     Args:
         model: the target: a folder, a GGUF file, a hub name, or a model with a name of its own.
-        adapter: its adapter's folder or hub name; None takes the bundled pair's own.
+        adapter: its adapter's folder or hub name; None takes the model's own (``smollm2`` and ``demo`` have one).
         out: a new or empty folder.
         exit_layer: overrides the adapter's own.
 

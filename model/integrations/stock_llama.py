@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..drafters.adapter import AdapterConfig, load_adapter_config
+from ..drafters.adapter import AdapterConfig
 from ..errors import KangarooError
-from ..load import open_model
+from ..load import open_pair
 from ..named import find_pair
 from ..target.checkpoint import Checkpoint, read_tensors
 from ..target.config import LlamaConfig
-from ..target.hub import find_folder
 from .heads import Heads, common_heads, spread
 from .stock_folder import stock_config, stock_tensors
 
@@ -44,12 +43,12 @@ class Pair:
         Raises:
             KangarooError: no adapter, one of another model, or an exit layer that the target does not have.
         """
-        model, adapter = find_pair(model, adapter)
-        if adapter is None:
+        if find_pair(model, adapter)[1] is None:  # before anything is downloaded
             raise KangarooError("no adapter was given; give the folder or the hub name of one.")
-        checkpoint = open_model(model)
-        adapter_folder = find_folder(adapter, "adapter")
-        return cls(checkpoint, adapter_folder, load_adapter_config(adapter_folder, checkpoint.config, exit_layer))
+        checkpoint, folder, trained = open_pair(model, adapter, exit_layer)
+        assert folder is not None
+        assert trained is not None
+        return cls(checkpoint, folder, trained)
 
     @property
     def target(self) -> Path:

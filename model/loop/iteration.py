@@ -51,7 +51,7 @@ class Iteration:
         request = replace(request, sampling=sampling)
         self.target, self.drafter, self.text, self.runner = target, drafter, text, runner
         self.longest = 0 if drafter is None else request.max_drafts
-        self.auto = drafter is not None and request.auto_on_the_device
+        self.auto = drafter is not None and request.auto_on_device
         self.first_layer = 0 if drafter is None else drafter.first_layer
         tree = drafter is not None and drafter.draft_tree > 0
         self.max_drafts = drafter.rows(self.longest) if drafter is not None and tree else self.longest

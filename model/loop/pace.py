@@ -329,9 +329,9 @@ def pace_of(request: Request, drafter: Drafter, paces: Paces, on_the_device: boo
     at_hand = Limits(request.max_drafts, request.threshold)
     steps = drafter.num_draft_steps or request.max_drafts
     own = Limits(min(steps, request.max_drafts), request.threshold)
-    if not request.auto:
+    if not request.auto_drafts:
         return Fixed(own, at_hand)
-    most = own.most if on_the_device else request.auto
+    most = own.most if on_the_device else request.auto_drafts
     latest = paces.get(kind := (own, at_hand, most, on_the_device))
     pace = paces[kind] = Auto(own, most, at_hand) if latest is None else latest.again()
     return pace

@@ -40,6 +40,8 @@ class Checkpoint:
         tensors: gives every tensor under transformers' name, one at a time.
         tokenizer: loads the tokenizer; gives None where there is none.
         adjacent_pairs: whether query and key rows already lie in the runtime's order (``load_target``).
+        quantized: whether weights are stored in blocks, whose numbers are exact in float32 alone; ``config.dtype`` is
+            then what a GPU rounds them to.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Checkpoint:
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     tokenizer: Callable[[], Any]
     adjacent_pairs: bool = False
+    quantized: bool = False
 
 
 def open_folder(folder: Path) -> Checkpoint:

@@ -93,6 +93,7 @@ def open_gguf(path: Path) -> Checkpoint:
         tensors=partial(_tensors, file),
         tokenizer=partial(_tokenizer, file),
         adjacent_pairs=architecture.adjacent_pairs,
+        quantized=not _kinds(file) <= set(VALUES),
     )
 
 
@@ -137,9 +138,14 @@ def _end_tokens(metadata: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
+def _kinds(file: GGUFFile) -> set[GGMLQuantizationType]:
+    """What the matrices are stored in."""
+    return {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
+
+
 def _stored_dtype(file: GGUFFile) -> str:
     """In which a GPU keeps the weights: the file's own; bfloat16 for blocks, whose range fits every model."""
-    kinds = {tensor.kind for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    kinds = _kinds(file)
     if kinds <= {GGMLQuantizationType.F32, GGMLQuantizationType.F64}:
         return "float32"
     return "float16" if kinds <= set(VALUES) and GGMLQuantizationType.BF16 not in kinds else "bfloat16"

@@ -1,9 +1,9 @@
 """The adapter as PyTorch modules, and as the folder that the runtime loads."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import KangarooError
+from ..files import write_text, write_whole
 from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, parse_config
 from ..target.hub import find_folder
@@ -189,9 +190,5 @@ def save_adapter(out: Path, values: dict[str, Any], adapter: TrainableAdapter, d
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in adapter.state_dict().items()}
-    partial = out / "model.safetensors.partial"
-    save_file(state, partial, metadata={"format": "pt"})
-    os.replace(partial, out / "model.safetensors")
-    partial = out / "config.json.partial"
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(partial, out / "config.json")
+    write_whole(out / "model.safetensors", partial(save_file, state, metadata={"format": "pt"}))
+    write_text(out / "config.json", json.dumps(values, indent=2) + "\n")

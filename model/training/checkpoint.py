@@ -1,11 +1,9 @@
 """What a training run keeps in its folder, so that it can go on after it was stopped, or be extended."""
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +14,6 @@ from .settings import TrainingSettings
 STATE_FILE = "training_state.pt"
 REPORT_FILE = "training.json"
 """Written when all is done, scoring included."""
-
-
-def write_atomically(path: Path, content: Any) -> None:
-    """``torch.save`` that leaves either the old file or the new one."""
-    partial = path.with_suffix(".partial")
-    torch.save(content, partial)
-    os.replace(partial, path)
 
 
 def read_state(settings: TrainingSettings) -> dict[str, Any] | None:

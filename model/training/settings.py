@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import KangarooError
+from ..evaluation.deadline import deadline_of
 
 ProgressReport = Callable[[str, int, int, str], None]
 """How training tells what it is doing: ``(stage, done, total, note)``, after every step."""
@@ -111,7 +112,7 @@ class TrainingSettings:
             raise KangarooError(f"learning_rate is {self.learning_rate!r}; it must be above 0 and below 1.")
         if not 0 <= self.total_variation <= 1:
             raise KangarooError(f"total_variation is {self.total_variation!r}; it must be a number from 0 to 1.")
-        check_minutes(self.minutes)
+        _ = deadline_of(self.minutes, began=0.0)
         if self.tensorboard and find_spec("tensorboard") is None:
             raise KangarooError("tensorboard is not installed; pip install tensorboard, or leave --tensorboard out.")
         if not self.data:
@@ -160,9 +161,3 @@ class TrainingSettings:
         defaults = {field.name: field.default for field in fields(self)}
         named = {name: value for name, value in asdict(self).items() if name not in free and value != defaults[name]}
         return json.dumps(named, default=str, sort_keys=True)
-
-
-def check_minutes(minutes: float | None) -> None:
-    """Raise unless the minutes are None or a time."""
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise KangarooError(f"minutes is {minutes!r}; it must be a finite number above 0.")

@@ -1,6 +1,7 @@
 """The target's lessons for the windows of a run: made when a step first asks for one, then kept for the next steps."""
 
 import mmap
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .checkpoint import write_atomically
+from ..files import write_whole
 from .data import Window
 from .teacher import Lesson, Teacher, bytes_per_token
 
@@ -88,7 +89,7 @@ class Lessons:
         made = dict(enumerate(self.teacher.lessons(tokens), first))
         if self.folder:
             for index, lesson in made.items():
-                write_atomically(self._file(index), tuple(part.cpu() for part in lesson))
+                write_whole(self._file(index), partial(torch.save, tuple(part.cpu() for part in lesson)))
             self.kept = made
             return
         for index in [*self.kept][: max(0, len(self.kept) - self.capacity)]:

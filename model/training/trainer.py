@@ -7,6 +7,7 @@ ones, whose lessons are kept (``states.py``).
 import json
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from ..drafters.vocabulary import write_draft_vocabulary
 from ..errors import KangarooError
+from ..evaluation.deadline import deadline_of
+from ..files import write_text, write_whole
 from ..load import resolve_device, resolve_dtype
 from .adapter_module import TrainableAdapter, save_adapter
 from .card import write_card
-from .checkpoint import REPORT_FILE, STATE_FILE, stop_between_steps, write_atomically
+from .checkpoint import REPORT_FILE, STATE_FILE, stop_between_steps
 from .data import Window
 from .draft_vocabulary import count_tokens, draft_tokens
 from .losses import DraftLoss
@@ -177,7 +180,7 @@ class AdapterTraining:
             "adapter": self.adapter.state_dict(),
             "optimizers": self.optimizers.state_dict(),
         } | {name: getattr(self, name) for name in ("step", "positions", "elapsed", "losses")}
-        write_atomically(self.settings.out / STATE_FILE, state)
+        write_whole(self.settings.out / STATE_FILE, partial(torch.save, state))
 
     def finish(self) -> dict[str, Any]:
         """Write the adapter; return what its report says of the training."""
@@ -266,7 +269,7 @@ def train_adapters(
         KeyboardInterrupt: Ctrl-C came; the same settings go on from the step that was reached.
     """
     began, leader = time.perf_counter(), runs[0]
-    deadline = min(deadline, math.inf if leader.minutes is None else began + leader.minutes * 60)
+    deadline = min(deadline, deadline_of(leader.minutes, began))
     device = resolve_device(leader.device)
     plans = [read_plan(leader)]
     plans += [read_plan(settings, plans[0].corpus) for settings in runs[1:]]
@@ -300,7 +303,7 @@ def train_adapters(
         by = deadline - reserve * (1 - place / len(runs)) / 2
         report.update(decode_held_out(plan, settings, progress, by))
         write_card(settings, report)
-        (settings.out / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n")
+        write_text(settings.out / REPORT_FILE, json.dumps(report, indent=1) + "\n")
     return reports
 
 

@@ -8,7 +8,6 @@ the next.
 """
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,13 +17,15 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import KangarooError
+from ..evaluation.deadline import deadline_of
 from ..evaluation.loops import looping_tokens
 from ..load import resolve_device
+from ..text import decode
 from .conversations import ChatTemplate, Turn
 from .data import join_texts
 from .plan import TargetFiles, find_target
 from .records import Message, read_records, read_text
-from .settings import ProgressReport, check_minutes
+from .settings import ProgressReport
 from .teacher import Teacher
 
 ASKING: dict[str, Any] = {"temperature": 1.0, "top_k": 200}
@@ -78,7 +79,7 @@ class WritingSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise KangarooError(f"{name} is {value!r}; it must be a whole number of at least {low}.")
-        check_minutes(self.minutes)
+        _ = deadline_of(self.minutes, began=0.0)
         if self.prompts and self.system_prompts:
             raise KangarooError(
                 "system prompts are for questions that the model asks itself; leave them or prompts out."
@@ -136,10 +137,9 @@ class Prompt(NamedTuple):
     def record(self, answer: list[int], tokenizer: Any) -> dict[str, Any]:
         """The whole, as a line of the file."""
         if self.messages is None:
-            text = tokenizer.decode([*self.tokens, *answer], skip_special_tokens=True)
-            return {"text": text, "number": self.number}
-        content = tokenizer.decode(answer, skip_special_tokens=True)
-        return {"messages": [*self.messages, {"role": "assistant", "content": content}], "number": self.number}
+            return {"text": decode(tokenizer, [*self.tokens, *answer]), "number": self.number}
+        message = {"role": "assistant", "content": decode(tokenizer, answer)}
+        return {"messages": [*self.messages, message], "number": self.number}
 
 
 class Prompts:
@@ -194,7 +194,7 @@ class Prompts:
         turns = [self.turns[at % len(self.turns)] for at in range(count)]
         rows = teacher.write([turn.tokens for turn in turns], most, self.target.ends, **ASKING)
         for turn, tokens in zip(turns, rows, strict=True):
-            question = self.target.tokenizer.decode(tokens, skip_special_tokens=True)
+            question = decode(self.target.tokenizer, tokens)
             question, ended, _ = question.partition(turn.after) if turn.after else (question, "", "")
             question = question.strip()
             if not question or (len(tokens) == most and not ended):
@@ -229,7 +229,7 @@ def write_data(settings: WritingSettings, progress: ProgressReport = lambda *_: 
     prompts = Prompts(settings, target, counts)
     number = _take_stock(settings.out, prompts)
     teacher = Teacher(target.path, resolve_device(settings.device), torch.bfloat16)
-    end = math.inf if settings.minutes is None else began + settings.minutes * 60
+    end = deadline_of(settings.minutes, began)
     longest, barren = 0.0, 0
     while counts.texts < settings.texts and barren < BARREN_GROUPS:
         now = time.perf_counter()

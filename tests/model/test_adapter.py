@@ -154,7 +154,7 @@ def test_an_adapter_with_a_deep_state(mlp: bool, tmp_path: Path) -> None:
 def test_exit_layer_from_the_file_or_the_caller(exit_layer: int, named: bool, tmp_path: Path) -> None:
     target = make_target(tmp_path / "target", std=0.15)
     adapter = make_adapter(tmp_path / "adapter", target, exit_layer=exit_layer if named else None, std=0.15)
-    kangaroo = Kangaroo.from_pretrained(target, adapter, None if named else exit_layer, device="cpu")
+    kangaroo = Kangaroo.from_pretrained(target, adapter, exit_layer=None if named else exit_layer, device="cpu")
     assert kangaroo.drafter is not None
     assert kangaroo.drafter.first_layer == exit_layer
     assert_draft_parity(target, adapter, exit_layer, kangaroo)

@@ -395,7 +395,7 @@ def test_what_a_request_says(tmp_path, pair):
 
     def numbers(kangaroo: Kangaroo, **settings: Any) -> tuple[int, float, int]:
         request = kangaroo.resolve([1], Settings(max_new_tokens=9, **settings))
-        return request.max_drafts, request.threshold, request.auto
+        return request.max_drafts, request.threshold, request.auto_drafts
 
     assert numbers(calibrated) == (3, 0.25, 15)
     assert numbers(calibrated, num_speculative_tokens=2) == (2, 0.25, 0)

@@ -362,7 +362,7 @@ def test_adapter_of_another_model(
 @pytest.mark.parametrize("exit_layer", [0, 4, -1, 99, 1.0, "2", True, [1]])
 def test_exit_layer_out_of_range(exit_layer: Any, checkpoint: Path, adapter_folder: Path) -> None:
     words = ("exit_layer", repr(exit_layer), "1 to 3")
-    refuse(lambda: Kangaroo.from_pretrained(checkpoint, adapter_folder, exit_layer), *words)
+    refuse(lambda: Kangaroo.from_pretrained(checkpoint, adapter_folder, exit_layer=exit_layer), *words)
     change_config(adapter_folder, exit_layer=exit_layer)
     refuse(lambda: Kangaroo.from_pretrained(checkpoint, adapter_folder), *words)
 

@@ -1,6 +1,7 @@
 """``kangaroo calibrate``: what it measures, what it writes, and what it refuses before it loads anything."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Pair
 
-from kangaroo_kernels import Kangaroo, KangarooError, Settings
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.commands import cli
 from kangaroo_kernels.model.drafters.ways import CHAINS
 from kangaroo_kernels.model.evaluation.calibrate import (
@@ -50,7 +51,7 @@ def test_both_ways_are_warm_before_they_are_timed(pair: Pair, monkeypatch: pytes
         return generate(self, prompt, *([] if settings is None else [settings]), **keywords)
 
     monkeypatch.setattr(Kangaroo, "generate", note)
-    measure(kangaroo, ["ABC", "BCA"], Tried(CHAINS, Settings(4)))
+    measure(kangaroo, ["ABC", "BCA"], Tried(CHAINS, 3, 0.5), 4)
     assert asked == [True, False] + 2 * [True, False]
 
 
@@ -114,6 +115,27 @@ def test_what_wins_becomes_the_default(pair: Pair, tmp_path: Path) -> None:
         (adapter / "config.json").write_text(json.dumps(values | wrong))
         with pytest.raises(KangarooError, match=words):
             drafter()
+
+
+def test_defaults_are_for_a_folder_and_come_behind_their_table(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.json").write_text('["ABC"]')
+    command = ["--model", "nowhere", "--adapter", "owner/name", "--prompts", tmp_path / "prompts.json", "--write"]
+    assert run(monkeypatch, *command) == 2
+    assert "'owner/name' is none" in capsys.readouterr().err, "hours of measuring would be lost"
+    adapter = shutil.copytree(pair.adapter, tmp_path / "adapter")
+    before, replace = (adapter / "config.json").read_text(), os.replace
+
+    def killed(source: Path, to: Path) -> None:
+        replace(source, to) if to.name == "calibration.json" else pytest.fail("killed")
+
+    monkeypatch.setattr(os, "replace", killed)
+    row = {"num_speculative_tokens": 3, "draft_confidence_threshold": 0.25, "draft_tree": 0, "prompt_lookup": False}
+    with pytest.raises(pytest.fail.Exception):
+        write_defaults(adapter, [row])
+    assert (adapter / "config.json").read_text() == before
+    assert json.loads((adapter / "calibration.json").read_text()) == [row]
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "[1]", "no JSON", None])

@@ -89,6 +89,13 @@ def test_numpys_numbers_are_numbers(folder):
             Settings(max_new_tokens=1, **wrong)
 
 
+def test_settings_beside_the_first_are_given_by_name(folder):
+    with pytest.raises(TypeError, match="positional"):
+        Kangaroo.from_pretrained(folder, None, 2)
+    with pytest.raises(TypeError, match="positional"):
+        Settings(3, 0.5)
+
+
 def test_rows_of_tokens(folder):
     kangaroo = load(folder)
     wanted = kangaroo.generate(PROMPT, max_new_tokens=5, plain=True).tokens

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Pair
-from pairs import with_vocabulary
+from pairs import make_adapter, make_target, with_vocabulary
 
 from kangaroo_kernels import KangarooError
 from kangaroo_kernels.model.integrations.custom_generate import generate
@@ -107,6 +107,18 @@ def test_the_folder_holds_a_draft_vocabulary(pair: Pair, tmp_path: Path) -> None
     export_for_transformers(pair.target, with_vocabulary(pair.adapter, tmp_path / "some", range(9)), folder)
     drafter = Kangaroo.from_pretrained(folder, folder / "adapter").drafter
     assert drafter.adapter.head.vocabulary.tokens.tolist() == [*range(9)]
+
+
+@pytest.mark.parametrize("way", [{"prompt_lookup": True}, {"draft_tree": 7}])
+def test_an_adapter_drafts_in_its_own_way(tmp_path: Path, way: dict[str, Any]) -> None:
+    from kangaroo_kernels import Kangaroo
+
+    target = make_target(tmp_path / "target", std=0.1)  # its text repeats itself, which lookup drafts
+    adapter = make_adapter(tmp_path / "adapter", target, exit_layer=2, copy_layer=2, **way)
+    streamer = Listener()
+    generate(in_transformers(target), adapter, PROMPT, max_new_tokens=NEW, streamer=streamer)
+    steps = Kangaroo.from_pretrained(target, adapter).progress(PROMPT[0], max_new_tokens=NEW)
+    assert streamer.got[1:] == [step.commit.tokens for step in steps]
 
 
 def test_what_ends_a_text_ends_it_as_in_transformers(

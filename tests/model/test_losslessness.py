@@ -53,7 +53,7 @@ def kangaroos(pair, tmp_path_factory) -> dict[tuple[str, int], Kangaroo]:
     with_mlp = make_adapter(tmp_path_factory.mktemp("mlp"), pair.target, exit_layer=1, copy_layer=3, mlp=True)
     adapters = {"random": random_adapter, "copied": pair.adapter, "with an MLP": with_mlp}
     return {
-        (kind, exit_layer): Kangaroo.from_pretrained(pair.target, folder, exit_layer)
+        (kind, exit_layer): Kangaroo.from_pretrained(pair.target, folder, exit_layer=exit_layer)
         for kind, folder in adapters.items()
         for exit_layer in (1, 2, 3)
     }
