@@ -23,7 +23,13 @@ from kangaroo_kernels.draft_loop.stages import (
     TABLE_WORDS,
     VALUES_AT,
 )
-from kangaroo_kernels.launch_config import LaunchConfig, launch_config
+from kangaroo_kernels.launch_config import (
+    DEFAULT_ARCHITECTURE,
+    LaunchConfig,
+    architecture_file,
+    launch_config,
+    pick,
+)
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.qkv_rope import phases_of
 from kangaroo_kernels.shared.attend import TILE_BYTES
@@ -152,14 +158,32 @@ def matrix_of(
     return matrix, bias
 
 
-def resident_programs(x: Tensor, config: LaunchConfig, shapes: tuple[BlockShape, ...]) -> int:
-    """Programs of the grid: as many as fit at once, at most ``config.programs_per_sm``; one in the interpreter."""
+def architecture_of(x: Tensor) -> int:
+    """90 for sm_90; the interpreter's on a CPU."""
+    return DEFAULT_ARCHITECTURE if x.device.type == "cpu" else int(driver.active.get_current_target().arch)
+
+
+def tile_width(x: Tensor, op: str, n: int, k: int) -> int:
+    """``block_n`` of an operation in the file of the architecture, whatever a GPU's own file says.
+
+    A tuned rule was measured on the operation's own kernel. In this one, which has the tiles of all stages, it could
+    take more shared memory or registers than leave room for two programs on an SM.
+    """
+    files = (architecture_file(architecture_of(x)),)
+    return pick(files, op, n, k, str(x.dtype).removeprefix("torch.")).block_n
+
+
+def resident_programs(x: Tensor, config: LaunchConfig, shapes: tuple[BlockShape, ...], weight_rows: int) -> int:
+    """Programs of the grid: as many as fit at once, at most ``config.programs_per_sm``; one in the interpreter.
+
+    ``weight_rows`` are those of the largest tile.
+    """
     if x.device.type != "cuda":
         return 1
     device = torch.cuda.get_device_properties(x.device)
-    # a pipeline stage holds 32 weight rows, 16 rows of x and the norm's weight; attention holds the queries and two
-    # tiles each of keys and values
-    weights = (config.num_stages - 1) * (3 * MAX_ROWS + 1) * K_STEP_BYTES.value
+    # a pipeline stage holds a tile of the weight, 16 rows of x and the norm's weight; attention holds the queries and
+    # two tiles each of keys and values
+    weights = (config.num_stages - 1) * (weight_rows + MAX_ROWS + 1) * K_STEP_BYTES.value
     tiles = ((each.tile, each.itemsize) for each in shapes)
     caches = max((4 * TILE_BYTES.value + rows * itemsize) * cols for (rows, cols), itemsize in tiles)
     fit = device.shared_memory_per_multiprocessor // (max(weights, caches) + SPARE_SHARED)
@@ -170,7 +194,7 @@ def gpu_options(x: Tensor) -> dict[str, Any]:
     """Options of the launch: it starts only if all programs can be resident, no register spills, no bit differs."""
     if x.device.type == "cpu":
         return {}
-    sparing = driver.active.get_current_target().arch >= SPARING_FROM
+    sparing = architecture_of(x) >= SPARING_FROM
     registers = {"maxnreg": SPARING_REGISTERS, "ptx_options": "--register-usage-level 0"} if sparing else {}
     return {"launch_cooperative_grid": True, "maxnreg": MAX_REGISTERS, **UNFUSED, **registers}
 
@@ -216,17 +240,21 @@ class DraftLoop:
         self._fill_table(x)
 
         self.config = launch_config("draft_loop", vocab_size, K, x)
+        qkv_n = tile_width(x, "qkv_rope", self.shape.qkv_rows, K)
+        linear_n, gate_up_n = tile_width(x, "linear_residual", K, inner), tile_width(x, "gate_up", inner, K)
+        head_n = {op: tile_width(x, op, vocab_size, K) for op in ("top1_head", "sample_head")}
         self.constants = {
             **self.biased,
             **self.shape.tiles(),
             **self.adapter_shape.tiles("ADAPTER_"),
             "ADAPTER_MLP": model.adapter.mlp is not None,
-            "QKV_N": launch_config("qkv_rope", self.shape.qkv_rows, K, x).block_n,
-            "LINEAR_N": launch_config("linear_residual", K, inner, x).block_n,
-            "GATE_UP_N": launch_config("gate_up", inner, K, x).block_n,
+            "QKV_N": qkv_n,
+            "LINEAR_N": linear_n,
+            "GATE_UP_N": gate_up_n,
         }
         self.gpu_options = gpu_options(x)
-        self.grid = self.programs = programs or resident_programs(x, self.config, shapes)
+        weight_rows = max(qkv_n, linear_n, 2 * gate_up_n, *head_n.values())
+        self.grid = self.programs = programs or resident_programs(x, self.config, shapes, weight_rows)
 
         def empty(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=x.device)
@@ -238,8 +266,7 @@ class DraftLoop:
         self.sums = empty(splits, 2, queries, dtype=torch.float32)
         self.stats = empty(splits, 2, heads, 2, dtype=torch.float32)
         self.heads = []
-        for op in ("top1_head", "sample_head"):
-            block_n = launch_config(op, vocab_size, K, x).block_n
+        for op, block_n in head_n.items():
             results = TileResults(1, triton.cdiv(vocab_size, block_n), x.device, sampled=op == "sample_head")
             self.heads.append((block_n, results))
         kv_heads = max(each.kv_heads for each in shapes)

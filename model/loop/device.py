@@ -1,5 +1,6 @@
 """The decode loop that is resident on the device: the host launches ahead and reads afterwards what was committed."""
 
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 
@@ -29,6 +30,7 @@ class Paced:
         self._confidences = Mailbox(iteration.buffers.drafts.confidence, slots)
         self._at_hand = Mailbox(iteration.buffers.at_hand, slots)
         self._watch = Stopwatch(iteration.runner.device)
+        self._prepared: deque[bool] = deque()  # of the iterations that nobody has read of
         self._sent: Limits | None = None
 
     def begin(self) -> None:
@@ -39,9 +41,10 @@ class Paced:
             self._sent = limits
         self._watch.mark()
 
-    def end(self) -> None:
-        """It was launched."""
+    def end(self, prepared: bool) -> None:
+        """It was launched; ``prepared`` as ``GraphRunner.run`` returned."""
         self._watch.mark()
+        self._prepared.append(prepared)
         self._confidences.post()
         self._at_hand.post()
 
@@ -49,7 +52,8 @@ class Paced:
         """What an iteration committed was read."""
         head, confidences, seconds = Record(*record[:RECORD_HEAD]), self._confidences.read(), self._watch.read()
         at_hand = any(self._at_hand.read())
-        self.pace.record(Done(head.drafted, head.agreed, confidences[: head.drafted], seconds, at_hand))
+        first = not self._prepared.popleft()
+        self.pace.record(Done(head.drafted, head.agreed, confidences[: head.drafted], seconds, at_hand, first))
 
 
 def device_steps(
@@ -74,9 +78,9 @@ def device_steps(
             reach = bucket(len(text.tokens) + (len(mailbox) + 1) * rows, text.cache.capacity)
             if paced is not None:
                 paced.begin()
-            runner.run((iteration.key, reach), partial(iteration.run, reach))
+            prepared = runner.run((iteration.key, reach), partial(iteration.run, reach))
             if paced is not None:
-                paced.end()
+                paced.end(prepared)
             mailbox.post()
         *record, lost = mailbox.read()
         if lost:

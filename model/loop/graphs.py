@@ -105,21 +105,26 @@ class GraphRunner:
         if self._graphs:
             torch.cuda.synchronize(self.device)
 
-    def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do ``work``, which must be the same for the same ``key``; the host does not wait for it."""
-        if not self.captures:
-            return work()
-        if key not in self._graphs:
-            if key not in self._ran:
-                work()
-                self._ran.add(key)  # once its kernels are compiled, which a capture must not do
-                return None
+    def run(self, key: Hashable, work: Callable[[], None]) -> bool:
+        """Do ``work``, which must be the same for the same ``key``; the host does not wait for it.
+
+        Returns:
+            Whether this run took no longer than later ones of its key: nothing was compiled for it or captured.
+        """
+        known = key in self._ran
+        if not (known and self.captures):
+            work()
+            self._ran.add(key)  # once its kernels are compiled, which a capture must not do
+            return known
+        captured = key in self._graphs
+        if not captured:
             if len(self._graphs) == MOST_GRAPHS:
                 self._wait()
                 self._graphs.popitem(last=False)
             self._graphs[key] = self._capture(work)
         self._graphs.move_to_end(key)
-        return self._graphs[key].replay()
+        self._graphs[key].replay()
+        return captured
 
     def _capture(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         if self._pool is None:  # the stream goes with it; PyTorch's own is on the GPU that captured first

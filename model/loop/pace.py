@@ -64,6 +64,7 @@ class Done(NamedTuple):
         confidences: of the drafts; None where they have none.
         seconds: that the step took; None where it began when it was asked for and ends when it is told of.
         at_hand: whether its drafts took no draft steps.
+        first: whether something was compiled or captured for it, so that its time is not that of later ones.
     """
 
     drafts: int
@@ -71,6 +72,7 @@ class Done(NamedTuple):
     confidences: Sequence[float] | None = None
     seconds: float | None = None
     at_hand: bool = False
+    first: bool = False
 
 
 class Pace(Protocol):
@@ -267,7 +269,7 @@ class Auto:
     def record(self, done: Done) -> None:
         """Learn from a step."""
         asked, drafts, tokens = self._asked.popleft(), done.drafts, done.agreed + 1
-        if done.at_hand:
+        if done.at_hand or done.first:
             return
         seconds = self._clock() - asked.began if done.seconds is None else done.seconds
         if asked.rung is not None:

@@ -1,4 +1,4 @@
-"""The bundled pair's tokens in every way to launch: graphs or none, chained or not, drafting in one kernel or trees.
+"""The bundled pair's tokens in every way to launch: graphs or none, chained or not; in one kernel, by lookup, in trees.
 
 In a smoke run of the report a random model in Triton's interpreter drafts in one kernel.
 """
@@ -19,6 +19,8 @@ WAYS = {
     "chained, launch by launch": {"graphs": False},
     "in one kernel": {"persistent": True},
     "in one kernel, launch by launch": {"persistent": True, "graphs": False},
+    "prompt lookup": {"prompt_lookup": True},
+    "prompt lookup, chained": {"prompt_lookup": True},
     "trees": {"draft_tree": 15},
     "trees, chained": {"draft_tree": 15},
     "trees, launch by launch": {"draft_tree": 15, "graphs": False},

@@ -1,6 +1,7 @@
 """``draft_loop``: the persistent kernel gives the bits of the stage kernels, launched one after the other."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from torch import Tensor
 
 from kangaroo_kernels.contract import Layer, Top1
 from kangaroo_kernels.draft_loop import DraftLoop, draft_loop, prepare_draft_loop
+from kangaroo_kernels.draft_loop.table import resident_programs
+from kangaroo_kernels.launch_config import LaunchConfig, configured_by
 from kangaroo_kernels.packed_weight import Layout, PackedWeight
 from kangaroo_kernels.reference import draft_loop as draft_loop_ref
 from kangaroo_kernels.shared.grid import BROKEN, COUNTER, ERROR, LEFT, STATE_WORDS, arrive, leave, wait
@@ -384,6 +387,34 @@ def test_no_interpreter(device, monkeypatch):
     monkeypatch.setattr(knobs.runtime, "interpret", False)
     with pytest.raises(RuntimeError, match="draft_loop got tensors on the CPU"):
         prepare_draft_loop(model, 3)
+
+
+# ---- tiles and programs
+
+
+def test_tuned_operations_leave_the_loops_tiles_alone(device):
+    model = make_model(device)
+
+    def widths():
+        loop = DraftLoop(model, 2)
+        return [value for name, value in loop.constants.items() if name.endswith("_N")], [n for n, _ in loop.heads]
+
+    shipped = widths()
+    with configured_by(lambda *_: LaunchConfig(4, 3, 128, programs_per_sm=2)):
+        assert widths() == shipped
+
+
+@pytest.mark.parametrize(
+    ("shared", "weight_rows", "on_an_sm"),
+    [(228 << 10, 32, 2), (228 << 10, 64, 2), (228 << 10, 128, 1), (164 << 10, 32, 2), (164 << 10, 64, 1)],
+)
+def test_a_grid_is_what_fits_at_once(device, monkeypatch, shared, weight_rows, on_an_sm):
+    """Of an H100 and an A100; the largest tile of a weight decides."""
+    card = SimpleNamespace(shared_memory_per_multiprocessor=shared, multi_processor_count=100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    loop = DraftLoop(make_model(device), 2)
+    x = SimpleNamespace(device=torch.device("cuda"))
+    assert resident_programs(x, loop.config, (loop.shape,), weight_rows) == 100 * on_an_sm
 
 
 # ---- on a GPU

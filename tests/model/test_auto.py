@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from kangaroo_kernels import Kangaroo, KangarooError, Settings
 from kangaroo_kernels.contract import RECORD_HEAD, Record
 from kangaroo_kernels.model import session as session_module
 from kangaroo_kernels.model.drafters.prompt_lookup import PromptLookup
-from kangaroo_kernels.model.loop import mailbox
+from kangaroo_kernels.model.loop import device, mailbox
+from kangaroo_kernels.model.loop.graphs import GraphRunner
 from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.loop.pace import Auto, Costs, Done, Limits, ladder
 from kangaroo_kernels.model.target.llama import Llama
@@ -327,6 +329,29 @@ def test_on_the_device_it_ends_at_the_right_choice(resident, iteration_costs, mo
         assert written.stats.mean_acceptance_length > (1.3 if cost == 0 else 1)
     (pace,) = resident.paces.values()
     assert max(rung.limits.most for rung in pace.rungs) == 6  # the shapes are those of the drafter's own number
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_on_the_device_nothing_is_learned_while_kernels_are_compiled_or_captured(resident, monkeypatch, lag):
+    """The first two iterations of every bucket take long, one launched as it is and one captured."""
+    steps, run, clock, runs, compared = session_module.device_steps, Iteration.run, Clock(), [], []
+
+    def timed(iteration, reach):
+        run(iteration, reach)
+        runs.append(reach)
+        clock.now += 100 if runs.count(reach) <= 2 else 1
+
+    monkeypatch.setattr(session_module, "device_steps", lambda *args, **named: steps(*args, **named, lag=lag))
+    monkeypatch.setattr(device, "LEAST_REACH", 8)
+    monkeypatch.setattr(GraphRunner, "captures", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr(GraphRunner, "_capture", lambda self, work: SimpleNamespace(replay=work))
+    monkeypatch.setattr(GraphRunner, "_wait", lambda self: None)
+    monkeypatch.setattr(mailbox.time, "perf_counter", clock)
+    monkeypatch.setattr(Iteration, "run", timed)
+    monkeypatch.setattr(Costs, "compare", lambda self, drafts, seconds, plain: compared.append((seconds, plain)))
+    resident.generate(PROMPT, max_new_tokens=40, draft_confidence_threshold="auto")
+    assert runs.count(max(runs)) < len(runs) - 2  # of several buckets
+    assert set(compared) == {(1.0, 1.0)}
 
 
 @pytest.mark.parametrize("lag", [0, 2])

@@ -42,7 +42,7 @@ def test_work_runs_once_a_call(runner):
     """As it is the first time, captured the second: capturing launches nothing, so the graph is replayed at once."""
     ran = []
     for calls in range(1, 5):
-        runner.run("key", lambda: ran.append(None))
+        assert runner.run("key", lambda: ran.append(None)) == (calls > 2)  # nothing is compiled or captured any more
         assert len(ran) == calls
         assert len(runner.captured) == runner.graphs == (calls > 1)
 
@@ -73,8 +73,8 @@ def test_keys_have_graphs_of_their_own(runner):
 
 def test_a_cpu_runs_everything_as_it_is():
     runner, ran = GraphRunner(CPU), []
-    for _ in range(3):
-        runner.run("key", lambda: ran.append(None))
+    for calls in range(1, 4):
+        assert runner.run("key", lambda: ran.append(None)) == (calls > 1)
     assert len(ran) == 3
     assert runner.graphs == runner.captured_bytes == 0
     assert not runner.captures
@@ -96,7 +96,7 @@ def test_the_graph_that_ran_longest_ago_goes(runner, monkeypatch):
     captured = len(runner.captured)
     runner.run("a", lambda: None)
     assert len(runner.captured) == captured
-    runner.run("b", lambda: None)  # compiled long ago, so captured at once
+    assert not runner.run("b", lambda: None)  # compiled long ago, so captured at once
     assert len(runner.captured) == captured + 1
 
 

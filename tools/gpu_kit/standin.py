@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from kangaroo_kernels import launch_config, sample_head
-from kangaroo_kernels.draft_loop.table import gpu_options
+from kangaroo_kernels.draft_loop.table import architecture_of, gpu_options
 from kangaroo_kernels.model import backend
 from kangaroo_kernels.operation import OPERATIONS
 from kangaroo_kernels.reference import top1_head
@@ -101,7 +101,8 @@ def install() -> None:
     replace(launch_config.files_for, lambda device: ("sm_90.json",))
     replace(require_interpreter, lambda op, x: None)
     replace(chain, on_meta(chain))
-    replace(gpu_options, on_meta(gpu_options))
+    for decision in (gpu_options, architecture_of):
+        replace(decision, on_meta(decision))
     cuda: Any = torch.cuda
     cuda.CUDAGraph, cuda.graph = Graph, lambda *args, **kwargs: nullcontext()
     cuda.set_sync_debug_mode = cuda.synchronize = cuda.empty_cache = lambda *args: None
