@@ -107,12 +107,10 @@ def blank_pair(
     checkpoint, _, settings = open_pair(model, adapter, exit_layer)
     config = checkpoint.config
     precision = resolve_dtype(dtype, GPU, config.dtype)
+    way = choose_way(None if settings is None else settings.way, draft_tree, None)
     if settings is None:
-        if draft_tree:
-            raise KangarooError("draft_tree needs an adapter; give one, or leave draft_tree out.")
         target = blank_target(replace(config, num_hidden_layers=1), precision)
         return target, PromptLookup(target)
-    way = choose_way(settings.way, draft_tree, None, persistent=False)
     target = blank_target(replace(config, num_hidden_layers=settings.exit_layer + 1), precision)
     size = settings.deep_state_size
     weights = load_adapter(None, settings.llama, META, precision, target.backend.layout, deep_state_size=size)

@@ -9,7 +9,7 @@ from kangaroo_kernels.reference.attention import rows_are_alike
 
 from .backend import load_backend
 from .drafters.adapter import Adapter, AdapterConfig, load_adapter_config
-from .drafters.ways import CHAINS, Way, choose_way
+from .drafters.ways import Way, choose_way
 from .errors import KangarooError
 from .loop.threads import own_state
 from .named import find_pair
@@ -102,18 +102,7 @@ def load_pair(
     kept = kept_dtype(precision, where, backend.resident)
     keys_and_values = resolve_kv_dtype(kv_dtype, precision, kept, config)
     # what can fail quickly comes before the weights
-    way = CHAINS
-    if trained is not None:
-        way = choose_way(trained.way, draft_tree, prompt_lookup, persistent=persistent)
-    else:
-        for name, given in (("draft_tree", draft_tree), ("persistent", persistent)):
-            if given:
-                raise KangarooError(f"{name} needs an adapter; give one, or leave {name} out.")
-        if prompt_lookup is False:
-            raise KangarooError(
-                "without an adapter prompt lookup alone drafts; give an adapter, leave prompt_lookup=False out, or "
-                "decode with plain=True."
-            )
+    way = choose_way(None if trained is None else trained.way, draft_tree, prompt_lookup, persistent=persistent)
     tokenizer = checkpoint.tokenizer()
     weights = load_target(
         checkpoint.tensors(),

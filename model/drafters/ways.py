@@ -48,17 +48,32 @@ def read_way(values: Mapping[str, Any], path: Path) -> Way:
     return Way(tree, lookup)
 
 
-def choose_way(default: Way, draft_tree: int | None, prompt_lookup: bool | None, *, persistent: bool) -> Way:
-    """The way that a caller asks for, or the adapter's default where it can be had.
+def choose_way(
+    default: Way | None, draft_tree: int | None, prompt_lookup: bool | None, *, persistent: bool = False
+) -> Way:
+    """The way that a caller asks for, or the adapter's default where it can be had; None stands for no adapter.
 
     Raises:
-        KangarooError: what is asked for cannot be had together.
+        KangarooError: what is asked for is out of range, needs an adapter, or cannot be had together.
     """
     most = MAX_SPECULATIVE_TOKENS
     if draft_tree is not None and (not is_whole(draft_tree) or not 0 <= draft_tree <= most):
         raise KangarooError(
             f"draft_tree is {draft_tree!r}; it must be a whole number from 1 to {most}, or 0 for chains."
         )
+    for name, flag in (("persistent", persistent), ("prompt_lookup", prompt_lookup)):
+        if not isinstance(flag, bool | None):
+            raise KangarooError(f"{name} is {flag!r}; it must be True or False.")
+    if default is None:
+        for name, given in (("draft_tree", draft_tree), ("persistent", persistent)):
+            if given:
+                raise KangarooError(f"{name} needs an adapter; give one, or leave {name} out.")
+        if prompt_lookup is False:
+            raise KangarooError(
+                "without an adapter prompt lookup alone drafts; give an adapter, leave prompt_lookup=False out, or "
+                "decode with plain=True."
+            )
+        return CHAINS
     if draft_tree:
         for name, given in (("persistent", persistent), ("prompt_lookup", prompt_lookup)):
             if given:

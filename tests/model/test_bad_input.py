@@ -611,6 +611,8 @@ def test_drafting_without_a_drafter(kangaroo: Kangaroo) -> None:
         ({"draft_tree": 4}, "draft_tree needs an adapter; give one, or leave draft_tree out"),
         ({"persistent": True}, "persistent needs an adapter; give one, or leave persistent out"),
         ({"prompt_lookup": False}, "without an adapter prompt lookup alone drafts"),
+        ({"prompt_lookup": "yes"}, "prompt_lookup is 'yes'; it must be True or False"),
+        ({"persistent": 1}, "persistent is 1; it must be True or False"),
     ],
 )
 def test_ways_to_draft_that_need_an_adapter(given: dict[str, Any], words: str, pair: Any) -> None:
