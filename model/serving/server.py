@@ -18,10 +18,10 @@ GRACE = 30.0
 """Seconds that texts have to come to their end once the server is told to stop."""
 
 FAREWELL = 2.0
-"""Seconds after which the server hangs up on clients that are connected even then: the last sentences are sent."""
+"""Seconds that the sentences which end those texts have to be sent; then the server hangs up on all clients."""
 
 TICK = 0.1
-"""Seconds between two looks at what the handler of signals has set; uvicorn's own loops take as many."""
+"""Seconds between two looks at what the signal handler has set, as in uvicorn's own loops."""
 
 
 def bind(host: str, port: int) -> socket.socket:

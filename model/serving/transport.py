@@ -19,7 +19,7 @@ MOST_BYTES = 8 << 20
 """Of a body: more than any prompt has that a context of a million tokens holds."""
 
 STALLED = 60.0
-"""Seconds after which a client is given up: it takes nothing of its stream, or its body is not there as a whole."""
+"""Seconds after which a client is given up that takes nothing of its stream, or whose body is not complete."""
 
 
 class GoneError(Exception):
@@ -39,7 +39,7 @@ async def read_json(request: Request) -> Any:
     try:
         return json.loads(await asyncio.wait_for(_body(request), STALLED))
     except asyncio.TimeoutError as error:
-        raise RefusedError(f"the body was not there after {STALLED:g} seconds; send it at once.", 408) from error
+        raise RefusedError(f"the body was not complete after {STALLED:g} seconds; send it at once.", 408) from error
     except (ValueError, RecursionError) as error:
         raise RefusedError("the body is no valid JSON.", code="invalid_json") from error
 
@@ -67,8 +67,8 @@ def check_key(request: Request, key: str | None) -> None:
 def reply(body: dict[str, Any], status: int = 200, retry_after: int | None = None) -> Response:
     """A JSON response; what a client sent may come back in it, whatever characters that has."""
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-    if status in (408, 413):
-        headers["Connection"] = "close"  # the rest of the body is not wanted any more
+    if status == 408:
+        headers["Connection"] = "close"  # nobody reads the rest of the body
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 

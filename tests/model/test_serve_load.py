@@ -137,7 +137,7 @@ def test_a_body_that_never_comes(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(transport, "STALLED", 0.5)
     with served(kangaroo) as server, send_a_part(server) as client, status_of(client) as refused:
         assert (refused.status, refused.headers["Connection"]) == (408, "close")
-        assert "the body was not there after 0.5 seconds" in json.loads(refused.read())["error"]["message"]
+        assert "the body was not complete after 0.5 seconds" in json.loads(refused.read())["error"]["message"]
         assert server.metrics()['kangaroo_requests_total{outcome="refused"}'] == 1
 
 
