@@ -245,6 +245,14 @@ def test_what_is_not_served_is_refused_by_name(
         assert told["error"]["param"] == parameter
 
 
+def test_a_stop_that_the_model_cannot_find(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint without a tokenizer takes and gives tokens alone."""
+    monkeypatch.setattr(kangaroo, "tokenizer", None)
+    with served(kangaroo) as server:
+        status, _, told = post(server, "completions", {"prompt": [1, 2], "stop": "A"})
+    assert (status, told["error"]["param"]) == (400, "stop")
+
+
 def post(
     server: Served, path: str, body: Any, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], dict[str, Any]]:
