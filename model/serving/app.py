@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import Response
 
@@ -131,6 +132,11 @@ def refuse_in_openais_form(app: FastAPI, desk: Desk) -> None:
         desk.refused()
         sentence = f"{request.method} {request.url.path} is not served here ({error.detail})."
         return reply(RefusedError(sentence, error.status_code).as_dict(), error.status_code)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(request: HTTPRequest, error: ClientDisconnect) -> Response:
+        desk.left()
+        return Response(status_code=CLIENT_GONE)
 
     @app.exception_handler(GoneError)
     async def gone(request: HTTPRequest, error: GoneError) -> Response:

@@ -12,7 +12,7 @@ from ..request import Request
 from ..results import Progress
 from ..session import Writing
 from .metrics import BUSY, CANCELLED, COMPLETED, ERROR, REFUSED, Metrics
-from .parameters import Asked
+from .parameters import Asked, parameter_in, wrong
 from .pool import Pool
 from .refused import RefusedError, closing
 
@@ -40,13 +40,16 @@ class Desk:
         Raises:
             RefusedError: a prompt, messages or a setting that the model cannot take.
         """
+        bias, last = asked.settings.logit_bias or {}, self.kangaroo.target.config.vocab_size - 1
+        if any(token > last for token in bias):
+            raise wrong("logit_bias", f"logit_bias has the token {max(bias)}; the model's tokens are 0 to {last}.")
         try:
             request = self.kangaroo.resolve(asked.prompt, asked.settings, asked.messages)
         except TooLongError as error:
             raise RefusedError(str(error), param=asked.source, code="context_length_exceeded") from error
         except KangarooError as error:
-            names_it = any(word in str(error) for word in ("prompt", "message"))
-            raise RefusedError(str(error), param=asked.source if names_it else None) from error
+            setting = parameter_in(str(error), ["stop"] if asked.settings.stop else [])
+            raise RefusedError(str(error), param=setting or asked.source) from error
         if len(request.tokens) >= self.context:
             raise RefusedError(
                 f"the prompt has {len(request.tokens)} tokens; a text has at most {self.context} here, new ones "
@@ -94,6 +97,10 @@ class Desk:
     def refused(self) -> None:
         """Count a request that never came to its text."""
         self.metrics.requests.labels(REFUSED).inc()
+
+    def left(self) -> None:
+        """Count a request whose client went away before it was sent."""
+        self.metrics.requests.labels(CANCELLED).inc()
 
     async def _end(self, text: Writing, request: Request) -> None:
         """Leave the session free, and count what was written; a step under way is waited for."""

@@ -4,7 +4,8 @@ The names are those of OpenAI's API reference; ``top_k``, ``min_p``, ``repetitio
 ``min_tokens`` are named as in vLLM's server. docs/serving.md has the table.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,9 @@ OUR_NAMES = {
     "logprobs": ("top_logprobs", "logprobs"),
 }
 """By the names of ``Settings``, those that a client may have used; the first that it gave is meant."""
+
+TOKEN_ID = re.compile("0|[1-9][0-9]{0,17}")
+"""A whole number as JSON has it; int() takes more: spaces, underscores, a sign, digits of other scripts."""
 
 COMPLETION_TOKENS = 16
 """How many tokens a completion has that names no limit, as in OpenAI's API."""
@@ -137,7 +141,7 @@ def read_settings(given: Mapping[str, Any], chat: bool, context: int) -> Setting
             top_k=_unless_off(given, "top_k", 0, -1),
             top_p=given.get("top_p"),
             min_p=_unless_off(given, "min_p", 0),
-            seed=given.get("seed"),
+            seed=_seed(given.get("seed")),
             repetition_penalty=given.get("repetition_penalty", 1.0),
             logit_bias=_biases(given.get("logit_bias", {})),
             stop=_stops(given.get("stop", [])),
@@ -154,8 +158,12 @@ def in_their_words(error: KangarooError, given: Mapping[str, Any]) -> RefusedErr
     sentence = str(error)
     for ours, theirs in OUR_NAMES.items():
         sentence = sentence.replace(ours, next((name for name in theirs if name in given), theirs[-1]))
-    first = sentence.partition(" ")[0]
-    return RefusedError(sentence, param=first if first in given else None)
+    return RefusedError(sentence, param=parameter_in(sentence, given))
+
+
+def parameter_in(sentence: str, names: Container[str]) -> str | None:
+    """The first of the names that the sentence says."""
+    return next((word for word in re.findall(r"\w+", sentence) if word in names), None)
 
 
 def include_usage(given: Mapping[str, Any], stream: bool) -> bool:
@@ -239,6 +247,11 @@ def _unless_off(given: Mapping[str, Any], key: str, *off: int) -> Any:
     return None if is_number(value) and value in off else value
 
 
+def _seed(seed: Any) -> Any:
+    """OpenAI's API takes any whole number; modulo 2^64 it is a seed, and -1 is 2^64 - 1."""
+    return seed % (1 << 64) if type(seed) is int else seed
+
+
 def _logprobs(given: Mapping[str, Any]) -> Any:
     """How many likely tokens a chat's log-probabilities name; None leaves them out."""
     if _flag(given, "logprobs"):
@@ -252,10 +265,10 @@ def _biases(biases: Any) -> dict[int, Any] | None:
     """The biases by token; JSON's keys are texts."""
     if not isinstance(biases, dict):
         raise wrong("logit_bias", f"logit_bias is {biases!r}; it must be an object from token ids to numbers.")
-    try:
-        return {int(token): bias for token, bias in biases.items()} or None
-    except ValueError as error:
-        raise wrong("logit_bias", f"logit_bias has a key that is no token id ({error}).") from error
+    for token in biases:
+        if not TOKEN_ID.fullmatch(token):
+            raise wrong("logit_bias", f"logit_bias has the key {token!r}; its keys must be token ids, such as '42'.")
+    return {int(token): bias for token, bias in biases.items()} or None
 
 
 def _stops(stops: Any) -> list[str]:

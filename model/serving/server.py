@@ -4,6 +4,7 @@ import asyncio
 import ipaddress
 import logging
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -15,6 +16,12 @@ from .desk import Desk
 
 GRACE = 30.0
 """Seconds that texts have to come to their end once the server is told to stop."""
+
+FAREWELL = 2.0
+"""Seconds that the sentences which end those texts have to be sent; then the server hangs up on all clients."""
+
+TICK = 0.1
+"""Seconds between two looks at what the signal handler has set, as in uvicorn's own loops."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -47,8 +54,9 @@ def url_of(listening: socket.socket) -> str:
 class Server(uvicorn.Server):
     """Serves until it is told to stop (SIGINT, SIGTERM).
 
-    Then no further text begins, those that wait are refused, and those under way have ``GRACE`` seconds; what is left
-    ends with a sentence. A second Ctrl-C ends the server at once.
+    Then no further text begins, those that wait are refused, and those under way have ``GRACE`` seconds, or until a
+    second Ctrl-C; what is left ends with a sentence. ``FAREWELL`` seconds later the server hangs up on every client
+    that has not sent its request or not taken its answer. Only steps under way are waited for.
 
     Args:
         desk: writes the texts.
@@ -61,7 +69,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(make_app(desk, key), log_config=None, access_log=False, server_header=False, ws="none")
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        self._desk, self._tell = desk, started
+        self._desk, self._tell, self._hurried = desk, started, False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to answer."""
@@ -69,20 +77,28 @@ class Server(uvicorn.Server):
         self._tell()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; the second time, at once. After a clean end, uvicorn's own method would raise the signal once more."""
-        self.force_exit = self.should_exit
+        """Stop; the second time, without the grace.
+
+        uvicorn's own method would have requests cancelled, each with a traceback in the log, and would raise the signal
+        once more after a clean end.
+        """
+        self._hurried = self.should_exit
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let texts come to their end, for a while."""
-        pool = self._desk.pool
-        pool.close()
-
-        def end() -> None:
-            pool.ended = True
-
-        ending = asyncio.get_running_loop().call_later(GRACE, end)
+        self._desk.pool.close()
+        ending = asyncio.create_task(self._end_what_is_left())
         try:
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+
+    async def _end_what_is_left(self) -> None:
+        over = time.monotonic() + GRACE
+        while time.monotonic() < over and not self._hurried:
+            await asyncio.sleep(TICK)
+        self._desk.pool.ended = True
+        await asyncio.sleep(FAREWELL)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()  # to the request it looks as if its client had gone, and so it ends

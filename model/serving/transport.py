@@ -19,7 +19,7 @@ MOST_BYTES = 8 << 20
 """Of a body: more than any prompt has that a context of a million tokens holds."""
 
 STALLED = 60.0
-"""Seconds after which a client that takes nothing of its stream is given up, so that its session is free again."""
+"""Seconds after which a client is given up that takes nothing of its stream, or whose body is not complete."""
 
 
 class GoneError(Exception):
@@ -30,20 +30,27 @@ async def read_json(request: Request) -> Any:
     """A request's body.
 
     Raises:
-        RefusedError: it is too large, or no JSON.
+        RefusedError: it is too large, too late, or no JSON.
+        ClientDisconnect: its client went away before it was there.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # a page in a browser may send other types to any address without asking
         raise RefusedError("the body must be JSON; add the header 'Content-Type: application/json'.", status=415)
+    try:
+        return json.loads(await asyncio.wait_for(_body(request), STALLED))
+    except asyncio.TimeoutError as error:
+        raise RefusedError(f"the body was not complete after {STALLED:g} seconds; send it at once.", 408) from error
+    except (ValueError, RecursionError) as error:
+        raise RefusedError("the body is no valid JSON.", code="invalid_json") from error
+
+
+async def _body(request: Request) -> bytearray:
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > MOST_BYTES:
             raise RefusedError(f"the body has more than {MOST_BYTES} bytes; send a shorter prompt.", status=413)
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError("the body is no valid JSON.", code="invalid_json") from error
+    return body
 
 
 def check_key(request: Request, key: str | None) -> None:
@@ -60,6 +67,8 @@ def check_key(request: Request, key: str | None) -> None:
 def reply(body: dict[str, Any], status: int = 200, retry_after: int | None = None) -> Response:
     """A JSON response; what a client sent may come back in it, whatever characters that has."""
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+    if status == 408:
+        headers["Connection"] = "close"  # nobody reads the rest of the body
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 

@@ -61,6 +61,7 @@ def wanted(kangaroo: Kangaroo, chat: bool, **settings: Any) -> Generation:
 PARAMETERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "greedy": ({"temperature": 0}, {}),
     "sampled": ({"seed": 7}, {"temperature": 1.0, "seed": 7}),
+    "seed below 0": ({"seed": -1}, {"temperature": 1.0, "seed": (1 << 64) - 1}),
     "top_p": ({"seed": 7, "top_p": 0.5, "temperature": 2}, {"temperature": 2, "seed": 7, "top_p": 0.5}),
     "top_k": ({"seed": 3, "extra_body": {"top_k": 4}}, {"temperature": 1.0, "seed": 3, "top_k": 4}),
     "top_k off": ({"seed": 3, "extra_body": {"top_k": -1, "min_p": 0}}, {"temperature": 1.0, "seed": 3}),
@@ -190,15 +191,18 @@ REFUSALS: list[tuple[tuple[bool, ...], dict[str, Any], str | None, str]] = [
     (BOTH, {"top_k": -2}, "top_k", "top_k is -2"),
     (BOTH, {"top_k": False}, "top_k", "top_k is False"),
     (BOTH, {"min_p": ""}, "min_p", "min_p is ''"),
-    (BOTH, {"seed": -1}, "seed", "seed is -1"),
+    (BOTH, {"seed": 1.5}, "seed", "seed is 1.5"),
+    (BOTH, {"seed": True}, "seed", "seed is True"),
     (BOTH, {"max_tokens": 0}, "max_tokens", "max_tokens is 0; it must be a whole number"),
     (BOTH, {"max_tokens": 5, "min_tokens": 6}, "min_tokens", "from 0 to max_tokens, 5"),
     (BOTH, {"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty is 0"),
     (BOTH, {"ignore_eos": 1}, "ignore_eos", "it must be True or False"),
     (BOTH, {"stop": [7]}, "stop", "it must be a text or a list of texts"),
-    (BOTH, {"stop": ""}, None, "a stop string is empty"),
-    (BOTH, {"logit_bias": {"A": 1}}, "logit_bias", "a key that is no token id"),
-    (BOTH, {"logit_bias": {"67": 1}}, None, "token 67 is not a whole number from 0 to 66"),
+    (BOTH, {"stop": ""}, "stop", "stop"),
+    (BOTH, {"logit_bias": {"A": 1}}, "logit_bias", "logit_bias has the key 'A'; its keys must be token ids"),
+    (BOTH, {"logit_bias": {" 1_0 ": 1}}, "logit_bias", "logit_bias has the key ' 1_0 '"),
+    (BOTH, {"logit_bias": {"67": 1}}, "logit_bias", "logit_bias has the token 67; the model's tokens are 0 to 66."),
+    (BOTH, {"logit_bias": {"0": "hot"}}, "logit_bias", "logit_bias has 0: 'hot'"),
     (BOTH, {"stream": "yes"}, "stream", "it must be true or false"),
     (BOTH, {"stream_options": {"include_usage": True}}, "stream_options", "given without stream"),
     (BOTH, {"stream": True, "stream_options": {"more": 1}}, "stream_options", "has 'more'"),
@@ -218,7 +222,7 @@ REFUSALS: list[tuple[tuple[bool, ...], dict[str, Any], str | None, str]] = [
     (OF_CHATS, {"messages": [{"role": "user", "content": "A", "audio": {}}]}, "messages[0]", "'audio', which is not"),
     (OF_COMPLETIONS, {"prompt": ["A", "B"]}, "prompt", "prompt holds 2 prompts"),
     (OF_COMPLETIONS, {"prompt": ""}, "prompt", "the prompt is empty"),
-    (OF_COMPLETIONS, {"prompt": [1, 99]}, None, "token 99 is not"),
+    (OF_COMPLETIONS, {"prompt": [1, 99]}, "prompt", "99"),
     (OF_COMPLETIONS, {"prompt": {"A": 1}}, "prompt", "it must be a text or a list of token ids"),
     (OF_COMPLETIONS, {"logprobs": True}, "logprobs", "logprobs is True"),
     (OF_COMPLETIONS, {"echo": True}, "echo", "supports only False"),
@@ -239,6 +243,14 @@ def test_what_is_not_served_is_refused_by_name(
         assert told["error"]["type"] == "invalid_request_error"
         assert sentence in told["error"]["message"]
         assert told["error"]["param"] == parameter
+
+
+def test_a_stop_that_the_model_cannot_find(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint without a tokenizer takes and gives tokens alone."""
+    monkeypatch.setattr(kangaroo, "tokenizer", None)
+    with served(kangaroo) as server:
+        status, _, told = post(server, "completions", {"prompt": [1, 2], "stop": "A"})
+    assert (status, told["error"]["param"]) == (400, "stop")
 
 
 def post(

@@ -72,12 +72,22 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.open.set()
 
 
+HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
 def send(server: Served, stream: bool, **parameters: Any) -> socket.socket:
     """A client that has sent its request and reads nothing yet."""
     body = json.dumps({"prompt": "ABC", "max_tokens": 400, "temperature": 0, "stream": stream} | parameters)
     client = socket.create_connection(server.address, timeout=60)
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    client.sendall(f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    return client
+
+
+def send_a_part(server: Served) -> socket.socket:
+    """A client of whose body the server has only the first byte."""
+    client = socket.create_connection(server.address, timeout=60)
+    client.sendall(f"{HEAD}Content-Length: 1000\r\n\r\n{{".encode())
+    until(lambda: len(server.server.server_state.tasks) > 0)
     return client
 
 
@@ -114,6 +124,21 @@ def test_a_client_that_leaves_frees_its_session(
                 client.completions.create(model=kangaroo.name, prompt="ABC", temperature=0).choices[0].text
                 == right.text
             )
+
+
+def test_a_client_that_leaves_while_it_sends(kangaroo: Kangaroo, caplog: pytest.LogCaptureFixture) -> None:
+    with served(kangaroo) as server:
+        send_a_part(server).close()
+        until(lambda: server.metrics()['kangaroo_requests_total{outcome="cancelled"}'] == 1)
+    assert caplog.records == []
+
+
+def test_a_body_that_never_comes(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "STALLED", 0.5)
+    with served(kangaroo) as server, send_a_part(server) as client, status_of(client) as refused:
+        assert (refused.status, refused.headers["Connection"]) == (408, "close")
+        assert "the body was not complete after 0.5 seconds" in json.loads(refused.read())["error"]["message"]
+        assert server.metrics()['kangaroo_requests_total{outcome="refused"}'] == 1
 
 
 def test_a_full_queue_is_told_at_once(kangaroo: Kangaroo, gate: Gate) -> None:
@@ -220,6 +245,7 @@ def test_the_end_lets_texts_end(kangaroo: Kangaroo, gate: Gate) -> None:
 
 def test_the_end_does_not_wait_for_ever(kangaroo: Kangaroo, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "GRACE", 0.0)
+    monkeypatch.setattr(server_module, "FAREWELL", 60.0)
     with served(kangaroo, parallel=1) as server:
         gate.shut()
         client = send(server, stream=True)
@@ -229,6 +255,37 @@ def test_the_end_does_not_wait_for_ever(kangaroo: Kangaroo, gate: Gate, monkeypa
         gate.open.set()
         with client, status_of(client) as response:
             assert "the server is shutting down" in response.read().decode()
+
+
+def test_a_second_ctrl_c_ends_texts_at_once(
+    kangaroo: Kangaroo, gate: Gate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "GRACE", 1000.0)
+    monkeypatch.setattr(server_module, "FAREWELL", 60.0)
+    with served(kangaroo, parallel=1) as server:
+        gate.shut()
+        client = send(server, stream=True)
+        until(gate.inside.is_set)
+        server.server.handle_exit(signal.SIGINT, None)
+        until(lambda: server.desk.pool.closed)
+        server.server.handle_exit(signal.SIGINT, None)
+        until(lambda: server.desk.pool.ended)
+        gate.open.set()
+        with client, status_of(client) as response:
+            assert "the server is shutting down" in response.read().decode()
+    assert caplog.records == []
+
+
+def test_the_end_hangs_up_on_who_is_left(
+    kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "GRACE", 0.0)
+    monkeypatch.setattr(server_module, "FAREWELL", 0.0)
+    with served(kangaroo) as server, send_a_part(server) as client:
+        server.stop()
+        assert client.recv(1) == b""
+        assert server.metrics()['kangaroo_requests_total{outcome="cancelled"}'] == 1
+    assert caplog.records == []
 
 
 # ---- load
