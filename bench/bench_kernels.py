@@ -23,9 +23,9 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import ALLOWED, launcher, reference, relative_error, written
 from gpu_card import read_card, snapshot
 from gpu_measure import ROUNDS, Replays, quantiles, repetitions_for, sets_needed
-from right import ALLOWED, launcher, reference, relative_error, written
 from torch.nn.attention.bias import causal_lower_right
 
 from kangaroo_kernels.contract import Top1

@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
+from accuracy import launcher, reference
 from gpu_measure import ROUNDS, Replays, repetitions_for
-from right import launcher, reference
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")

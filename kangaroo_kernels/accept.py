@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.contract import MAX_ROWS, MAX_STOPS
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_accept
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import device_count, launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import BLOCK_M
 

@@ -3,8 +3,8 @@
 A program owns one split of the cache of one key-value head for up to 64 packed query rows (row ``m * GROUP + g`` is
 query head g of the group at token m), and leaves an unnormalised sum with its maximum and its denominator. The last
 program to arrive at a block of packed rows merges its splits in order; where rows and splits are many, a second launch
-does (``shared/merge.py``). (Split-KV decoding is Flash-Decoding's, the running softmax that of FlashAttention, arXiv
-2205.14135; that the last program to arrive finishes the work is CUDA's ``threadFenceReduction`` sample.)
+does (``shared/merge_splits.py``). (Split-KV decoding is Flash-Decoding's, the running softmax that of FlashAttention,
+arXiv 2205.14135; that the last program to arrive finishes the work is CUDA's ``threadFenceReduction`` sample.)
 
 Splits lie at absolute positions: short ones first, so that a short context fills the card, longer ones later, so that
 the partial sums stay small beside the cache. Where every position is in the first split, that one writes the result
@@ -22,11 +22,11 @@ from torch import Tensor
 from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.shared.attend import TILE_BYTES, attend, attend_to_a_tree
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.cache_layout import CacheLayout, cache_layout
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_ancestors, check_max_length
 from kangaroo_kernels.shared.grid import is_last
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     check_flag,
     check_out,
@@ -35,7 +35,7 @@ from kangaroo_kernels.shared.launch import (
     device_count,
     launch_options,
 )
-from kangaroo_kernels.shared.merge import attention_merge, merge_splits, merges_apart, seen_or_one
+from kangaroo_kernels.shared.merge_splits import attention_merge, merge_splits, merges_apart, seen_or_one
 from kangaroo_kernels.shared.operands import Cache, Caches, Heads, Parts, Queries, Work
 from kangaroo_kernels.shared.splits import count_splits, count_splits_of, first_position
 from kangaroo_kernels.shared.tiles import elements, skipped

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, Record
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_commit_counts, check_commit_states
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import CHUNK
 

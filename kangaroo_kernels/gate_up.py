@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import aligned_rows, check_operands, check_out, launch_options, weight_and_bias
 from kangaroo_kernels.shared.operands import Linear, Matrix, Norm
 from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped

@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, Match
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_look_up
 from kangaroo_kernels.shared.grid import is_last
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import device_count, launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import BLOCK_M
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.ancestors import count_bits, rows_ahead
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.cache_layout import cache_layout, row_offsets
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
 from kangaroo_kernels.shared.checks import check_ancestors
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     aligned_rows,
     check_operands,

@@ -13,6 +13,7 @@ from torch import Tensor
 from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Ranked
 from kangaroo_kernels.sample_head import NUMBERS
 from kangaroo_kernels.shared.ancestors import places_of
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_rank
 from kangaroo_kernels.shared.filters import (
@@ -28,7 +29,6 @@ from kangaroo_kernels.shared.filters import (
     real_filter,
 )
 from kangaroo_kernels.shared.head import NO_INDEX, first_best, nan_wins
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     check_flag,
     device_count,

@@ -18,6 +18,7 @@ from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Top1
 from kangaroo_kernels.launch_config import LaunchConfig, launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.ancestors import places_of
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import fetch_ahead, follow
 from kangaroo_kernels.shared.checks import check_ancestors, check_count, check_sampling
 from kangaroo_kernels.shared.filters import (
@@ -46,7 +47,6 @@ from kangaroo_kernels.shared.head import (
     merge_tiles,
     nan_wins,
 )
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import (
     aligned_rows,
     check_operands,

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.contract import EXPERIENCE_MEMORY, USUAL_WEIGHT, Experience, Weighed
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.checks import check_weigh
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import device_count, launch_options, require_interpreter
 from kangaroo_kernels.shared.tiles import BLOCK_M
 

@@ -9,9 +9,9 @@ import gpu_measure as gm
 import pynvml
 import pytest
 import torch
+from accuracy import first_results, first_rows, reference, relative_error, same_bits, written
 from hypothesis import given
 from hypothesis import strategies as st
-from right import first_results, first_rows, reference, relative_error, same_bits, written
 
 from kangaroo_kernels.workloads import TINY, Settings, workloads
 

@@ -324,7 +324,7 @@ import json
 import torch
 from compiled import compile_only
 from kernel_report import rows_of
-from steps import META, STEPS, Call, Step
+from kernel_calls import META, STEPS, Call, Step
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 

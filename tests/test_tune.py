@@ -8,9 +8,9 @@ import pytest
 import torch
 import tune
 import typer
+from accuracy import launcher
 from gpu_card import Card
 from report.job import write_json
-from right import launcher
 from tune import HEADS, Case, Found, Workbench, find_candidates, find_cases, merge_rules, search
 from typer.testing import CliRunner
 

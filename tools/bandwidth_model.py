@@ -16,13 +16,13 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from compiled import CompiledLaunch, compile_only
+from kernel_calls import META, STEPS
 from kernel_report import Models, select, tile_of
 from occupancy import resident_programs
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from sass import Loop
-from steps import META, STEPS
 
 from kangaroo_kernels.cards import Card, cards_of
 from kangaroo_kernels.shared.tiles import K_STEP_BYTES

@@ -18,10 +18,10 @@ import triton
 import typer
 from command import refuse
 from compiled import CompiledLaunch, compile_only, layouts_of_sums
+from kernel_calls import META, STEPS, Call, Step
 from occupancy import programs_under_way, resident_programs, waves
 from rich.console import Console
 from rich.progress import track
-from steps import META, STEPS, Call, Step
 from triton import knobs
 
 from kangaroo_kernels.cards import ARCHITECTURES, cards_of

@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 from compiled import compile_only
-from steps import META, STEPS
+from kernel_calls import META, STEPS
 
 from kangaroo_kernels.workloads import MODELS, Settings
 

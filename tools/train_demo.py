@@ -35,9 +35,9 @@ from kangaroo_kernels.model.commands.show import training_bars
 from kangaroo_kernels.model.evaluation.calibrate import calibrate, write_defaults
 from kangaroo_kernels.model.load import resolve_device
 from kangaroo_kernels.model.training.checkpoint import STATE_FILE
+from kangaroo_kernels.model.training.generate_data import WritingSettings, write_data
 from kangaroo_kernels.model.training.settings import ProgressReport, TrainingSettings
 from kangaroo_kernels.model.training.trainer import train_adapter
-from kangaroo_kernels.model.training.writing import WritingSettings, write_data
 
 NAME, RUN_FILE, RECORD, OWN_TEXTS = "train_demo", "run.json", "training.json", "own_texts.jsonl"
 SCORES = ("agreement", "expected_acceptance_length", "mean_acceptance_length")

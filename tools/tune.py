@@ -24,10 +24,10 @@ from typing import Annotated, Any, NamedTuple
 import gpu_measure as gm
 import torch
 import typer
+from accuracy import ALLOWED, first_rows, launcher, relative_error, row_operands, same_bits, written
 from command import INCOMPLETE, INTERRUPTED, refuse, require_time
 from gpu_card import Card, read_card
 from report.job import write_json
-from right import ALLOWED, first_rows, launcher, relative_error, row_operands, same_bits, written
 
 from kangaroo_kernels import launch_config
 from kangaroo_kernels.contract import MAX_ROWS

@@ -46,10 +46,10 @@ from kangaroo_kernels.draft_loop.table import DraftLoop
 from kangaroo_kernels.gate_up import gate_up_tile
 from kangaroo_kernels.linear_residual import linear_residual_tile
 from kangaroo_kernels.sample_head import sample_tile
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.checks import check_sampling
 from kangaroo_kernels.shared.grid import arrive, is_whole, leave, wait
 from kangaroo_kernels.shared.head import merge_row
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import check_current, device_number, device_seed
 from kangaroo_kernels.shared.operands import Found, Heads, Linear, Matrix, Noise, Norm, Parts, TileParts
 from kangaroo_kernels.top1_head import top1_tile

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.head import exponential_sum, nan_wins
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import launch_options
 from kangaroo_kernels.shared.noise import gumbel_of, gumbel_words
 from kangaroo_kernels.shared.operands import Looked

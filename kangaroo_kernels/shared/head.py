@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kangaroo_kernels.contract import DraftVocabulary, Top1
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import follow
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import device_number, launch_options
 from kangaroo_kernels.shared.operands import Found, Matrix, TileParts
 from kangaroo_kernels.shared.tiles import CHUNK, skipped

@@ -44,7 +44,7 @@ def generate_data(
 
     A stopped run goes on with the same command.
     """
-    from ..training.writing import WritingSettings, write_data
+    from ..training.generate_data import WritingSettings, write_data
     from .show import training_bars
 
     settings = WritingSettings(

@@ -9,8 +9,8 @@ import random
 
 import pytest
 import torch
+from accuracy import ALLOWED, first_results, first_rows, launcher, relative_error, same_bits, written
 from random_model import SMOKE, random_kangaroo, random_prompt, sharing_weights
-from right import ALLOWED, first_results, first_rows, launcher, relative_error, same_bits, written
 from trees import hold_bits, random_parents, shapes
 
 from kangaroo_kernels.workloads import MODELS, Settings, workloads

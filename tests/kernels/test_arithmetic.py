@@ -14,7 +14,7 @@ import json
 
 import torch
 from compiled import arithmetic_of, compile_only
-from steps import META, STEPS
+from kernel_calls import META, STEPS
 
 from kangaroo_kernels.launch_config import chained
 from kangaroo_kernels.workloads import MODELS, Settings

@@ -21,7 +21,7 @@ from kangaroo_kernels.reference import attention as attention_module
 from kangaroo_kernels.reference.attention import MANY_ROWS, _prefill_on_gpu
 from kangaroo_kernels.reference.attention import attention as reference
 from kangaroo_kernels.shared.cache_layout import row_offsets
-from kangaroo_kernels.shared.merge import attention_merge, attention_merge_kernel, merge_splits, merges_apart
+from kangaroo_kernels.shared.merge_splits import attention_merge, attention_merge_kernel, merge_splits, merges_apart
 from kangaroo_kernels.shared.operands import Cache, Heads, Parts, Queries, Work
 from kangaroo_kernels.shared.splits import count_splits, count_splits_of, first_position
 
@@ -378,7 +378,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Recorded]:
     """Attention's kernel and that of the merge, which are not launched."""
     found = Recorded(attention_kernel), Recorded(attention_merge_kernel)
     monkeypatch.setattr("kangaroo_kernels.attention.attention_kernel", found[0])
-    monkeypatch.setattr("kangaroo_kernels.shared.merge.attention_merge_kernel", found[1])
+    monkeypatch.setattr("kangaroo_kernels.shared.merge_splits.attention_merge_kernel", found[1])
     return found
 
 
@@ -503,7 +503,7 @@ def test_who_merges_changes_no_bit(device, monkeypatch, rows, heads, position):
     ways = [{}, {"ancestors": masks}, {"active": down + 1}, {"max_length": 129}]
 
     def found(most_turns: int) -> list[Tensor]:
-        monkeypatch.setattr("kangaroo_kernels.shared.merge.MOST_TURNS", most_turns)
+        monkeypatch.setattr("kangaroo_kernels.shared.merge_splits.MOST_TURNS", most_turns)
         untouched = q.new_full((rows, heads * 16), 7)
         assert (kernel(q, keys, values, where, scale=0.25, active=down, out=untouched) == 7).all()
         pages = attend(q, *pools, position, 0.25, block_table=table)
@@ -514,7 +514,7 @@ def test_who_merges_changes_no_bit(device, monkeypatch, rows, heads, position):
 
 def test_what_a_launch_merges_nobody_else_does(device, monkeypatch):
     """Without that launch, the result stays as it was."""
-    monkeypatch.setattr("kangaroo_kernels.shared.merge.attention_merge_kernel", Recorded(attention_merge_kernel))
+    monkeypatch.setattr("kangaroo_kernels.shared.merge_splits.attention_merge_kernel", Recorded(attention_merge_kernel))
     q, keys, values = on(device, HALF, inputs(16, 4, 1, 16, 1100))
     assert attend(q, keys, values, 1100, 0.25).isnan().all()
     assert not attend(q[:9], keys, values, 1100, 0.25).isnan().any()

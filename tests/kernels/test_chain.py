@@ -91,7 +91,7 @@ import json
 
 import torch
 from compiled import compile_only
-from steps import META, STEPS
+from kernel_calls import META, STEPS
 from triton.runtime.jit import JITFunction
 
 from kangaroo_kernels.launch_config import chained

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from compiled import compile_only
-from steps import META, STEPS
+from kernel_calls import META, STEPS
 from triton import knobs
 
 from kangaroo_kernels.launch_config import chained
@@ -176,7 +176,7 @@ def test_the_last_program_sees_what_the_others_left(kernels):
     """
     count, parts = (
         place_of("last = tl.atomic_add"),
-        {place_of(f"{each} = tl.load(", "shared/merge.py") for each in MERGED},
+        {place_of(f"{each} = tl.load(", "shared/merge_splits.py") for each in MERGED},
     )
     best, winner = place_of("tl.atomic_max(arrivals_ptr", "look_up.py"), place_of("best = tl.atomic_xchg", "look_up.py")
     merging = [kernel for kernel in kernels if any(place == count for _, place in kernel.code)]

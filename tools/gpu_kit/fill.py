@@ -22,14 +22,14 @@ import gpu_measure as gm
 import pytest
 import random_model
 import torch
+from accuracy import launcher
 from gpu_card import Card
+from kernel_calls import META, STEPS
 from report import decode as decoding
 from report import environment
 from report.job import Job
 from report.page import cells_of
 from report.parts import CHOSEN
-from right import launcher
-from steps import META, STEPS
 from triton.runtime import cache
 
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS

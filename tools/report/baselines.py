@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch._dynamo.utils
 import transformers
+from accuracy import agreeing
 from plain_llama import PlainLlama, matrix
 from random_model import RESIDENT_REFERENCES, random_prompt, random_target
-from right import agreeing
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, StoppingCriteriaList
 

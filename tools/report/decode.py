@@ -13,9 +13,9 @@ from itertools import product
 from statistics import median
 from typing import Any
 
+from accuracy import agreeing
 from iteration_profile import stage_bytes
 from random_model import random_kangaroo, random_prompt, sharing_weights
-from right import agreeing
 
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.launch_config import chained

@@ -9,8 +9,8 @@ from functools import lru_cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
+from accuracy import agreeing
 from plain_llama import PlainLlama
-from right import agreeing
 from transformers import AutoModelForCausalLM
 
 from kangaroo_kernels import Kangaroo

@@ -9,8 +9,8 @@ import tempfile
 from functools import partial
 from typing import Any
 
+from accuracy import agreeing
 from random_model import random_prompt
-from right import agreeing
 from vllm_process import decode_in_vllm
 
 from kangaroo_kernels.workloads import TINY, ModelShape

@@ -15,8 +15,8 @@ from pairs import TURN_TEMPLATE, make_target, make_tokenizer
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.text import load_tokenizer
 from kangaroo_kernels.model.training import teacher, writing
+from kangaroo_kernels.model.training.generate_data import Counts, Seen, WritingSettings, write_data
 from kangaroo_kernels.model.training.teacher import Teacher
-from kangaroo_kernels.model.training.writing import Counts, Seen, WritingSettings, write_data
 
 END = 17
 """The token ``@``."""

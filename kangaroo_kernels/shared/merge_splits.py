@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import follow
-from kangaroo_kernels.shared.keys import stable_key
 from kangaroo_kernels.shared.launch import launch_options
 from kangaroo_kernels.shared.operands import Heads, Parts, Queries, Work
 from kangaroo_kernels.shared.splits import count_splits_of
