@@ -3,8 +3,9 @@
     python tools/gpu_kit/prepare.py
 
 The kernels are compiled for sm_90 by the Triton of the GPU's machine, whatever its Python, in ``/tmp/kcache``, since
-Triton's cache holds absolute paths, and stripped to what a launch needs. ``sitecustomize.py`` makes Triton find them.
-Nothing is done where neither the sources nor the kit changed; where a kernel changed, that one is compiled.
+Triton's cache holds absolute paths, and stripped to what a launch needs. ``sitecustomize.py`` makes Triton find them,
+and ``launchers.py`` builds there what depends on the Python of that machine. Nothing is done where neither the sources
+nor the kit changed; where a kernel changed, that one is compiled.
 """
 
 import os
@@ -79,11 +80,11 @@ def compile_all(triton: Path) -> bool:
 
 
 def pack() -> int:
-    """The kernels that were asked for: machine code, and what a launcher must know of it."""
+    """The kernels that were asked for: machine code, what a launcher must know of it, and the launchers' sources."""
     names = sorted(set((BUILD / "used").read_text(encoding="utf-8").split()))
     with tarfile.open(DEV / "kcache.tgz", "w:gz", compresslevel=9) as archive:
         for file in sorted(file for name in names for file in (CACHE / name).iterdir()):
-            if file.suffix in (".cubin", ".json"):
+            if file.suffix in (".cubin", ".json", ".c"):
                 archive.add(file, f"{CACHE.name}/{file.parent.name}/{file.name}")
     return len(names)
 
@@ -100,7 +101,7 @@ def main() -> None:
     write_json(file, told | {"complete": same})
     if not same:
         complete = compile_all(triton_here())
-        print(f"{pack()} kernels, of {sum(1 for _ in CACHE.iterdir())} in {CACHE}")
+        print(f"{pack()} kernels and launchers, of {sum(1 for _ in CACHE.iterdir())} in {CACHE}")
         write_json(file, told | {"complete": complete})
     print(f"{carried}: {carried.stat().st_size / 2**20:.2f} MiB{', nothing changed' if same else ''}")
 

@@ -3,20 +3,25 @@
 Launchers called on CPU or ``meta`` tensors take the launch configurations, options and specialisations of a GPU. With
 ``STANDIN=compute`` a launcher also calls its reference, so that whole decodes go on. As a pytest plugin it leads GPU
 tests through their launches; run them with ``python -O`` and ``--assert=plain``, for nothing that they hold is true.
-The kernels that were asked for are noted in the file ``$STANDIN_USED``.
+The kernels that were asked for are noted in the file ``$STANDIN_USED``. So are their launchers, which Triton 3.6
+compiles in C: the sources are kept beside the kernels, for ``launchers.py``.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
 from kangaroo_kernels import launch_config, sample_head
@@ -35,11 +40,29 @@ SHARED_BYTES = 232448
 found, compiled, broken = list[str](), list[str](), list[str]()
 
 
+def use(kept: str) -> None:
+    """Note the folder of a file in Triton's cache."""
+    with open(os.environ["STANDIN_USED"], "a", encoding="utf-8") as file:
+        file.write(Path(kept).parent.name + "\n")
+
+
 def note(*, src: Any, metadata_group: dict[str, str], cache_hit: bool, **event: Any) -> None:
     """Triton tells of every kernel once a process."""
     (found if cache_hit else compiled).append(src.name)
-    with open(os.environ["STANDIN_USED"], "a", encoding="utf-8") as file:
-        file.write(Path(next(iter(metadata_group.values()))).parent.name + "\n")
+    use(next(iter(metadata_group.values())))
+
+
+def keep_source(src: str, name: str, **how: Any) -> Any:
+    """In the place of Triton's compiling a launcher's C."""
+    use(get_cache_manager(hashlib.sha256(src.encode()).hexdigest()).put(src, f"{name}.c", binary=False))
+    return SimpleNamespace(launch=None)
+
+
+def launcher_of(src: Any, metadata: Any) -> Callable[..., None]:
+    """Launches nothing; Triton 3.6 also says what it would have compiled for it."""
+    if hasattr(nvidia, "make_launcher"):
+        nvidia.CudaLauncher(src, metadata)
+    return lambda *args: None
 
 
 def replace(function: Callable[..., Any], other: Callable[..., Any]) -> None:
@@ -76,7 +99,7 @@ class Driver(CompileOnly):
         load_binary = staticmethod(lambda name, kernel, shared, device: (name, name, 0, 0, 1024))
         get_device_properties = staticmethod(lambda device: {"max_shared_mem": SHARED_BYTES})
 
-    launcher_cls = staticmethod(lambda src, metadata: lambda *args: None)
+    launcher_cls = staticmethod(launcher_of)
 
 
 class Graph:
@@ -97,6 +120,7 @@ def install() -> None:
         return run(kernel, *args, **kwargs | more)
 
     knobs.compilation.listener, JITFunction.run = note, prefetching
+    vars(nvidia).update(compile_module_from_src=keep_source, library_dirs=list)
     driver.set_active(Driver(90))
     replace(launch_config.files_for, lambda device: ("sm_90.json",))
     replace(require_interpreter, lambda op, x: None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from random_model import SMOKE
 from triton import knobs
+from triton.runtime import build as c_modules
 
 from kangaroo_kernels.workloads import MODELS, ModelShape
 
@@ -31,15 +32,27 @@ def write_json(path: Path, values: object) -> None:
 
 
 def log_compilations() -> None:
-    """From here on this process adds the name of every kernel that Triton compiles to the file ``$COMPILED_LOG``."""
+    """From here on this process adds to the file ``$COMPILED_LOG`` the name of every kernel that Triton compiles.
+
+    So it does of every C module: under Triton 3.6 each signature of a kernel needs one, its launcher.
+    """
+    if "COMPILED_LOG" not in os.environ:
+        return
+    compile_c: Any = c_modules._build
+
+    def add(name: str) -> None:
+        with open(os.environ["COMPILED_LOG"], "a", encoding="utf-8") as log:
+            log.write(name + "\n")
 
     def note(*, src: Any, cache_hit: bool, **event: Any) -> None:
         if not cache_hit:
-            with open(os.environ["COMPILED_LOG"], "a", encoding="utf-8") as log:
-                log.write(src.name + "\n")
+            add(src.name)
 
-    if "COMPILED_LOG" in os.environ:
-        knobs.compilation.listener = note
+    def build(name: str, *how: Any) -> Any:
+        add(name)
+        return compile_c(name, *how)
+
+    knobs.compilation.listener, c_modules._build = note, build
 
 
 @dataclass
