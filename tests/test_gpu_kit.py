@@ -21,7 +21,7 @@ real, on_a_gpu, asked = (nvidia.compile_module_from_src, nvidia.library_dirs), s
 import standin
 import torch
 from report.job import log_compilations
-from steps import META, STEPS
+from kernel_calls import META, STEPS
 from kangaroo_kernels.workloads import TINY, Settings
 
 def launcher(src, metadata):

@@ -22,7 +22,7 @@ PLAIN, KANGAROO = "plain", "kangaroo"
 LIKELY = 20
 """The tokens among which a logit gap is looked up."""
 
-Way = Callable[[list[int], Settings], Turn]
+OtherDecoder = Callable[[list[int], Settings], Turn]
 """Another way of decoding: from a prompt's tokens to the answer."""
 
 
@@ -111,7 +111,7 @@ def evaluate(
     kangaroo: Kangaroo,
     settings: Settings,
     run: Run,
-    others: Mapping[str, Way],
+    others: Mapping[str, OtherDecoder],
     deadline: float,
     report: Callable[[str, int, int, str], None],
 ) -> None:
@@ -141,7 +141,9 @@ def evaluate(
         report("answering", len(run.done), len(run.questions), note)
 
 
-def answer(kangaroo: Kangaroo, question: Question, settings: Settings, others: Mapping[str, Way]) -> dict[str, Answer]:
+def answer(
+    kangaroo: Kangaroo, question: Question, settings: Settings, others: Mapping[str, OtherDecoder]
+) -> dict[str, Answer]:
     """The answers to a question by every way.
 
     All ways get the same prompts: what a later turn sees of the earlier ones is plain decoding's answer.

@@ -24,7 +24,7 @@ TRANSFORMERS, ASSISTED = "transformers", "transformers-assisted"
 
 
 class TransformersWay:
-    """Greedy text by ``model.generate``, on the number of threads that is fastest for it; a ``Way`` of decoding.
+    """Greedy text by ``model.generate``, on the number of threads that is fastest for it; an ``OtherDecoder``.
 
     Args:
         model: as transformers loaded it.
