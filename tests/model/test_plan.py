@@ -84,7 +84,7 @@ def test_speedups_as_recorded(demo: Found, smollm2: Found) -> None:
     """
     found = {
         name: [over_measured(smollm2, row, 3, 6, "processor_speedup") for row in record(name)["categories"]]
-        for name in ("smollm2_spec_bench", "smollm2_tasks_alone")
+        for name in ("smollm2_spec_bench", "smollm2_tasks_alone", "smollm2_third_alone")
     }
     alone = find_shapes("SmolLM2-135M")  # in the paper's form
     rows = record("smollm2_paper_form")["categories"]
@@ -106,6 +106,7 @@ def test_speedups_as_recorded(demo: Found, smollm2: Found) -> None:
     assert ranges == {
         "smollm2_spec_bench": (0.95, 1.0, 14),
         "smollm2_tasks_alone": (0.97, 1.01, 14),
+        "smollm2_third_alone": (0.95, 1.0, 14),
         "smollm2_paper_form": (0.93, 0.99, 14),
         "smollm2_exits": (0.97, 0.98, 5),
         "demo_pair": (0.98, 1.06, 8),
