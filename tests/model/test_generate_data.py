@@ -14,7 +14,7 @@ from pairs import TURN_TEMPLATE, make_target, make_tokenizer
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.text import load_tokenizer
-from kangaroo_kernels.model.training import teacher, writing
+from kangaroo_kernels.model.training import generate_data, teacher
 from kangaroo_kernels.model.training.generate_data import Counts, Seen, WritingSettings, write_data
 from kangaroo_kernels.model.training.teacher import Teacher
 
@@ -88,7 +88,7 @@ def test_groups_are_greedy_and_sampled_by_turns(target: Path, tmp_path: Path, mo
     monkeypatch.setattr(Teacher, "write", lambda *given, **how: seen.append(how) or write(*given, **how))
     file = prompts(tmp_path, [f"{letter}bcdefg" for letter in "abcdefghi"])
     counts = write_data(settings(target, tmp_path / "d.jsonl", prompts=(file,), texts=100))
-    assert seen == [{}, writing.ANSWERING, {}]  # nine prompts in groups of four, and then there are no more
+    assert seen == [{}, generate_data.ANSWERING, {}]  # nine prompts in groups of four, and then there are no more
     assert counts.texts + counts.loops + counts.unfit == 9
 
 
@@ -163,7 +163,7 @@ def test_a_target_that_only_loops_is_given_up(target: Path, tmp_path: Path, monk
     monkeypatch.setattr(Teacher, "write", lambda _self, rows, *_, **__: [[30, 31] * 30 for _ in rows])
     (tmp_path / "a.txt").write_text("ABCDEFGH")
     counts = write_data(settings(target, tmp_path / "d.jsonl", prompts=(tmp_path / "a.txt",)))
-    assert (counts.texts, counts.loops) == (0, writing.BARREN_GROUPS * 4)
+    assert (counts.texts, counts.loops) == (0, generate_data.BARREN_GROUPS * 4)
 
 
 def test_no_prompt_is_answered_twice(target: Path, tmp_path: Path) -> None:
