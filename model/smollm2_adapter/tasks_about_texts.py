@@ -55,7 +55,8 @@ def user(content: str) -> Message:
 
 def paragraphs(text: str, most: int) -> str:
     """The first paragraphs of a text, up to ``most`` words and one paragraph at least."""
-    words, kept = 0, []
+    words = 0
+    kept: list[str] = []
     for part in re.split(r"\n\s*\n", text):
         words += len(part.split())
         if kept and words > most:
