@@ -12,7 +12,7 @@ from ..request import Request
 from ..results import Progress
 from ..session import Writing
 from .metrics import BUSY, CANCELLED, COMPLETED, ERROR, REFUSED, Metrics
-from .parameters import Asked, parameter_in, wrong
+from .parameters import Asked, parameter_in
 from .pool import Pool
 from .refused import RefusedError, closing
 
@@ -40,15 +40,13 @@ class Desk:
         Raises:
             RefusedError: a prompt, messages or a setting that the model cannot take.
         """
-        bias, last = asked.settings.logit_bias or {}, self.kangaroo.target.config.vocab_size - 1
-        if any(token > last for token in bias):
-            raise wrong("logit_bias", f"logit_bias has the token {max(bias)}; the model's tokens are 0 to {last}.")
         try:
             request = self.kangaroo.resolve(asked.prompt, asked.settings, asked.messages)
         except TooLongError as error:
             raise RefusedError(str(error), param=asked.source, code="context_length_exceeded") from error
         except KangarooError as error:
-            setting = parameter_in(str(error), ["stop"] if asked.settings.stop else [])
+            given = {name for name in ("logit_bias", "stop") if getattr(asked.settings, name)}
+            setting = parameter_in(str(error), given)
             raise RefusedError(str(error), param=setting or asked.source) from error
         if len(request.tokens) >= self.context:
             raise RefusedError(

@@ -201,7 +201,7 @@ REFUSALS: list[tuple[tuple[bool, ...], dict[str, Any], str | None, str]] = [
     (BOTH, {"stop": ""}, "stop", "stop"),
     (BOTH, {"logit_bias": {"A": 1}}, "logit_bias", "logit_bias has the key 'A'; its keys must be token ids"),
     (BOTH, {"logit_bias": {" 1_0 ": 1}}, "logit_bias", "logit_bias has the key ' 1_0 '"),
-    (BOTH, {"logit_bias": {"67": 1}}, "logit_bias", "logit_bias has the token 67; the model's tokens are 0 to 66."),
+    (BOTH, {"logit_bias": {"67": 1}}, "logit_bias", "logit_bias's token 67 is not a whole number from 0 to 66"),
     (BOTH, {"logit_bias": {"0": "hot"}}, "logit_bias", "logit_bias has 0: 'hot'"),
     (BOTH, {"stream": "yes"}, "stream", "it must be true or false"),
     (BOTH, {"stream_options": {"include_usage": True}}, "stream_options", "given without stream"),
