@@ -19,12 +19,12 @@ from kangaroo_kernels.contract import MAX_ROWS, MAX_SPECULATIVE_TOKENS, WIDEST_H
 from .backend import triton_backend
 from .drafters.adapter import Adapter
 from .drafters.kangaroo import KangarooDrafter
-from .drafters.kangaroo_with_lookup import MATCHES, USUAL, KangarooWithLookup
+from .drafters.kangaroo_with_lookup import MATCHES, USUAL
 from .drafters.make import make_drafter
 from .drafters.prompt_lookup import LEAST_MATCH, PromptLookup
 from .drafters.protocol import Drafter
 from .drafters.tree import TreeDrafter
-from .drafters.ways import choose_way
+from .drafters.ways import Way, choose_way
 from .errors import KangarooError
 from .load import open_pair, resolve_dtype
 from .loop.graphs import GraphRunner
@@ -129,15 +129,17 @@ def blank_target(config: LlamaConfig, dtype: torch.dtype) -> Llama:
 def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
     """Everything that decoding on a GPU launches, plain and drafted, on both loops; for use within ``compile_for``.
 
-    An adapter drafts chains, and chains beside prompt lookup, whatever its own way is: a caller may ask for them.
+    An adapter drafts chains, and beside prompt lookup, whatever its own way is: a caller may ask for them.
     """
     chains = KangarooDrafter(target, drafter.adapter) if isinstance(drafter, KangarooDrafter) else drafter
     for length in (*LENGTHS, target.config.context_length):
         yield Work("led by the host", partial(lead_by_host, target, chains, length))
         if isinstance(drafter, TreeDrafter):
             yield Work("trees led by the host", partial(lead_a_tree, target, drafter, length))
+            tree_beside = make_drafter(target, drafter.adapter, Way(drafter.draft_tree, prompt_lookup=True))
+            yield Work("trees, lookup", partial(iterate, target, tree_beside, Sampling(), TREE_ROUNDS, length))
         if isinstance(drafter, KangarooDrafter):
-            beside = KangarooWithLookup(target, drafter.adapter)
+            beside = make_drafter(target, drafter.adapter, Way(prompt_lookup=True))
             for drafts in DRAFTS:
                 yield Work(f"{drafts} drafts, lookup", partial(iterate, target, beside, Sampling(), drafts, length))
         for sampling in SAMPLINGS:

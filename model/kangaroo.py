@@ -99,11 +99,12 @@ class Kangaroo(Writer):
             kv_dtype: "float16" rounds the keys and values that a CPU's texts keep, which halves their memory; it
                 goes with ``dtype="float16"``. None keeps them in float32.
             prompt_lookup: beside an adapter, also draft what followed the text's last tokens before, where that
-                promises more; not with ``persistent``. Without an adapter nothing else drafts.
+                promises more; in a tree, as a branch of it, too. Not with ``persistent``. Without an adapter nothing
+                else drafts.
             draft_tree: draft trees of at most this many tokens, 1 to 15, instead of chains (0); needs an adapter.
-                ``num_speculative_tokens`` then bounds the length of a branch. Where neither this nor
-                ``prompt_lookup`` is given, the adapter's ``config.json`` decides; without an entry there, and with
-                ``persistent=True``, it drafts chains.
+                ``num_speculative_tokens`` then bounds the length of a branch. Where this or ``prompt_lookup`` is None,
+                the adapter's ``config.json`` decides; without an entry there, and with ``persistent=True``, the adapter
+                drafts chains and alone.
 
         Raises:
             KangarooError: in one sentence, what is wrong with the files or the settings.

@@ -149,7 +149,8 @@ def load(model: str, adapter: Path | None, dtype: str | None) -> Kangaroo:
     if adapter is not None and adapter.suffix == experiment_ablation.SUFFIX:
         kangaroo = experiment_ablation.load(model, adapter, dtype)
     else:
-        kangaroo = Kangaroo.from_pretrained(model, adapter, dtype=dtype, draft_tree=0)  # chains of the adapter alone
+        alone: dict[str, Any] = {"draft_tree": 0, "prompt_lookup": False}
+        kangaroo = Kangaroo.from_pretrained(model, adapter, dtype=dtype, **alone)
     warm_up(kangaroo)
     return kangaroo
 

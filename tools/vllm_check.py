@@ -143,7 +143,8 @@ def main(
         folder = Path(name)
         try:
             pair = export_drafter(model, adapter, folder / "drafter")
-            kangaroo = Kangaroo.from_pretrained(model, adapter, device="cpu", draft_tree=0)  # chains, as vLLM
+            as_vllm: dict[str, Any] = {"draft_tree": 0, "prompt_lookup": False}
+            kangaroo = Kangaroo.from_pretrained(model, adapter, device="cpu", **as_vllm)
         except KangarooError as error:
             refuse("vllm_check", str(error))
         prompts = prompts_of(model, kangaroo)

@@ -54,13 +54,16 @@ Kernels = Annotated[
 PromptLookup = Annotated[
     bool | None,
     typer.Option(
-        help="Beside an adapter, also draft what followed the same words before.",
+        help="Beside an adapter, also draft what followed the same words before; by default as the adapter says.",
         rich_help_panel=DRAFTING,
     ),
 ]
 DraftTree = Annotated[
     int | None,
-    typer.Option(help="Draft trees of at most this many tokens, 1 to 15; 0 for chains.", rich_help_panel=DRAFTING),
+    typer.Option(
+        help="Draft trees of at most this many tokens, 1 to 15; 0 for chains; by default as the adapter says.",
+        rich_help_panel=DRAFTING,
+    ),
 ]
 Temperature = Annotated[float, typer.Option(help="0 decodes greedily.", rich_help_panel=SAMPLING)]
 TopK = Annotated[int | None, typer.Option(help="Sample among this many tokens.", rich_help_panel=SAMPLING)]

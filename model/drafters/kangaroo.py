@@ -45,6 +45,7 @@ class AdapterMemory:
         states: ``[positions + 1, hidden]``, whose row p is the target's last layer's output at position ``p - 1``;
             None without a deep state.
         own: ``[2, hidden]``, the adapter's latest output on the resident loop; None without a deep state.
+        ran: rows of the latest tree that the adapter has run on, the first ones.
     """
 
     cache: KVCache
@@ -53,6 +54,7 @@ class AdapterMemory:
     missed: list[Tensor] = field(default_factory=list)
     states: Tensor | None = None
     own: Tensor | None = None
+    ran: int = 0
 
     @property
     def nbytes(self) -> int:

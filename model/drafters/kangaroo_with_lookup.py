@@ -5,6 +5,7 @@ surer its tokens (``weigh`` has the rule). Elsewhere the adapter drafts. Both lo
 their drafts are the same.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,13 +41,14 @@ class LookupMemory(AdapterMemory):
         found: what looking up on the device keeps.
         thresholds: ``[15]`` float32, on the device: the request's own. They hold for looked-up tokens, whatever
             ``auto`` finds for the adapter's.
-        at_hand: led by the host, looked-up tokens for the next step, and how sure they are; None where the adapter is
-            to draft.
+        match: led by the host, what was looked up for the next step.
+        at_hand: of these, the tokens that are drafts, and how sure they are; None where the adapter is to draft.
     """
 
     experience: Experience = field(kw_only=True)
     found: Found = field(kw_only=True)
     thresholds: Tensor = field(kw_only=True)
+    match: Match | None = None
     at_hand: tuple[Tensor, tuple[float, ...]] | None = None
 
     @property
@@ -66,10 +68,21 @@ class KangarooWithLookup(KangarooDrafter):
         target: the model.
         adapter: trained for it.
         num_draft_steps: the most drafts a step that the adapter makes, 1 to 15; None takes its configuration's number.
+
+    Attributes:
+        least_match: tokens that must match.
+        matches: how many of them make a match of each kind.
+        usual: how often a token stands that follows such a match, before the text has shown it.
     """
+
+    least_match, matches, usual = LEAST_MATCH, MATCHES, USUAL
 
     def __init__(self, target: Llama, adapter: DraftNetwork, num_draft_steps: int | None = None) -> None:
         super().__init__(target, adapter)
+        self._beside_lookup(num_draft_steps)
+
+    def _beside_lookup(self, num_draft_steps: int | None) -> None:
+        """The adapter's number of drafts becomes that of its steps; a match may be longer."""
         self.num_draft_steps = self.num_speculative_tokens if num_draft_steps is None else num_draft_steps
         self.num_speculative_tokens = MAX_SPECULATIVE_TOKENS
 
@@ -78,7 +91,7 @@ class KangarooWithLookup(KangarooDrafter):
         device = self.target.device
         return LookupMemory(
             **vars(super().new_memory()),
-            experience=Experience.none(MATCHES, USUAL, device),
+            experience=Experience.none(self.matches, self.usual, device),
             found=Found.nothing(device),
             thresholds=torch.zeros(MAX_SPECULATIVE_TOKENS, device=device),
         )
@@ -94,7 +107,7 @@ class KangarooWithLookup(KangarooDrafter):
         """Whether a match promises more than the adapter; one that is less sure than ``threshold`` is none."""
         memory: LookupMemory = text.memory
         with span("kangaroo/draft/lookup"):
-            match = self._look_up(text)
+            match = memory.match = self._look_up(text)
             thresholds, length = torch.full((most,), threshold, device=self.target.device), len(text.tokens)
             weighed = self.target.backend.weigh(match.matched, thresholds, length, length + most + 1, memory.experience)
             count = int(weighed.made.sum())
@@ -114,7 +127,7 @@ class KangarooWithLookup(KangarooDrafter):
         return Draft(tokens, hidden, confidences=sure)
 
     def _look_up(self, text: "TextState") -> Match:
-        return self.target.backend.look_up(text.on_device(), len(text.tokens), MAX_SPECULATIVE_TOKENS, LEAST_MATCH)
+        return self.target.backend.look_up(text.on_device(), len(text.tokens), MAX_SPECULATIVE_TOKENS, self.least_match)
 
     # ---- on the device
 
@@ -123,7 +136,9 @@ class KangarooWithLookup(KangarooDrafter):
         super().attach(iteration)
         memory: LookupMemory = iteration.text.memory
         memory.found.arrivals.zero_()
-        memory.thresholds[: iteration.max_drafts] = iteration.buffers.thresholds[: iteration.max_drafts]
+        longest = min(iteration.longest, iteration.max_drafts)  # a tree has more rows than a branch, or fewer
+        memory.thresholds.fill_(math.inf)
+        memory.thresholds[:longest] = iteration.buffers.thresholds[:longest]
 
     def longest_chain(self, iteration: "Iteration") -> int:
         """The adapter drafts no more than its own number."""
@@ -142,7 +157,7 @@ class KangarooWithLookup(KangarooDrafter):
     def choose(self, iteration: "Iteration") -> None:
         """Whether looked-up tokens are drafted; then the first flag falls, and the adapter makes no draft."""
         buffers, memory = iteration.buffers, iteration.text.memory
-        look_up_drafts(iteration, memory.found)
+        look_up_drafts(iteration, memory.found, least=self.least_match)
         self.target.backend.weigh(
             memory.found.matched,
             memory.thresholds[: iteration.max_drafts],

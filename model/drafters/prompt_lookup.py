@@ -48,14 +48,14 @@ class Found(NamedTuple):
         return self.arrivals.nbytes + self.matched.nbytes
 
 
-def look_up_drafts(iteration: "Iteration", found: Found, flags: Tensor | None = None) -> None:
+def look_up_drafts(iteration: "Iteration", found: Found, flags: Tensor | None = None, least: int = LEAST_MATCH) -> None:
     """The iteration's drafts by lookup, and the embeddings of the newest token and of all drafts as its rows.
 
-    ``flags`` are written where they are given.
+    ``flags`` are written where they are given; a match of fewer than ``least`` tokens is none.
     """
     buffers, target, most = iteration.buffers, iteration.target, iteration.max_drafts
     match = Match(buffers.drafts.token, found.matched)
-    where = buffers.text, buffers.length, most, LEAST_MATCH
+    where = buffers.text, buffers.length, most, least
     target.backend.look_up(*where, flags=flags, arrivals=found.arrivals, out=match)
     buffers.hidden(0, 1).copy_(buffers.newest)
     torch.index_select(target.weights.embedding, 0, match.tokens, out=buffers.hidden(1, most + 1))

@@ -11,7 +11,6 @@ and their probabilities are those of the noisy scores: what the target will choo
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from ..spans import span
 from ..target.cache import Branches
 from ..target.llama import Llama
 from .adapter import DraftNetwork
-from .growth import CHILDREN, Tree, widths
+from .growth import CHILDREN, Hint, Tree, widths
 from .kangaroo import AdapterMemory, KangarooDrafter
 from .protocol import Draft, Stage
 
@@ -34,17 +33,6 @@ if TYPE_CHECKING:
     from ..loop.iteration import Iteration
     from ..loop.state import TextState
     from ..sampling import Chooser
-
-
-@dataclass
-class TreeMemory(AdapterMemory):
-    """What the drafter keeps of one text.
-
-    Attributes:
-        ran: rows of the latest tree that the adapter has run on, the first ones.
-    """
-
-    ran: int = 0
 
 
 class TreeDrafter(KangarooDrafter):
@@ -75,19 +63,15 @@ class TreeDrafter(KangarooDrafter):
         super().__init__(target, adapter)
         self.draft_tree, self.auto = rows, False
 
-    def new_memory(self) -> TreeMemory:
-        """As for chains, with a count of its own."""
-        memory = super().new_memory()
-        return TreeMemory(memory.cache, memory.length, memory.exit_hidden)
-
     # ---- led by the host
 
     def propose(self, text: "TextState", chooser: "Chooser", most: int, threshold: float) -> Draft:
         """Draft a tree of at most ``most`` rounds; rows less sure than ``threshold`` have nothing behind them."""
         if not most:
             return super().propose(text, chooser, most, threshold)
-        memory: TreeMemory = text.memory
+        memory: AdapterMemory = text.memory
         tree, first, last = Tree(self.draft_tree, self.target.device), 0, 1
+        tree.hint = self.hint(text)
         self.shallow_rows(text, tree, first, last)
         for count in widths(self.draft_tree, most):
             sure = [row for row in range(first, last) if tree.confidences[row] >= threshold or not row]
@@ -106,6 +90,14 @@ class TreeDrafter(KangarooDrafter):
             confidences=tuple(tree.confidences[1:last].tolist()),
             parents=tuple(tree.parents[1:last].tolist()),
         )
+
+    def hint(self, text: "TextState") -> Hint | None:
+        """Looked-up tokens that are candidates besides, on the loop led by the host; here there are none."""
+        return None
+
+    def hint_on_device(self, iteration: "Iteration") -> Hint | None:
+        """The same on the resident loop."""
+        return None
 
     def shallow_rows(self, text: "TextState", tree: Tree, first: int, last: int) -> None:
         """The target's first layers on some rows of the tree."""
@@ -137,7 +129,7 @@ class TreeDrafter(KangarooDrafter):
 
     def straighten(self, text: "TextState", path: Tensor, position: int | Tensor) -> None:
         """Move the adapter's keys and values and, where the host leads, the exit layer's rows."""
-        memory: TreeMemory = text.memory
+        memory: AdapterMemory = text.memory
         move = self.target.backend.straighten
         move(path, position, memory.cache.rows)
         if isinstance(position, Tensor):
@@ -154,7 +146,11 @@ class TreeDrafter(KangarooDrafter):
 
     def rows(self, most: int) -> int:
         """Drafts of a tree whose branches have at most ``most`` tokens."""
-        return sum(widths(self.draft_tree, most))
+        return sum(widths(self.draft_tree, self.rounds(most)))
+
+    def rounds(self, most: int) -> int:
+        """How many rounds a tree grows in, where a step may draft ``most`` tokens behind each other."""
+        return most
 
     def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
         """The shallow layers on the newest token; then, round by round, candidates and the shallow layers on the best.
@@ -164,11 +160,18 @@ class TreeDrafter(KangarooDrafter):
         growth = Growth(self, iteration, reach)
         yield Stage("kangaroo/tree/shallow", growth.begin)
         first, last = 0, 1
-        for number, count in enumerate(widths(self.draft_tree, iteration.longest), start=1):
+        for number, count in enumerate(widths(self.draft_tree, self.rounds(iteration.longest)), start=1):
             yield Stage("kangaroo/tree/step", partial(growth.rank, number, first, last))
             first, last = last, last + count
             yield Stage("kangaroo/tree/shallow", partial(growth.grow, number, first, last))
         yield Stage("kangaroo/tree/done", growth.finish)
+
+    def hand_on(self, iteration: "Iteration", tokens: Tensor, ancestors: Tensor) -> None:
+        """A tree is what verification looks at."""
+        buffers = iteration.buffers
+        assert buffers.ancestors is not None, "an iteration whose drafter has a tree makes them"
+        buffers.drafts.token.copy_(tokens)
+        buffers.ancestors.copy_(ancestors)
 
 
 class Growth:
@@ -183,7 +186,7 @@ class Growth:
     def __init__(self, drafter: TreeDrafter, iteration: "Iteration", reach: int) -> None:
         self.drafter, self.iteration, self.reach = drafter, iteration, reach
         self.target, self.buffers, device = drafter.target, iteration.buffers, drafter.target.device
-        rows, rounds = iteration.max_drafts, iteration.longest
+        rows, rounds = iteration.max_drafts, drafter.rounds(iteration.longest)
 
         def make() -> tuple[Tree, Tensor]:
             return Tree(rows, device), torch.zeros(rounds + 1, dtype=torch.int32, device=device)
@@ -193,6 +196,7 @@ class Growth:
     def begin(self) -> None:
         """The newest token's row. ``going[i]`` says whether round i + 1 takes place; there may be no room for it."""
         self.tree.reset()
+        self.tree.hint = self.drafter.hint_on_device(self.iteration)
         self.drafter.shallow(self.iteration, 0, self.reach)
         room = self.buffers.limit - self.buffers.length
         self.going.zero_()
@@ -225,10 +229,8 @@ class Growth:
             active=active,
         )
         sure = (tree.confidences[first:last] >= buffers.threshold(0)) if first else active > 0
-        counts = (sure & (active > 0))[:, None]
         rows = torch.arange(first, last, device=logits.device)
-        tokens = torch.where(counts, ranked.tokens, 0)
-        tree.offer(rows, tokens, torch.where(counts, ranked.confidences, 0.0))
+        tree.offer(rows, ranked.tokens, ranked.confidences, (sure & (active > 0))[:, None])
 
     def grow(self, number: int, first: int, last: int) -> None:
         """The rows of round ``number``, and the shallow layers on them."""
@@ -251,7 +253,4 @@ class Growth:
 
     def finish(self) -> None:
         """Hand the tree on to verification."""
-        buffers = self.buffers
-        assert buffers.ancestors is not None, "an iteration whose drafter has a tree makes them"
-        buffers.drafts.token.copy_(self.tree.tokens[1:])
-        buffers.ancestors.copy_(self.tree.masks)
+        self.drafter.hand_on(self.iteration, self.tree.tokens[1:], self.tree.masks)

@@ -1,4 +1,4 @@
-"""How an adapter drafts: chains, chains beside prompt lookup, or trees. One of them is the adapter's own default."""
+"""How an adapter drafts: chains or trees, alone or beside prompt lookup. One of them is the adapter's own default."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,16 +15,15 @@ class Way(NamedTuple):
 
     Attributes:
         draft_tree: the most drafts of a tree; 0 drafts chains.
-        prompt_lookup: whether chains stand beside prompt lookup.
+        prompt_lookup: whether prompt lookup drafts besides.
     """
 
     draft_tree: int = 0
     prompt_lookup: bool = False
 
     def __str__(self) -> str:
-        if self.draft_tree:
-            return f"trees of {self.draft_tree}"
-        return "chains and lookup" if self.prompt_lookup else "chains"
+        drafts = f"trees of {self.draft_tree}" if self.draft_tree else "chains"
+        return f"{drafts} and lookup" if self.prompt_lookup else drafts
 
 
 CHAINS = Way()
@@ -43,15 +42,15 @@ def read_way(values: Mapping[str, Any], path: Path) -> Way:
         )
     if not isinstance(lookup, bool):
         raise KangarooError(f"{path}: prompt_lookup is {lookup!r}; it must be true or false.")
-    if tree and lookup:
-        raise KangarooError(f"{path}: prompt_lookup goes with chains; it or draft_tree must go.")
     return Way(tree, lookup)
 
 
 def choose_way(
     default: Way | None, draft_tree: int | None, prompt_lookup: bool | None, *, persistent: bool = False
 ) -> Way:
-    """The way that a caller asks for, or the adapter's default where it can be had; None stands for no adapter.
+    """The way that a caller asks for; the adapter's default decides what is left open. None stands for no adapter.
+
+    ``persistent`` drafts chains of the adapter alone, whatever the default is.
 
     Raises:
         KangarooError: what is asked for is out of range, needs an adapter, or cannot be had together.
@@ -74,12 +73,13 @@ def choose_way(
                 "decode with plain=True."
             )
         return CHAINS
-    if draft_tree:
-        for name, given in (("persistent", persistent), ("prompt_lookup", prompt_lookup)):
-            if given:
-                raise KangarooError(f"{name}=True drafts chains; leave it or draft_tree out.")
+    if draft_tree and persistent:
+        raise KangarooError("persistent=True drafts chains; leave it or draft_tree out.")
     if prompt_lookup and persistent:
         raise KangarooError("persistent=True drafts with the adapter alone; leave it or prompt_lookup out.")
-    if draft_tree is not None or prompt_lookup is not None:
-        return Way(draft_tree or 0, bool(prompt_lookup))
-    return CHAINS if persistent else default
+    if persistent:
+        return CHAINS
+    return Way(
+        default.draft_tree if draft_tree is None else draft_tree,
+        default.prompt_lookup if prompt_lookup is None else prompt_lookup,
+    )

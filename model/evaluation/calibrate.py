@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
 
 from ..drafters.kangaroo import KangarooDrafter
-from ..drafters.kangaroo_with_lookup import KangarooWithLookup
 from ..drafters.make import make_drafter
 from ..drafters.ways import CHAINS, Way
 from ..errors import KangarooError
@@ -62,8 +61,9 @@ class Calibration:
     def beside(self, best: "Tried", kangaroo: Kangaroo) -> list["Tried"]:
         """The other ways, around the best setting of chains, as far as the pair can draft so."""
         found = []
-        for way in (Way(prompt_lookup=True), *(Way(rows) for rows in self.trees)):
-            lengths = (best.length,) if way.prompt_lookup else sorted({best.length, max(self.lengths)})
+        trees = [Way(rows, prompt_lookup=lookup) for lookup in (False, True) for rows in self.trees]
+        for way in (Way(prompt_lookup=True), *trees):
+            lengths = sorted({best.length, max(self.lengths)}) if way.draft_tree else [best.length]
             thresholds = sorted({best.threshold, best.threshold / 2}, reverse=True)
             tries = [Tried(way, length, threshold) for threshold in thresholds for length in lengths]
             try:
@@ -103,10 +103,7 @@ def drafting(kangaroo: Kangaroo, tried: Tried) -> Kangaroo:
     if not isinstance(drafter, KangarooDrafter):
         raise KangarooError("no adapter is loaded; calibration is for adapters.")
     target, adapter = kangaroo.target, drafter.adapter
-    if tried.way.prompt_lookup:
-        made: KangarooDrafter = KangarooWithLookup(target, adapter, tried.length)
-    else:
-        made = make_drafter(target, adapter, tried.way, drafter.persistent)
+    made = make_drafter(target, adapter, tried.way, drafter.persistent, tried.length)
     return Kangaroo(target, made, kangaroo.tokenizer, kangaroo.graphs, name=kangaroo.name)
 
 
@@ -189,7 +186,8 @@ def best_first(measured: list[tuple[Tried, Row]]) -> list[tuple[Tried, Row]]:
 
 def kind_of(row: Row) -> str:
     """A row's way of drafting, without its numbers."""
-    return "trees" if row["draft_tree"] else str(Way(prompt_lookup=bool(row["prompt_lookup"])))
+    way = str(Way(row["draft_tree"], bool(row["prompt_lookup"])))
+    return way.replace(f" of {row['draft_tree']}", "")
 
 
 def write_defaults(adapter: Path, table: list[Row]) -> None:

@@ -5,6 +5,14 @@ from pathlib import Path
 from .calibrate import Row, kind_of
 from .plots import BLUE, DPI, INK, ORANGE, can_draw, new_axes
 
+KINDS = (
+    ("chains", BLUE, "o"),
+    ("chains and lookup", ORANGE, "D"),
+    ("trees", BLUE, "^"),
+    ("trees and lookup", ORANGE, "v"),
+)
+"""The ways of drafting: orange stands for lookup, and triangles for trees."""
+
 
 def draw_frontier(file: Path, table: list[Row]) -> bool:
     """Draw tokens a step over what a step costs, in plain steps; False without matplotlib, an optional package.
@@ -14,7 +22,7 @@ def draw_frontier(file: Path, table: list[Row]) -> bool:
     if not can_draw():
         return False
     figure, axes = new_axes(4.5)
-    for kind, color, marker in (("chains", BLUE, "o"), ("chains and lookup", ORANGE, "D"), ("trees", INK, "^")):
+    for kind, color, marker in KINDS:
         rows = [row for row in table if kind_of(row) == kind]
         points = [(row["mean_acceptance_length"] / row["mean_speedup"], row["mean_acceptance_length"]) for row in rows]
         if points:

@@ -24,6 +24,8 @@ WAYS = {
     "trees": {"draft_tree": 15},
     "trees, chained": {"draft_tree": 15},
     "trees, launch by launch": {"draft_tree": 15, "graphs": False},
+    "trees beside prompt lookup": {"draft_tree": 15, "prompt_lookup": True},
+    "trees beside prompt lookup, chained": {"draft_tree": 15, "prompt_lookup": True},
 }
 PROMPT = "class Stack:\n    def push(self, item):\n"
 

@@ -52,8 +52,10 @@ def run(*command: Any, **environment: str) -> str:
     return done.stdout
 
 
-LOOKUP, CHAINS, PERSISTENT = {"prompt_lookup": True}, {"draft_tree": 0}, {"persistent": True}
+BOTH, CHAINS, PERSISTENT = {"prompt_lookup": True}, {"draft_tree": 0}, {"persistent": True}
+LOOKUP = BOTH | CHAINS
 LOADS = [(False, PERSISTENT), (True, LOOKUP), (True, {}), (False, CHAINS), (False, {}), (False, LOOKUP)]
+TREES = [(False, BOTH), (True, BOTH)]
 """Whether launches are chained, and how an adapter drafts; another order than the one compiled in."""
 
 
@@ -68,7 +70,7 @@ def deep_adapter(folder, target):
     return make_adapter(folder / "deep", target, exit_layer=2, copy_layer=2, deep_state_size=20)
 
 
-@pytest.mark.parametrize(("make", "loads"), [(tree_adapter, LOADS), (deep_adapter, LOADS[1:3] + LOADS[4:])])
+@pytest.mark.parametrize(("make", "loads"), [(tree_adapter, TREES + LOADS), (deep_adapter, LOADS[1:3] + LOADS[4:])])
 def test_a_decode_finds_every_kernel(pair, tmp_path, make, loads):
     """Of the model only config.json is there when its kernels are compiled, and no weight of the adapter."""
     target = tmp_path / "target"
@@ -94,7 +96,7 @@ def test_a_decode_finds_every_kernel(pair, tmp_path, make, loads):
 def test_trees_may_be_asked_for(pair):
     """Beside chains, which are always there."""
     chains, trees = ([work.name for work in works_for([blank_pair(*pair, draft_tree=rows)], 80)] for rows in (None, 4))
-    assert set(trees) - set(chains) == {"trees", "trees led by the host"}
+    assert set(trees) - set(chains) == {"trees", "trees led by the host", "trees, lookup"}
     assert not set(chains) - set(trees)
 
 

@@ -45,15 +45,17 @@ def loops(pair) -> Loops:
     return load(*pair)
 
 
-def guess(kangaroo: Kangaroo, text: list[int] | None = None) -> None:
-    """Put guesses in the place of ``look_up``: matches of any length, and tokens that are right now and then."""
+def guess(
+    kangaroo: Kangaroo, text: list[int] | None = None, lengths: tuple[int, ...] = (0, 3, 4, 7, 15), right: float = 0.8
+) -> None:
+    """Put guesses in the place of ``look_up``: matches of some lengths, whose tokens are as often ``right``."""
 
     def look_up(known: torch.Tensor, length: Any, most: int, least: int, *, out: Any = None, **_: Any) -> Match:
         dice, place = random.Random(int(length)), int(length)
-        right = [] if text is None else text[place : place + 15]
-        tokens = [token if dice.random() < 0.8 else dice.randrange(67) for token in right]
+        wanted = [] if text is None else text[place : place + 15]
+        tokens = [token if dice.random() < right else dice.randrange(67) for token in wanted]
         tokens += [dice.randrange(67) for _ in range(15 - len(tokens))]
-        found = Match(torch.tensor(tokens[:most]), torch.tensor([dice.choice((0, 3, 4, 7, 15))]))
+        found = Match(torch.tensor(tokens[:most]), torch.tensor([dice.choice((*lengths, least))]))
         return found if out is None else Match(*(kept.copy_(new) for kept, new in zip(out, found, strict=True)))
 
     kangaroo.target.backend = replace(kangaroo.target.backend, look_up=look_up)
