@@ -31,12 +31,12 @@ class Hint(NamedTuple):
 
     Attributes:
         tokens: ``[>= R]`` int64, in their order, for a tree of R drafts.
-        count: ``[1]`` int64, how many of them are expected.
+        matched: ``[1]`` int64, the length of the match; as many of the tokens are expected.
         sure: ``[1]`` float32, how likely each is to stand behind the one before.
     """
 
     tokens: Tensor
-    count: Tensor
+    matched: Tensor
     sure: Tensor
 
 
@@ -97,7 +97,7 @@ class Tree:
     def _expected(self, rows: Tensor, hint: Hint) -> Tensor:
         """The hint's token behind each row, ``[m]`` int64; ``NO_TOKEN`` where it has none."""
         said = self.said[rows]
-        return torch.where((said >= 0) & (said < hint.count), hint.tokens[said.clamp(min=0)], NO_TOKEN)
+        return torch.where((said >= 0) & (said < hint.matched), hint.tokens[said.clamp(min=0)], NO_TOKEN)
 
     def reset(self) -> None:
         """Begin anew."""

@@ -6,7 +6,7 @@ their drafts are the same.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -75,7 +75,9 @@ class KangarooWithLookup(KangarooDrafter):
         usual: how often a token stands that follows such a match, before the text has shown it.
     """
 
-    least_match, matches, usual = LEAST_MATCH, MATCHES, USUAL
+    least_match: int = LEAST_MATCH
+    matches: Sequence[int] = MATCHES
+    usual: Sequence[float] = USUAL
 
     def __init__(self, target: Llama, adapter: DraftNetwork, num_draft_steps: int | None = None) -> None:
         super().__init__(target, adapter)

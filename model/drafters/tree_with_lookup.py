@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from ..loop.state import TextState
 
 
+SHORT, USUAL_OF_SHORT = (1, 2), (0.15, 0.45)
+"""Shorter matches than are drafted alone, and how often what followed them stood in SmolLM2's answers."""
+
+
 class TreeWithLookup(KangarooWithLookup, TreeDrafter):
     """Drafts a match that is sure enough, else a tree in which the match is a branch, however short it is.
 
@@ -35,7 +39,7 @@ class TreeWithLookup(KangarooWithLookup, TreeDrafter):
         KangarooError: as ``TreeDrafter``.
     """
 
-    least_match, matches, usual = 1, (1, 2, *MATCHES), (0.2, 0.45, *USUAL)
+    least_match, matches, usual = min(SHORT), (*SHORT, *MATCHES), (*USUAL_OF_SHORT, *USUAL)
 
     def __init__(self, target: Llama, adapter: DraftNetwork, rows: int, num_draft_steps: int | None = None) -> None:
         TreeDrafter.__init__(self, target, adapter, rows)
@@ -64,12 +68,11 @@ class TreeWithLookup(KangarooWithLookup, TreeDrafter):
         return Hint(iteration.buffers.drafts.token, matched, sureness(memory.experience, matched))
 
     def hand_on(self, iteration: "Iteration", tokens: Tensor, ancestors: Tensor) -> None:
-        """The tree, or a chain of looked-up tokens where these are the draft."""
+        """The tree, or looked-up tokens where these are the draft: a tree of padding has a chain's masks."""
         buffers = iteration.buffers
         made = buffers.at_hand > 0
-        chain = ((2 << torch.arange(len(ancestors), device=tokens.device)) - 1).int()
         looked_up = torch.where(made, buffers.drafts.token, NO_TOKEN)
-        super().hand_on(iteration, torch.where(made[:1], looked_up, tokens), torch.where(made[:1], chain, ancestors))
+        super().hand_on(iteration, torch.where(made[:1], looked_up, tokens), ancestors)
 
 
 def sureness(experience: Experience, matched: Tensor) -> Tensor:

@@ -186,8 +186,8 @@ def best_first(measured: list[tuple[Tried, Row]]) -> list[tuple[Tried, Row]]:
 
 def kind_of(row: Row) -> str:
     """A row's way of drafting, without its numbers."""
-    way = str(Way(row["draft_tree"], bool(row["prompt_lookup"])))
-    return way.replace(f" of {row['draft_tree']}", "")
+    drafts = "trees" if row["draft_tree"] else "chains"
+    return f"{drafts} and lookup" if row["prompt_lookup"] else drafts
 
 
 def write_defaults(adapter: Path, table: list[Row]) -> None:
