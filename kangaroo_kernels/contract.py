@@ -25,6 +25,15 @@ WIDEST_HEAD = 128
 """The largest head size for which the kernel of ``draft_loop`` runs on a GPU, in 16 bits. For wider heads the kernel of
 ``attention`` has 8 warps, which sum in another order, so the two would differ in bits."""
 
+MAX_CHILDREN = 4
+"""The most candidates behind a tree's row that a drafter ranks, and the most rows that a tree grows by at once."""
+
+CANDIDATES = 8
+"""Places for the candidates behind a row: those that are ranked, and one that lookup expects."""
+
+LEAST_SHARE = 0.02
+"""The share below which a candidate is not worth its row."""
+
 NO_TOKEN = -1
 """Stands where there is no token: in a tree's rows of padding, and at the end of the list of stop tokens."""
 
@@ -85,6 +94,66 @@ class Ranked(NamedTuple):
         size = rows, count
         return cls(
             torch.empty(size, dtype=torch.int64, device=device), torch.empty(size, dtype=torch.float32, device=device)
+        )
+
+
+class Hint(NamedTuple):
+    """Looked-up tokens that are candidates of a tree, each behind the one before it.
+
+    Attributes:
+        tokens: ``[>= R]`` int64, for a tree of R drafts.
+        matched: ``[1]`` int64, the length of the match; as many of the tokens are expected.
+        sure: ``[1]`` float32, how likely each is to stand behind the one before.
+    """
+
+    tokens: Tensor
+    matched: Tensor
+    sure: Tensor
+
+
+class Tree(NamedTuple):
+    """A tree of drafts while it grows. Row 0 is the newest token, every other row a draft.
+
+    Attributes:
+        tokens: ``[R + 1]`` int64; -1 for a row of padding. Row 0's means nothing.
+        ancestors: ``[R + 1]`` int32, of each row (``reference/ancestors.py``).
+        confidences: ``[R + 1]`` float32, the probability of each row's token behind the row that it follows.
+        shares: ``[R + 1]`` float32, the product of these along a row's branch.
+        said: ``[R + 1]`` int64, how many of a hint's tokens each row's branch says; -1 where it says others.
+        offers: ``[R + 1, 8]`` float32, the shares of the candidates behind each row; 0 where there is none.
+        chances: ``[R + 1, 8]`` float32, their confidences.
+        offered: ``[R + 1, 8]`` int64, their tokens.
+    """
+
+    tokens: Tensor
+    ancestors: Tensor
+    confidences: Tensor
+    shares: Tensor
+    said: Tensor
+    offers: Tensor
+    chances: Tensor
+    offered: Tensor
+
+    @classmethod
+    def root(cls, rows: int, device: torch.device) -> "Tree":
+        """Room for ``rows`` rows, of which the first is there. A tree begins anew without being made anew."""
+
+        def whole(*size: int, value: int = 0) -> Tensor:
+            return torch.full(size, value, dtype=torch.int64, device=device)
+
+        def ones(*size: int) -> Tensor:
+            return torch.ones(size, device=device)
+
+        sizes = rows, CANDIDATES
+        return cls(
+            whole(rows),
+            whole(rows, value=1).int(),
+            ones(rows),
+            ones(rows),
+            whole(rows),
+            ones(*sizes),
+            ones(*sizes),
+            whole(*sizes),
         )
 
 

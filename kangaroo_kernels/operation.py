@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import RECORD_HEAD, TARGET_STREAM, Experience, Match, Top1
+from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, TARGET_STREAM, Experience, Hint, Match, Ranked, Top1, Tree
 from kangaroo_kernels.reference.accept import accept
 from kangaroo_kernels.reference.attention import attention
 from kangaroo_kernels.reference.commit import commit
 from kangaroo_kernels.reference.draft_loop import draft_loop
 from kangaroo_kernels.reference.gate_up import gate_up
+from kangaroo_kernels.reference.grow import grow
 from kangaroo_kernels.reference.linear_residual import linear_residual
 from kangaroo_kernels.reference.look_up import look_up
 from kangaroo_kernels.reference.qkv_rope import qkv_rope, rope_table
@@ -257,12 +258,21 @@ ACCEPT = Operation(
     _example_of_accept,
 )
 
-# ---- rank, walk, straighten
+# ---- rank, grow, walk, straighten
 
 
 def _example_of_rank(given: Inputs, n: int, k: int) -> Arguments:
     logits = torch.randn(given.rows, n, device=given.device)
     return (logits, min(4, n), given.integers(given.length)), {"temperature": 0.8, "seed": given.integers(7)}
+
+
+def _example_of_grow(given: Inputs, n: int, k: int) -> Arguments:
+    device, threshold = given.device, torch.full((1,), 0.2, device=given.device)
+    tokens, confidences = torch.arange(4, device=device)[None], torch.full((1, 4), 0.25, device=device)
+    hint = Hint(torch.arange(MAX_ROWS, device=device), given.integers(5), threshold)
+    numbers = Tree.root(MAX_ROWS, device), Ranked(tokens, confidences), 0, 3, threshold
+    flags, following = torch.zeros(4, dtype=torch.int32, device=device).split((3, 1))
+    return numbers, {"hint": hint, "flags": flags, "following": following}
 
 
 def _example_of_walk(given: Inputs, n: int, k: int) -> Arguments:
@@ -281,6 +291,7 @@ def _example_of_straighten(given: Inputs, n: int, k: int) -> Arguments:
 
 
 RANK = Operation(rank, example=_example_of_rank)
+GROW = Operation(grow, example=_example_of_grow)
 WALK = Operation(walk, example=_example_of_walk)
 STRAIGHTEN = Operation(straighten, example=_example_of_straighten)
 
@@ -316,6 +327,7 @@ OPERATIONS = {
         WEIGH,
         ACCEPT,
         RANK,
+        GROW,
         WALK,
         STRAIGHTEN,
         COMMIT,

@@ -14,7 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_ROWS, MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Experience, Top1
+from kangaroo_kernels.contract import (
+    MAX_ROWS,
+    MAX_SPECULATIVE_TOKENS,
+    WIDEST_HEAD,
+    Experience,
+    Hint,
+    Match,
+    Ranked,
+    Top1,
+    Tree,
+)
 
 from .backend import triton_backend
 from .drafters.adapter import Adapter
@@ -233,6 +243,9 @@ def lead_a_tree(target: Llama, drafter: TreeDrafter, length: int) -> None:
         hidden = target.run(states, text.cache, where, 0, layers)
         drafter.adapter.run(states, text.memory.cache, where)
     wanted, ancestors = Top1.empty(2, META), where.ancestors[:2]
+    looked_up = Hint(torch.empty(1, dtype=torch.int64, device=META), *Match.empty(0, META)[1:], wanted.confidence[:1])
+    for hint in (None, looked_up):
+        backend.grow(Tree.root(2, META), Ranked.empty(1, 1, META), 0, 1, wanted.confidence[:1], hint=hint)
     for stops in stops_of(target):
         tokens, bounds = (wanted.token[1:], wanted.token), (stops, len(TEXT), length)
         found = backend.walk(*tokens, ancestors, *bounds, confidence=wanted.confidence)

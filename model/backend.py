@@ -42,6 +42,7 @@ class Backend:
     weigh: Callable[..., Weighed]
     accept: Callable[..., Tensor]
     rank: Callable[..., Ranked]
+    grow: Callable[..., None]
     walk: Callable[..., Walk]
     straighten: Callable[..., None]
     commit: Callable[..., None]

@@ -145,8 +145,8 @@ def prompt_lookup(shape: ModelShape, settings: Settings) -> Calls:
 
 
 def tree(shape: ModelShape, settings: Settings) -> Calls:
-    """What a tree of drafts needs besides: candidates, the walk through it, and its rows as a chain's."""
-    for op in ("rank", "walk", "straighten"):
+    """What a tree of drafts needs besides: candidates, their rows, the walk through it, and its rows as a chain's."""
+    for op in ("rank", "grow", "walk", "straighten"):
         yield from ending(shape, settings, op)
 
 

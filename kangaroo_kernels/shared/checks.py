@@ -7,7 +7,20 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_ROWS, RECORD_HEAD, DraftVocabulary, Experience, Match, Ranked, Walk, Weighed
+from kangaroo_kernels.contract import (
+    CANDIDATES,
+    MAX_CHILDREN,
+    MAX_ROWS,
+    RECORD_HEAD,
+    DraftVocabulary,
+    Experience,
+    Hint,
+    Match,
+    Ranked,
+    Tree,
+    Walk,
+    Weighed,
+)
 
 SEEDS = 1 << 64
 COUNTS = 1 << 63
@@ -167,6 +180,47 @@ def check_rank(
     if out is not None:
         check_tensor("rank", "tokens", out.tokens, (rows, count), torch.int64, device)
         check_tensor("rank", "confidences", out.confidences, (rows, count), torch.float32, device)
+
+
+def check_grow(
+    tree: Tree,
+    ranked: Ranked,
+    first: int,
+    count: int,
+    threshold: Tensor,
+    hint: Hint | None,
+    active: Tensor | None,
+    flags: Tensor | None,
+    following: Tensor | None,
+) -> None:
+    """Raise where the arguments of ``grow`` do not fit each other."""
+    device, rows, size = ranked.tokens.device, tree.tokens.numel(), tuple(ranked.tokens.shape)
+    if len(size) != 2 or not size[0] or not 1 <= size[1] <= MAX_CHILDREN:
+        raise ValueError(f"grow: ranked has {list(size)} tokens; it must have 1 to {MAX_CHILDREN} a row.")
+    check_tensor("grow", "the ranked tokens", ranked.tokens, size, torch.int64, device)
+    check_tensor("grow", "the ranked confidences", ranked.confidences, size, torch.float32, device)
+    whole = is_whole(first) and is_whole(count) and first >= 0 and 1 <= count <= MAX_CHILDREN
+    if not whole or rows > MAX_ROWS or first + size[0] + count > rows:
+        raise ValueError(
+            f"grow: {size[0]} rows from {first!r} on and {count!r} new ones; they must fit into the tree's {rows}, "
+            f"which are at most {MAX_ROWS}, and there are 1 to {MAX_CHILDREN} new ones at once."
+        )
+    numbers = {"tokens": torch.int64, "ancestors": torch.int32, "said": torch.int64, "offered": torch.int64}
+    for name, tensor in tree._asdict().items():
+        shape = (rows, CANDIDATES) if name in ("offers", "chances", "offered") else (rows,)
+        check_tensor("grow", f"the tree's {name}", tensor, shape, numbers.get(name, torch.float32), device)
+    check_tensor("grow", "threshold", threshold, (1,), torch.float32, device)
+    if hint is not None:
+        check_tensor("grow", "the hint's tokens", hint.tokens, (hint.tokens.numel(),), torch.int64, device)
+        check_tensor("grow", "matched", hint.matched, (1,), torch.int64, device)
+        check_tensor("grow", "sure", hint.sure, (1,), torch.float32, device)
+        if hint.tokens.numel() < rows - 1:
+            raise ValueError(
+                f"grow: the hint has {hint.tokens.numel()} tokens; a tree of {rows} rows needs {rows - 1}."
+            )
+    for name, flag, length in (("active", active, 1), ("flags", flags, count), ("following", following, 1)):
+        if flag is not None:
+            check_tensor("grow", name, flag, (length,), torch.int32, device)
 
 
 def check_walk(

@@ -1,10 +1,9 @@
 """Trees of drafts from Kangaroo's drafter: several guesses for one place, so that more of them stand.
 
 A tree grows in rounds. In each, the adapter and the head rank what may follow the rows of the round before, and the
-likeliest of all candidates so far become rows, wherever they hang. What a candidate is worth is its share: the product
-of the probabilities along its branch, by the drafter's own distribution (as in EAGLE-2, arXiv 2406.16858). The
-threshold means what it means for a chain: behind a row whose own probability is below it, nothing is drafted. Where
-that holds for all rows of a round, the tree is done.
+operation ``grow`` makes rows of the likeliest of all candidates so far, wherever they hang (as in EAGLE-2, arXiv
+2406.16858). The threshold means what it means for a chain: behind a row whose own probability is below it, nothing is
+drafted. Where that holds for all rows of a round, the tree is done.
 
 Where tokens are sampled, drafter and target share the noise of a position. So candidates are ranked with that noise,
 and their probabilities are those of the noisy scores: what the target will choose is nearly decided by it.
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
+from kangaroo_kernels.contract import MAX_CHILDREN, MAX_SPECULATIVE_TOKENS, NO_TOKEN, Hint, Ranked, Tree
 
 from ..errors import KangarooError
 from ..number import is_whole
@@ -25,7 +24,7 @@ from ..spans import span
 from ..target.cache import Branches
 from ..target.llama import Llama
 from .adapter import DraftNetwork
-from .growth import CHILDREN, Hint, Tree, widths
+from .growth import parents_of, widths
 from .kangaroo import AdapterMemory, KangarooDrafter
 from .protocol import Draft, Stage
 
@@ -69,26 +68,28 @@ class TreeDrafter(KangarooDrafter):
         """Draft a tree of at most ``most`` rounds; rows less sure than ``threshold`` have nothing behind them."""
         if not most:
             return super().propose(text, chooser, most, threshold)
-        memory: AdapterMemory = text.memory
-        tree, first, last = Tree(self.draft_tree, self.target.device), 0, 1
-        tree.hint = self.hint(text)
+        memory, device = text.memory, self.target.device
+        tree, hint = Tree.root(self.draft_tree + 1, device), self.hint(text)
+        least = torch.full((1,), threshold, device=device)
+        first, last, sure = 0, 1, [True]
         self.shallow_rows(text, tree, first, last)
         for count in widths(self.draft_tree, most):
-            sure = [row for row in range(first, last) if tree.confidences[row] >= threshold or not row]
-            if not sure:
+            if not any(sure):
                 break
             with span("kangaroo/draft/step"):
-                self.rank(text, chooser, tree, first, last, sure)
-            first, memory.ran = last, last
-            last = first + int(tree.take(first, count).sum())
+                ranked = self.rank(text, chooser, tree, first, last, sure)
+                self.target.backend.grow(tree, ranked, first, count, least, hint=hint)
+            first = memory.ran = last
+            last = first + int((tree.tokens[first : first + count] != NO_TOKEN).sum())
             if first == last:
                 break
+            sure = (tree.confidences[first:last] >= least).tolist()
             self.shallow_rows(text, tree, first, last)
         return Draft(
             tree.tokens[1:last],
             memory.exit_hidden[1 : 1 + last],
             confidences=tuple(tree.confidences[1:last].tolist()),
-            parents=tuple(tree.parents[1:last].tolist()),
+            parents=parents_of(tree.ancestors[:last].tolist()),
         )
 
     def hint(self, text: "TextState") -> Hint | None:
@@ -103,29 +104,32 @@ class TreeDrafter(KangarooDrafter):
         """The target's first layers on some rows of the tree."""
         with span("kangaroo/draft/shallow"):
             tokens = tree.tokens[first:last].tolist() if first else text.tokens[-1:]
-            where = Branches(text.newest + first, tree.masks[first:last]) if first else text.newest
+            where = Branches(text.newest + first, tree.ancestors[first:last]) if first else text.newest
             hidden = self.target.run(self.target.embed(tokens), text.cache, where, 0, self.first_layer)
             text.memory.exit_hidden[1 + first : 1 + last] = hidden
 
-    def rank(self, text: "TextState", chooser: "Chooser", tree: Tree, first: int, last: int, sure: list[int]) -> None:
+    def rank(
+        self, text: "TextState", chooser: "Chooser", tree: Tree, first: int, last: int, sure: list[bool]
+    ) -> Ranked:
         """Adapter on the rows of a round, head on the ``sure`` ones of them: what may follow these.
 
         The adapter runs on all of them, so that its cache has no hole that a later row's attention would read.
         """
         adapter, memory = self.adapter, text.memory
-        rows = memory.exit_hidden[1 + first : 1 + last]
+        rows, masks = memory.exit_hidden[1 + first : 1 + last], tree.ancestors[first:last]
         if first:
-            where = Branches(text.newest + first, tree.masks[first:last])
-            hidden = adapter.run(rows, memory.cache, where)[[row - first for row in sure]]
+            hidden = adapter.run(rows, memory.cache, Branches(text.newest + first, masks))
         else:  # behind the rows that it missed, as in a chain
             hidden = adapter.run(torch.cat((*memory.missed, rows)), memory.cache, memory.length)[-1:]
             memory.missed, memory.length = [], text.newest + 1
-        logits, vocabulary = chooser.logits(hidden, adapter.head), adapter.head.vocabulary
+        kept = torch.tensor(sure, device=hidden.device).nonzero()[:, 0]
+        logits, vocabulary = chooser.logits(hidden[kept], adapter.head), adapter.head.vocabulary
         drafted = tree.tokens[1:last].tolist()
-        scores = chooser.scores(logits, adapter.head, text.newest + 1, drafted, tree.masks[sure])
-        best, tokens = torch.softmax(scores, dim=-1).topk(min(CHILDREN, scores.shape[1]))
+        scores = chooser.scores(logits, adapter.head, text.newest + 1, drafted, masks[kept])
+        best, tokens = torch.softmax(scores, dim=-1).topk(min(MAX_CHILDREN, scores.shape[1]))
         tokens = tokens if vocabulary is None else vocabulary.tokens_of(tokens)
-        tree.offer(torch.tensor(sure, device=tokens.device), tokens, best)
+        size = last - first, tokens.shape[1]
+        return Ranked(*(each.new_zeros(size).index_copy(0, kept, each) for each in (tokens, best)))
 
     def straighten(self, text: "TextState", path: Tensor, position: int | Tensor) -> None:
         """Move the adapter's keys and values and, where the host leads, the exit layer's rows."""
@@ -181,7 +185,14 @@ class Growth:
         drafter: whose tree it is.
         iteration: whose buffers are read and written.
         reach: no position is beyond it.
+
+    Attributes:
+        hint: what lookup expects behind the newest token; None without it.
+        ranked: what may follow the rows of the latest round.
     """
+
+    hint: Hint | None
+    ranked: Ranked
 
     def __init__(self, drafter: TreeDrafter, iteration: "Iteration", reach: int) -> None:
         self.drafter, self.iteration, self.reach = drafter, iteration, reach
@@ -189,24 +200,23 @@ class Growth:
         rows, rounds = iteration.max_drafts, drafter.rounds(iteration.longest)
 
         def make() -> tuple[Tree, Tensor]:
-            return Tree(rows, device), torch.zeros(rounds + 1, dtype=torch.int32, device=device)
+            return Tree.root(rows + 1, device), torch.zeros(rounds + 1, dtype=torch.int32, device=device)
 
         self.tree, self.going = iteration.runner.keep(f"tree of {rows} in {rounds} rounds", make)
 
     def begin(self) -> None:
         """The newest token's row. ``going[i]`` says whether round i + 1 takes place; there may be no room for it."""
-        self.tree.reset()
-        self.tree.hint = self.drafter.hint_on_device(self.iteration)
+        self.hint = self.drafter.hint_on_device(self.iteration)
         self.drafter.shallow(self.iteration, 0, self.reach)
         room = self.buffers.limit - self.buffers.length
-        self.going.zero_()
-        self.going[:1] = self.buffers.flags[:1] * (room > 1).int()
+        self.going.copy_(room > torch.arange(1, len(self.going) + 1, device=room.device))
+        self.going[:1].mul_(self.buffers.flags[:1])
 
     def rank(self, number: int, first: int, last: int) -> None:
         """Adapter and head on the rows of the round before: candidates for round ``number``."""
         adapter, buffers, tree = self.drafter.adapter, self.buffers, self.tree
         active, sampling = self.going[number - 1 : number], self.iteration.chooser.numbers
-        cache, masks = self.iteration.text.memory.cache, tree.masks[first:last]
+        cache, masks = self.iteration.text.memory.cache, tree.ancestors[first:last]
         if first:
             rows, where = buffers.hidden(first, last), Branches(buffers.position(first), masks)
             hidden = adapter.run(rows, cache, where, reach=self.reach, active=active)
@@ -216,9 +226,9 @@ class Growth:
         backend, head = self.target.backend, adapter.head
         logits = backend.lm_head(hidden, head.norm, head.weight, eps=head.eps, active=active)
         greedy = self.iteration.chooser.sampling.greedy
-        ranked = backend.rank(
+        self.ranked = backend.rank(
             logits,
-            min(CHILDREN, logits.shape[1]),
+            min(MAX_CHILDREN, logits.shape[1]),
             buffers.position(1),
             temperature=None if greedy else sampling.temperature,
             seed=sampling.seed,
@@ -228,22 +238,25 @@ class Growth:
             ancestors=masks,
             active=active,
         )
-        sure = (tree.confidences[first:last] >= buffers.threshold(0)) if first else active > 0
-        rows = torch.arange(first, last, device=logits.device)
-        tree.offer(rows, ranked.tokens, ranked.confidences, (sure & (active > 0))[:, None])
 
     def grow(self, number: int, first: int, last: int) -> None:
         """The rows of round ``number``, and the shallow layers on them."""
         buffers, tree, target = self.buffers, self.tree, self.target
-        worth = tree.take(first, last - first, self.going[number - 1 : number] > 0)
-        buffers.flags[first - 1 : last - 1] = worth.int()
-        sure = (worth & (tree.confidences[first:last] >= buffers.threshold(0))).any(dim=0, keepdim=True)
-        room = buffers.limit - buffers.length
-        self.going[number : number + 1] = (sure & (room > number + 1)).int()
+        target.backend.grow(
+            tree,
+            self.ranked,
+            first - len(self.ranked.tokens),
+            last - first,
+            buffers.threshold(0),
+            hint=self.hint,
+            active=self.going[number - 1 : number],
+            flags=buffers.flags[first - 1 : last - 1],
+            following=self.going[number : number + 1],
+        )
         target.run(
             target.weights.embedding[tree.tokens[first:last].clamp(min=0)],
             self.iteration.text.cache,
-            Branches(buffers.position(first), tree.masks[first:last]),
+            Branches(buffers.position(first), tree.ancestors[first:last]),
             0,
             self.drafter.first_layer,
             reach=self.reach,
@@ -253,4 +266,4 @@ class Growth:
 
     def finish(self) -> None:
         """Hand the tree on to verification."""
-        self.drafter.hand_on(self.iteration, self.tree.tokens[1:], self.tree.masks)
+        self.drafter.hand_on(self.iteration, self.tree.tokens[1:], self.tree.ancestors)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import NO_TOKEN, USUAL_WEIGHT, Experience
+from kangaroo_kernels.contract import NO_TOKEN, USUAL_WEIGHT, Experience, Hint
 
 from ..target.llama import Llama
 from .adapter import DraftNetwork
-from .growth import Hint
 from .kangaroo_with_lookup import MATCHES, USUAL, KangarooWithLookup, LookupMemory
 from .tree import TreeDrafter
 

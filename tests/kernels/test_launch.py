@@ -31,7 +31,9 @@ WEIGHT_ROWS = {
     "gate_up": 2 * INNER,
 }
 NAMES = [name for name, operation in OPERATIONS.items() if operation.example is not None]
-OF_ROWS = [name for name in NAMES if name not in ("look_up", "weigh", "accept", "rank", "walk", "straighten", "commit")]
+OF_ROWS = [
+    name for name in NAMES if name not in ("look_up", "weigh", "accept", "rank", "grow", "walk", "straighten", "commit")
+]
 
 
 def launcher(name: str) -> Callable[..., Any]:

@@ -13,8 +13,8 @@ from test_bad_input import refuse
 from trees import random_parents
 
 from kangaroo_kernels import Draft, Drafter, Kangaroo
-from kangaroo_kernels.contract import NO_TOKEN
-from kangaroo_kernels.model.drafters.growth import CHILDREN, LEAST_SHARE, Tree, widths
+from kangaroo_kernels.contract import MAX_CHILDREN
+from kangaroo_kernels.model.drafters.growth import widths
 from kangaroo_kernels.model.drafters.tree import TreeDrafter
 from kangaroo_kernels.model.loop.iteration import Iteration
 
@@ -297,39 +297,8 @@ def test_rows_are_shared_out_over_the_rounds():
     for rows, rounds in product(range(1, 16), range(1, 16)):
         counts = list(widths(rows, rounds))
         assert len(counts) == min(rows, rounds)
-        assert sum(counts) == min(rows, CHILDREN * len(counts))
+        assert sum(counts) == min(rows, MAX_CHILDREN * len(counts))
         assert all(one >= other for one, other in pairwise(counts))
-
-
-def test_the_best_candidates_become_rows_wherever_they_hang():
-    tree = Tree(6, torch.device("cpu"))
-
-    def offer(row: int, tokens: list[int], *confidences: float) -> None:
-        tree.offer(torch.tensor([row]), torch.tensor([tokens]), torch.tensor([confidences]))
-
-    offer(0, [10, 11, 12, 13], 0.5, 0.3, 0.1, 0.01)
-    assert tree.take(1, 2).tolist() == [True, True]
-    offer(1, [20, 21, 22, 23], 0.4, 0.1, 0.02, 0.01)  # shares of 0.2, 0.05, ...
-    offer(2, [30, 31, 32, 33], 0.9, 0.05, 0.02, 0.01)  # 0.27, 0.015, ...
-    assert tree.take(3, 3).tolist() == [True, True, True]
-    assert tree.tokens[1:6].tolist() == [10, 11, 30, 20, 12]
-    assert tree.parents[1:6].tolist() == [0, 0, 2, 1, 0]
-    assert tree.confidences[1:6].tolist() == pytest.approx([0.5, 0.3, 0.9, 0.4, 0.1])
-    assert tree.masks.tolist()[:6] == [1, 0b11, 0b101, 0b1101, 0b10011, 0b100001]
-    assert tree.take(6, 1).tolist() == [True]  # 0.05, behind row 1
-    assert tree.tokens[6] == 21
-    assert tree.take(6, 1).tolist() == [LEAST_SHARE <= 0.015]
-
-
-def test_padding_follows_the_row_before_it():
-    """So it adds no leaf to the tree, and nobody comes to it: no model says its token."""
-    tree = Tree(6, torch.device("cpu"))
-    tree.offer(torch.tensor([0]), torch.tensor([[10, 11]]), torch.tensor([[0.9, 0.05]]))
-    assert tree.take(1, 3).tolist() == [True, True, False]
-    assert tree.tokens[1:4].tolist() == [10, 11, NO_TOKEN]
-    assert tree.masks[:4].tolist() == [1, 0b11, 0b101, 0b1101]
-    assert tree.take(4, 2, torch.tensor([False])).tolist() == [False, False]
-    assert tree.masks[4:6].tolist() == [0b11101, 0b111101]
 
 
 # ---- refusals

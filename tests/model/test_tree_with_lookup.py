@@ -9,8 +9,7 @@ from no_host_reads import no_host_reads
 from pairs import make_adapter, make_target
 from test_kangaroo_with_lookup import IDS, REPEATING, SAMPLINGS, SMALL, Loops, guess, load, steps, text_of
 
-from kangaroo_kernels.contract import NO_TOKEN, Experience
-from kangaroo_kernels.model.drafters.growth import Hint, Tree
+from kangaroo_kernels.contract import Experience
 from kangaroo_kernels.model.drafters.tree_with_lookup import TreeWithLookup, sureness
 from kangaroo_kernels.model.loop.graphs import GraphRunner
 from kangaroo_kernels.model.loop.iteration import Iteration
@@ -74,34 +73,6 @@ def test_a_short_match_is_a_branch(tmp_path, monkeypatch):
         guess(each, [3, 5, 9, *plain], lengths=(1,), right=1.0)
     found = same_text(loops, [3, 5, 9], max_new_tokens=60, draft_confidence_threshold=0.1)
     assert {agreed for _, _, agreed in found} == {1}
-
-
-def test_looked_up_tokens_are_candidates():
-    """One behind the other, as far as they are expected, and one candidate where the adapter has the same token."""
-    tree = Tree(15, CPU)
-    tree.hint = Hint(torch.tensor([40, 41, 42, 43]), torch.tensor([3]), torch.tensor([0.5]))
-    rows = torch.tensor([0])
-    tree.offer(rows, torch.tensor([[10, 11]]), torch.tensor([[0.7, 0.2]]))
-    assert tree.take(1, 3).tolist() == [True] * 3
-    assert tree.tokens[1:4].tolist() == [10, 40, 11]
-    tree.offer(torch.tensor([1, 2]), torch.tensor([[20, 21], [22, 41]]), torch.tensor([[0.01, 0.0], [0.1, 0.3]]))
-    assert tree.take(4, 4).tolist() == [True, True, False, False]  # 41 once, as sure as lookup says, and 22
-    assert tree.tokens[4:6].tolist() == [41, 22]
-    assert tree.parents[4:6].tolist() == [2, 2]
-    assert tree.confidences[4:6].tolist() == pytest.approx([0.5, 0.1])
-    tree.offer(torch.tensor([4, 5]), torch.tensor([[30], [31]]), torch.tensor([[0.0], [0.0]]))
-    assert tree.take(8, 2).tolist() == [True, False]
-    assert tree.tokens[8] == 42
-    tree.offer(torch.tensor([8]), torch.tensor([[32]]), torch.tensor([[0.0]]))
-    assert tree.take(9, 1).tolist() == [False], "only three were expected"
-
-
-def test_a_row_that_has_no_candidates_gets_none_by_lookup():
-    tree = Tree(4, CPU)
-    tree.hint = Hint(torch.tensor([40]), torch.tensor([1]), torch.tensor([0.5]))
-    tree.offer(torch.tensor([0]), torch.tensor([[10]]), torch.tensor([[0.9]]), torch.tensor([[False]]))
-    assert tree.take(1, 1).tolist() == [False]
-    assert tree.tokens[1] == NO_TOKEN
 
 
 @pytest.mark.parametrize("matched", range(1, 16))
