@@ -87,7 +87,7 @@ class TreeDrafter(KangarooDrafter):
         if not most:
             return super().propose(text, chooser, most, threshold)
         memory: TreeMemory = text.memory
-        tree, first, last = Tree(self.draft_tree, self.target.device), 0, 1
+        tree, first, last, steps = Tree(self.draft_tree, self.target.device), 0, 1, 0
         self.shallow_rows(text, tree, first, last)
         for count in widths(self.draft_tree, most):
             sure = [row for row in range(first, last) if tree.confidences[row] >= threshold or not row]
@@ -95,7 +95,7 @@ class TreeDrafter(KangarooDrafter):
                 break
             with span("kangaroo/draft/step"):
                 self.rank(text, chooser, tree, first, last, sure)
-            first, memory.ran = last, last
+            first, memory.ran, steps = last, last, steps + 1
             last = first + int(tree.take(first, count).sum())
             if first == last:
                 break
@@ -105,6 +105,7 @@ class TreeDrafter(KangarooDrafter):
             memory.exit_hidden[1 : 1 + last],
             confidences=tuple(tree.confidences[1:last].tolist()),
             parents=tuple(tree.parents[1:last].tolist()),
+            steps=steps,
         )
 
     def shallow_rows(self, text: "TextState", tree: Tree, first: int, last: int) -> None:
@@ -255,3 +256,5 @@ class Growth:
         assert buffers.ancestors is not None, "an iteration whose drafter has a tree makes them"
         buffers.drafts.token.copy_(self.tree.tokens[1:])
         buffers.ancestors.copy_(self.tree.masks)
+        rounds = self.going[: min(self.iteration.max_drafts, self.iteration.longest)]  # no round follows the last
+        torch.sum(rounds, dim=0, keepdim=True, dtype=torch.int64, out=buffers.draft_steps)
