@@ -152,7 +152,9 @@ def test_a_conversation_ends_where_the_context_does(pair: Pair) -> None:
 
 def test_the_lines_are_those_of_spec_bench(pair: Pair) -> None:
     """Its speed.py and equal.py read category, and of choices[0] turns, new_tokens, wall_time and accept_lengths."""
-    wanted = answer(pair.load(), QUESTIONS[0], SETTINGS, {})[KANGAROO]
+    found = answer(pair.load(), QUESTIONS[0], SETTINGS, {})[KANGAROO]
+    turns = [replace(turn, draft_steps=list(range(len(turn.lengths)))) for turn in found.turns]  # no other counts
+    wanted = replace(found, turns=turns)
     line = json.loads(wanted.line("m-kangaroo"))
     assert {"question_id", "category", "model_id", "choices", "tstamp"} <= line.keys()
     (choice,) = line["choices"]

@@ -258,6 +258,21 @@ def test_it_does_what_the_host_loop_does(trees, resident, sampling):
     assert drafted > 100
 
 
+@pytest.mark.parametrize("rows", [3, 15])
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+def test_both_loops_count_rounds_alike(pair, rows, threshold):
+    """Step by step, where there is room for all rounds; also where there are fewer rows than rounds might be."""
+    host, device = (pair.load(device="cpu", draft_tree=rows) for _ in range(2))
+    settings = {"num_speculative_tokens": 6, "draft_confidence_threshold": threshold}
+    found = []
+    for kangaroo in (host, on_the_device(device)):
+        steps = kangaroo.progress(PROMPT, max_new_tokens=60, **settings)
+        roomy = [each.commit for each in steps if len(each.generation.tokens) - len(each.commit.tokens) < 60 - 6]
+        found.append([(each.tokens, each.drafted, each.draft_steps) for each in roomy])
+    assert found[0] == found[1]
+    assert max(rounds for *_, rounds in found[0]) == min(rows, 6)
+
+
 def test_texts_leave_nothing_behind(trees, resident):
     """Longer, shorter, plain, of other depths: all through the same buffers, which a text that went wrong spoils."""
     session = resident.session()
