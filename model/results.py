@@ -27,6 +27,8 @@ class Commit:
         tokens: the new tokens, at least one.
         accepted: how many of ``tokens`` were drafted; the others are the target's own.
         drafted: how many were drafted in this step; 0 in plain decoding.
+        draft_steps: how often the drafter ran its network for them: once for each draft of a chain, once for each round
+            of a tree, never for looked-up tokens and in plain decoding.
         agreed: how many drafted tokens the target agreed with, also beyond a stop token or the limit.
         stopped: whether the last token is a stop token.
         logprobs: of each of ``tokens``; None where they were not asked for.
@@ -35,6 +37,7 @@ class Commit:
     tokens: list[int]
     accepted: int
     drafted: int
+    draft_steps: int
     agreed: int
     stopped: bool
     logprobs: list[TokenLogprobs] | None = None
@@ -58,6 +61,7 @@ class DecodeStats:
         accepted_at: ``accepted_at[i]`` counts the steps that accepted a draft at position i.
         steps_without_drafts: verification steps in which nothing was drafted: all of plain decoding's, and those in
             which the drafter had nothing to say or was not asked (``draft_confidence_threshold="auto"``).
+        draft_steps: how often the drafter ran its network, as ``Commit.draft_steps`` counts.
         prefill_seconds: time before the first step.
         decode_seconds: time of all steps.
         processor_seconds: time that the process had processors during the steps, summed over its threads.
@@ -77,12 +81,14 @@ class DecodeStats:
     prefilled_tokens: int = 0
     processor_seconds: float = 0.0
     steps_without_drafts: int = 0
+    draft_steps: int = 0
 
     def count(self, commit: Commit) -> None:
         """Add one step."""
         self.new_tokens += len(commit.tokens)
         self.verification_steps += 1
         self.drafted += commit.drafted
+        self.draft_steps += commit.draft_steps
         self.steps_without_drafts += not commit.drafted
         self.accepted += commit.agreed
         self.accepted_at += [0] * (commit.agreed - len(self.accepted_at))
@@ -115,6 +121,7 @@ class DecodeStats:
             "new_tokens": self.new_tokens,
             "verification_steps": self.verification_steps,
             "drafted": self.drafted,
+            "draft_steps": self.draft_steps,
             "accepted": self.accepted,
             "mean_acceptance_length": self.mean_acceptance_length,
             "draft_acceptance_rate": self.draft_acceptance_rate,

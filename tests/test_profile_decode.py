@@ -87,7 +87,7 @@ def test_the_table_adds_up():
     names = ["draft/shallow", "draft/step"] * 3 + ["draft/shallow", "verify", "accept", "commit"]
     stages = enumerate(f"kangaroo/{name}" for name in names)
     iteration = [StageRun(name, 10.0 * place, [Event("k", 10.0 * place + 4, 6)]) for place, name in stages]
-    commits = [Commit([1], 0, drafted, 0, stopped=False) for drafted in (1, 3)]
+    commits = [Commit([1], 0, drafted, drafted, 0, stopped=False) for drafted in (1, 3)]
     moved = {"kangaroo/draft/shallow": 3000, "kangaroo/draft/step": 5000, "kangaroo/verify": 70000}
     rows = [tuple(row.values()) for row in stage_rows(Profile([iteration] * 2, commits, 9, {}, graphs=False), moved)]
     assert rows == [

@@ -23,7 +23,8 @@ def as_rows(records: Records) -> list[Row]:
     """The figures as ``statistics`` has them."""
     rows = []
     for record in records:
-        figures: dict[str, Any] = {name: each for name, each in record.items() if name != "settings"}
+        figures: dict[str, Any] = {"num_draft_steps": None}  # earlier records lack it, and no picture shows it
+        figures |= {name: each for name, each in record.items() if name != "settings"}
         figures |= {name: Estimate(**each) for name, each in figures.items() if isinstance(each, dict)}
         rows.append(Row(**figures))
     return rows

@@ -9,6 +9,7 @@ the two says.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kangaroo_kernels.contract import LEAST_SHARE, NO_TOKEN, Hint, Ranked, Tree
 from kangaroo_kernels.shared.checks import check_grow
@@ -81,18 +82,16 @@ def expected_behind(tree: Tree, last: int, hint: Hint | None) -> list[int]:
 
 def offer(tree: Tree, ranked: Ranked, first: int, threshold: Tensor, expected: list[int], hint: Hint | None) -> None:
     """The candidates of the rows from ``first`` on; there are none behind an unsure row."""
-    sure = (tree.confidences[first:] >= threshold).tolist()
-    for row, tokens, confidences in zip(
-        range(first, len(expected)), ranked.tokens.tolist(), ranked.confidences.nan_to_num().tolist(), strict=True
-    ):
+    sure, width = (tree.confidences >= threshold).tolist(), tree.offers.shape[1]
+    of_each = zip(ranked.tokens.tolist(), ranked.confidences.nan_to_num().tolist(), strict=True)
+    for row, (tokens, confidences) in enumerate(of_each, start=first):
         if hint is not None and expected[row] != NO_TOKEN:
-            confidences += [0.0]
-            place = tokens.index(expected[row]) if expected[row] in tokens else len(tokens)
+            if expected[row] not in tokens:
+                tokens.append(expected[row])
+                confidences.append(0.0)
+            place = tokens.index(expected[row])
             confidences[place] = max(confidences[place], float(hint.sure))
-            tokens += [expected[row]]
-        count = len(confidences)
-        tree.offered[row, :count] = torch.tensor(tokens)
-        tree.chances[row] = 0.0
-        if sure[row - first] or not row:
-            tree.chances[row, :count] = torch.tensor(confidences)
+        chances, nothing = torch.tensor(confidences), width - len(tokens)
+        tree.offered[row] = torch.tensor(tokens + [NO_TOKEN] * nothing)
+        tree.chances[row] = F.pad(chances, (0, nothing)) * (not row or sure[row])
         torch.mul(tree.chances[row], tree.shares[row], out=tree.offers[row])

@@ -21,7 +21,7 @@ from ..target.llama import Llama
 from .adapter import DraftNetwork
 from .kangaroo import AdapterMemory, KangarooDrafter
 from .prompt_lookup import LEAST_MATCH, Found, look_up_drafts
-from .protocol import Draft, Stage
+from .protocol import AS_DRAFTED, Draft, Stage
 
 if TYPE_CHECKING:
     from ..loop.iteration import Iteration
@@ -187,7 +187,10 @@ class KangarooWithLookup(KangarooDrafter):
 
     def raise_flags(self, iteration: "Iteration") -> None:
         """Say which drafts there are; where the adapter drafted, its steps have done so."""
-        iteration.buffers.flags[: iteration.max_drafts].add_(iteration.buffers.at_hand)
+        buffers = iteration.buffers
+        buffers.flags[: iteration.max_drafts].add_(buffers.at_hand)
+        if not self.draft_tree:  # which has counted its rounds
+            torch.add(buffers.at_hand[:1], AS_DRAFTED, out=buffers.draft_steps)  # 0 where they are at hand
 
     def observations(self, iteration: "Iteration") -> Iterator[Stage]:
         """As ``KangarooDrafter``, and show the adapter what it did not draft."""

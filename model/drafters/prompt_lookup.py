@@ -82,7 +82,7 @@ class PromptLookup(Drafter):
         found = self.target.backend.look_up(text.on_device(), len(text.tokens), most, LEAST_MATCH)
         drafts = found.tokens[: int(found.matched)]
         hidden = self.target.embed([text.tokens[-1], *drafts.tolist()])  # first_layer is 0: verification begins there
-        return Draft(drafts, hidden)
+        return Draft(drafts, hidden, steps=0)
 
     def new_memory(self) -> Found:
         """A few words on the device, which the resident loop works on."""
@@ -91,6 +91,7 @@ class PromptLookup(Drafter):
     def attach(self, iteration: "Iteration") -> None:
         """No program is at the meeting place yet, though an iteration that broke off may have left one there."""
         iteration.text.memory.arrivals.zero_()
+        iteration.buffers.draft_steps.zero_()
 
     def stages(self, iteration: "Iteration", reach: int) -> Iterator[Stage]:
         """One stage of fixed shapes: three launches, and two more where ``auto`` bounds how much is drafted."""

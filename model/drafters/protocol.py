@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 PAPER_NUM_SPECULATIVE_TOKENS = 6
 PAPER_DRAFT_CONFIDENCE_THRESHOLD = 0.6
+AS_DRAFTED = -1
+"""In ``Buffers.draft_steps``: the iteration took as many draft steps as it made drafts."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Draft:
             which must come before. None means a chain: 0, 1, 2, ... What ``first_layer`` and all layers below keep of
             the rows lies in slots that follow each other, in the order of the drafts. Rejection sampling takes a tree's
             drafts for candidates: the target's own sample decides, with its own distribution.
+        steps: how often the drafter ran its network for the tokens; None means once for each token of the longest
+            branch. (Drafts ``at_hand`` take no steps, whatever this says.)
     """
 
     tokens: Tensor
@@ -49,6 +53,7 @@ class Draft:
     distributions: Tensor | None = None
     confidences: tuple[float, ...] | None = None
     parents: tuple[int, ...] | None = None
+    steps: int | None = None
 
     @property
     def is_tree(self) -> bool:
@@ -68,6 +73,16 @@ class Draft:
             masks.append(masks[parent] | 1 << row)
         return masks
 
+    @property
+    def longest(self) -> int:
+        """How many tokens the longest branch has."""
+        return max(mask.bit_count() for mask in self.masks) - 1
+
+    @property
+    def draft_steps(self) -> int:
+        """How often the drafter ran its network: ``steps``, or what stands in for it."""
+        return self.longest if self.steps is None else self.steps
+
 
 def check_draft(drafter: "Drafter", text: "TextState", draft: object, most: int) -> None:
     """Raise unless a draft has the form that verification goes on from."""
@@ -84,9 +99,8 @@ def check_draft(drafter: "Drafter", text: "TextState", draft: object, most: int)
                 f"{MAX_SPECULATIVE_TOKENS} tokens, a row for the newest token and for each of them, and for each an "
                 "earlier row that it follows."
             )
-        longest = max(mask.bit_count() for mask in draft.masks) - 1
-        if longest > most:
-            raise KangarooError(f"{name}.propose gave a branch of {longest} tokens; it may give up to {most}.")
+        if draft.longest > most:
+            raise KangarooError(f"{name}.propose gave a branch of {draft.longest} tokens; it may give up to {most}.")
         if text.cache.dtype != draft.hidden.dtype:
             raise KangarooError(f"{name}.propose gave a tree; with kv_dtype='float16' it may give chains alone.")
     elif count > most or rows != count + 1:
@@ -228,6 +242,9 @@ class Drafter:
         A drafter of trees (``draft_tree`` above 0) also leaves ``buffers.ancestors``. It has ``rows`` drafts; -1 stands
         for the token of one that is not made, which follows the row before it. ``flags[j]`` says whether draft ``j``
         was.
+
+        ``buffers.draft_steps`` says how often the drafter ran its network: as often as there are drafts
+        (``AS_DRAFTED``), unless the drafter leaves another number there.
         """
         raise NotImplementedError
 

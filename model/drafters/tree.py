@@ -71,7 +71,7 @@ class TreeDrafter(KangarooDrafter):
         memory, device = text.memory, self.target.device
         tree, hint = Tree.root(self.draft_tree + 1, device), self.hint(text)
         least = torch.full((1,), threshold, device=device)
-        first, last, sure = 0, 1, [True]
+        first, last, sure, steps = 0, 1, [True], 0
         self.shallow_rows(text, tree, first, last)
         for count in widths(self.draft_tree, most):
             if not any(sure):
@@ -79,7 +79,7 @@ class TreeDrafter(KangarooDrafter):
             with span("kangaroo/draft/step"):
                 ranked = self.rank(text, chooser, tree, first, last, sure)
                 self.target.backend.grow(tree, ranked, first, count, least, hint=hint)
-            first = memory.ran = last
+            first, memory.ran, steps = last, last, steps + 1
             last = first + int((tree.tokens[first : first + count] != NO_TOKEN).sum())
             if first == last:
                 break
@@ -90,6 +90,7 @@ class TreeDrafter(KangarooDrafter):
             memory.exit_hidden[1 : 1 + last],
             confidences=tuple(tree.confidences[1:last].tolist()),
             parents=parents_of(tree.ancestors[:last].tolist()),
+            steps=steps,
         )
 
     def hint(self, text: "TextState") -> Hint | None:
@@ -197,7 +198,8 @@ class Growth:
     def __init__(self, drafter: TreeDrafter, iteration: "Iteration", reach: int) -> None:
         self.drafter, self.iteration, self.reach = drafter, iteration, reach
         self.target, self.buffers, device = drafter.target, iteration.buffers, drafter.target.device
-        rows, rounds = iteration.max_drafts, drafter.rounds(iteration.longest)
+        rows = iteration.max_drafts
+        rounds = min(rows, drafter.rounds(iteration.longest))
 
         def make() -> tuple[Tree, Tensor]:
             return Tree.root(rows + 1, device), torch.zeros(rounds + 1, dtype=torch.int32, device=device)
@@ -266,4 +268,5 @@ class Growth:
 
     def finish(self) -> None:
         """Hand the tree on to verification."""
+        torch.sum(self.going[:-1], dim=0, keepdim=True, dtype=torch.int64, out=self.buffers.draft_steps)
         self.drafter.hand_on(self.iteration, self.tree.tokens[1:], self.tree.ancestors)

@@ -15,19 +15,26 @@ class Profile:
         accepted: the share of steps that accept a draft at each position.
         blind: the share of drafts that are made all the same behind a draft that will be refused.
         source: where the figures come from.
+        steps_per_draft: how many draft steps a draft takes, 0 to 1; less than 1 where some drafts were looked up.
     """
 
     accepted: tuple[float, ...]
     blind: float
     source: str
+    steps_per_draft: float = 1.0
 
     @classmethod
-    def of(cls, accepted: Sequence[float], drafts: float, source: str) -> "Profile":
-        """From the number of drafts a step: those that are not behind an accepted one were made blindly."""
+    def of(cls, accepted: Sequence[float], drafts: float, source: str, draft_steps: float | None = None) -> "Profile":
+        """From the number of drafts a step: those that are not behind an accepted one were made blindly.
+
+        A profile has one draft a place, of a tree's, too. ``draft_steps`` a step are shared out over these; None means
+        one for each.
+        """
         before = [1.0, *accepted[:-1]]
         refused = sum(1 - share for share in before)
         blind = (drafts - sum(before)) / refused if refused else 0.0
-        return cls(tuple(accepted), min(max(blind, 0.0), 1.0), source)
+        taken = 1.0 if draft_steps is None else min(draft_steps / min(drafts, len(before)), 1.0)
+        return cls(tuple(accepted), min(max(blind, 0.0), 1.0), source, taken)
 
     def first(self, most: int) -> tuple[list[float], list[float]]:
         """The share of steps that accept, and that make, each of ``most`` drafts.
@@ -61,6 +68,8 @@ PAPER = geometric(
 def read_profile(report: Any, source: str) -> Profile:
     """The profile of a report of ``kangaroo eval``, ``generate --compare`` or ``demo``, all of its texts together.
 
+    Reports of earlier versions do not count draft steps; each of their drafts counts as one.
+
     Raises:
         KangarooError: it has no acceptance rates, or nothing was drafted.
     """
@@ -70,11 +79,13 @@ def read_profile(report: Any, source: str) -> Profile:
         if "acceptance_histogram" in row:
             histogram, steps = row["acceptance_histogram"], row["num_spec_steps"]
             accepted = [sum(histogram[place:]) / steps for place in range(1, len(histogram))]
-            drafts = row["num_draft_tokens"] / steps
+            drafts, taken = row["num_draft_tokens"] / steps, row.get("num_draft_steps")
         else:
-            accepted = row["acceptance_rate_per_position"]
-            drafts = sum(accepted) / row["draft_acceptance_rate"]
-        return Profile.of([float(share) for share in accepted] or [0.0], drafts, _describe(report, accepted, source))
+            accepted, steps = row["acceptance_rate_per_position"], row.get("verification_steps")
+            drafts, taken = sum(accepted) / row["draft_acceptance_rate"], row.get("draft_steps")
+        whose = _describe(report, accepted, source)
+        shares = [float(share) for share in accepted] or [0.0]
+        return Profile.of(shares, drafts, whose, None if taken is None else taken / steps)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise KangarooError(
             f"{source} has no acceptance rates; give the JSON of kangaroo eval or of --compare."

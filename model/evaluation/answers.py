@@ -46,6 +46,7 @@ class Turn:
         tokens: of the answer, the one that ended it included.
         lengths: tokens committed in each step.
         drafted: drafts made in each step.
+        draft_steps: draft steps taken in each step.
         accepted: drafts that the target agreed with in each step, also beyond the text's end.
         prefill_seconds: wall time before the first step.
         decode_seconds: wall time of the steps.
@@ -56,6 +57,7 @@ class Turn:
     tokens: list[int]
     lengths: list[int]
     drafted: list[int]
+    draft_steps: list[int]
     accepted: list[int]
     prefill_seconds: float
     decode_seconds: float
@@ -70,6 +72,7 @@ class Turn:
             list(outcome.tokens),
             [len(commit.tokens) for commit in commits],
             [commit.drafted for commit in commits],
+            [commit.draft_steps for commit in commits],
             [commit.agreed for commit in commits],
             stats.prefill_seconds,
             stats.decode_seconds,
@@ -102,6 +105,7 @@ class Answer:
             "accept_lengths": [length for turn in self.turns for length in turn.lengths],
             "tokens": [turn.tokens for turn in self.turns],
             "per_step_drafted": [count for turn in self.turns for count in turn.drafted],
+            "per_step_draft_steps": [count for turn in self.turns for count in turn.draft_steps],
             "per_step_accepted": [count for turn in self.turns for count in turn.accepted],
             "decode_time": [turn.decode_seconds for turn in self.turns],
             "processor_time": [turn.processor_seconds for turn in self.turns],
@@ -120,13 +124,14 @@ class Answer:
     def read(cls, values: dict[str, Any], question: Question) -> "Answer":
         """What ``line`` wrote."""
         choice = values["choices"][0]
-        steps = [iter(choice[name]) for name in ("accept_lengths", "per_step_drafted", "per_step_accepted")]
+        names = "accept_lengths", "per_step_drafted", "per_step_draft_steps", "per_step_accepted"
+        steps = [iter(choice[name]) for name in names]
         turns = []
         for index, count in enumerate(choice["decoding_steps"]):
             wall, decode, processor = (choice[name][index] for name in ("wall_time", "decode_time", "processor_time"))
-            lengths, drafted, accepted = (list(islice(each, count)) for each in steps)
+            lengths, drafted, taken, accepted = (list(islice(each, count)) for each in steps)
             text, tokens = choice["turns"][index], choice["tokens"][index]
-            turns.append(Turn(text, tokens, lengths, drafted, accepted, wall - decode, decode, processor))
+            turns.append(Turn(text, tokens, lengths, drafted, taken, accepted, wall - decode, decode, processor))
         return cls(question, turns, [Difference(**entry) for entry in values["differences"]])
 
 
@@ -158,17 +163,23 @@ class AnswerFile:
         """Every whole line; a run that was killed may have torn the last one.
 
         Raises:
-            KangarooError: another line that is no answer.
+            KangarooError: another line that is no answer, or an answer of an earlier version.
         """
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
                 values = json.loads(line)
-                _ = values["choices"][0]["processor_time"]
+                choice = values["choices"][0]
+                _ = choice["processor_time"]
             except (ValueError, LookupError, TypeError) as error:
                 if number == len(lines):
                     return
                 raise KangarooError(f"{self.path}, line {number}: this is no answer of an earlier run.") from error
+            if "per_step_draft_steps" not in choice:
+                raise KangarooError(
+                    f"{self.path}, line {number}: an earlier version wrote this answer and did not count draft steps; "
+                    "take a new folder."
+                )
             yield line, values
 
     def keep(self, numbers: Iterable[int | str]) -> None:

@@ -56,6 +56,7 @@ class Comparison:
             "draft_acceptance_rate": stats.draft_acceptance_rate,
             "acceptance_rate_per_position": stats.acceptance_rate_per_position,
             "steps_without_drafts": stats.steps_without_drafts,
+            "draft_steps": stats.draft_steps,
         }
 
 
@@ -138,4 +139,5 @@ def _add(parts: Sequence[DecodeStats]) -> DecodeStats:
         prefilled_tokens=sum(part.prefilled_tokens for part in parts),
         processor_seconds=sum(part.processor_seconds for part in parts),
         steps_without_drafts=sum(part.steps_without_drafts for part in parts),
+        draft_steps=sum(part.draft_steps for part in parts),
     )

@@ -57,7 +57,8 @@ class TransformersWay:
             tokens = whole[0, len(prompt) :].tolist()
             wall, processor = time.perf_counter() - wall, time.process_time() - processor
         text = decode(self.kangaroo.tokenizer, tokens)
-        return Turn(text, tokens, *steps_of(passes, len(prompt), len(tokens)), 0.0, wall, processor)
+        lengths, drafted, accepted = steps_of(passes, len(prompt), len(tokens))
+        return Turn(text, tokens, lengths, drafted, drafted, accepted, 0.0, wall, processor)  # it drafts one by one
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 A pass takes ``operations * seconds_per_operation + bytes / bandwidth * (1 + row_cost * (rows - 1))``, since at batch 1
 reading the weights is the work. Tensor parallel cards read a share of the bytes each and exchange twice a layer. With
-``a(i)`` the chance that draft i of a step is accepted and ``d(i)`` the chance that it is made,
+``a(i)`` the chance that draft i of a step is accepted, ``d(i)`` the chance that it is made and ``s`` the draft steps
+that a draft takes,
 
     tokens a step = 1 + sum a(i)
-    seconds a step = sum d(i) * (shallow layers, adapter, the adapter's head) + (shallow layers)
+    seconds a step = s * sum d(i) * (shallow layers, adapter, the adapter's head) + (shallow layers)
                      + (other layers and head over 1 + sum d(i) rows)
 """
 
@@ -111,7 +112,7 @@ class Prediction(NamedTuple):
         tokens_per_step: the mean acceptance length.
         break_even_tokens_per_step: how many there must be for a speedup of 1.
         drafts_per_step: that are made.
-        draft_ms: of a draft: shallow layers, adapter, the adapter's head.
+        draft_ms: of a draft step: shallow layers, adapter, the adapter's head.
         verify_ms: of the pass over the rest.
         plain_ms: of a plain step.
     """
@@ -200,7 +201,7 @@ class Plan:
         return self.layers(self.shape.layers) + self.head
 
     def draft(self, exit_layer: int) -> Work:
-        """A draft behind so many layers: these, the adapter and its head."""
+        """A draft step behind so many layers: these, the adapter and its head."""
         return self.layers(exit_layer) + self._own + self._head(self.adapter.shape)
 
     @property
@@ -229,7 +230,8 @@ class Plan:
         tokens, drafts = 1 + sum(accepted), sum(made)
         plain, draft = self.seconds(self.plain), self.seconds(self.draft(exit_layer))
         verify = self.seconds(self.layers(self.shape.layers - exit_layer) + self.head, rows=1 + drafts)
-        step = drafts * draft + self.seconds(self.layers(exit_layer)) + verify
+        steps = drafts * self.profile.steps_per_draft
+        step = steps * draft + self.seconds(self.layers(exit_layer)) + verify
         return Prediction(
             plain_tokens_per_second=1 / plain,
             kangaroo_tokens_per_second=tokens / step,
@@ -256,6 +258,11 @@ class Plan:
             self.adapter.describe(self.shape),
             f"A weight takes {self.itemsize} bytes, and so does each number of {self.length} tokens' keys and values.",
         ]
+        if round(self.profile.steps_per_draft, 2) < 1:
+            said.append(
+                f"A draft takes {self.profile.steps_per_draft:.2f} draft steps, at every draft length alike; looked-up "
+                "tokens, which take none, are mostly in long drafts, so short ones are planned too cheaply."
+            )
         if self.cards > 1:
             said.append(
                 f"{self.cards} cards share every matrix evenly and exchange twice a layer, for "

@@ -72,8 +72,9 @@ class Row:
         processor_speedup: the same by the time that the steps had processors, which other work on the machine disturbs
             less. On a GPU it says nothing.
         processor_share: that time over the wall time of the steps, of both ways of decoding together.
-        num_spec_steps: steps with drafts. This name and those that follow are vLLM's.
+        num_spec_steps: steps with drafts. This name and those that follow are vLLM's, but for ``num_draft_steps``.
         num_draft_tokens: all drafts.
+        num_draft_steps: how often the drafter ran its network for them.
         num_accepted_draft_tokens: accepted drafts.
         acceptance_histogram: how many steps with drafts accepted 0, 1, 2, ... of them.
     """
@@ -95,6 +96,7 @@ class Row:
     processor_share: float
     num_spec_steps: int
     num_draft_tokens: int
+    num_draft_steps: int
     num_accepted_draft_tokens: int
     acceptance_histogram: list[int]
 
@@ -144,6 +146,7 @@ def row(category: str, pairs: Sequence[tuple[Answer, Answer]]) -> Row:
         processor_share=round(sum(each[:, 1].sum() for each in costs) / sum(each[:, 1].sum() for each in speeds), 4),
         num_spec_steps=int((drafts > 0).sum()),
         num_draft_tokens=int(drafts.sum()),
+        num_draft_steps=sum(sum(turn.draft_steps) for turn in turns),
         num_accepted_draft_tokens=int(accepted.sum()),
         acceptance_histogram=histogram.tolist(),
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kangaroo_kernels.contract import NO_TOKEN, RECORD_HEAD, Top1, Walk, seed_bits
 
+from ..drafters.protocol import AS_DRAFTED
 from ..request import Request
 from ..sampling import SamplingTensors
 from ..target.llama import Llama
@@ -54,8 +55,8 @@ class Buffers:
         decision: ``[3]`` int64, what ``accept`` found.
         ancestors: ``[R + 1]`` int32, of a tree's rows; None for chains.
         walked: what ``walk`` found in a tree; its tokens are committed then. None for chains.
-        report: ``[5 + R + 1 + 1]`` int64: the record of ``commit``, then the error word of ``draft_loop``, 0 where all
-            went well.
+        report: ``[5 + R + 1 + 2]`` int64: the record of ``commit``, then ``draft_steps``, then the error word of
+            ``draft_loop``, 0 where all went well.
         thresholds: ``[R + 1]`` float32: no draft follows a row whose confidence is below its threshold; the newest
             token's confidence is 1.
         sampling: the numbers of a request's ``Sampling``.
@@ -80,6 +81,11 @@ class Buffers:
     at_hand: Tensor
     ancestors: Tensor | None = None
     walked: Walk | None = None
+
+    @property
+    def draft_steps(self) -> Tensor:
+        """``[1]`` int64: how many draft steps the drafts took; ``AS_DRAFTED`` unless the drafter writes a number."""
+        return self.report[-2:-1]
 
     def position(self, row: int) -> Tensor:
         """``[1]``: the position of a row; -1 is the token before the newest one, R + 1 the place after all drafts."""
@@ -148,7 +154,7 @@ def buffers_for(
         drafts=top1("drafts", drafts),
         wanted=top1("wanted", rows),
         decision=decision,
-        report=numbers("report", RECORD_HEAD + rows + 1),
+        report=numbers("report", RECORD_HEAD + rows + 2),
         thresholds=real("thresholds", rows),
         sampling=SamplingTensors(
             real("temperature"),
@@ -185,4 +191,5 @@ def begin(buffers: Buffers, target: Llama, tokens: Sequence[int], request: Reque
     buffers.drafts.confidence.fill_(1)
     buffers.at_hand.zero_()
     buffers.report.zero_()
+    buffers.draft_steps.fill_(AS_DRAFTED)
     buffers.exit_hidden.zero_()  # rows of drafts that are not made must be finite

@@ -6,6 +6,7 @@ from functools import partial
 
 from kangaroo_kernels.contract import RECORD_HEAD, Record
 
+from ..drafters.protocol import AS_DRAFTED
 from ..results import Commit
 from .iteration import Iteration
 from .mailbox import Mailbox, Stopwatch
@@ -82,11 +83,11 @@ def device_steps(
             if paced is not None:
                 paced.end(prepared)
             mailbox.post()
-        *record, lost = mailbox.read()
+        *record, draft_steps, lost = mailbox.read()
         if lost:
             runner.clear()  # the next text prepares the loop again, with a new grid state
             raise RuntimeError(f"draft_loop failed: a program never came to a barrier (error word {lost}).")
-        step = read_record(record, length, tree=iteration.buffers.walked is not None)
+        step = read_record(record, draft_steps, length, tree=iteration.buffers.walked is not None)
         if not step.tokens and record[0] == len(text.tokens):  # the target's first row was not finite
             raise not_finite(text, iteration.target.dtype)
         if not step.tokens:  # never, unless memory was overwritten
@@ -104,12 +105,13 @@ def bucket(positions: int, capacity: int) -> int:
     return min(capacity, max(LEAST_REACH, 1 << (positions - 1).bit_length()))
 
 
-def read_record(record: list[int], length: int, tree: bool) -> Commit:
+def read_record(record: list[int], draft_steps: int, length: int, tree: bool) -> Commit:
     """Turn an iteration's record into a ``Commit``, counted like the host's loop: it drafts nothing past the limit.
 
-    A tree leaves out what is past the limit by itself.
+    A tree leaves out what is past the limit by itself. ``draft_steps`` is what ``Buffers.draft_steps`` held.
     """
     head = Record(*record[:RECORD_HEAD])
     tokens, most = record[RECORD_HEAD:][: head.reached - head.before], length - head.before - 1
     agreed, drafted = min(head.agreed, most), head.drafted if tree else min(head.drafted, most)
-    return Commit(tokens, min(agreed, len(tokens)), drafted, agreed, bool(head.stopped))
+    steps = drafted if draft_steps == AS_DRAFTED else draft_steps
+    return Commit(tokens, min(agreed, len(tokens)), drafted, steps, agreed, bool(head.stopped))

@@ -63,11 +63,12 @@ def kangaroo_steps(target: Llama, drafter: Drafter, text: TextState, request: Re
         pace.record(Done(len(proposed.tokens), agreed, proposed.confidences, at_hand=at_hand))
         yield Commit(
             committed,
-            min(agreed, len(committed)),
-            len(draft.tokens),
-            agreed,
-            bool(stopped),
-            chooser.logprobs(wanted, committed),
+            accepted=min(agreed, len(committed)),
+            drafted=len(draft.tokens),
+            draft_steps=0 if at_hand else proposed.draft_steps,
+            agreed=agreed,
+            stopped=bool(stopped),
+            logprobs=chooser.logprobs(wanted, committed),
         )
         if stopped:
             return
@@ -129,6 +130,6 @@ def plain_steps(target: Llama, text: TextState, request: Request) -> Iterator[Co
         text.tokens.append(token)
         stopped = token in request.stop_tokens
         logprobs = chooser.logprobs(wanted, [token])
-        yield Commit([token], accepted=0, drafted=0, agreed=0, stopped=stopped, logprobs=logprobs)
+        yield Commit([token], accepted=0, drafted=0, draft_steps=0, agreed=0, stopped=stopped, logprobs=logprobs)
         if stopped:
             return

@@ -146,5 +146,5 @@ class Iteration:
             buffers.exit_hidden,
             self.target.weights.embedding,
             buffers.newest,
-            buffers.report[:-1],
+            buffers.report[:-2],
         )

@@ -55,7 +55,7 @@ def test_all_together() -> None:
         comparison(
             200, 300, looping=18, new_tokens=20, verification_steps=5, drafted=12, accepted=9, accepted_at=[4, 3, 2]
         ),
-        comparison(100, 140, identical=False, new_tokens=6, verification_steps=6),
+        comparison(100, 140, identical=False, new_tokens=6, verification_steps=6, draft_steps=3),
     ]
     total = summarise(parts)
     assert (total.plain_tokens_per_second, total.kangaroo_tokens_per_second) == (100, 140)
@@ -64,6 +64,7 @@ def test_all_together() -> None:
     assert total.stats.accepted_at == [7, 4, 2]
     assert total.stats.mean_acceptance_length == 36 / 16
     assert total.stats.draft_acceptance_rate == 13 / 20
+    assert total.as_dict()["draft_steps"] == 3
     assert total.looping_share == 27 / 36
     assert report([]) == {"prompts": [], "total": None}
     assert report(parts)["total"] == total.as_dict()

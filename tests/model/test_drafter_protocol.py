@@ -47,9 +47,9 @@ def load(checkpoint: Path, make: Any, resident: bool = False, **settings: Any) -
     return Kangaroo(target, make(target))
 
 
-def counts(kangaroo: Kangaroo, prompt: list[int], **settings: Any) -> tuple[list[int], int, int, int]:
-    result = kangaroo.generate(prompt, **settings)
-    return result.tokens, result.stats.drafted, result.stats.accepted, result.stats.verification_steps
+def counts(kangaroo: Kangaroo, prompt: list[int], **settings: Any) -> tuple[list[int], int, int, int, int]:
+    stats = (result := kangaroo.generate(prompt, **settings)).stats
+    return result.tokens, stats.drafted, stats.accepted, stats.verification_steps, stats.draft_steps
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "filtered"])
@@ -64,6 +64,7 @@ def test_prompt_lookup_on_both_loops(checkpoint, lookup, sampling):
             found = counts(host, prompt, **settings)
             assert found[0] == plain
             assert counts(device, prompt, **settings) == found
+            assert found[4] == (0 if lookup is PromptLookup else found[1])  # it has no network; another may have one
             drafted, accepted = drafted + found[1], accepted + found[2]
     assert drafted > accepted
     assert accepted or sampling  # a random model's samples are hard to foresee
@@ -143,6 +144,25 @@ def test_a_drafter_that_guesses_changes_nothing(checkpoint):
     for sampling in SAMPLINGS:
         plain = kangaroo.generate([1, 2], max_new_tokens=60, plain=True, **sampling).tokens
         assert kangaroo.generate([1, 2], max_new_tokens=60, **sampling).tokens == plain
+
+
+class Reminded(Guessing):
+    """Has its drafts at hand while the text's length is even."""
+
+    def at_hand(self, text, most, threshold):
+        return len(text.tokens) % 2 == 0
+
+
+def test_draft_steps_need_no_word_of_the_drafter(checkpoint):
+    """As many as drafts, and none for drafts at hand or without a drafter."""
+    kangaroo, known, found = load(checkpoint, Reminded), 2, set()
+    for step in kangaroo.progress([1, 2], max_new_tokens=60):
+        commit, even = step.commit, known % 2 == 0
+        assert commit.draft_steps == (0 if even else commit.drafted)
+        found.add((even, commit.drafted > 0))
+        known += len(commit.tokens)
+    assert len(found) == 4
+    assert kangaroo.generate([1, 2], max_new_tokens=9, plain=True).stats.draft_steps == 0
 
 
 class Insisting(Guessing):

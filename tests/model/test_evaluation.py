@@ -133,6 +133,7 @@ def test_both_ways_get_the_prompts_of_a_conversation(tmp_path: Path) -> None:
     for turn, wanted in zip(found[KANGAROO].turns, (first, second), strict=True):
         stats = wanted.stats
         assert (sum(turn.drafted), sum(turn.accepted)) == (stats.drafted, stats.accepted)
+        assert sum(turn.draft_steps) == stats.draft_steps > 0
         assert (sum(turn.lengths), len(turn.lengths)) == (stats.new_tokens, stats.verification_steps)
     assert {count for turn in found[PLAIN].turns for count in turn.drafted} == {0}
     assert all(turn.processor_seconds > 0 for each in found.values() for turn in each.turns)
@@ -151,7 +152,9 @@ def test_a_conversation_ends_where_the_context_does(pair: Pair) -> None:
 
 def test_the_lines_are_those_of_spec_bench(pair: Pair) -> None:
     """Its speed.py and equal.py read category, and of choices[0] turns, new_tokens, wall_time and accept_lengths."""
-    wanted = answer(pair.load(), QUESTIONS[0], SETTINGS, {})[KANGAROO]
+    found = answer(pair.load(), QUESTIONS[0], SETTINGS, {})[KANGAROO]
+    turns = [replace(turn, draft_steps=list(range(len(turn.lengths)))) for turn in found.turns]  # no other counts
+    wanted = replace(found, turns=turns)
     line = json.loads(wanted.line("m-kangaroo"))
     assert {"question_id", "category", "model_id", "choices", "tstamp"} <= line.keys()
     (choice,) = line["choices"]
@@ -161,6 +164,7 @@ def test_the_lines_are_those_of_spec_bench(pair: Pair) -> None:
     assert choice["decoding_steps"] == [len(turn.lengths) for turn in wanted.turns]
     assert choice["accept_lengths"] == wanted.turns[0].lengths + wanted.turns[1].lengths
     assert sum(choice["accept_lengths"]) == sum(choice["new_tokens"])
+    assert choice["per_step_draft_steps"] == wanted.turns[0].draft_steps + wanted.turns[1].draft_steps
     assert choice["wall_time"] == [turn.prefill_seconds + turn.decode_seconds for turn in wanted.turns]
     again = Answer.read(line, wanted.question)
     for turn, other in zip(wanted.turns, again.turns, strict=True):
@@ -214,9 +218,15 @@ def test_a_killed_run_goes_on(pair: Pair, tmp_path: Path) -> None:
         assert texts(run) == before
         assert whole.read_text().splitlines(keepends=True)[0] == lines[0]
         assert len(plain.read_text().splitlines()) == 3
-    whole.write_text(f"{lines[0]}nonsense\n{lines[2]}")
-    with pytest.raises(KangarooError, match=r"kangaroo.jsonl, line 2: this is no answer"):
-        evaluate(kangaroo, SETTINGS, begin(tmp_path / "a"), {}, math.inf, silent)
+    earlier = lines[2].replace("per_step_draft_steps", "unknown")
+    for torn, sentence in (
+        ([lines[0], "nonsense\n", lines[2]], "2: this is no answer"),
+        ([*lines[:2], earlier], "3: an earlier version wrote this answer and did not count draft steps; take a new"),
+    ):
+        whole.write_text("".join(torn))
+        with pytest.raises(KangarooError, match=f"kangaroo.jsonl, line {sentence}"):
+            evaluate(kangaroo, SETTINGS, begin(tmp_path / "a"), {}, math.inf, silent)
+        assert whole.read_text() == "".join(torn)
 
 
 def test_time_that_is_over_and_more_questions(pair: Pair, tmp_path: Path) -> None:
@@ -250,8 +260,10 @@ def test_questions_that_do_not_fit(pair: Pair, tmp_path: Path) -> None:
 
 
 def turn(lengths: list[int], drafted: list[int], seconds: float, loop: bool = False) -> Turn:
+    """Two drafts came of every draft step, or one of the last."""
     tokens = [7] * sum(lengths) if loop else list(range(sum(lengths)))
-    return Turn("", tokens, lengths, drafted, [length - 1 for length in lengths], 0.5, seconds, 2 * seconds)
+    steps, accepted = [(count + 1) // 2 for count in drafted], [length - 1 for length in lengths]
+    return Turn("", tokens, lengths, drafted, steps, accepted, 0.5, seconds, 2 * seconds)
 
 
 def pair_of(plain: Turn, drafted: Turn, category: str = "a") -> tuple[Answer, Answer]:
@@ -274,6 +286,7 @@ def test_the_figures_of_a_category() -> None:
     assert found.fresh_acceptance_length.value == (3 + 1 + 4 + 1) / 4
     assert found.num_spec_steps == 7  # vLLM leaves steps without drafts out
     assert (found.num_draft_tokens, found.num_accepted_draft_tokens) == (27, 2 + 3 + 4 * 3 + 3)
+    assert found.num_draft_steps == 1 + 3 + 5 * 2
     assert found.acceptance_histogram == [1, 0, 1, 2, 3]
     assert found.acceptance_rate_per_position == [6 / 8, 6 / 8, 5 / 8, 3 / 8]
     assert found.draft_acceptance_rate.value == round(20 / 27, 4)
@@ -340,6 +353,7 @@ def test_transformers_writes_the_same_in_as_many_steps() -> None:
         assert not found[way].differences
         theirs, mine = found[way].turns[0], found[ours].turns[0]
         assert (theirs.text, theirs.lengths, theirs.accepted) == (mine.text, mine.lengths, mine.accepted)
+        assert theirs.draft_steps == theirs.drafted
 
 
 def test_without_an_adapter_there_is_no_assistant(pair: Pair) -> None:

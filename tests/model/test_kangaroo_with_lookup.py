@@ -30,6 +30,8 @@ IDS = ["greedy", "sampled", "filtered"]
 REPEATING = [5, 9, 2, 7, 31] * 6
 SMALL = {"vocab_size": 11, "hidden_size": 24, "intermediate_size": 40, "layers": 2, "heads": 2, "kv_heads": 1}
 Loops = tuple[Kangaroo, Kangaroo]
+Step = tuple[list[int], int, int, int]
+"""What is committed, the drafts, those that the target agreed with, the draft steps."""
 
 
 def load(target: Any, adapter: Any, **settings: Any) -> Loops:
@@ -61,17 +63,17 @@ def guess(
     kangaroo.target.backend = replace(kangaroo.target.backend, look_up=look_up)
 
 
-def steps(kangaroo: Any, prompt: list[int], **settings: Any) -> list[tuple[list[int], int, int]]:
-    """What is committed in each step, the drafts, and those that the target agreed with."""
+def steps(kangaroo: Any, prompt: list[int], **settings: Any) -> list[Step]:
+    """What each step did."""
     commits = [step.commit for step in kangaroo.progress(prompt, **settings)]
-    return [(each.tokens, each.drafted, each.agreed) for each in commits]
+    return [(each.tokens, each.drafted, each.agreed, each.draft_steps) for each in commits]
 
 
-def text_of(found: list[tuple[list[int], int, int]]) -> list[int]:
-    return [token for tokens, _, _ in found for token in tokens]
+def text_of(found: list[Step]) -> list[int]:
+    return [token for tokens, *_ in found for token in tokens]
 
 
-def same_steps(loops: Loops, prompt: list[int], **settings: Any) -> list[tuple[list[int], int, int]]:
+def same_steps(loops: Loops, prompt: list[int], **settings: Any) -> list[Step]:
     """Those of both loops, whose text is plain decoding's."""
     host, device = loops
     found = steps(host, prompt, **settings)
@@ -103,7 +105,7 @@ def test_whatever_is_looked_up_changes_nothing(loops, sampling, drafts):
             for each in loops:
                 guess(each, text)
             found = same_steps(loops, prompt, **asked)
-            assert sum(drafted for _, drafted, _ in found) > 0
+            assert sum(drafted for _, drafted, *_ in found) > 0
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
@@ -116,7 +118,7 @@ def test_both_loops_choose_alike(loops, sampling, lag, monkeypatch):
     for prompt in (REPEATING, [3, 5, 9], [7], [15] * 70):
         for threshold in (0.0, 0.72):
             asked = {"draft_confidence_threshold": threshold, "max_new_tokens": 50, **sampling}
-            lengths |= {drafted for _, drafted, _ in same_steps(loops, prompt, **asked)}
+            lengths |= {drafted for _, drafted, *_ in same_steps(loops, prompt, **asked)}
     most = loops[0].drafter.num_draft_steps
     assert min(lengths) < most < max(lengths)
 
@@ -179,6 +181,17 @@ def test_a_conversation(loops, settings, loop):
         text = prompt + written.tokens
 
 
+def test_looked_up_tokens_take_no_draft_steps(loops, monkeypatch):
+    """The head is asked once a draft step; both loops count the same, step by step."""
+    guess, asked = KangarooWithLookup.guess, []
+    monkeypatch.setattr(KangarooWithLookup, "guess", lambda self, *args: (asked.append(1), guess(self, *args))[1])
+    found = same_steps(loops, REPEATING, max_new_tokens=60, draft_confidence_threshold=0.0)
+    assert sum(taken for *_, taken in found) == len(asked) > 0
+    most = loops[0].drafter.num_draft_steps
+    assert all(taken in ((0,) if drafted > most else (0, drafted)) for _, drafted, _, taken in found)
+    assert any(drafted > most for _, drafted, *_ in found)
+
+
 def test_a_text_forgets_what_the_one_before_learned(loops):
     for kangaroo in loops:
         session, asked = kangaroo.session(), {"max_new_tokens": 40, "draft_confidence_threshold": 0.0}
@@ -221,7 +234,7 @@ def test_text_that_repeats_itself_is_looked_up(tmp_path):
     alone = Kangaroo.from_pretrained(target, adapter, device="cpu", prompt_lookup=False)
     found = same_steps(load(target, adapter), [1, 2, 3], max_new_tokens=100)
     assert 2 * len(found) < alone.generate([1, 2, 3], max_new_tokens=100).stats.verification_steps
-    assert max(agreed for _, _, agreed in found) > 6  # more than the adapter may draft
+    assert max(agreed for _, _, agreed, _ in found) > 6  # more than the adapter may draft
 
 
 def test_the_way_that_does_not_draft_is_left_out(loops, monkeypatch):
@@ -258,7 +271,7 @@ def test_a_context_that_ends(loops):
             loops, (REPEATING * 20)[: length - left], max_new_tokens=left, draft_confidence_threshold=0.0
         )
         assert len(text_of(found)) == left
-        assert all(drafted < left for _, drafted, _ in found)
+        assert all(drafted < left for _, drafted, *_ in found)
 
 
 def test_the_adapter_drafts_where_it_expects_more(loops, monkeypatch):
@@ -268,7 +281,7 @@ def test_the_adapter_drafts_where_it_expects_more(loops, monkeypatch):
         guess(each)
     found = same_steps(loops, [1, 2, 3], max_new_tokens=40, draft_confidence_threshold=0.0)
     drafter = loops[0].drafter
-    assert max(drafted for _, drafted, _ in found) == drafter.num_draft_steps < drafter.num_speculative_tokens
+    assert max(drafted for _, drafted, *_ in found) == drafter.num_draft_steps < drafter.num_speculative_tokens
 
 
 @pytest.mark.parametrize("kind", [{"deep_state_size": 20, "std": 0.1}, {"mlp": True}], ids=["deep state", "MLP"])
@@ -279,7 +292,7 @@ def test_adapters_of_other_kinds(tmp_path, kind, sampling):
     loops = load(target, adapter)
     for prompt in ([1, 2, 3], [5, 9, 2, 7] * 5):
         found = same_steps(loops, prompt, max_new_tokens=60, draft_confidence_threshold=0.1, **sampling)
-        assert sum(agreed for _, _, agreed in found) > 5
+        assert sum(agreed for _, _, agreed, _ in found) > 5
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,12 +180,32 @@ def test_a_profile_gives_back_what_it_was_read_from():
     assert Profile.of([0.0], 1.0, "never right").first(3) == ([0.0] * 3, [1.0, 0.0, 0.0])
 
 
+def test_what_takes_no_draft_step_costs_none() -> None:
+    """It is verified all the same. A tree has more drafts than places, and takes a draft step for each place."""
+    of = Profile.of
+    chain, looked_up = (of([0.5, 0.25], 1.6, "a test", draft_steps) for draft_steps in (1.6, 0.4))
+    assert (chain.steps_per_draft, looked_up.steps_per_draft) == (1, 0.25)
+    assert of([0.5, 0.25], 9, "a tree", 2).steps_per_draft == 1
+    plans = [Plan(find_shapes("Vicuna-7B").shape, CPU, profile) for profile in (chain, looked_up)]
+    dear, cheap = (plan.predict(2, 2) for plan in plans)
+    saved = dear.plain_ms * (dear.break_even_tokens_per_step - cheap.break_even_tokens_per_step)
+    assert saved == pytest.approx(dear.draft_ms * (1.6 - 0.4))
+    assert (cheap.drafts_per_step, cheap.verify_ms) == (dear.drafts_per_step, dear.verify_ms)
+    said = [[each for each in plan.assumptions() if "looked-up" in each] for plan in plans]
+    assert not said[0] and said[1][0].startswith("A draft takes 0.25 draft steps")
+
+
 def test_reports_that_hold_a_profile():
     rates = {"acceptance_rate_per_position": [0.5, 0.25], "draft_acceptance_rate": 0.5}
     counts = {"acceptance_histogram": [2, 1, 1], "num_spec_steps": 4, "num_draft_tokens": 6}
     found = [read_profile(report, "x") for report in ({"total": rates}, {"comparison": rates}, rates)]
     assert found == [read_profile({"categories": [{}, counts]}, "x")] * 3
     assert found[0].accepted == (0.5, 0.25)
+    assert found[0].steps_per_draft == 1
+    rates |= {"draft_steps": 3, "verification_steps": 4}
+    counts |= {"num_draft_steps": 3}
+    halves = [read_profile(report, "x") for report in (rates, {"categories": [counts]})]
+    assert halves == [replace(found[0], steps_per_draft=0.5)] * 2
     for report in ({"total": rates, "model": "m"}, {"categories": [counts], "settings": {"model": "m"}}):
         assert (
             read_profile(report, "x").source == "as often right as those of m, 1.75 tokens a step in the steps "

@@ -98,6 +98,19 @@ def test_random_trees_change_nothing(plain, grown, sampling):
     assert grown.drafter.crooked > 20
 
 
+def test_a_tree_takes_as_many_draft_steps_as_its_longest_branch(grown):
+    """Unless its drafter says another number."""
+    for most in (1, 4):
+        commits = [step.commit for step in grown.progress(PROMPT, max_new_tokens=60, num_speculative_tokens=most)]
+        assert max(each.drafted for each in commits) == 15
+        assert max(each.draft_steps for each in commits) == most
+        assert all(each.draft_steps <= each.drafted for each in commits)
+    parents = (0, 0, 2, 1, 3)
+    draft = Draft(torch.zeros(5, dtype=torch.int64), torch.zeros(6, 8), parents=parents)
+    assert (draft.draft_steps, Draft(draft.tokens, draft.hidden).draft_steps) == (3, 5)
+    assert Draft(draft.tokens, draft.hidden, parents=parents, steps=7).draft_steps == 7
+
+
 def test_the_context_ends_inside_a_branch(plain, grown):
     prompt = [dice % VOCAB for dice in range(plain.target.config.context_length - 9)]
     wanted = facts(plain, prompt, max_new_tokens=40, plain=True)
@@ -129,6 +142,20 @@ def test_its_trees_change_nothing(plain, trees, sampling):
         assert (written.tokens, written.finish_reason) == wanted[:2]
         accepted += written.stats.accepted
     assert accepted > 20
+
+
+def test_a_draft_step_for_each_round(trees, monkeypatch):
+    """Which may add a row behind an earlier round's rows alone, so no branch need be as long as there were rounds."""
+    rank, propose, ranked, longest = TreeDrafter.rank, TreeDrafter.propose, [], []
+
+    def proposed(self: Any, *args: Any) -> Draft:
+        longest.append((draft := propose(self, *args)).longest)
+        return draft
+
+    monkeypatch.setattr(TreeDrafter, "rank", lambda self, *args: (ranked.append(1), rank(self, *args))[1])
+    monkeypatch.setattr(TreeDrafter, "propose", proposed)
+    written = trees.generate(PROMPT, max_new_tokens=60, num_speculative_tokens=6, draft_confidence_threshold=0.0)
+    assert sum(longest) < written.stats.draft_steps == len(ranked) < written.stats.drafted
 
 
 def test_the_next_token_is_found_more_often(plain, trees):
@@ -206,7 +233,8 @@ def resident(pair) -> Kangaroo:
 
 def counts(kangaroo: Any, prompt: list[int] = PROMPT, **settings: Any) -> tuple[Any, ...]:
     stats = (written := kangaroo.generate(prompt, **settings)).stats
-    return written.tokens, written.finish_reason, stats.drafted, stats.accepted_at, stats.verification_steps
+    rounds = stats.verification_steps, stats.draft_steps
+    return written.tokens, written.finish_reason, stats.drafted, stats.accepted_at, *rounds
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS[:3], ids=str)
@@ -228,6 +256,21 @@ def test_it_does_what_the_host_loop_does(trees, resident, sampling):
                 assert found[3:] == wanted[3:]
             drafted += found[2]
     assert drafted > 100
+
+
+@pytest.mark.parametrize("rows", [3, 15])
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+def test_both_loops_count_rounds_alike(pair, rows, threshold):
+    """Step by step, where there is room for all rounds; also where there are fewer rows than rounds might be."""
+    host, device = (pair.load(device="cpu", draft_tree=rows) for _ in range(2))
+    settings = {"num_speculative_tokens": 6, "draft_confidence_threshold": threshold}
+    found = []
+    for kangaroo in (host, on_the_device(device)):
+        steps = kangaroo.progress(PROMPT, max_new_tokens=60, **settings)
+        roomy = [each.commit for each in steps if len(each.generation.tokens) - len(each.commit.tokens) < 60 - 6]
+        found.append([(each.tokens, each.drafted, each.draft_steps) for each in roomy])
+    assert found[0] == found[1]
+    assert max(rounds for *_, rounds in found[0]) == min(rows, 6)
 
 
 def test_texts_leave_nothing_behind(trees, resident):

@@ -7,7 +7,7 @@ import torch
 from drafters import on_the_device
 from no_host_reads import no_host_reads
 from pairs import make_adapter, make_target
-from test_kangaroo_with_lookup import IDS, REPEATING, SAMPLINGS, SMALL, Loops, guess, load, steps, text_of
+from test_kangaroo_with_lookup import IDS, REPEATING, SAMPLINGS, SMALL, Loops, Step, guess, load, steps, text_of
 
 from kangaroo_kernels.contract import Experience
 from kangaroo_kernels.model.drafters.tree_with_lookup import TreeWithLookup, sureness
@@ -25,7 +25,7 @@ def loops(pair, request) -> Loops:
     return load(*pair, draft_tree=request.param)
 
 
-def same_text(loops: Loops, prompt: list[int], **settings: Any) -> list[tuple[list[int], int, int]]:
+def same_text(loops: Loops, prompt: list[int], **settings: Any) -> list[Step]:
     """The steps of both loops up to the text's last tokens; the text is plain decoding's."""
     host, device = (steps(each, prompt, **settings) for each in loops)
     plain = {name: value for name, value in settings.items() if not name.startswith(("num_spec", "draft_conf"))}
@@ -49,7 +49,7 @@ def test_whatever_is_looked_up_changes_nothing(loops, sampling, drafts):
         for text in (None, [*prompt, *plain]):
             for each in loops:
                 guess(each, text)
-            assert sum(drafted for _, drafted, _ in same_text(loops, prompt, **asked)) > 0
+            assert sum(drafted for _, drafted, *_ in same_text(loops, prompt, **asked)) > 0
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
@@ -59,7 +59,7 @@ def test_both_loops_choose_alike(loops, sampling):
     for prompt in (REPEATING, [3, 5, 9], [7], [15] * 70):
         for threshold in (0.0, 0.3, 0.72):
             asked = {"draft_confidence_threshold": threshold, "max_new_tokens": 60, **sampling}
-            drafted |= {count for _, count, _ in same_text(loops, prompt, **asked)}
+            drafted |= {count for _, count, *_ in same_text(loops, prompt, **asked)}
     assert max(drafted) == loops[0].drafter.draft_tree
 
 
@@ -72,7 +72,7 @@ def test_a_short_match_is_a_branch(tmp_path, monkeypatch):
     for each in loops:
         guess(each, [3, 5, 9, *plain], lengths=(1,), right=1.0)
     found = same_text(loops, [3, 5, 9], max_new_tokens=60, draft_confidence_threshold=0.1)
-    assert {agreed for _, _, agreed in found} == {1}
+    assert {agreed for _, _, agreed, _ in found} == {1}
 
 
 @pytest.mark.parametrize("matched", range(1, 16))
