@@ -28,7 +28,7 @@ def plan(
         int | None, typer.Option(help="Layers before the adapter; by default its own, or a sixteenth.")
     ] = None,
     num_speculative_tokens: Annotated[
-        int | None, typer.Option(help="The most drafts per step, 1 to 15; by default the adapter's own, or 6.")
+        int | None, typer.Option(help="The most drafts per step, 1 to 15; by default the profile's, the adapter's own, or 6.")
     ] = None,
     intermediate_size: Annotated[
         int | None, typer.Option(help="Of the adapter's MLP; by default its own, or none.")
@@ -77,7 +77,10 @@ def plan(
     planned = Plan(shape, find_machine(card), rates, form, tensor_parallel, length)
     depth = max(1, shape.layers // 16) if trained is None else trained.exit_layer
     depth = depth if exit_layer is None else exit_layer
-    own = PAPER_NUM_SPECULATIVE_TOKENS if trained is None else trained.num_speculative_tokens
+    if profile is not None:
+        own = min(len(rates.accepted), most)
+    else:
+        own = PAPER_NUM_SPECULATIVE_TOKENS if trained is None else trained.num_speculative_tokens
     most = num_speculative_tokens or own
     found, grid = planned.predict(depth, most), planned.grid()
     drawn = None

@@ -15,26 +15,29 @@ class Profile:
         accepted: the share of steps that accept a draft at each position.
         blind: the share of drafts that are made all the same behind a draft that will be refused.
         source: where the figures come from.
-        steps_per_draft: how many draft steps a draft takes, 0 to 1; less than 1 where some drafts were looked up.
+        steps_per_draft: how many draft steps a place's draft takes, 0 to 1; less than 1 where some were looked up.
+        rows_per_draft: how many drafts each place has; more than 1 for trees alone.
     """
 
     accepted: tuple[float, ...]
     blind: float
     source: str
     steps_per_draft: float = 1.0
+    rows_per_draft: float = 1.0
 
     @classmethod
     def of(cls, accepted: Sequence[float], drafts: float, source: str, draft_steps: float | None = None) -> "Profile":
         """From the number of drafts a step: those that are not behind an accepted one were made blindly.
 
-        A profile has one draft a place, of a tree's, too. ``draft_steps`` a step are shared out over these; None means
-        one for each.
+        Where there are more drafts than places, as in a tree, they are shared out over the places, and so are
+        ``draft_steps`` a step; None means one for each place.
         """
         before = [1.0, *accepted[:-1]]
         refused = sum(1 - share for share in before)
         blind = (drafts - sum(before)) / refused if refused else 0.0
-        taken = 1.0 if draft_steps is None else min(draft_steps / min(drafts, len(before)), 1.0)
-        return cls(tuple(accepted), min(max(blind, 0.0), 1.0), source, taken)
+        places = min(drafts, len(before))
+        taken = 1.0 if draft_steps is None else min(draft_steps / places, 1.0)
+        return cls(tuple(accepted), min(max(blind, 0.0), 1.0), source, taken, drafts / places)
 
     def first(self, most: int) -> tuple[list[float], list[float]]:
         """The share of steps that accept, and that make, each of ``most`` drafts.

@@ -2,12 +2,12 @@
 
 A pass takes ``operations * seconds_per_operation + bytes / bandwidth * (1 + row_cost * (rows - 1))``, since at batch 1
 reading the weights is the work. Tensor parallel cards read a share of the bytes each and exchange twice a layer. With
-``a(i)`` the chance that draft i of a step is accepted, ``d(i)`` the chance that it is made and ``s`` the draft steps
-that a draft takes,
+``a(i)`` the chance that draft i of a step is accepted, ``d(i)`` the chance that it is made, ``s`` the draft steps that
+a draft takes and ``r`` the rows that stand for it (more than 1 in a tree),
 
     tokens a step = 1 + sum a(i)
     seconds a step = s * sum d(i) * (shallow layers, adapter, the adapter's head) + (shallow layers)
-                     + (other layers and head over 1 + sum d(i) rows)
+                     + (other layers and head over 1 + r * sum d(i) rows)
 """
 
 from dataclasses import dataclass
@@ -227,10 +227,10 @@ class Plan:
         if not 1 <= exit_layer < self.shape.layers:
             raise KangarooError(f"exit_layer is {exit_layer}; {self.shape.name} allows 1 to {self.shape.layers - 1}.")
         accepted, made = self.profile.first(most)
-        tokens, drafts = 1 + sum(accepted), sum(made)
+        tokens, places = 1 + sum(accepted), sum(made)
+        drafts, steps = places * self.profile.rows_per_draft, places * self.profile.steps_per_draft
         plain, draft = self.seconds(self.plain), self.seconds(self.draft(exit_layer))
         verify = self.seconds(self.layers(self.shape.layers - exit_layer) + self.head, rows=1 + drafts)
-        steps = drafts * self.profile.steps_per_draft
         step = steps * draft + self.seconds(self.layers(exit_layer)) + verify
         return Prediction(
             plain_tokens_per_second=1 / plain,

@@ -185,11 +185,17 @@ def test_what_takes_no_draft_step_costs_none() -> None:
     of = Profile.of
     chain, looked_up = (of([0.5, 0.25], 1.6, "a test", draft_steps) for draft_steps in (1.6, 0.4))
     assert (chain.steps_per_draft, looked_up.steps_per_draft) == (1, 0.25)
-    assert of([0.5, 0.25], 9, "a tree", 2).steps_per_draft == 1
+    tree = of([0.5, 0.25], 9, "a tree", 2)
+    assert (tree.steps_per_draft, tree.rows_per_draft, chain.rows_per_draft) == (1, 4.5, 1)
     plans = [Plan(find_shapes("Vicuna-7B").shape, CPU, profile) for profile in (chain, looked_up)]
     dear, cheap = (plan.predict(2, 2) for plan in plans)
     saved = dear.plain_ms * (dear.break_even_tokens_per_step - cheap.break_even_tokens_per_step)
     assert saved == pytest.approx(dear.draft_ms * (1.6 - 0.4))
+    row, rows = (
+        Plan(find_shapes("Vicuna-7B").shape, CPU, each).predict(2, 2) for each in (of([0.5, 0.25], 2, ""), tree)
+    )
+    assert (row.drafts_per_step, rows.drafts_per_step) == (2, 9)
+    assert rows.verify_ms / row.verify_ms > 1.5
     assert (cheap.drafts_per_step, cheap.verify_ms) == (dear.drafts_per_step, dear.verify_ms)
     said = [[each for each in plan.assumptions() if "looked-up" in each] for plan in plans]
     assert not said[0] and said[1][0].startswith("A draft takes 0.25 draft steps")
@@ -249,7 +255,8 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *command, "--picture", picture, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert found["speedup"] == pytest.approx(found["speedup_by_exit_layer"]["2"][5])
+    assert found["num_speculative_tokens"] == 1, "the profile's own"
+    assert found["speedup"] == pytest.approx(found["speedup_by_exit_layer"]["2"][0])
     assert set(found["speedup_by_exit_layer"]) == {"1", "2"}
     assert run(monkeypatch, *command, "--adapter", pair.adapter, "--draft-vocabulary", 9, "--json") == 0
     with_adapter = json.loads(capsys.readouterr().out)
