@@ -110,7 +110,7 @@ def grow_kernel(
         one_more = alone[:, None] & (columns == C)[None, :]
         chances = tl.where(one_more, sure, chances)
         offered = tl.where(one_more, expected[:, None], offered)
-    has_candidates = ((confidences >= threshold) | (rows == 0)) & (going != 0)  # nothing was ranked where it is 0
+    has_candidates = (confidences >= threshold) & (going != 0)  # nothing was ranked where it is 0
     chances = tl.where(has_candidates[:, None], chances, 0.0)
 
     earlier = (rows < first)[:, None] & (columns >= 0)[None, :]

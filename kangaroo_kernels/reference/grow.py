@@ -38,7 +38,7 @@ def grow(
             as 0.
         first: the number of the first of these rows; 0 begins a tree.
         count: of new rows, 1 to 4.
-        threshold: ``[1]`` float32; a row that is less sure has no candidates. Row 0 always has.
+        threshold: ``[1]`` float32; a row that is less sure has no candidates. Row 0 has a confidence of 1.
         hint: looked-up tokens behind row 0; None where there are none.
         active: ``[1]`` int32; where it is 0, all new rows are padding.
         flags: ``[count]`` int32, written: whether each new row is a draft. Candidates below ``LEAST_SHARE`` are none:
@@ -93,5 +93,5 @@ def offer(tree: Tree, ranked: Ranked, first: int, threshold: Tensor, expected: l
             confidences[place] = max(confidences[place], float(hint.sure))
         chances, nothing = torch.tensor(confidences), width - len(tokens)
         tree.offered[row] = torch.tensor(tokens + [NO_TOKEN] * nothing)
-        tree.chances[row] = F.pad(chances, (0, nothing)) * (not row or sure[row])
+        tree.chances[row] = F.pad(chances, (0, nothing)) * sure[row]
         torch.mul(tree.chances[row], tree.shares[row], out=tree.offers[row])

@@ -28,7 +28,8 @@ def plan(
         int | None, typer.Option(help="Layers before the adapter; by default its own, or a sixteenth.")
     ] = None,
     num_speculative_tokens: Annotated[
-        int | None, typer.Option(help="The most drafts per step, 1 to 15; by default the profile's, the adapter's own, or 6.")
+        int | None,
+        typer.Option(help="The most drafts per step, 1 to 15; by default the profile's, the adapter's own, or 6."),
     ] = None,
     intermediate_size: Annotated[
         int | None, typer.Option(help="Of the adapter's MLP; by default its own, or none.")
