@@ -136,7 +136,8 @@ def test_the_documents_table_of_a_card(smollm2: Found) -> None:
         "an MLP, 16,384 tokens, deep state of 4,096": (14336, 16384, 4096),
     }
     rows = [("the paper's", PAPER, form) for form in forms]
-    for whose, name in (("", "alone"), (" beside lookup", "lookup"), (" in trees", "tree"), (" in both", "tree_lookup")):
+    ways = {"": "alone", " beside lookup": "lookup", " in trees": "tree", " in both": "tree_lookup"}
+    for whose, name in ways.items():
         profile = read_profile(record(f"smollm2_third_{name}"), "a record")
         rows.append((f"SmolLM2's{whose}", profile, "an MLP, 16,384 tokens"))
     for whose, profile, form in rows:
