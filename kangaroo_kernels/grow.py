@@ -105,7 +105,9 @@ def grow_kernel(
         expected = tl.load(hint_ptr + tl.maximum(said, 0), mask=expects, other=NOTHING)
         sure = tl.load(sure_ptr)
         both = (offered == expected[:, None]) & expects[:, None] & ranked
-        alone = expects & (tl.max(both.to(tl.int32), axis=1) == 0)
+        found = tl.min(tl.where(both, columns[None, :], WIDTH), axis=1)
+        both &= columns[None, :] == found[:, None]  # behind a top-k or top-p the last token may stand there repeatedly
+        alone = expects & (found == WIDTH)
         chances = tl.where(both, tl.maximum(chances, sure), chances)
         one_more = alone[:, None] & (columns == C)[None, :]
         chances = tl.where(one_more, sure, chances)

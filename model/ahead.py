@@ -139,14 +139,16 @@ def blank_target(config: LlamaConfig, dtype: torch.dtype) -> Llama:
 def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
     """Everything that decoding on a GPU launches, plain and drafted, on both loops; for use within ``compile_for``.
 
-    An adapter drafts chains, and beside prompt lookup, whatever its own way is: a caller may ask for them.
+    An adapter drafts chains, and alone and beside prompt lookup, whatever its own way is: a caller may ask for it.
     """
     chains = KangarooDrafter(target, drafter.adapter) if isinstance(drafter, KangarooDrafter) else drafter
     for length in (*LENGTHS, target.config.context_length):
         yield Work("led by the host", partial(lead_by_host, target, chains, length))
         if isinstance(drafter, TreeDrafter):
             yield Work("trees led by the host", partial(lead_a_tree, target, drafter, length))
-            tree_beside = make_drafter(target, drafter.adapter, Way(drafter.draft_tree, prompt_lookup=True))
+            tree, tree_beside = (
+                make_drafter(target, drafter.adapter, Way(drafter.draft_tree, lookup)) for lookup in (False, True)
+            )
             yield Work("trees, lookup", partial(iterate, target, tree_beside, Sampling(), TREE_ROUNDS, length))
         if isinstance(drafter, KangarooDrafter):
             beside = make_drafter(target, drafter.adapter, Way(prompt_lookup=True))
@@ -157,7 +159,7 @@ def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
             for drafts in DRAFTS:
                 yield Work(f"{drafts} drafts", partial(iterate, target, chains, sampling, drafts, length))
             if isinstance(drafter, TreeDrafter):
-                yield Work("trees", partial(iterate, target, drafter, sampling, TREE_ROUNDS, length))
+                yield Work("trees", partial(iterate, target, tree, sampling, TREE_ROUNDS, length))
             persistent = in_one_launch(chains)
             if persistent is not None:
                 works = partial(iterate, target, persistent, sampling)

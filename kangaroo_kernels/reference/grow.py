@@ -56,10 +56,11 @@ def grow(
     if going:
         offer(tree, ranked, first, threshold, expected, hint)
     best = tree.offers[:last].flatten().sort(descending=True, stable=True)
-    shares, places = (each[:count].tolist() for each in best)
-    for row, share, place in zip(range(last, last + count), shares, places, strict=True):
+    shares, places = (each[:count] for each in best)
+    worth = going & (shares >= torch.tensor(LEAST_SHARE))
+    found = zip(shares.tolist(), places.tolist(), worth.tolist(), strict=True)
+    for row, (share, place, draft) in enumerate(found, start=last):
         parent, column = divmod(place, width)
-        draft = going and share >= LEAST_SHARE
         token = int(tree.offered[parent, column]) if draft else NO_TOKEN
         tree.tokens[row], tree.shares[row] = token, share if draft else 0.0
         tree.confidences[row] = tree.chances[parent, column] if draft else 0.0

@@ -31,7 +31,7 @@ def calibrate(
     """Find the way of drafting, the draft length and the threshold that make a pair fastest on this machine.
 
     Each setting decodes the prompts in turns with plain decoding. The table has the best first. Chains are tried first;
-    chains beside prompt lookup and trees of drafts then, around the best of them.
+    chains beside prompt lookup and trees of drafts, with lookup and without, then, around the best of them.
 
     --write puts the best into the config.json of the adapter's folder, and the table into calibration.json beside it.
     """

@@ -102,4 +102,5 @@ def plan(
     if as_json:
         print_json(facts | {"speedup_by_exit_layer": grid, "assumptions": planned.assumptions(), "picture": drawn})
     else:
-        show_plan(Console(), facts, grid, planned.assumptions())
+        lengths = range(1, len(grid[1]) + 1) if rates.of_chains else [len(rates.accepted)]
+        show_plan(Console(), facts, grid, lengths, planned.assumptions())

@@ -180,9 +180,13 @@ def show_footprint(console: Console, cost: Footprint) -> None:
 
 
 def show_plan(
-    console: Console, facts: Mapping[str, Any], grid: Mapping[int, Sequence[float]], assumptions: Sequence[str]
+    console: Console,
+    facts: Mapping[str, Any],
+    grid: Mapping[int, Sequence[float]],
+    lengths: Sequence[int],
+    assumptions: Sequence[str],
 ) -> None:
-    """A plan's figures, the best draft length behind each exit layer, and what the figures rest on."""
+    """A plan's figures, the best of some draft lengths behind each exit layer, and what the figures rest on."""
     shown = {}
     for name, value in facts.items():
         text = f"{value:,.2f}" if isinstance(value, float) else str(value)
@@ -190,9 +194,8 @@ def show_plan(
     _show_facts(console, "planned, not measured", shown)
     table = Table("exit layer", "best draft length", "speedup", box=SIMPLE_HEAD)
     for depth in sorted({*SHOWN_DEPTHS, facts["exit_layer"], max(grid)} & grid.keys()):
-        speedups = grid[depth]
-        best = max(speedups)
-        table.add_row(str(depth), str(speedups.index(best) + 1), f"{best:.2f}x")
+        best = max(lengths, key=lambda length: grid[depth][length - 1])
+        table.add_row(str(depth), str(best), f"{grid[depth][best - 1]:.2f}x")
     console.print(table)
     for sentence in assumptions:
         console.print(Text(f"- {sentence}"))

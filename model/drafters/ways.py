@@ -30,7 +30,7 @@ CHAINS = Way()
 
 
 def read_way(values: Mapping[str, Any], path: Path) -> Way:
-    """The default that an adapter's ``config.json`` names by ``draft_tree`` or ``prompt_lookup``.
+    """The default that an adapter's ``config.json`` names by ``draft_tree`` and ``prompt_lookup``.
 
     Raises:
         KangarooError: values that name no way.

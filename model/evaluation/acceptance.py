@@ -15,7 +15,8 @@ class Profile:
         accepted: the share of steps that accept a draft at each position.
         blind: the share of drafts that are made all the same behind a draft that will be refused.
         source: where the figures come from.
-        steps_per_draft: how many draft steps a place's draft takes, 0 to 1; less than 1 where some were looked up.
+        steps_per_draft: how many draft steps a place's draft takes, 0 to 1; less than 1 where some were looked up, or
+            where a tree's rounds ended early.
         rows_per_draft: how many drafts each place has; more than 1 for trees alone.
     """
 
@@ -38,6 +39,11 @@ class Profile:
         places = min(drafts, len(before))
         taken = 1.0 if draft_steps is None else min(draft_steps / places, 1.0)
         return cls(tuple(accepted), min(max(blind, 0.0), 1.0), source, taken, drafts / places)
+
+    @property
+    def of_chains(self) -> bool:
+        """Whether each draft took a step and has a row, so that fewer drafts a step cost as much less."""
+        return self.rows_per_draft == 1 and round(self.steps_per_draft, 2) == 1
 
     def first(self, most: int) -> tuple[list[float], list[float]]:
         """The share of steps that accept, and that make, each of ``most`` drafts.

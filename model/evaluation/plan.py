@@ -245,9 +245,10 @@ class Plan:
         )
 
     def grid(self) -> dict[int, list[float]]:
-        """The speedup by exit layer, up to the middle of the model, for 1 to 8 drafts a step."""
+        """The speedup by exit layer, up to the middle of the model, for 1 to 8 drafts a step, or all of the profile."""
         depths = range(1, max(2, self.shape.layers // 2 + 1))
-        return {depth: [self.predict(depth, most).speedup for most in range(1, MOST_DRAFTS + 1)] for depth in depths}
+        lengths = range(1, max(MOST_DRAFTS, len(self.profile.accepted)) + 1)
+        return {depth: [self.predict(depth, most).speedup for most in lengths] for depth in depths}
 
     def assumptions(self) -> list[str]:
         """What the figures rest on, a sentence each."""
@@ -258,10 +259,11 @@ class Plan:
             self.adapter.describe(self.shape),
             f"A weight takes {self.itemsize} bytes, and so does each number of {self.length} tokens' keys and values.",
         ]
-        if round(self.profile.steps_per_draft, 2) < 1:
+        if not self.profile.of_chains:
             said.append(
-                f"A draft takes {self.profile.steps_per_draft:.2f} draft steps, at every draft length alike; looked-up "
-                "tokens, which take none, are mostly in long drafts, so short ones are planned too cheaply."
+                f"A place's draft takes {self.profile.steps_per_draft:.2f} draft steps and "
+                f"{self.profile.rows_per_draft:.2f} rows, as in the profile of {len(self.profile.accepted)} places; "
+                "what fewer places would take is not known."
             )
         if self.cards > 1:
             said.append(

@@ -96,6 +96,22 @@ def test_looked_up_tokens_are_candidates(device, grow):
     assert tree.add(8, [[32]] * 2, [[0.0]] * 2, 1)[0] == [0], "only three were expected"
 
 
+@GROW
+def test_a_looked_up_token_is_one_candidate(device, grow):
+    """``rank`` repeats the last token of the vocabulary where a top-k or top-p leaves no others."""
+    tree = Grown(grow, device, hint=([9], 1, 0.3))
+    assert tree.add(0, [[10, 9, 9, 9]], [[0.6, 0.0, 0.0, 0.0]], 3) == ([1, 1, 0], 1)
+    assert tree.rows("tokens", 1, 3) == [10, 9]
+
+
+@GROW
+def test_the_least_share_is_worth_a_row(device, grow):
+    """Compared as float32, as which shares are kept."""
+    tree = Grown(grow, device)
+    below = torch.nextafter(torch.tensor(LEAST_SHARE), torch.tensor(0.0)).item()
+    assert tree.add(0, [[10, 11]], [[LEAST_SHARE, below]], 2) == ([1, 0], 1)
+
+
 def random_rounds(dice):
     """How many rows each round adds, and how many candidates there are behind a row."""
     counts, left = [], 15
@@ -153,4 +169,3 @@ def test_what_does_not_fit_is_said(device, grow):
             tree.threshold,
             hint=Hint(*(torch.ones(size, dtype=torch.int64, device=device) for size in (3, 1)), tree.threshold),
         )
-    assert LEAST_SHARE < 1

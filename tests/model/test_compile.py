@@ -52,16 +52,17 @@ def run(*command: Any, **environment: str) -> str:
     return done.stdout
 
 
-BOTH, CHAINS, PERSISTENT = {"prompt_lookup": True}, {"draft_tree": 0}, {"persistent": True}
-LOOKUP = BOTH | CHAINS
+CHAINS, TREE, PERSISTENT = {"draft_tree": 0, "prompt_lookup": False}, {"prompt_lookup": False}, {"persistent": True}
+LOOKUP = {"draft_tree": 0, "prompt_lookup": True}
 LOADS = [(False, PERSISTENT), (True, LOOKUP), (True, {}), (False, CHAINS), (False, {}), (False, LOOKUP)]
-TREES = [(False, BOTH), (True, BOTH)]
+TREES = [(False, TREE), (True, TREE)]
 """Whether launches are chained, and how an adapter drafts; another order than the one compiled in."""
 
 
 def tree_adapter(folder, target):
-    """Drafts trees by itself, of some tokens alone."""
-    whole = make_adapter(folder / "whole", target, exit_layer=2, copy_layer=2, draft_tree=7)
+    """Drafts trees beside lookup by itself, of some tokens alone."""
+    own = {"draft_tree": 7, "prompt_lookup": True}
+    whole = make_adapter(folder / "whole", target, exit_layer=2, copy_layer=2, **own)
     return with_vocabulary(whole, folder / "some", range(3, 40))
 
 

@@ -207,8 +207,8 @@ def test_what_takes_no_draft_step_costs_none() -> None:
     assert (row.drafts_per_step, rows.drafts_per_step) == (2, 9)
     assert rows.verify_ms / row.verify_ms > 1.5
     assert (cheap.drafts_per_step, cheap.verify_ms) == (dear.drafts_per_step, dear.verify_ms)
-    said = [[each for each in plan.assumptions() if "looked-up" in each] for plan in plans]
-    assert not said[0] and said[1][0].startswith("A draft takes 0.25 draft steps")
+    said = [[each for each in plan.assumptions() if "a place's draft" in each.lower()] for plan in plans]
+    assert not said[0] and "takes 0.25 draft steps and 1.00 rows, as in the profile of 2 places" in said[1][0]
 
 
 def test_reports_that_hold_a_profile():

@@ -63,7 +63,7 @@ def test_both_loops_choose_alike(loops, sampling):
     assert max(drafted) == loops[0].drafter.draft_tree
 
 
-def test_a_short_match_is_a_branch(tmp_path, monkeypatch):
+def test_a_short_match_is_a_branch(tmp_path):
     """It is never sure enough to be drafted alone. Of an adapter that knows nothing, no candidate is worth a row."""
     target = make_target(tmp_path / "target", std=0.1, **SMALL | {"vocab_size": 67})
     adapter = make_adapter(tmp_path / "adapter", target, exit_layer=1)
