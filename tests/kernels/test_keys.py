@@ -28,7 +28,7 @@ for operation in operations:
 print(json.dumps([keys, constants]))
 """
 OLDER_TRITON = ROOT / ".venv" / "triton-3.6"
-KERNELS = 18
+KERNELS = 19
 
 
 def collected(order: int, older: bool) -> tuple[dict[str, str], list[tuple[str, str]]]:
