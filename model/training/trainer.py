@@ -29,7 +29,7 @@ from .plan import Plan, find_cache, read_plan
 from .processes import Processes, join_processes
 from .scores import Judge, decode_held_out, score
 from .settings import ProgressReport, TrainingSettings
-from .states import AT_ONCE, Batch, Lessons, reached
+from .states import AT_ONCE, Batch, Lessons, keep_few_kernels, reached
 from .teacher import Teacher, autocast
 
 CHECKPOINT_SECONDS = 60.0
@@ -271,6 +271,7 @@ def train_adapters(
     began, leader = time.perf_counter(), runs[0]
     deadline = min(deadline, deadline_of(leader.minutes, began))
     device = resolve_device(leader.device)
+    keep_few_kernels()
     plans = [read_plan(leader)]
     plans += [read_plan(settings, plans[0].corpus) for settings in runs[1:]]
     target, cache = plans[0].target, find_cache(runs, plans)

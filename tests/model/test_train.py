@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -257,6 +258,19 @@ def test_lessons_on_disk_are_those_in_memory(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
     with pytest.raises(KangarooError, match=r"the states take 0.00063 GB, and the disk of .* has 0.0001 GB left"):
         train_adapter(replace(kept, out=tmp_path / "full"))
+
+
+@pytest.mark.parametrize("wanted", [None, "7"])
+def test_few_kernels_of_the_cpus_library_stay(
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str | None
+) -> None:
+    """Every step has shapes of its own; a caller's own bound holds."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, wanted or "")
+    if wanted is None:
+        monkeypatch.delenv(name)
+    train_adapter(settings(target, text, tmp_path / "a", steps=1))
+    assert os.environ[name] == (wanted or "32")
 
 
 def test_lessons_that_had_to_go_are_made_again(
