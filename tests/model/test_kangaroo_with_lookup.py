@@ -29,6 +29,7 @@ SAMPLINGS = ({}, {"temperature": 0.8, "seed": 3}, {"temperature": 0.8, "seed": 3
 IDS = ["greedy", "sampled", "filtered"]
 REPEATING = [5, 9, 2, 7, 31] * 6
 SMALL = {"vocab_size": 11, "hidden_size": 24, "intermediate_size": 40, "layers": 2, "heads": 2, "kv_heads": 1}
+NEAR = {"rtol": 1e-4, "atol": 1e-4}
 Loops = tuple[Kangaroo, Kangaroo]
 Step = tuple[list[int], int, int, int]
 """What is committed, the drafts, those that the target agreed with, the draft steps."""
@@ -201,11 +202,12 @@ def test_a_text_forgets_what_the_one_before_learned(loops):
         assert steps(session, REPEATING, **asked) == wanted
 
 
-@pytest.mark.parametrize("loop", [0, 1], ids=["host", "device"])
-@pytest.mark.parametrize("count", range(1, 9))
-def test_the_adapter_catches_up(loops, count, loop):
-    """What it holds, and what it is to run yet, are those of a prefill of the same text."""
-    kangaroo, text = loops[loop], list(REPEATING)
+def after_steps(kangaroo: Kangaroo, count: int, loop: int) -> tuple[Any, torch.Tensor]:
+    """Some steps in, whoever drafted, the adapter's cache is that of a prefill of the same text.
+
+    Returns what the drafter keeps of the text, and the exit layer's states that the adapter has yet to see.
+    """
+    text = list(REPEATING)
     plain = kangaroo.generate(REPEATING, max_new_tokens=60, plain=True).tokens
     guess(kangaroo, [*REPEATING, *plain])
     session = kangaroo.session()
@@ -220,11 +222,18 @@ def test_the_adapter_catches_up(loops, count, loop):
     states = target.run(target.embed(text[:-1]), caches[0], 0, 0, kangaroo.drafter.first_layer)
     adapter.run(states, caches[1], 0)
     seen = len(text) - 2 if loop else memory.length  # on the device it lags by one at most
-    near = {"rtol": 1e-4, "atol": 1e-4}
     for ours, wanted in ((memory.cache.keys, caches[1].keys), (memory.cache.values, caches[1].values)):
-        torch.testing.assert_close(ours[0][:, :seen], wanted[0][:, :seen], **near)
+        torch.testing.assert_close(ours[0][:, :seen], wanted[0][:, :seen], **NEAR)
+    return memory, states[seen:]
+
+
+@pytest.mark.parametrize("loop", [0, 1], ids=["host", "device"])
+@pytest.mark.parametrize("count", range(1, 9))
+def test_the_adapter_catches_up(loops, count, loop):
+    """What it holds, and what it is to run yet, are those of a prefill of the same text."""
+    memory, unseen = after_steps(loops[loop], count, loop)
     if not loop:
-        torch.testing.assert_close(torch.cat([*memory.missed, states[:0]]), states[seen:], **near)
+        torch.testing.assert_close(torch.cat([*memory.missed, unseen[:0]]), unseen, **NEAR)
 
 
 def test_text_that_repeats_itself_is_looked_up(tmp_path):

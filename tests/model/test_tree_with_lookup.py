@@ -7,7 +7,19 @@ import torch
 from drafters import on_the_device
 from no_host_reads import no_host_reads
 from pairs import make_adapter, make_target
-from test_kangaroo_with_lookup import IDS, REPEATING, SAMPLINGS, SMALL, Loops, Step, guess, load, steps, text_of
+from test_kangaroo_with_lookup import (
+    IDS,
+    REPEATING,
+    SAMPLINGS,
+    SMALL,
+    Loops,
+    Step,
+    after_steps,
+    guess,
+    load,
+    steps,
+    text_of,
+)
 
 from kangaroo_kernels.contract import Experience
 from kangaroo_kernels.model.drafters.tree_with_lookup import TreeWithLookup, sureness
@@ -93,23 +105,7 @@ def test_a_match_is_as_sure_as_weigh_says(matched):
 @pytest.mark.parametrize("count", range(1, 9))
 def test_the_adapter_has_the_text(loops, count, loop):
     """Whichever drafted: what its cache holds is what a prefill of the same text gives."""
-    kangaroo, text = loops[loop], list(REPEATING)
-    plain = kangaroo.generate(REPEATING, max_new_tokens=60, plain=True).tokens
-    guess(kangaroo, [*REPEATING, *plain])
-    session = kangaroo.session()
-    writing = session.progress(REPEATING, max_new_tokens=60, draft_confidence_threshold=0.0)
-    for _ in range(count):
-        text += next(writing).commit.tokens
-    memory = session.memory.drafter_memory
-    target, adapter = kangaroo.target, kangaroo.drafter.adapter
-    caches = target.new_cache(), adapter.new_cache()
-    for cache in caches:
-        cache.reserve(len(text))
-    states = target.run(target.embed(text[:-1]), caches[0], 0, 0, kangaroo.drafter.first_layer)
-    adapter.run(states, caches[1], 0)
-    seen = len(text) - 2 if loop else memory.length
-    for ours, wanted in ((memory.cache.keys, caches[1].keys), (memory.cache.values, caches[1].values)):
-        torch.testing.assert_close(ours[0][:, :seen], wanted[0][:, :seen], rtol=1e-4, atol=1e-4)
+    after_steps(loops[loop], count, loop)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=IDS)
