@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from drafters import on_the_device
-from no_host_reads import no_host_reads
 from pairs import make_adapter
 from test_bad_input import refuse
+from test_iteration import Forbidden
 from trees import random_parents
 
 from kangaroo_kernels import Draft, Drafter, Kangaroo
@@ -304,18 +304,12 @@ def hold_texts(kangaroo: Any, wanted: Any, settings: dict[str, Any]) -> tuple[An
 def test_the_kernels_never_ask_the_host(pair, device, trees, monkeypatch, sampling):
     """In the interpreter: plain decoding's tokens, and the same trees as the references'."""
     kernels = pair.load(device=device, kernels="triton", dtype="float32", draft_tree=5)
-    run, iterations = Iteration.run, []
-
-    def forbidding(iteration: Iteration, reach: int) -> None:
-        iterations.append(reach)
-        with no_host_reads():
-            run(iteration, reach)
-
+    forbidden = Forbidden()
     if device.type == "cpu":
-        monkeypatch.setattr(Iteration, "run", forbidding)
+        monkeypatch.setattr(Iteration, "run", forbidden.run)
     settings = {"max_new_tokens": 6, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.1, **sampling}
     found = hold_texts(kernels, trees, settings)
-    assert iterations or device.type != "cpu"
+    assert forbidden.iterations or device.type != "cpu"
     monkeypatch.undo()
     assert found == counts(on_the_device(pair.load(device="cpu", draft_tree=5)), **settings)
 

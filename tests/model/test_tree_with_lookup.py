@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from drafters import on_the_device
-from no_host_reads import no_host_reads
 from pairs import make_adapter, make_target
+from test_iteration import Forbidden
 from test_kangaroo_with_lookup import (
     IDS,
     REPEATING,
@@ -124,19 +124,13 @@ def test_the_kernels_never_ask_the_host(pair, device, monkeypatch, sampling):
     """And draft what the references draft."""
     ways = {"draft_tree": 5, "prompt_lookup": True}
     kernels = pair.load(device=device, kernels="triton", dtype="float32", **ways)
-    run, iterations = Iteration.run, []
-
-    def forbidding(iteration: Iteration, reach: int) -> None:
-        iterations.append(reach)
-        with no_host_reads():
-            run(iteration, reach)
-
+    forbidden = Forbidden()
     if device.type == "cpu":
-        monkeypatch.setattr(Iteration, "run", forbidding)
+        monkeypatch.setattr(Iteration, "run", forbidden.run)
     asked = {"max_new_tokens": 7, "num_speculative_tokens": 2, "draft_confidence_threshold": 0.1, **sampling}
     prompts = [7], [5, 9, 2, 7] * 3
     found = [steps(kernels, prompt, **asked) for prompt in prompts]
-    assert iterations or device.type != "cpu"
+    assert forbidden.iterations or device.type != "cpu"
     monkeypatch.undo()
     references = on_the_device(pair.load(device="cpu", **ways))
     assert found == [steps(references, prompt, **asked) for prompt in prompts]
