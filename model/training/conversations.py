@@ -1,5 +1,6 @@
 """A conversation as tokens, through the target's chat template, and which of them the assistant writes."""
 
+import os
 from typing import Any, NamedTuple
 
 from ..errors import KangarooError
@@ -57,32 +58,34 @@ class ChatTemplate:
         Raises:
             KangarooError: the template refuses the turns, with its own words.
         """
-        ids = self._apply(messages, place, add_generation_prompt=answering, tokenize=True, return_dict=False)
-        return list(ids)
+        return self._render(messages, place, answering)[1]
 
     def read(self, messages: list[Message], place: str) -> Text:
         """A conversation's tokens; every answer counts as written, up to the token that ends its turn.
 
         The template is asked again for each beginning of the conversation. A template that renders a beginning in
-        another way than within the whole would have the adapter learn from texts that decoding never sees.
+        another way than within the whole would have the adapter learn from texts that decoding never sees. Where an
+        answer's first characters make one token with what stands before them, as a line break after a line break,
+        that token counts as written.
 
         Raises:
             KangarooError: such a template, one that refuses the turns, or no answer among them.
         """
-        tokens = self.render(messages, place)
+        text, tokens = self._render(messages, place)
         written = [False] * len(tokens)
         for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if not index or message["role"] != "assistant":  # nothing was asked before a first turn
                 continue
-            before = self.render(messages[:index], place, answering=True)
-            through = self.render(messages[: index + 1], place)
-            if tokens[: len(through)] != through or through[: len(before)] != before:
+            asked, before = self._render(messages[:index], place, answering=True)
+            answered, through = self._render(messages[: index + 1], place)
+            if not (text.startswith(answered) and answered.startswith(asked)):
                 raise KangarooError(
                     f"{place}: the model's chat template changes the earlier turns when later ones follow, or puts "
-                    "other tokens before an answer than decoding does; give conversations of one answer."
+                    "other words before an answer than decoding does; give conversations of one answer."
                 )
-            end = next((at + 1 for at in range(len(before), len(through)) if through[at] in self.ends), len(through))
-            written[len(before) : end] = [True] * (end - len(before))
+            start, stop = (len(os.path.commonprefix([tokens, part])) for part in (before, through))
+            end = next((at + 1 for at in range(start, stop) if tokens[at] in self.ends), stop)
+            written[start:end] = [True] * (end - start)
         if not any(written):
             raise KangarooError(f"{place}: the conversation has no answer to learn from.")
         return Text(tokens, written)
@@ -99,6 +102,10 @@ class ChatTemplate:
         if not found:
             raise KangarooError("this model's chat template does not show the user's words; give --prompts.")
         return Turn(messages, list(self.tokenizer(before, add_special_tokens=False)["input_ids"]), after)
+
+    def _render(self, messages: list[Message], place: str, answering: bool = False) -> tuple[str, list[int]]:
+        text = self._apply(messages, place, add_generation_prompt=answering, tokenize=False)
+        return text, list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _apply(self, messages: list[Message], place: str, **how: Any) -> Any:
         try:

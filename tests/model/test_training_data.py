@@ -50,6 +50,25 @@ def test_what_follows_the_end_of_a_turn_is_not_learned(tmp_path: Path) -> None:
     assert foretold(window, tokenizer(tmp_path)) == "cde@cde@"
 
 
+def test_a_conversation_may_begin_with_the_assistant(tmp_path: Path) -> None:
+    (window,) = read(tmp_path, json.dumps({"messages": [{"role": "assistant", "content": "fg"}, *OPENAI["messages"]]}))
+    assert foretold(window, tokenizer(tmp_path)) == "cde@cde@"
+
+
+def test_an_answer_may_make_one_token_with_what_stands_before_it(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    file = make_tokenizer(tmp_path, eos_token="@", chat_template=TURN_TEMPLATE) / "tokenizer.json"
+    vocab = Tokenizer.from_file(str(file)).get_vocab()
+    joining = Tokenizer(models.BPE(vocab | {">c": len(vocab)}, [(">", "c")], unk_token="<unk>"))
+    joining.decoder = decoders.Fuse()
+    joining.save(str(file))
+    (tmp_path / "data.jsonl").write_text(json.dumps(OPENAI))
+    chosen = load_tokenizer(tmp_path)
+    (window,) = read_windows((tmp_path / "data.jsonl",), chosen, {chosen.eos_token_id}, 100)
+    assert foretold(window, chosen) == ">cde@>cde@"
+
+
 def test_long_conversations_are_cut_and_windows_without_an_answer_dropped(tmp_path: Path) -> None:
     record = {"messages": [{"role": "user", "content": "a" * 20}, {"role": "assistant", "content": "bc"}]}
     windows = read(tmp_path, json.dumps(record), length=8)
@@ -96,7 +115,7 @@ def test_records_that_are_refused(content: str, words: str, tmp_path: Path) -> N
             TURN_TEMPLATE.replace("content }}", "content if loop.last else message.content[:2] }}"),
             "changes the earlier",
         ),
-        (TURN_TEMPLATE.replace("%}<A>{", "%}<A>think{"), "puts other tokens before an answer"),
+        (TURN_TEMPLATE.replace("%}<A>{", "%}<A>think{"), "puts other words before an answer"),
     ],
 )
 def test_templates_that_are_refused(template: str, words: str, tmp_path: Path) -> None:
