@@ -52,13 +52,19 @@ def in_pages_of_its_own(tensor: Tensor) -> Tensor:
     return torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor)
 
 
-def keep_few_kernels() -> None:
-    """Bound what oneDNN keeps on a CPU, unless the caller has: a kernel with its memory for every shape of a product.
+FEW_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+"""How many kernels two caches may hold on a CPU: oneDNN's own, and the one that PyTorch has in front of it."""
 
-    Nearly every step has shapes of its own, and 1,024 of them may stay. With windows of up to 512 tokens SmolLM2's
-    process had 3.4 GB after 133 steps, and 5.6 GB after 420. It must be said before the first product.
+
+def keep_few_kernels() -> None:
+    """Bound both caches, unless the caller has; it must be said before the first product.
+
+    They keep a kernel with its memory for every shape of a product, the last 1,024 each, and nearly every step has
+    shapes of its own (https://github.com/pytorch/pytorch/issues/27971). With windows of up to 512 tokens SmolLM2's
+    process had 5.6 GB after 420 steps.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    for name, capacity in FEW_KERNELS.items():
+        os.environ.setdefault(name, capacity)
 
 
 def give_back_free_memory() -> None:

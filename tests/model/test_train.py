@@ -261,11 +261,11 @@ def test_lessons_on_disk_are_those_in_memory(
 
 
 @pytest.mark.parametrize("wanted", [None, "7"])
+@pytest.mark.parametrize("name", ["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"])
 def test_few_kernels_of_the_cpus_library_stay(
-    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str | None
+    target: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, wanted: str | None
 ) -> None:
     """Every step has shapes of its own; a caller's own bound holds."""
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, wanted or "")
     if wanted is None:
         monkeypatch.delenv(name)
