@@ -22,6 +22,11 @@ LONGEST_RUN = 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Whether a half of a surrogate pair stands alone in it, which is no character and which tokenizers refuse."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The checkpoint's tokenizer through transformers; None where the folder holds none.
 

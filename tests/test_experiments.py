@@ -147,6 +147,12 @@ def test_a_stopped_experiment_goes_on(run: Any, tmp_path: Path, monkeypatch: pyt
     assert run("positions", "--per-category", 1)[0] == 0  # both categories have one question
     code, _, _ = run("positions", "--max-new-tokens", 9)
     assert code == 2
+    questions, record = tmp_path / "question.jsonl", tmp_path / "out" / "positions.json"
+    questions.write_text(questions.read_text().replace("ABC", "ABD"))
+    assert run("positions")[0] == 2, "the figures are of other questions"
+    for damaged in ("null", "[1]"):
+        record.write_text(damaged)
+        assert run("positions")[0] == 2
 
 
 def test_the_bundled_pair_has_prompts_of_its_own() -> None:

@@ -22,8 +22,8 @@ PAIRS = {"demo_pair", "smollm2_adapter"}  # folders of what was trained, and no 
 
 ROOMS = (
     ("errors", "files", "spans", "number"),
-    ("results", "demo", "text", "chat"),
-    ("backend", "named", "shaping", "head", "rejection"),
+    ("results", "demo", "text"),
+    ("chat", "backend", "named", "shaping", "head", "rejection"),
     ("sampling",),
     ("target",),
     ("drafters",),

@@ -27,6 +27,7 @@ from kangaroo_kernels import Kangaroo, KangarooError, Settings
 from kangaroo_kernels.model.commands.facts import environment
 from kangaroo_kernels.model.commands.show import training_bars
 from kangaroo_kernels.model.demo import DEMO_MODEL, bundled_pair
+from kangaroo_kernels.model.errors import reason
 from kangaroo_kernels.model.evaluation.evaluate import KANGAROO, PLAIN, answer
 from kangaroo_kernels.model.evaluation.questions import Question, in_turns, read_questions
 from kangaroo_kernels.model.evaluation.race import warm_up
@@ -123,12 +124,9 @@ def read(questions: Path | None, model: str, experiment: str, per_category: int 
     return in_turns(read_questions(questions or OWN_QUESTIONS), per_category)
 
 
-def read_crc(files: list[Path]) -> str:
-    """What tells the training data from other data in a record."""
-    crc = 0
-    for file in files:
-        crc = zlib.crc32(file.read_bytes(), crc)
-    return f"CRC {crc:08x}"
+def crc(*contents: bytes) -> str:
+    """What tells questions or training data from others in a record."""
+    return f"CRC {zlib.crc32(b''.join(contents)):08x}"
 
 
 def measure(kangaroo: Kangaroo, point: Point, questions: list[Question], max_new_tokens: int) -> Row:
@@ -163,7 +161,10 @@ def begin(header: dict[str, Any], file: Path) -> dict[str, Any]:
     """
     if not file.exists():
         return header | {"environment": asdict(environment()), "rows": []}
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        record = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise KangarooError(f"{file} is damaged ({reason(error)}); take a new folder.") from error
     if {name: record.get(name) for name in header} != header:
         raise KangarooError(f"{file} holds an experiment with other settings; take a new folder.")
     return record
@@ -210,6 +211,8 @@ def main(
         refuse(NAME, f"there is no experiment {experiment!r}; there are {', '.join(EXPERIMENTS)}.")
     if (experiment == adapters.__name__) != (len(adapter or ()) > 1):
         refuse(NAME, "'adapters' takes several --adapter, any other experiment at most one.")
+    if len({*(adapter or ())}) < len(adapter or ()):
+        refuse(NAME, "an --adapter stands there twice.")
     if (experiment in TRAINED) != bool(data) or (experiment in TRAINED and adapter):
         refuse(NAME, f"{', '.join(TRAINED)} train their adapters on --data, which no other experiment takes.")
     if steps < 1:
@@ -222,10 +225,11 @@ def main(
             "model": model,
             "adapter": None if experiment == adapters.__name__ else adapter and str(adapter[0]),
             "questions": len(asked),
+            "asked": crc(repr(asked).encode()),
             "max_new_tokens": max_new_tokens,
             "dtype": dtype,
             "steps": steps if experiment in TRAINED else None,
-            "data": read_crc(data) if data else None,
+            "data": crc(*(file.read_bytes() for file in data)) if data else None,
             "speed": "speedup" if torch.cuda.is_available() else "processor_speedup",
         }
         record = begin(header, out / f"{experiment}.json")

@@ -39,9 +39,12 @@ def calibrate(
         raise KangarooError(f"--write changes an adapter's folder, and {adapter!r} is none; give a local folder.")
     from ..evaluation.calibrate import Calibration, calibrate, read_prompts, write_defaults
     from ..evaluation.calibrate_picture import draw_frontier
+    from ..evaluation.plots import check_picture
     from ..kangaroo import Kangaroo
     from .show import show_rows, training_bars
 
+    if picture is not None:
+        check_picture(picture)
     plan, texts = Calibration(max_new_tokens=max_new_tokens), read_prompts(prompts)
     kangaroo = Kangaroo.from_pretrained(model, adapter, device=device, dtype=dtype)
     with training_bars() as report:
@@ -50,7 +53,7 @@ def calibrate(
         print_json(rows)
     else:
         show_rows(Console(), rows)
-    if picture is not None and not draw_frontier(picture, rows):
-        typer.echo("The picture needs matplotlib; pip install matplotlib.", err=True)
     if write:
         write_defaults(Path(adapter), rows)
+    if picture is not None and not draw_frontier(picture, rows):
+        typer.echo("The picture needs matplotlib; pip install matplotlib.", err=True)

@@ -69,8 +69,8 @@ def plan(
     if length < 1:
         raise KangarooError(f"length is {length}; it must be at least 1.")
     try:
-        report = None if profile is None else json.loads(profile.read_text(encoding="utf-8"))
-    except ValueError as error:
+        report = None if profile is None else json.loads(profile.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise KangarooError(f"{profile} is no JSON; give what kangaroo eval or --compare --json printed.") from error
     rates = PAPER if profile is None else read_profile(report, str(profile))
     shape, form, trained = find_shapes(model, adapter, exit_layer)
@@ -87,7 +87,9 @@ def plan(
     drawn = None
     if picture is not None:
         from ..evaluation.plan_picture import plot_plan
+        from ..evaluation.plots import check_picture
 
+        check_picture(picture)
         plot_plan(planned, grid, picture)
         drawn = str(picture)
     facts = {

@@ -1,5 +1,6 @@
 """How often drafts are right, position by position: what ``kangaroo plan`` takes from an evaluation, or the paper's."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,8 +84,8 @@ def read_profile(report: Any, source: str) -> Profile:
         KangarooError: it has no acceptance rates, or nothing was drafted.
     """
     row = report if isinstance(report, Mapping) else {}
-    row = row.get("total") or row.get("comparison") or (row.get("categories") or [row])[-1]
     try:
+        row = row.get("total") or row.get("comparison") or (row.get("categories") or [row])[-1]
         if "acceptance_histogram" in row:
             histogram, steps = row["acceptance_histogram"], row["num_spec_steps"]
             accepted = [sum(histogram[place:]) / steps for place in range(1, len(histogram))]
@@ -94,10 +95,12 @@ def read_profile(report: Any, source: str) -> Profile:
             drafts, taken = sum(accepted) / row["draft_acceptance_rate"], row.get("draft_steps")
         whose = _describe(report, accepted, source)
         shares = [float(share) for share in accepted] or [0.0]
+        if not all(0 <= share <= 1 for share in shares) or not math.isfinite(drafts):
+            raise ValueError("a share is no number from 0 to 1")
         return Profile.of(shares, drafts, whose, None if taken is None else taken / steps)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise KangarooError(
-            f"{source} has no acceptance rates; give the JSON of kangaroo eval or of --compare."
+            f"{source} has no acceptance rates, or impossible ones; give the JSON of kangaroo eval or of --compare."
         ) from error
 
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import KangarooError
+from ..errors import KangarooError, reason
 from ..files import write_text
 from ..results import Commit, Outcome
 from .questions import Question
@@ -153,19 +153,22 @@ class AnswerFile:
         known = {question.question_id: question for question in questions}
         self.lines: dict[int | str, str] = {}
         self.answers: dict[int | str, Answer] = {}
-        for line, values in self._read():
-            number = values["question_id"]
-            self.lines[number] = line
-            if number in known:
-                self.answers[number] = Answer.read(values, known[number])
+        for place, line, values in self._read():
+            try:
+                number = values["question_id"]
+                self.lines[number] = line
+                if number in known:
+                    self.answers[number] = Answer.read(values, known[number])
+            except (LookupError, TypeError, ValueError) as error:
+                raise KangarooError(f"{place}: the answer is damaged ({reason(error)}); take a new folder.") from error
 
-    def _read(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every whole line; a run that was killed may have torn the last one.
+    def _read(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Every whole line, behind its place for errors; a run that was killed may have torn the last one.
 
         Raises:
             KangarooError: another line that is no answer, or an answer of an earlier version.
         """
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         for number, line in enumerate(lines, 1):
             try:
                 values = json.loads(line)
@@ -180,7 +183,7 @@ class AnswerFile:
                     f"{self.path}, line {number}: an earlier version wrote this answer and did not count draft steps; "
                     "take a new folder."
                 )
-            yield line, values
+            yield f"{self.path}, line {number}", line.decode(), values
 
     def keep(self, numbers: Iterable[int | str]) -> None:
         """Write the file anew with the answers to these questions alone."""

@@ -114,8 +114,8 @@ def read_prompts(file: Path) -> list[str]:
         KangarooError: the file holds anything else.
     """
     try:
-        texts = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # no JSON, or no UTF-8
+        texts = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
         texts = None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise KangarooError(f"{file} must hold a JSON list of at least one text.")

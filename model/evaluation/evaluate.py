@@ -7,7 +7,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..errors import KangarooError
+from ..errors import KangarooError, reason
 from ..files import write_text
 from ..kangaroo import Kangaroo
 from ..request import Settings
@@ -47,7 +47,10 @@ class Run:
         self.files: dict[str, AnswerFile] = {}
         self.left_out = 0
         file = out / "run.json"
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else self.settings
+        try:
+            before = dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else self.settings
+        except (ValueError, TypeError) as error:
+            raise KangarooError(f"{file} is damaged ({reason(error)}); take a new folder.") from error
         for name, value in self.settings.items():
             if before.get(name) != value:
                 raise KangarooError(

@@ -5,10 +5,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .statistics import ALL, Estimate, Row
+from ..errors import KangarooError
+from .questions import ALL
+from .statistics import Estimate, Row
 
 BLUE, GREY, ORANGE, INK = "#2a78d6", "#9aa5b1", "#c4622d", "#333333"
 DPI = 150
+FORMS = (".png", ".svg", ".pdf")
+
+
+def check_picture(file: Path) -> None:
+    """Raise unless a picture can be written there; its name says in which form."""
+    if file.suffix.lower() not in FORMS:
+        raise KangarooError(f"the picture {file} must end in {', '.join(FORMS[:-1])} or {FORMS[-1]}.")
+    if not file.parent.is_dir():
+        raise KangarooError(f"there is no folder {file.parent} for the picture.")
 
 
 def can_draw() -> bool:

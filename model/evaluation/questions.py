@@ -19,7 +19,10 @@ from typing import Any
 
 from ..chat import chat_tokens
 from ..errors import KangarooError
+from ..text import has_lone_surrogate
 
+ALL = "all"
+"""What reports call all questions together, so that no category may have the name."""
 NOT_FILLED_IN = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"
 """What SPEED-Bench has in the place of texts that its owners may not pass on."""
 
@@ -46,7 +49,7 @@ def read_questions(file: Path) -> list[Question]:
         KangarooError: a file that cannot be read, or a Parquet file without pyarrow; a line or row that is no question,
             with its number; two questions of one id.
     """
-    rows = _read_parquet(file) if file.suffix == ".parquet" else _read_lines(file)
+    rows = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_lines(file)
     found: dict[int | str, Question] = {}
     for place, values in rows:
         question = _check(values, place)
@@ -61,7 +64,7 @@ def read_questions(file: Path) -> list[Question]:
 def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
     """The values of each line, with the line's place for errors."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise KangarooError(f"{file} is not UTF-8 text (byte {error.start}).") from error
     for number, line in enumerate(lines, 1):
@@ -69,7 +72,7 @@ def _read_lines(file: Path) -> Iterator[tuple[str, Any]]:
             place = f"{file}, line {number}"
             try:
                 yield place, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise KangarooError(f"{place} is no JSON ({error}).") from error
 
 
@@ -96,10 +99,14 @@ def _check(values: Any, place: str) -> Question:
         raise KangarooError(f"{place}: question_id is {number!r}; it must be a whole number or a text.")
     if not isinstance(category, str) or not category:
         raise KangarooError(f"{place}: category is {category!r}; it must be a text.")
+    if category == ALL:
+        raise KangarooError(f"{place}: category is {ALL!r}, as reports call all questions together; name it otherwise.")
     if turns is None and "messages" in values:
         turns = _said_by_the_user(values["messages"], place)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
         raise KangarooError(f"{place}: turns must be a list of at least one text, none of them empty.")
+    if any(map(has_lone_surrogate, turns)):
+        raise KangarooError(f"{place} holds a lone surrogate, which is no character; give valid Unicode text.")
     if any(turn.startswith(NOT_FILLED_IN) for turn in turns):
         raise KangarooError(f"{place}: the text is missing; fill it in with SPEED-Bench's own prepare_data.py.")
     return Question(number, category, tuple(turns))

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from .answers import Answer, Turn
 from .loops import in_loops
+from .questions import ALL
 
-ALL = "all"
 RESAMPLES = 2000
 """Of the questions, for an interval."""
 

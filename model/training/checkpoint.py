@@ -1,5 +1,6 @@
 """What a training run keeps in its folder, so that it can go on after it was stopped, or be extended."""
 
+import json
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import KangarooError
+from ..errors import KangarooError, reason
 from .settings import TrainingSettings
 
 STATE_FILE = "training_state.pt"
@@ -32,11 +33,15 @@ def read_state(settings: TrainingSettings) -> dict[str, Any] | None:
                 "begin with its weights."
             )
         return None
-    saved: dict[str, Any] = torch.load(out / STATE_FILE, weights_only=True)
-    if saved["fingerprint"] != settings.fingerprint():
+    try:
+        saved: dict[str, Any] = torch.load(out / STATE_FILE, weights_only=True)
+        before = json.loads(saved["fingerprint"])
+    except Exception as error:  # a damaged file may raise anything
+        raise KangarooError(f"{out / STATE_FILE} is damaged ({reason(error)}); take a new folder.") from error
+    ours = json.loads(settings.fingerprint())
+    if others := sorted(name for name in before.keys() | ours.keys() if before.get(name) != ours.get(name)):
         raise KangarooError(
-            f"{out} holds a run of other settings; only --steps, --minutes, --held-out, --cache and --device may "
-            "change. Give its settings to go on, or take a new folder."
+            f"{out} holds a run with another {' and '.join(others)}. Give its settings to go on, or take a new folder."
         )
     if (out / REPORT_FILE).exists() and saved["step"] >= settings.last_step:
         raise KangarooError(f"{out} already holds an adapter of {saved['step']} steps; raise --steps to train it on.")

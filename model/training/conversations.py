@@ -1,6 +1,5 @@
 """A conversation as tokens, through the target's chat template, and which of them the assistant writes."""
 
-import os
 from typing import Any, NamedTuple
 
 from ..errors import KangarooError
@@ -61,7 +60,7 @@ class ChatTemplate:
         return self._render(messages, place, answering)[1]
 
     def read(self, messages: list[Message], place: str) -> Text:
-        """A conversation's tokens; every answer counts as written, up to the token that ends its turn.
+        """A conversation's tokens; every answer to something counts as written, up to the token that ends its turn.
 
         The template is asked again for each beginning of the conversation. A template that renders a beginning in
         another way than within the whole would have the adapter learn from texts that decoding never sees. Where an
@@ -69,7 +68,7 @@ class ChatTemplate:
         that token counts as written.
 
         Raises:
-            KangarooError: such a template, one that refuses the turns, or no answer among them.
+            KangarooError: such a template, or one that refuses the turns.
         """
         text, tokens = self._render(messages, place)
         written = [False] * len(tokens)
@@ -83,12 +82,19 @@ class ChatTemplate:
                     f"{place}: the model's chat template changes the earlier turns when later ones follow, or puts "
                     "other words before an answer than decoding does; give conversations of one answer."
                 )
-            start, stop = (len(os.path.commonprefix([tokens, part])) for part in (before, through))
+            start, stop = (length_in_common(tokens, part) for part in (before, through))
             end = next((at + 1 for at in range(start, stop) if tokens[at] in self.ends), stop)
             written[start:end] = [True] * (end - start)
-        if not any(written):
-            raise KangarooError(f"{place}: the conversation has no answer to learn from.")
         return Text(tokens, written)
+
+    def check(self, messages: list[Message], place: str) -> None:
+        """Have the template render some turns, if there are any, and the beginning of an answer.
+
+        Raises:
+            KangarooError: it refuses them.
+        """
+        if messages:
+            self._apply(messages, place, add_generation_prompt=True, tokenize=False)
 
     def open_turn(self, messages: list[Message], place: str) -> Turn:
         """The beginning of a user's turn behind ``messages``.
@@ -112,3 +118,9 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(messages, **how)
         except Exception as error:  # a template may raise anything
             raise KangarooError(f"{place}: the model's chat template refuses it ({str(error).strip()}).") from error
+
+
+def length_in_common(tokens: list[int], others: list[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(tokens, others, strict=False))
+    return next((at for at, (token, other) in pairs if token != other), min(len(tokens), len(others)))

@@ -53,7 +53,8 @@ def read_windows(files: tuple[Path, ...], tokenizer: Any, ends: set[int], length
     if conversations:
         template = ChatTemplate(tokenizer, ends)
         for place, messages in conversations:
-            windows += _cut(template.read(messages, place), length)
+            if any(message["role"] == "assistant" for message in messages):  # real files hold others, too
+                windows += _cut(template.read(messages, place), length)
     return [window for window in windows if window.learned.any()]
 
 
@@ -97,10 +98,12 @@ def read_corpus(settings: TrainingSettings, tokenizer: Any, ends: set[int]) -> C
     else:
         cut = min(int(len(windows) * (1 - HELD_OUT_SHARE)), len(windows) - 1)
         windows, held_out = windows[: max(cut, 0)], windows[max(cut, 0) :]
+    if settings.held_out and windows and not held_out:
+        raise KangarooError("the --held-out files hold no text and no answer to measure on; give others.")
     if not windows or not held_out:
         raise KangarooError(
-            f"the data makes {len(windows) + len(held_out)} windows of at most {settings.sequence_length} tokens; "
-            "training needs one, and one more to measure on: give more data."
+            f"the data makes {len(windows) + len(held_out)} windows of at most {settings.sequence_length} tokens with "
+            "a text or an answer to learn from; training needs one, and one more to measure on: give more data."
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed))
     spread = torch.linspace(0, len(held_out) - 1, min(SCORED_WINDOWS, len(held_out))).long()

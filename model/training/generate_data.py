@@ -157,11 +157,20 @@ class Prompts:
                     self.conversations.append((place, content))
         if texts and self.conversations:
             raise KangarooError("the prompts are partly conversations, partly texts; give files of one kind.")
+        self.text_tokens, most = max(1, settings.max_new_tokens // 3), target.config.context_length
+        if settings.max_new_tokens + (self.text_tokens if texts else 1) > most:
+            raise KangarooError(
+                f"max_new_tokens is {settings.max_new_tokens}"
+                + (", and a prompt takes a third of it besides" if texts else "")
+                + f"; the model's context holds {most} tokens."
+            )
         self.text = torch.tensor(join_texts(texts, target.tokenizer).tokens)
-        self.text_tokens = max(1, settings.max_new_tokens // 3)
         if texts and len(self.text) < self.text_tokens:
             raise KangarooError(f"the prompts have {len(self.text)} tokens in all; one takes {self.text_tokens}.")
         self.template = None if texts else ChatTemplate(target.tokenizer, target.ends)
+        if self.template is not None:
+            for place, messages in self.conversations:  # what a template refuses is said now, not after hours
+                self.template.check(unanswered(messages), place)
         self.turns = [] if self.template is None or settings.prompts else self._open_turns(self.template)
 
     def draw(self, first: int, teacher: Teacher) -> list[Prompt] | None:
@@ -205,21 +214,27 @@ class Prompts:
                 yield [*turn.messages, {"role": "user", "content": question}]
 
     def _open(self, number: int, messages: list[Message], place: str) -> Prompt | None:
-        """The conversation up to its last answer; None where the context has no room for that."""
+        """The conversation up to its last answer; None without one, and where the context has no room for it."""
         assert self.template is not None
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        messages = messages[: answers[-1]] if answers else messages
-        tokens = self.template.render(messages, place, answering=True)
-        if len(tokens) + self.settings.max_new_tokens > self.target.config.context_length:
+        messages = unanswered(messages)
+        tokens = self.template.render(messages, place, answering=True) if messages else []
+        if not messages or len(tokens) + self.settings.max_new_tokens > self.target.config.context_length:
             self.counts.unfit += 1
             return None
         return Prompt(number, tokens, messages)
 
 
+def unanswered(messages: list[Message]) -> list[Message]:
+    """A conversation up to its last answer, which is to be written anew; nothing where that is all of it."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: answers[-1]] if answers else messages
+
+
 def write_data(settings: WritingSettings, progress: ProgressReport = lambda *_: None) -> Counts:
     """Have the target write texts into ``settings.out``, group after group, each in one piece.
 
-    It ends early where there are no more prompts, no more time, or nothing to keep in eight groups on end.
+    It ends early where there are no more prompts, no more time, or nothing to keep in eight groups on end of those
+    that a model thinks of or begins itself.
 
     Raises:
         KangarooError: settings or files that cannot be used.
@@ -243,7 +258,7 @@ def write_data(settings: WritingSettings, progress: ProgressReport = lambda *_: 
         lines = list(_answered(drawn, sampling, teacher, prompts))
         with settings.out.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
-        number, barren = number + settings.at_once, 0 if lines else barren + 1
+        number, barren = number + settings.at_once, 0 if lines or prompts.conversations else barren + 1
         longest = max(longest, time.perf_counter() - now)
         counts.seconds = time.perf_counter() - began
         progress("writing", counts.texts, settings.texts, f"{counts.tokens / counts.seconds:.0f} tokens/s")
@@ -277,22 +292,28 @@ def _take_stock(out: Path, prompts: Prompts) -> int:
     Raises:
         KangarooError: the file was not written here.
     """
+    out.parent.mkdir(parents=True, exist_ok=True)
     if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
         return 0
-    content = out.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    number = 0
-    for line in whole.splitlines():
+    content, number = out.read_bytes(), 0
+    kind = "text" if prompts.template is None else "messages"
+    beginning = f'{{"{kind}": '.encode()
+    for line in content.splitlines(keepends=True):
+        whole, record = line.endswith(b"\n"), dict[str, Any]()
         try:
             record = json.loads(line)
-            number = int(record["number"]) + 1
-        except (ValueError, KeyError, TypeError) as error:
-            raise KangarooError(f"{out} holds lines that were not written here; take a new file.") from error
+            ours, place = kind in record, int(record["number"])
+        except (ValueError, LookupError, TypeError):
+            torn = not whole and not record
+            ours, place = torn and (line.startswith(beginning) or beginning.startswith(line)), 0
+        if not ours:
+            raise KangarooError(f"{out} holds lines that were not written here, or not of this kind; take a new file.")
+        if not whole:
+            out.write_bytes(content[: -len(line)])
+            break
+        number = place + 1
         if "messages" in record:
             prompts.seen.is_new(next((turn["content"] for turn in record["messages"] if turn["role"] == "user"), ""))
         prompts.counts.texts += 1
-    if len(whole) < len(content):
-        out.write_bytes(whole)
     group = prompts.settings.at_once
     return -(-number // group) * group

@@ -99,6 +99,11 @@ def read_plan(settings: TrainingSettings, corpus: Corpus | None = None) -> Plan:
     check_exit_layer(settings.exit_layer, target.config)
     values = adapter_config_values(target.values, settings)
     config = parse_adapter_config(values)
+    heads = settings.num_attention_heads
+    if heads is not None and config.hidden_size % heads:
+        raise KangarooError(
+            f"num_attention_heads is {heads}; the model's hidden size, {config.hidden_size}, must be a multiple of it."
+        )
     if settings.sequence_length > config.context_length:
         raise KangarooError(
             f"sequence_length is {settings.sequence_length}, the model's context holds {config.context_length}."

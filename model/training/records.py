@@ -1,8 +1,8 @@
 """Files of texts and of conversations, read record by record.
 
-A ``.json`` or ``.jsonl`` file has a record a line, or is a list of them. A record is a conversation, OpenAI's
-(``{"messages": [{"role": "user", "content": ...}, ...]}``) or ShareGPT's (``{"conversations": [{"from": "human",
-"value": ...}, ...]}``), or a text (``{"text": ...}``). Every other file is one text.
+A ``.json``, ``.jsonl`` or ``.ndjson`` file has a record a line, or is a list of them. A record is a conversation,
+OpenAI's (``{"messages": [{"role": "user", "content": ...}, ...]}``) or ShareGPT's (``{"conversations": [{"from":
+"human", "value": ...}, ...]}``), or a text (``{"text": ...}``). Every other file is one text.
 """
 
 import json
@@ -10,23 +10,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..chat import ROLES
 from ..errors import KangarooError
+from ..text import has_lone_surrogate
 
 Message = dict[str, str]
 """A turn of a conversation, ``role`` and ``content``, as chat templates take it."""
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+SHAREGPT_ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+"""Who speaks in ShareGPT's files, as chat templates call them."""
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 FORMS = '{"messages": [...]}, {"conversations": [...]} or {"text": "..."}'
 
 
 def read_text(file: Path) -> str:
-    """A whole file.
+    """A whole file, less the mark of byte order that Windows programs put before it.
 
     Raises:
         KangarooError: it is missing or not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise KangarooError(f"data file {file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -40,7 +44,7 @@ def read_records(file: Path) -> Iterator[tuple[str, str | list[Message]]]:
         KangarooError: a file that cannot be read, or a record that is neither; its line or number is named.
     """
     content = read_text(file)
-    if file.suffix not in (".json", ".jsonl"):
+    if file.suffix.lower() not in JSON_SUFFIXES:
         yield str(file), content
         return
     for place, record in _json_records(file, content):
@@ -49,13 +53,13 @@ def read_records(file: Path) -> Iterator[tuple[str, str | list[Message]]]:
 
 def _json_records(file: Path, content: str) -> Iterator[tuple[str, Any]]:
     is_list = content.lstrip().startswith("[")
-    parts = [content] if is_list else content.split("\n")
+    parts = [content] if is_list or _is_one_object(content) else content.split("\n")
     for line, part in enumerate(parts, 1):
         if not part.strip():
             continue
         try:
             value = json.loads(part)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             at = line + getattr(error, "lineno", 1) - 1
             raise KangarooError(f"{file}, line {at}: no JSON; each line must be a record like {FORMS}.") from error
         if is_list:
@@ -64,14 +68,22 @@ def _json_records(file: Path, content: str) -> Iterator[tuple[str, Any]]:
             yield f"{file}, line {line}", value
 
 
+def _is_one_object(content: str) -> bool:
+    """Whether an object takes several lines, so that no line is a record."""
+    try:
+        return content.count("\n") > 1 and isinstance(json.loads(content), dict)
+    except (ValueError, RecursionError):  # several records, or damaged ones
+        return False
+
+
 def _parse(record: Any, place: str) -> str | list[Message]:
-    """A record's text, or its conversation as chat templates take it."""
+    """A record's text, or its conversation as chat templates take it, which may have no turns."""
     fields = record if isinstance(record, dict) else {}
     if isinstance(fields.get("text"), str):
-        return str(fields["text"])
+        return _check_characters(fields["text"], place)
     for name, role_name, content_name in (("messages", "role", "content"), ("conversations", "from", "value")):
         turns = fields.get(name)
-        if not isinstance(turns, list) or not turns:
+        if not isinstance(turns, list):
             continue
         messages = []
         for number, turn in enumerate(turns, 1):
@@ -80,6 +92,18 @@ def _parse(record: Any, place: str) -> str | list[Message]:
                 raise KangarooError(
                     f'{place}: turn {number} must be {{"{role_name}": "...", "{content_name}": "..."}}.'
                 )
-            messages.append({"role": SHAREGPT_ROLES.get(role, role), "content": content})
+            role = SHAREGPT_ROLES.get(role.lower(), role.lower())
+            if role not in ROLES:
+                raise KangarooError(
+                    f"{place}: turn {number} is by {turn[role_name]!r}; it must be by {', '.join(SHAREGPT_ROLES)} or "
+                    f"{', '.join(ROLES)}."
+                )
+            messages.append({"role": role, "content": _check_characters(content, place)})
         return messages
     raise KangarooError(f"{place}: no text and no conversation; a record must be like {FORMS}.")
+
+
+def _check_characters(text: str, place: str) -> str:
+    if has_lone_surrogate(text):
+        raise KangarooError(f"{place} holds a lone surrogate, which is no character; give valid Unicode text.")
+    return text

@@ -145,10 +145,12 @@ class TrainingSettings:
     def fingerprint(self) -> str:
         """What must be the same for a run to go on: all that changes a step's lesson, and no limit.
 
-        Defaults are left out, so that a new setting with one does not part a run from its state.
+        Defaults are left out, so that a new setting with one does not part a run from its state. So are the names of
+        the data's files; their windows have a number of their own.
         """
         free = {
             "out",
+            "data",
             "device",
             "held_out",
             "minutes",

@@ -126,6 +126,10 @@ def test_defaults_are_for_a_folder_and_come_behind_their_table(
     assert run(monkeypatch, *command) == 2
     assert "'owner/name' is none" in capsys.readouterr().err, "hours of measuring would be lost"
     adapter = shutil.copytree(pair.adapter, tmp_path / "adapter")
+    command[3] = adapter
+    for place, sentence in (("p.foo", "must end in .png, .svg or .pdf"), ("gone/p.png", "there is no folder")):
+        assert run(monkeypatch, *command, "--picture", tmp_path / place) == 2
+        assert sentence in capsys.readouterr().err
     before, replace = (adapter / "config.json").read_text(), os.replace
 
     def killed(source: Path, to: Path) -> None:

@@ -53,6 +53,9 @@ GOOD = '{"question_id": 1, "category": "a", "turns": ["b"]}'
 BAD_LINES = {
     "no JSON": "line 2 is no JSON",
     "[1]": "line 2 must be an object",
+    "[" * 100_000: "line 2 is no JSON",
+    '{"question_id": 2, "category": "all", "turns": ["b"]}': "line 2: category is 'all', as reports call all",
+    r'{"question_id": 2, "category": "a", "turns": ["\ud83d"]}': "line 2 holds a lone surrogate",
     '{"question_id": 1.5, "category": "a", "turns": ["b"]}': "line 2: question_id is 1.5",
     '{"question_id": 2, "turns": ["b"]}': "line 2: category is None",
     '{"question_id": 2, "category": "a", "turns": []}': "line 2: turns must be",
@@ -68,6 +71,10 @@ BAD_LINES = {
 def test_a_line_that_is_no_question(line: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(KangarooError, match="question.jsonl, " + sentence.replace("[", r"\[")):
         read_questions(write(tmp_path / "question.jsonl", GOOD, line))
+
+
+def test_a_mark_of_byte_order_is_no_part_of_a_question(tmp_path: Path) -> None:
+    assert [each.turns for each in read_questions(write(tmp_path / "question.jsonl", "\ufeff" + GOOD))] == [("b",)]
 
 
 def test_a_file_that_holds_none(tmp_path: Path) -> None:
@@ -221,12 +228,18 @@ def test_a_killed_run_goes_on(pair: Pair, tmp_path: Path) -> None:
     earlier = lines[2].replace("per_step_draft_steps", "unknown")
     for torn, sentence in (
         ([lines[0], "nonsense\n", lines[2]], "2: this is no answer"),
+        ([lines[0].replace("question_id", "number"), *lines[1:]], "1: the answer is damaged"),
+        ([lines[0].replace('"decode_time": [', '"decode_time": [], "other": ['), *lines[1:]], "1: the answer is dama"),
         ([*lines[:2], earlier], "3: an earlier version wrote this answer and did not count draft steps; take a new"),
     ):
         whole.write_text("".join(torn))
         with pytest.raises(KangarooError, match=f"kangaroo.jsonl, line {sentence}"):
             evaluate(kangaroo, SETTINGS, begin(tmp_path / "a"), {}, math.inf, silent)
         assert whole.read_text() == "".join(torn)
+    for content in ("", "[1]"):
+        (tmp_path / "a" / "run.json").write_text(content)
+        with pytest.raises(KangarooError, match=r"run.json is damaged .*; take a new folder"):
+            begin(tmp_path / "a")
 
 
 def test_time_that_is_over_and_more_questions(pair: Pair, tmp_path: Path) -> None:

@@ -175,6 +175,15 @@ def test_no_prompt_is_answered_twice(target: Path, tmp_path: Path) -> None:
     assert [line["number"] for line in lines(few.out)] == [0, 4, 8]
 
 
+def test_prompts_of_no_use_are_passed_over(target: Path, tmp_path: Path) -> None:
+    """However many of them come first; an answer to nothing is one of them."""
+    file = prompts(tmp_path, ["a" * 120] * 10 + ["ab", "cd"])
+    nothing = json.dumps({"messages": [{"role": "assistant", "content": "old"}]}) + "\n"
+    file.write_text(nothing + file.read_text())
+    counts = write_data(settings(target, tmp_path / "d.jsonl", prompts=(file,), at_once=1, texts=2))
+    assert counts.unfit + counts.loops + counts.texts == 13 and counts.unfit >= 11
+
+
 def test_what_counts_as_seen() -> None:
     seen = Seen()
     assert seen.is_new("How do I bake bread with little time at home?")
@@ -221,9 +230,20 @@ def test_files_that_are_refused(target: Path, tmp_path: Path) -> None:
         write_data(settings(target, tmp_path / "d.jsonl", prompts=(text,)))
     with pytest.raises(KangarooError, match="partly conversations, partly texts"):
         write_data(settings(target, tmp_path / "d.jsonl", prompts=(text, prompts(tmp_path, ["a"]))))
-    (tmp_path / "d.jsonl").write_text('{"text": "mine"}\n')
-    with pytest.raises(KangarooError, match="not written here"):
-        write_data(settings(target, tmp_path / "d.jsonl"))
+    foreign = '{"text": "mine"}\n', "mine", json.dumps({"messages": []}), '{"text": "a", "number": 3}\n', '{"te'
+    for content in foreign:
+        (tmp_path / "d.jsonl").write_text(content)
+        with pytest.raises(KangarooError, match="not written here, or not of this kind"):
+            write_data(settings(target, tmp_path / "d.jsonl"))
+        assert (tmp_path / "d.jsonl").read_text() == content
+    text.write_text("ab" * 60)
+    with pytest.raises(KangarooError, match=r"max_new_tokens is 97, and a prompt takes a third .* holds 128 tokens"):
+        write_data(settings(target, tmp_path / "e.jsonl", prompts=(text,), max_new_tokens=97))
+    with pytest.raises(KangarooError, match=r"max_new_tokens is 128; the model's context holds 128"):
+        write_data(settings(target, tmp_path / "e.jsonl", max_new_tokens=128))
+    strict = make_tokenizer(make_target(tmp_path / "strict"), chat_template="{{ raise_exception('never') }}")
+    with pytest.raises(KangarooError, match=r"prompts.jsonl, line 1: the model's chat template refuses it .never"):
+        write_data(settings(strict, tmp_path / "e.jsonl", prompts=(prompts(tmp_path, ["a"]),)))
     bare = make_tokenizer(make_target(tmp_path / "bare"))
     with pytest.raises(KangarooError, match=r"no chat template.*give texts instead, to generate-data with --prompts"):
         write_data(settings(bare, tmp_path / "e.jsonl"))

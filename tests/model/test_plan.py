@@ -1,6 +1,7 @@
 """``kangaroo plan``: held to every measured figure that exists, and what it refuses."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -227,7 +228,9 @@ def test_reports_that_hold_a_profile():
             read_profile(report, "x").source == "as often right as those of m, 1.75 tokens a step in the steps "
             "that drafted, by x"
         )
-    for report in ([], {}, {"total": {"draft_acceptance_rate": 0}}, {"acceptance_rate_per_position": []}):
+    impossible = [rates | {"acceptance_rate_per_position": [share]} for share in (5, -0.5, math.nan)]
+    without = [[], {}, {"total": {"draft_acceptance_rate": 0}}, {"acceptance_rate_per_position": []}, {"categories": 5}]
+    for report in (*without, {"categories": {"a": 1}}, *impossible):
         with pytest.raises(KangarooError, match="x has no acceptance rates"):
             read_profile(report, "x")
 
@@ -265,6 +268,9 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *command, "--picture", picture, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    for place, sentence in (("p.foo", "must end in .png, .svg or .pdf"), ("gone/p.png", "there is no folder")):
+        assert run(monkeypatch, *command, "--picture", tmp_path / place) == 2
+        assert sentence in capsys.readouterr().err
     assert found["num_speculative_tokens"] == 1, "the profile's own"
     assert found["speedup"] == pytest.approx(found["speedup_by_exit_layer"]["2"][0])
     assert set(found["speedup_by_exit_layer"]) == {"1", "2"}

@@ -157,7 +157,7 @@ trainer.train_adapter({killed!r})
 """
     assert subprocess.run([sys.executable, "-c", child], check=False).returncode == -signal.SIGKILL
     assert state(killed.out)["step"] == 5 and not (killed.out / "config.json").exists()
-    with pytest.raises(KangarooError, match="other settings"):
+    with pytest.raises(KangarooError, match="a run with another seed"):
         train_adapter(replace(killed, seed=5))
     made = steps_made(lambda: train_adapter(killed))
     assert made == [5, 6, 7, 8, 9, 10, 11]
@@ -258,6 +258,35 @@ def test_lessons_on_disk_are_those_in_memory(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
     with pytest.raises(KangarooError, match=r"the states take 0.00063 GB, and the disk of .* has 0.0001 GB left"):
         train_adapter(replace(kept, out=tmp_path / "full"))
+
+
+def test_a_run_goes_on_with_its_data_elsewhere(target: Path, text: Path, tmp_path: Path) -> None:
+    run = settings(target, text, tmp_path / "a", steps=2)
+    train_adapter(run)
+    moved = tmp_path / "moved.txt"
+    moved.write_text(text.read_text())
+    assert steps_made(lambda: train_adapter(replace(run, data=(moved,), steps=3))) == [2]
+
+
+def test_a_damaged_state_is_told_of(target: Path, text: Path, tmp_path: Path) -> None:
+    run = settings(target, text, tmp_path / "a", steps=2)
+    train_adapter(run)
+    file = run.out / "training_state.pt"
+    whole = file.read_bytes()
+    for content in (whole[:1000], b"something else"):
+        file.write_bytes(content)
+        with pytest.raises(KangarooError, match=r"training_state.pt is damaged .*take a new folder"):
+            train_adapter(replace(run, steps=3))
+
+
+def test_what_cannot_be_is_refused_before_a_step(target: Path, text: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    with pytest.raises(KangarooError, match=r"num_attention_heads is 7; the model's hidden size, 48, must be a mul"):
+        train_adapter(settings(target, text, tmp_path / "a", num_attention_heads=7))
+    with pytest.raises(KangarooError, match="the --held-out files hold no text"):
+        train_adapter(settings(target, text, tmp_path / "a", held_out=(empty,)))
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("wanted", [None, "7"])
@@ -594,7 +623,7 @@ def test_files_that_cannot_serve(target: Path, text: Path, tmp_path: Path) -> No
         TrainingSettings(model=str(target), data=(), exit_layer=2, out=out)
     short = tmp_path / "short.txt"
     short.write_text("hello")
-    with pytest.raises(KangarooError, match=r"the data makes 1 windows of at most 32 tokens; .* give more data"):
+    with pytest.raises(KangarooError, match=r"the data makes 1 windows of at most 32 tokens .* give more data"):
         train_adapter(settings(target, short, out))
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00")

@@ -33,13 +33,16 @@ def foretold(window: Window, tokens: Any) -> str:
 
 
 @pytest.mark.parametrize("record", [OPENAI, SHAREGPT], ids=["messages", "conversations"])
-@pytest.mark.parametrize("form", ["lines", "list"])
+@pytest.mark.parametrize("form", ["lines", "list", "object"])
 def test_only_answers_are_learned(record: dict[str, Any], form: str, tmp_path: Path) -> None:
-    content = (
-        json.dumps(record) + "\n\n" + json.dumps(record) if form == "lines" else json.dumps([record, record], indent=1)
-    )
+    records = {"lines": 2, "list": 2, "object": 1}[form]
+    content = {
+        "lines": json.dumps(record) + "\n\n" + json.dumps(record),
+        "list": json.dumps([record, record], indent=1),
+        "object": json.dumps(record, indent=1),
+    }[form]
     windows = read(tmp_path, content, name="data.jsonl" if form == "lines" else "data.json")
-    assert len(windows) == 2
+    assert len(windows) == records
     for window in windows:
         assert tokenizer(tmp_path).decode(window.tokens.tolist()) == "<U>ab@<A>cde@<U>ab@<A>cde@"
         assert foretold(window, tokenizer(tmp_path)) == "cde@cde@"
@@ -47,6 +50,22 @@ def test_only_answers_are_learned(record: dict[str, Any], form: str, tmp_path: P
 
 def test_what_follows_the_end_of_a_turn_is_not_learned(tmp_path: Path) -> None:
     (window,) = read(tmp_path, json.dumps(OPENAI), chat_template=TURN_TEMPLATE.replace("@{% endfor", "@=={% endfor"))
+    assert foretold(window, tokenizer(tmp_path)) == "cde@cde@"
+
+
+def test_conversations_without_an_answer_are_left_out(tmp_path: Path) -> None:
+    alone = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "a"}], []
+    content = "".join(json.dumps({"messages": messages}) + "\n" for messages in (*alone, OPENAI["messages"]))
+    (window,) = read(tmp_path, content)
+    assert foretold(window, tokenizer(tmp_path)) == "cde@cde@"
+
+
+@pytest.mark.parametrize("name", ["data.ndjson", "data.JSONL"])
+@pytest.mark.parametrize("says", ["gpt", "chatgpt", "Assistant"])
+def test_files_of_other_names_and_other_names_of_the_assistant(name: str, says: str, tmp_path: Path) -> None:
+    content = json.dumps(SHAREGPT).replace('"gpt"', f'"{says}"')
+    (window,) = read(tmp_path, "\ufeff" + content, name=name)
+    assert tokenizer(tmp_path).decode(window.tokens.tolist()) == "<U>ab@<A>cde@<U>ab@<A>cde@"
     assert foretold(window, tokenizer(tmp_path)) == "cde@cde@"
 
 
@@ -90,12 +109,18 @@ def test_texts_are_joined_by_the_end_of_text(tmp_path: Path) -> None:
         ('{"text": "a"}\nnot json', r"line 2: no JSON"),
         ('{"text": "a"}\n\n{"question": "a"}', r"line 3: no text and no conversation"),
         ('{"text": "a"}\n[1]', r"line 2: no text"),
-        ('{"messages": []}', r"line 1: no text and no conversation"),
         ('{"messages": [{"role": "user", "content": ["a"]}]}', r'line 1: turn 1 must be \{"role": "...", "content"'),
         ('{"conversations": [{"from": "human"}]}', r'line 1: turn 1 must be \{"from": "...", "value"'),
         ('[{"text": "a"},\n {"text": 3}]', r"record 2: no text"),
         ('[{"text": "a"},\n nonsense]', r"line 2: no JSON"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', r"line 1: the conversation has no answer"),
+        ('{"text": "a"}\n{"text": "\\ud83d"}', r"line 2 holds a lone surrogate"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', r"line 1 holds a lone surrogate"),
+        (
+            '{"messages": [{"role": "critic", "content": "a"}]}',
+            r"line 1: turn 1 is by 'critic'; it must be by human, gpt",
+        ),
+        ("[" * 100_000, r"line 1: no JSON"),
+        ('{\n"data": [\n]}', r"line 1: no text and no conversation"),
     ],
 )
 def test_records_that_are_refused(content: str, words: str, tmp_path: Path) -> None:
