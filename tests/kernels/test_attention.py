@@ -192,7 +192,7 @@ def test_a_cache_in_float16(paged, position, rows):
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries sum in other orders")
-@pytest.mark.parametrize("position", [0, 5, 100, 186, 380, 700, 2000])
+@pytest.mark.parametrize("position", [0, 5, 100, 186, 380, 570, 700, 764, 1148, 2000])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (8, 2, 64), (4, 4, 12), (4, 2, 16), (6, 1, 128)]
 )
