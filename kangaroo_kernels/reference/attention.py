@@ -199,11 +199,11 @@ def _attend_alike(
     """``attention`` over contiguous positions, where a row has the same bits whatever is computed beside it.
 
     Where a last bit differed, a later layer's key could round to another float16 number: a difference in the fourth
-    digit between plain decoding and verification. MKL, PyTorch's library on x86, keeps a row's bits (seen on AMD Zen
-    5 and on an Intel Xeon with AMX) where rows come in fours and positions in blocks of 384: what is left over takes
-    other paths, and long sums are cut by their length. AMD's processor is content with blocks of 192. So both are filled up, which costs little, as the cache is copied anyway to be converted.
-    ``rows_are_alike`` says whether that suffices on this machine. A tree's rows have other bits than a
-    chain's, since what they do not see lies between.
+    digit between plain decoding and verification. MKL, PyTorch's library on x86, keeps a row's bits (seen on AMD Zen 5
+    and on an Intel Xeon with AMX) where rows come in fours and positions in blocks of 384: what is left over takes
+    other paths, and long sums are cut by their length. On Zen 5 blocks of 192 are enough. So both are filled up, which
+    costs little, as the cache is copied anyway to be converted. ``rows_are_alike`` says whether that suffices on this
+    machine. A tree's rows have other bits than a chain's, since what they do not see lies between.
     """
     rows, heads, head_dim = q.shape
     kv_heads, length = keys.shape[0], position + rows
