@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .errors import KangarooError
-from .text import has_lone_surrogate
+from .text import check_characters
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -62,6 +62,5 @@ def _check_message(index: int, message: object) -> dict[str, Any]:
         raise KangarooError(f"message {index} has the role {role!r}; it must be one of {', '.join(ROLES)}.")
     if not isinstance(content, str):
         raise KangarooError(f"message {index} has the content {content!r}; it must be a text.")
-    if has_lone_surrogate(content):
-        raise KangarooError(f"message {index} holds a lone surrogate, which is no character; give valid Unicode text.")
+    check_characters(content, f"message {index}")
     return dict(message)

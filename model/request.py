@@ -19,7 +19,7 @@ from .number import is_number, is_whole, plain_number
 from .sampling import Sampling
 from .shaping import NO_SHAPING, Shaping
 from .target.config import LlamaConfig
-from .text import has_lone_surrogate
+from .text import check_characters
 
 MOST_LOGPROBS = 20
 """The most likely tokens whose log-probabilities a request may ask for; OpenAI's limit."""
@@ -327,8 +327,7 @@ def prompt_tokens(prompt: str | Sequence[int], config: LlamaConfig, tokenizer: A
         raise KangarooError("this checkpoint has no tokenizer; give the prompt as a list of tokens.")
     if not prompt:
         raise KangarooError("the prompt is empty; give at least one character.")
-    if has_lone_surrogate(prompt):
-        raise KangarooError("the prompt holds a lone surrogate, which is no character; give valid Unicode text.")
+    check_characters(prompt, "the prompt")
     tokens = list(tokenizer(prompt)["input_ids"])
     begin = tokenizer.bos_token_id
     if begin is not None and tokens[:2] == [begin, begin]:  # the text, a rendered chat template say, had it already

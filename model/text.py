@@ -22,9 +22,10 @@ LONGEST_RUN = 64
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
-def has_lone_surrogate(text: str) -> bool:
-    """Whether a half of a surrogate pair stands alone in it, which is no character and which tokenizers refuse."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
+def check_characters(text: str, what: str) -> None:
+    """Raise where a half of a surrogate pair stands alone in ``what``: tokenizers refuse it."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise KangarooError(f"{what} holds a lone surrogate, which is no character; give valid Unicode text.")
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -21,7 +21,8 @@ KERNELS, MODEL = ROOT / "kangaroo_kernels", ROOT / "model"
 PAIRS = {"demo_pair", "smollm2_adapter"}  # folders of what was trained, and no rooms
 
 ROOMS = (
-    ("errors", "files", "spans", "number"),
+    ("errors",),
+    ("files", "spans", "number"),
     ("results", "demo", "text"),
     ("chat", "backend", "named", "shaping", "head", "rejection"),
     ("sampling",),

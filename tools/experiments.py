@@ -27,12 +27,11 @@ from kangaroo_kernels import Kangaroo, KangarooError, Settings
 from kangaroo_kernels.model.commands.facts import environment
 from kangaroo_kernels.model.commands.show import training_bars
 from kangaroo_kernels.model.demo import DEMO_MODEL, bundled_pair
-from kangaroo_kernels.model.errors import reason
 from kangaroo_kernels.model.evaluation.evaluate import KANGAROO, PLAIN, answer
 from kangaroo_kernels.model.evaluation.questions import Question, in_turns, read_questions
 from kangaroo_kernels.model.evaluation.race import warm_up
 from kangaroo_kernels.model.evaluation.statistics import Row, row
-from kangaroo_kernels.model.files import write_text
+from kangaroo_kernels.model.files import read_object, write_text
 
 NAME = "experiments"
 OWN_QUESTIONS = Path(__file__).parent.parent / "bench" / "domains.jsonl"
@@ -161,10 +160,7 @@ def begin(header: dict[str, Any], file: Path) -> dict[str, Any]:
     """
     if not file.exists():
         return header | {"environment": asdict(environment()), "rows": []}
-    try:
-        record = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise KangarooError(f"{file} is damaged ({reason(error)}); take a new folder.") from error
+    record = read_object(file)
     if {name: record.get(name) for name in header} != header:
         raise KangarooError(f"{file} holds an experiment with other settings; take a new folder.")
     return record

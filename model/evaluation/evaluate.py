@@ -7,8 +7,8 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from ..errors import KangarooError, reason
-from ..files import write_text
+from ..errors import KangarooError
+from ..files import read_object, write_text
 from ..kangaroo import Kangaroo
 from ..request import Settings
 from ..results import Commit, Progress
@@ -47,10 +47,7 @@ class Run:
         self.files: dict[str, AnswerFile] = {}
         self.left_out = 0
         file = out / "run.json"
-        try:
-            before = dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else self.settings
-        except (ValueError, TypeError) as error:
-            raise KangarooError(f"{file} is damaged ({reason(error)}); take a new folder.") from error
+        before = read_object(file) if file.exists() else self.settings
         for name, value in self.settings.items():
             if before.get(name) != value:
                 raise KangarooError(

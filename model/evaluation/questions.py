@@ -19,7 +19,7 @@ from typing import Any
 
 from ..chat import chat_tokens
 from ..errors import KangarooError
-from ..text import has_lone_surrogate
+from ..text import check_characters
 
 ALL = "all"
 """What reports call all questions together, so that no category may have the name."""
@@ -105,8 +105,8 @@ def _check(values: Any, place: str) -> Question:
         turns = _said_by_the_user(values["messages"], place)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
         raise KangarooError(f"{place}: turns must be a list of at least one text, none of them empty.")
-    if any(map(has_lone_surrogate, turns)):
-        raise KangarooError(f"{place} holds a lone surrogate, which is no character; give valid Unicode text.")
+    for turn in turns:
+        check_characters(turn, place)
     if any(turn.startswith(NOT_FILLED_IN) for turn in turns):
         raise KangarooError(f"{place}: the text is missing; fill it in with SPEED-Bench's own prepare_data.py.")
     return Question(number, category, tuple(turns))

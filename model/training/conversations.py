@@ -60,7 +60,7 @@ class ChatTemplate:
         return self._render(messages, place, answering)[1]
 
     def read(self, messages: list[Message], place: str) -> Text:
-        """A conversation's tokens; every answer to something counts as written, up to the token that ends its turn.
+        """A conversation's tokens; every answer counts as written, up to the token that ends its turn.
 
         The template is asked again for each beginning of the conversation. A template that renders a beginning in
         another way than within the whole would have the adapter learn from texts that decoding never sees. Where an
@@ -73,7 +73,7 @@ class ChatTemplate:
         text, tokens = self._render(messages, place)
         written = [False] * len(tokens)
         for index, message in enumerate(messages):
-            if not index or message["role"] != "assistant":  # nothing was asked before a first turn
+            if message["role"] != "assistant":
                 continue
             asked, before = self._render(messages[:index], place, answering=True)
             answered, through = self._render(messages[: index + 1], place)

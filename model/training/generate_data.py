@@ -295,25 +295,39 @@ def _take_stock(out: Path, prompts: Prompts) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     if not out.exists():
         return 0
-    content, number = out.read_bytes(), 0
-    kind = "text" if prompts.template is None else "messages"
-    beginning = f'{{"{kind}": '.encode()
-    for line in content.splitlines(keepends=True):
-        whole, record = line.endswith(b"\n"), dict[str, Any]()
-        try:
-            record = json.loads(line)
-            ours, place = kind in record, int(record["number"])
-        except (ValueError, LookupError, TypeError):
-            torn = not whole and not record
-            ours, place = torn and (line.startswith(beginning) or beginning.startswith(line)), 0
-        if not ours:
+    kind, number = "text" if prompts.template is None else "messages", 0
+    content = out.read_bytes()
+    *lines, rest = content.split(b"\n")
+    for line in lines:
+        record = _own_record(line, kind)
+        if record is None:
             raise KangarooError(f"{out} holds lines that were not written here, or not of this kind; take a new file.")
-        if not whole:
-            out.write_bytes(content[: -len(line)])
-            break
-        number = place + 1
+        number = int(record["number"]) + 1
         if "messages" in record:
             prompts.seen.is_new(next((turn["content"] for turn in record["messages"] if turn["role"] == "user"), ""))
         prompts.counts.texts += 1
+    if rest:
+        if not _is_torn(rest, kind):
+            raise KangarooError(f"{out} ends with what was not written here; take a new file.")
+        out.write_bytes(content[: -len(rest)])
     group = prompts.settings.at_once
     return -(-number // group) * group
+
+
+def _own_record(line: bytes, kind: str) -> dict[str, Any] | None:
+    """A line's record, if it was written here: ``kind`` is the name of its content."""
+    try:
+        record: dict[str, Any] = json.loads(line)
+        return record if kind in record and isinstance(record["number"], int) else None
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _is_torn(rest: bytes, kind: str) -> bool:
+    """Whether it may be the beginning of such a line."""
+    beginning = f'{{"{kind}": '.encode()
+    try:
+        json.loads(rest)
+    except ValueError:
+        return rest.startswith(beginning) or beginning.startswith(rest)
+    return _own_record(rest, kind) is not None

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..chat import ROLES
 from ..errors import KangarooError
-from ..text import has_lone_surrogate
+from ..text import check_characters
 
 Message = dict[str, str]
 """A turn of a conversation, ``role`` and ``content``, as chat templates take it."""
@@ -80,12 +80,13 @@ def _parse(record: Any, place: str) -> str | list[Message]:
     """A record's text, or its conversation as chat templates take it, which may have no turns."""
     fields = record if isinstance(record, dict) else {}
     if isinstance(fields.get("text"), str):
-        return _check_characters(fields["text"], place)
+        check_characters(fields["text"], place)
+        return str(fields["text"])
     for name, role_name, content_name in (("messages", "role", "content"), ("conversations", "from", "value")):
         turns = fields.get(name)
         if not isinstance(turns, list):
             continue
-        messages = []
+        messages: list[Message] = []
         for number, turn in enumerate(turns, 1):
             role, content = (turn.get(key) if isinstance(turn, dict) else None for key in (role_name, content_name))
             if not isinstance(role, str) or not isinstance(content, str):
@@ -98,12 +99,8 @@ def _parse(record: Any, place: str) -> str | list[Message]:
                     f"{place}: turn {number} is by {turn[role_name]!r}; it must be by {', '.join(SHAREGPT_ROLES)} or "
                     f"{', '.join(ROLES)}."
                 )
-            messages.append({"role": role, "content": _check_characters(content, place)})
+            check_characters(content, place)
+            if messages or role != "assistant":  # some begin with answers to nothing, which templates may refuse
+                messages.append({"role": role, "content": content})
         return messages
     raise KangarooError(f"{place}: no text and no conversation; a record must be like {FORMS}.")
-
-
-def _check_characters(text: str, place: str) -> str:
-    if has_lone_surrogate(text):
-        raise KangarooError(f"{place} holds a lone surrogate, which is no character; give valid Unicode text.")
-    return text
