@@ -18,6 +18,8 @@ from kangaroo_kernels.model.serving import transport
 from kangaroo_kernels.model.serving.pool import roomy_session
 
 SETTINGS = Settings(max_new_tokens=5)
+ROUNDING = 1e-5
+"""The server's session may have a part of the prompt already; on Intel that changed a log-probability by 7e-7."""
 MESSAGES = [{"role": "system", "content": "BE"}, {"role": "user", "content": "ABC"}]
 
 
@@ -159,24 +161,26 @@ def test_logprobs_of_a_chat(stream: bool, kangaroo: Kangaroo, client: openai.Ope
     answer = ask(client, True, kangaroo.name, stream=stream, **said)
     choices = [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
     found = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
-    assert [entry.logprob for entry in found] == pytest.approx([entry.logprob for entry in right.logprobs])
+    assert [entry.logprob for entry in found] == pytest.approx(
+        [entry.logprob for entry in right.logprobs], abs=ROUNDING
+    )
     assert "".join(entry.token for entry in found).replace("<unk>", "") == right.text
     for entry, own in zip(found, right.logprobs, strict=True):
         assert bytes(entry.bytes).decode() == entry.token
-        assert [each.logprob for each in entry.top_logprobs] == pytest.approx(list(own.top.values()))
+        assert [each.logprob for each in entry.top_logprobs] == pytest.approx(list(own.top.values()), abs=ROUNDING)
         assert [each.token for each in entry.top_logprobs] == [kangaroo.tokenizer.decode([token]) for token in own.top]
 
 
 def test_logprobs_of_a_completion(kangaroo: Kangaroo, client: openai.OpenAI) -> None:
     right = wanted(kangaroo, False, max_new_tokens=6, logprobs=1)
     found = ask(client, False, kangaroo.name, temperature=0, max_tokens=6, logprobs=1).choices[0].logprobs
-    assert found.token_logprobs == pytest.approx([entry.logprob for entry in right.logprobs])
+    assert found.token_logprobs == pytest.approx([entry.logprob for entry in right.logprobs], abs=ROUNDING)
     assert "".join(found.tokens).replace("<unk>", "") == right.text
     written = [(token, place) for token, place in zip(found.tokens, found.text_offset, strict=True) if token != "<unk>"]
     assert all(right.text[place:].startswith(token) for token, place in written)
     for token, top, entry in zip(found.tokens, found.top_logprobs, right.logprobs, strict=True):
-        assert top[token] == pytest.approx(entry.logprob)
-        assert max(top.values()) == pytest.approx(max(entry.top.values()))
+        assert top[token] == pytest.approx(entry.logprob, abs=ROUNDING)
+        assert max(top.values()) == pytest.approx(max(entry.top.values()), abs=ROUNDING)
 
 
 BOTH, OF_CHATS, OF_COMPLETIONS = (False, True), (True,), (False,)
