@@ -28,7 +28,7 @@ MANY_ROWS = 64
 FUSED_ON = "cuda"
 """Where every prefill takes PyTorch's fused attention, a short one behind a long text, too."""
 
-ROWS, POSITIONS = 4, 384
+ROWS, POSITIONS = 8, 384
 """What ``_attend_alike`` fills rows and positions up to multiples of."""
 
 
@@ -199,10 +199,10 @@ def _attend_alike(
     """``attention`` over contiguous positions, where a row has the same bits whatever is computed beside it.
 
     Where a last bit differed, a later layer's key could round to another float16 number: a difference in the fourth
-    digit between plain decoding and verification. MKL, PyTorch's library on x86, keeps a row's bits (seen on AMD Zen 5
-    and on an Intel Xeon with AMX) where rows come in fours and positions in blocks of 384: what is left over takes
-    other paths, and long sums are cut by their length. On Zen 5 blocks of 192 are enough. So both are filled up, which
-    costs little, as the cache is copied anyway to be converted. ``rows_are_alike`` says whether that suffices on this
+    digit between plain decoding and verification. MKL, PyTorch's library on x86, keeps a row's bits where rows come in
+    eights and positions in blocks of 384 (seen on an Intel Xeon with AMX; AMD's Zen 5 is content with fours and 192):
+    what is left over takes other paths, and long sums are cut by their length. So both are filled up, which costs
+    little, as the cache is copied anyway to be converted. ``rows_are_alike`` says whether that suffices on this
     machine. A tree's rows have other bits than a chain's, since what they do not see lies between.
     """
     rows, heads, head_dim = q.shape

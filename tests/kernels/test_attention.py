@@ -194,7 +194,8 @@ def test_a_cache_in_float16(paged, position, rows):
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries sum in other orders")
 @pytest.mark.parametrize("position", [0, 5, 100, 186, 380, 570, 700, 764, 1148, 2000])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (8, 2, 64), (4, 4, 12), (4, 2, 16), (6, 1, 128)]
+    ("heads", "kv_heads", "head_dim"),
+    [(9, 3, 64), (8, 2, 64), (4, 4, 12), (4, 2, 16), (6, 1, 128), (2, 2, 128), (8, 2, 128)],
 )
 def test_a_cache_in_float16_gives_rows_at_once_their_bits(heads, kv_heads, head_dim, position):
     """Those of each alone, also where a pass goes beyond a block of positions."""
