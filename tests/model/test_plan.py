@@ -1,4 +1,4 @@
-"""``kangaroo plan``: held to every measured figure that exists, and what it refuses."""
+"""``kangaroo plan``: held to measured figures, and what it refuses."""
 
 import json
 import math
