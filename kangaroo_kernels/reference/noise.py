@@ -13,9 +13,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_ROWS
+
 ROUNDS = 10
-BLOCK = 32
-"""Positions whose noise is made at a time."""
+BLOCK = 8
+"""Positions whose noise is made at a time: about as many as a step looks at."""
+KEPT = 32
+"""Blocks that are kept: those of ten texts that are sampled side by side, three each."""
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
@@ -68,7 +72,7 @@ def gumbel(seed: int, stream: int, positions: Tensor, vocab_size: int) -> Tensor
     return uniform(seed, stream, positions, vocab_size).log_().neg_().log_().neg_()
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=KEPT)
 def _gumbel_block(seed: int, stream: int, block: int, vocab_size: int, device: torch.device) -> Tensor:
     positions = torch.arange(block * BLOCK, (block + 1) * BLOCK, device=device)
     return gumbel(seed, stream, positions, vocab_size)
@@ -79,7 +83,7 @@ def gumbel_rows(seed: int, stream: int, position: int, rows: int, vocab_size: in
 
     It is made in blocks that are kept: drafting, verification and rejected steps ask for the same positions again.
     """
-    if rows > BLOCK:  # a prefill, whose noise is not asked for again
+    if rows > MAX_ROWS:  # a prefill, whose noise is not asked for again
         return gumbel(seed, stream, torch.arange(position, position + rows, device=device), vocab_size)
     first, last = position // BLOCK, (position + rows - 1) // BLOCK
     blocks = [_gumbel_block(seed, stream, block, vocab_size, device) for block in range(first, last + 1)]

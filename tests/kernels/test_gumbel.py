@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kangaroo_kernels.contract import MAX_ROWS
 from kangaroo_kernels.reference.noise import BLOCK, _gumbel_block, gumbel, gumbel_rows, philox4x32, uniform
 from kangaroo_kernels.shared.launch import device_seed
 from kangaroo_kernels.shared.noise import gumbel_tile
@@ -155,17 +156,27 @@ def test_rows_may_cross_blocks(position, rows):
 
 
 def test_a_block_is_made_once_and_only_if_a_row_is_in_it():
-    """What a prefill asks for, more rows than a block has, is not kept."""
+    """What a prefill asks for, more rows than a step has, is not kept."""
     for position, rows, made in (
         (0, BLOCK, 1),
         (3, 5, 0),
         (BLOCK - 1, 2, 1),
         (BLOCK, BLOCK, 0),
-        (7 * BLOCK, BLOCK + 1, 0),
+        (7 * BLOCK, MAX_ROWS, MAX_ROWS // BLOCK),
+        (20 * BLOCK, MAX_ROWS + 1, 0),
     ):
         before = _gumbel_block.cache_info().misses
         gumbel_rows(77, 5, position, rows, 9, torch.device("cpu"))
         assert _gumbel_block.cache_info().misses - before == made
+
+
+def test_texts_side_by_side_keep_their_noise():
+    """Ten texts take turns step by step; each makes each of its blocks once."""
+    _gumbel_block.cache_clear()
+    for position in range(0, 40 * BLOCK, 3):
+        for seed in range(10):
+            gumbel_rows(seed, 0, position, 7, 9, torch.device("cpu"))
+    assert _gumbel_block.cache_info().misses == 10 * (1 + (position + 6) // BLOCK)
 
 
 def test_keys_of_kept_blocks_are_told_apart():
