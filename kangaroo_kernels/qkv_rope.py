@@ -31,6 +31,15 @@ from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipp
 
 
 @triton.jit
+def rounded(values, like_ptr):
+    """Values in an element type. What overflows float16 is NaN, as in the reference, so that no row goes past it."""
+    result = values.to(like_ptr.dtype.element_ty)
+    if like_ptr.dtype.element_ty == tl.float16:
+        result = tl.where(tl.abs(result) == float("inf"), float("nan"), result).to(tl.float16)
+    return result
+
+
+@triton.jit
 def qkv_rope_tile(tile, position, x, norm, w, phases_ptr, q, caches, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr):
     """All rows of columns ``tile * BLOCK_N ..`` of the packed q, k and v; ``position`` is the first row's.
 
@@ -61,7 +70,7 @@ def qkv_rope_tile(tile, position, x, norm, w, phases_ptr, q, caches, HEAD_DIM: t
     x_even, x_odd = tl.where(is_turned[None, :], even, 0.0), tl.where(is_turned[None, :], odd, 0.0)
     new_even = tl.where(is_turned[None, :], x_even * cosine - x_odd * sine, even)  # of v: inf * 0 would be NaN
     new_odd = tl.where(is_turned[None, :], x_even * sine + x_odd * cosine, odd)
-    out = tl.reshape(tl.join(new_even, new_odd), (BLOCK_M, BLOCK_N)).to(q.ptr.dtype.element_ty)
+    out = rounded(tl.reshape(tl.join(new_even, new_odd), (BLOCK_M, BLOCK_N)), q.ptr)
 
     q_mask = (rows[:, None] < M) & (cols[None, :] < H * HEAD_DIM)
     tl.store(q.ptr + rows[:, None] * q.row_stride + cols[None, :], out, mask=q_mask)

@@ -45,14 +45,17 @@ def paged_rows(block_table: Tensor, first: int, last: int, block_size: int) -> t
 
 
 def cached(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys and values as a cache of ``dtype`` keeps them. What overflows there is NaN, which every later row notices.
+    """Keys and values as a cache of ``dtype`` keeps them. What overflows there is NaN, which later rows notice."""
+    return rows if rows.dtype == dtype else overflow_as_nan(rows.to(dtype))
 
-    Infinity would not do: a key of infinity can give a score of minus infinity, and its position would pass unseen.
+
+def overflow_as_nan(rows: Tensor) -> Tensor:
+    """The same rows, NaN in infinity's place.
+
+    A query or key of infinity can give a score of minus infinity, and a position would pass unseen.
     """
-    if rows.dtype == dtype:
-        return rows
     nan = float("nan")
-    return rows.to(dtype).nan_to_num_(nan=nan, posinf=nan, neginf=nan)
+    return rows.nan_to_num_(nan=nan, posinf=nan, neginf=nan)
 
 
 def qkv_rope(
@@ -118,6 +121,8 @@ def qkv_rope(
     else:
         pairs = torch.view_as_complex(turned.float().view(rows, -1, head_dim // 2, 2))
         turned.copy_(torch.view_as_real(pairs * phases).flatten(-2))
+    if qkv.dtype == torch.float16:
+        overflow_as_nan(qkv)
     queries, new = qkv.split_with_sizes((qkv.shape[1] - 2 * kv_heads, 2 * kv_heads), dim=1)
     new_keys, new_values = cached(new, k_cache.dtype).split(kv_heads, dim=1)
     if block_table is None:

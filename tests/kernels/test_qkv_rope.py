@@ -124,6 +124,25 @@ def test_a_cache_in_float16(rows):
         torch.testing.assert_close(half, rounded.where(rounded.isfinite(), torch.nan), equal_nan=True, rtol=0, atol=0)
 
 
+@BOTH
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_what_overflows_float16_is_no_number(operation):
+    """Whether a query, a key or a value: an infinite score would be a weight of 0, and a position pass in silence."""
+    x, norm, parts, _, _ = inputs(3, 4, 2, False, torch.float16)
+    matrix = 8e3 * torch.cat((*(interleave_rope(part, 8) for part in parts[:2]), parts[2]))
+    exact, rounded = ([torch.zeros(2, 30, 8, dtype=dtype) for _ in range(2)] for dtype in (torch.float32, torch.half))
+    table = rope_table(inv_freq(8), 40)
+    wide = qkv_rope(x.float(), norm.float(), matrix.float(), table, *exact, 7, eps=EPS)
+    q = operation(x, norm, matrix, table, *rounded, 7, eps=EPS)
+    for ours, truth in zip((q, *rounded), (wide, *exact), strict=True):
+        assert not ours.isinf().any()
+        pairs = truth.unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)  # turning keeps their length
+        over, under = truth.abs() > 7e4, pairs < 6e4
+        assert over.any() and under.any()
+        assert ours[over].isnan().all()
+        assert ours[under].isfinite().all()
+
+
 def test_scores_depend_on_the_distance_alone():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(1, 1, 4, 2, generator=generator).double() for _ in range(2))
