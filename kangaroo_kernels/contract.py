@@ -25,6 +25,9 @@ WIDEST_HEAD = 128
 """The largest head size for which the kernel of ``draft_loop`` runs on a GPU, in 16 bits. For wider heads the kernel of
 ``attention`` has 8 warps, which sum in another order, so the two would differ in bits."""
 
+WIDEST_GROUP = 32
+"""The most query heads that share a key-value head for which it does: those of two rows fill a tile of attention."""
+
 MAX_CHILDREN = 4
 """The most candidates behind a tree's row that a drafter ranks, and the most rows that a tree grows by at once."""
 

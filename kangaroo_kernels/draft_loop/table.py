@@ -44,6 +44,9 @@ POLLS = 1 << 20
 """How often a waiting program reads the counter before it takes another program for lost. This lasts about a second,
 while a stage takes microseconds."""
 
+ADAPTER_ROWS = 2
+"""The most rows of a pass: the one before the newest token, which the adapter may have missed, and the newest."""
+
 SPARE_SHARED = 4096
 """Bytes of shared memory that a program takes beside its tiles: for reductions, and for the system."""
 
@@ -234,6 +237,12 @@ class DraftLoop:
                 f"the weights are {x.dtype}, the heads {widest} wide; on a GPU this kernel takes float16 or bfloat16 "
                 f"with heads of at most {WIDEST_HEAD}. Draft step by step instead."
             )
+        for each in shapes:
+            if ADAPTER_ROWS * each.group > each.tile[0]:
+                raise refuse(
+                    f"{each.group} query heads share a key-value head; this kernel takes at most "
+                    f"{each.tile[0] // ADAPTER_ROWS} of {x.dtype}. Draft step by step instead."
+                )
         vocab_size = len(model.embedding if model.vocabulary is None else model.vocabulary.tokens)
         self.head = matrix_of("the head", x, model.norm, model.head, (vocab_size, K))
         self.tokens = check_vocabulary("draft_loop", self.head[0], model.vocabulary, model.embedding)

@@ -38,7 +38,7 @@ def _unused(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty((), dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # all layers of a pass ask for one, the next pass for another one
 def _causal_mask(rows: int, length: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive, ``group`` times over: row m of the last ``rows`` positions sees ``length - rows + m + 1`` keys."""
     mask = torch.full((rows, length), float("-inf"), dtype=dtype, device=device)

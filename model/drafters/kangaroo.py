@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS, WIDEST_HEAD, Top1
+from kangaroo_kernels.contract import MAX_ROWS, MAX_SPECULATIVE_TOKENS, WIDEST_GROUP, WIDEST_HEAD, Top1
 
 from ..errors import KangarooError
 from ..spans import span
 from ..target.cache import KVCache
+from ..target.config import LlamaConfig
 from ..target.llama import Llama
 from .adapter import DraftNetwork
 from .draft_model import PreparedLoop, prepare_loop
@@ -70,6 +71,18 @@ class AdapterMemory:
             self.states = longer
 
 
+def check_persistent(dtype: torch.dtype, *shapes: LlamaConfig) -> None:
+    """Raise unless ``draft_loop`` can take a target and an adapter of these shapes on a GPU."""
+    widest = max(each.head_dim for each in shapes)
+    group = max(each.num_attention_heads // each.num_key_value_heads for each in shapes)
+    if dtype == torch.float32 or widest > WIDEST_HEAD or group > WIDEST_GROUP:
+        raise KangarooError(
+            f"persistent=True drafts in float16 or bfloat16, with heads of at most {WIDEST_HEAD} of which at most "
+            f"{WIDEST_GROUP} share a key-value head; this model is {dtype} with heads of {widest} and {group} that "
+            "share one. Leave persistent out."
+        )
+
+
 class KangarooDrafter(Drafter):
     """The first ``first_layer`` layers of the target, the adapter and the target's own head, or some rows of it.
 
@@ -85,12 +98,8 @@ class KangarooDrafter(Drafter):
     """
 
     def __init__(self, target: Llama, adapter: DraftNetwork, persistent: bool = False) -> None:
-        widest = max(target.config.head_dim, adapter.config.llama.head_dim)
-        if persistent and target.device.type == "cuda" and (target.dtype == torch.float32 or widest > WIDEST_HEAD):
-            raise KangarooError(
-                f"persistent=True drafts in float16 or bfloat16 with heads of at most {WIDEST_HEAD}, this model is "
-                f"{target.dtype} with heads of {widest}; leave persistent out."
-            )
+        if persistent and target.device.type == "cuda":
+            check_persistent(target.dtype, target.config, adapter.config.llama)
         self.target, self.adapter, self.persistent = target, adapter, persistent
         self.first_layer = adapter.config.exit_layer
         self.num_speculative_tokens = adapter.config.num_speculative_tokens
@@ -153,14 +162,7 @@ class KangarooDrafter(Drafter):
             if len(tokens) == most or not confidence >= threshold:  # a NaN is unsure, too
                 break
             with span("kangaroo/draft/step"):
-                seen, rows = memory.length, memory.exit_hidden[row : row + 1]
-                if memory.missed:
-                    rows = torch.cat((*memory.missed, rows))
-                states = own
-                if own is None and memory.states is not None:
-                    states = memory.states[seen : position + 1]
-                own = self.adapter.run(rows, memory.cache, seen, states)[-1:]
-                memory.missed, memory.length = [], position + 1
+                own = self.run_adapter(memory, memory.exit_hidden[row : row + 1], own)
                 guess, distribution = self.guess(own, chooser, position + 1, tokens)
                 token, confidence = int(guess.token), float(guess.confidence)
             tokens.append(token)
@@ -173,6 +175,22 @@ class KangarooDrafter(Drafter):
             torch.cat(distributions) if distributions else None,
             tuple(confidences),
         )
+
+    def run_adapter(self, memory: AdapterMemory, row: Tensor, own: Tensor | None = None) -> Tensor:
+        """The adapter's output for a row of the exit layer, ``[1, hidden]``, behind the rows that it missed.
+
+        ``own`` is its output for the row before, where that is a draft's. Many missed rows, as after a long passage of
+        looked-up tokens, are a prefill: of them, later rows read keys and values alone.
+        """
+        rows, seen = torch.cat((*memory.missed, row)), memory.length
+        last, states = seen + len(rows), own
+        if own is None and memory.states is not None:
+            states = memory.states[seen:last]
+        if len(rows) > MAX_ROWS:
+            self.adapter.append(rows[:-1], memory.cache, seen, None if states is None else states[:-1])
+            rows, seen, states = row, last - 1, None if states is None else states[-1:]
+        memory.missed, memory.length = [], last
+        return self.adapter.run(rows, memory.cache, seen, states)[-1:]
 
     def guess(
         self, hidden: Tensor, chooser: "Chooser", position: int, drafted: Sequence[int] = ()

@@ -124,8 +124,8 @@ class KangarooWithLookup(KangarooDrafter):
         tokens, sure = memory.at_hand
         with span("kangaroo/draft/shallow"):
             rows = self.target.embed([text.tokens[-1], *tokens.tolist()])
-            hidden = self.target.run(rows, text.cache, text.newest, 0, self.first_layer)
-        memory.exit_hidden[1 : 2 + len(tokens)] = hidden
+            hidden = memory.exit_hidden[1 : 2 + len(tokens)]
+            hidden.copy_(self.target.run(rows, text.cache, text.newest, 0, self.first_layer))
         return Draft(tokens, hidden, confidences=sure)
 
     def _look_up(self, text: "TextState") -> Match:

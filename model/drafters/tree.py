@@ -27,6 +27,7 @@ from .adapter import DraftNetwork
 from .growth import parents_of, widths
 from .kangaroo import AdapterMemory, KangarooDrafter
 from .protocol import Draft, Stage
+from .ways import check_tree
 
 if TYPE_CHECKING:
     from ..loop.iteration import Iteration
@@ -52,13 +53,7 @@ class TreeDrafter(KangarooDrafter):
             raise KangarooError(
                 f"draft_tree is {rows!r}; it must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}."
             )
-        if adapter.state is not None:
-            raise KangarooError("the adapter has a deep state, which is fed along a chain; leave draft_tree out.")
-        if target.kv_dtype != target.dtype:
-            raise KangarooError(
-                "in a float16 cache a tree's rows have other bits than plain decoding's; leave kv_dtype or draft_tree "
-                "out."
-            )
+        check_tree(adapter.state is not None, target.kv_dtype == target.dtype)
         super().__init__(target, adapter)
         self.draft_tree, self.auto = rows, False
 
@@ -121,8 +116,7 @@ class TreeDrafter(KangarooDrafter):
         if first:
             hidden = adapter.run(rows, memory.cache, Branches(text.newest + first, masks))
         else:  # behind the rows that it missed, as in a chain
-            hidden = adapter.run(torch.cat((*memory.missed, rows)), memory.cache, memory.length)[-1:]
-            memory.missed, memory.length = [], text.newest + 1
+            hidden = self.run_adapter(memory, rows)
         kept = torch.tensor(sure, device=hidden.device).nonzero()[:, 0]
         logits, vocabulary = chooser.logits(hidden[kept], adapter.head), adapter.head.vocabulary
         drafted = tree.tokens[1:last].tolist()

@@ -45,6 +45,19 @@ def read_way(values: Mapping[str, Any], path: Path) -> Way:
     return Way(tree, lookup)
 
 
+def check_tree(deep_state: bool, alike: bool) -> None:
+    """Raise unless an adapter, with a deep state or without, can draft trees.
+
+    ``alike`` says whether keys and values are kept in the dtype in which the model computes.
+    """
+    if deep_state:
+        raise KangarooError("the adapter has a deep state, which is fed along a chain; leave draft_tree out.")
+    if not alike:
+        raise KangarooError(
+            "in a float16 cache a tree's rows have other bits than plain decoding's; leave kv_dtype or draft_tree out."
+        )
+
+
 def choose_way(
     default: Way | None, draft_tree: int | None, prompt_lookup: bool | None, *, persistent: bool = False
 ) -> Way:

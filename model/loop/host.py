@@ -80,7 +80,8 @@ def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, d
     Where a draft's values overflow the dtype, the rows beside it may not be finite either. The newest token then goes
     through alone, as in plain decoding, and the draft that comes back is empty.
 
-    The layers below ``first_layer`` are not run again; the others and the LM head run over all positions at once.
+    The layers below ``first_layer`` are not run again, unless a draft's values may have spoiled what they gave for the
+    newest token; the others and the LM head run over all positions at once.
     """
     config = target.config
     ancestors = draft.ancestors if draft.is_tree else None
@@ -94,7 +95,10 @@ def verify(target: Llama, first_layer: int, text: TextState, chooser: Chooser, d
     else:
         choice = chooser.target(*head, drafted=draft.tokens.tolist(), ancestors=ancestors)
     if len(draft.tokens) and math.isnan(choice.confidence[0].item()):
-        return verify(target, first_layer, text, chooser, Draft(draft.tokens[:0], draft.hidden[:1]))
+        alone = draft.hidden[:1]
+        if first_layer:  # looked-up tokens run beside it; the drafter's own buffer gets it as well
+            alone.copy_(target.run(target.embed(text.tokens[-1:]), text.cache, text.newest, 0, first_layer))
+        return verify(target, first_layer, text, chooser, Draft(draft.tokens[:0], alone))
     return draft, choice
 
 

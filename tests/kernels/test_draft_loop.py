@@ -104,6 +104,15 @@ def test_an_adapter_may_have_other_heads(device, heads, adapter_heads):
     draft(make_model(device, layers=1, heads=heads, adapter_heads=adapter_heads), 1, 126, threshold=0.0)
 
 
+@pytest.mark.parametrize("whose", ["heads", "adapter_heads"])
+def test_no_more_query_heads_share_keys_than_fit_into_a_tile(device, whose):
+    """Further ones would not be computed, and the newest row's text be wrong."""
+    most = 8 if device.type == "cpu" else 32
+    DraftLoop(make_model(device, layers=1, **{whose: (most, 1, 8)}), 1)
+    with pytest.raises(ValueError, match=f"{most + 1} query heads share a key-value head; this kernel takes at most"):
+        DraftLoop(make_model(device, layers=1, **{whose: (most + 1, 1, 8)}), 1)
+
+
 @pytest.mark.parametrize("inner", [24, INNER + 40])
 @pytest.mark.parametrize("biases", [(), ("adapter's gate_up", "adapter's down")])
 def test_an_adapter_may_have_an_mlp(device, inner, biases):

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model import request
-from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
+from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter, check_persistent
 
 NAN, INFINITY = float("nan"), float("inf")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -636,6 +637,22 @@ def test_drafting_in_one_kernel_takes_16_bits(kangaroo: Kangaroo, monkeypatch: p
     refuse(lambda: KangarooDrafter(*parts, persistent=True), "float16 or bfloat16", "torch.float32")
     monkeypatch.setattr(kangaroo.target, "dtype", torch.float16)
     KangarooDrafter(*parts, persistent=True)
+    check_persistent(torch.float16, replace(kangaroo.target.config, num_attention_heads=32, num_key_value_heads=1))
+    crowded = replace(kangaroo.target.config, num_attention_heads=33, num_key_value_heads=1)
+    refuse(lambda: check_persistent(torch.float16, crowded), "at most 32 share a key-value head", "33 that share one")
+
+
+def test_what_cannot_be_drafted_is_refused_before_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: Any
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        pytest.fail("the weights were loaded")
+
+    adapter = make_adapter(tmp_path / "deep", pair.target, exit_layer=1, deep_state_size=24)
+    monkeypatch.setattr("kangaroo_kernels.model.load.load_target", load)
+    refuse(lambda: Kangaroo.from_pretrained(pair.target, adapter, device="cpu", draft_tree=4), "deep state")
+    halves = {"dtype": "float16", "kv_dtype": "float16"}
+    refuse(lambda: pair.load(device="cpu", draft_tree=4, **halves), "leave kv_dtype or draft_tree out")
 
 
 @pytest.mark.parametrize("plain", [False, True])

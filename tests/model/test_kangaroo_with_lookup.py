@@ -358,3 +358,45 @@ def test_on_a_gpu_graphs_change_nothing(pair, sampling):
         found = steps(captured, prompt, **asked)
         assert steps(launched, prompt, **asked) == found
         assert captured.generate(prompt, max_new_tokens=100, plain=True, **sampling).tokens == text_of(found)
+
+
+@pytest.mark.parametrize("tree", [None, 6], ids=["chain", "tree"])
+def test_a_looked_up_token_that_overflows(pair, tree):
+    """It spoils the newest token's row beside it; that one then goes through alone, as in plain decoding."""
+    kangaroo = pair.load(device="cpu", prompt_lookup=True, draft_tree=tree)
+    whole = kangaroo.generate(REPEATING, max_new_tokens=40, plain=True).tokens
+    never = next(token for token in range(67) if token not in (*REPEATING, *whole))
+    kangaroo.target.weights.embedding[never] = torch.inf
+
+    def look_up(known: Any, length: Any, most: int, least: int, **_: Any) -> Match:
+        return Match(torch.full((most,), never), torch.tensor([15 if int(length) % 3 else 0]))
+
+    kangaroo.target.backend = replace(kangaroo.target.backend, look_up=look_up)
+    session = kangaroo.session()
+    for _ in range(2):
+        found = session.generate(REPEATING, max_new_tokens=40, draft_confidence_threshold=0.0)
+        assert found.tokens == whole
+    memory = session.memory.drafter_memory
+    assert memory.cache.keys[0][:, : memory.length].isfinite().all()  # nor does it spoil the adapter
+    assert all(rows.isfinite().all() for rows in memory.missed)
+
+
+@pytest.mark.parametrize("missed", [(), (3,), (15,), (16,), (20, 19)])
+@pytest.mark.parametrize("deep", [0, 24])
+def test_many_missed_rows_are_a_prefill_for_the_adapter(pair, tmp_path, missed, deep, monkeypatch):
+    """After a long passage of looked-up tokens: keys and values are all that it computes of them."""
+    folder = make_adapter(tmp_path / "adapter", pair.target, exit_layer=1, deep_state_size=deep)
+    drafter = Kangaroo.from_pretrained(pair.target, folder, device="cpu", prompt_lookup=True).drafter
+    adapter, memory, count = drafter.adapter, drafter.new_memory(), 1 + sum(missed)
+    cache, rows, states = adapter.new_cache(), torch.randn(count, 48), torch.randn(count, 48) if deep else None
+    for each in (cache, memory.cache):
+        each.reserve(count)
+    wanted = adapter.run(rows, cache, 0, states)
+    memory.missed, memory.states = [*rows[:-1].split(missed)] if missed else [], states
+    run, ran = adapter.run, []
+    monkeypatch.setattr(adapter, "run", lambda rows, *others: (ran.append(len(rows)), run(rows, *others))[1])
+    torch.testing.assert_close(drafter.run_adapter(memory, rows[-1:]), wanted[-1:], **NEAR)
+    torch.testing.assert_close(memory.cache.keys[0][:, :count], cache.keys[0][:, :count], **NEAR)
+    torch.testing.assert_close(memory.cache.values[0][:, :count], cache.values[0][:, :count], **NEAR)
+    assert ran == [count if count <= 16 else 1]
+    assert (memory.length, memory.missed) == (count, [])
