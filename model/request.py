@@ -24,6 +24,9 @@ from .text import check_characters
 MOST_LOGPROBS = 20
 """The most likely tokens whose log-probabilities a request may ask for; OpenAI's limit."""
 
+MOST_BIAS = 1e30
+"""Of a token's logit. Divided by a temperature it is still a float32."""
+
 AUTO = "auto"
 """The ``draft_confidence_threshold`` that finds itself."""
 
@@ -142,8 +145,11 @@ class Settings:
         if not isinstance(bias, Mapping):
             raise KangarooError(f"logit_bias is {bias!r}; it must be a mapping of token ids to numbers.")
         for token, value in bias.items():
-            if not is_whole(token) or not is_number(value) or not math.isfinite(value):
-                raise KangarooError(f"logit_bias has {token!r}: {value!r}; it must map token ids to finite numbers.")
+            if not is_whole(token) or not is_number(value) or not abs(value) <= MOST_BIAS:
+                raise KangarooError(
+                    f"logit_bias has {token!r}: {value!r}; it must map token ids to numbers from {-MOST_BIAS:g} to "
+                    f"{MOST_BIAS:g}."
+                )
         plain = {int(token): float(value) for token, value in bias.items()}
         object.__setattr__(self, "logit_bias", plain)
 
@@ -296,6 +302,8 @@ def _drafting(settings: Settings, drafter: Drafter) -> _Drafting:
 def find_stops(settings: Settings, config: LlamaConfig, tokenizer: Any) -> frozenset[int]:
     """The tokens that end a text: the caller's, and the model's own from its files and its tokenizer.
 
+    A tokenizer may know tokens for which the model has no row. They are never written, so they are left out.
+
     A stop string that is the text of an added token, such as ``<|im_end|>``, is that token: special tokens have no text
     in what is written, so the string would never be found there.
 
@@ -310,6 +318,7 @@ def find_stops(settings: Settings, config: LlamaConfig, tokenizer: Any) -> froze
     if settings.stop_strings:
         added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
         stops.update(added[text] for text in settings.stop_strings if text in added)
+    stops = {token for token in stops if 0 <= token < config.vocab_size}
     if len(stops) > MAX_STOPS:
         raise KangarooError(f"there are {len(stops)} stop tokens; give at most {MAX_STOPS}.")
     return frozenset(stops)

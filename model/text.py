@@ -47,9 +47,11 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("")  # lifts a truncation that tokenizer.json asks for, which threads must not do at the same time
     except Exception as error:  # each tokenizer library raises its own kinds
         raise KangarooError(f"{folder}: the tokenizer cannot be loaded ({reason(error)}).") from error
+    return tokenizer
 
 
 def decode(tokenizer: Any, tokens: Sequence[int]) -> str:

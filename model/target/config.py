@@ -14,7 +14,7 @@ from ..errors import KangarooError
 from ..number import is_number, is_whole
 from .architectures import find_architecture
 
-GENERATION_CONFIG = "generation_config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
 SIZES = (
@@ -166,7 +166,7 @@ def load_config_values(folder: Path, what: str) -> dict[str, Any]:
     """``folder/config.json`` as transformers' ``AutoConfig`` reads it, refusing checkpoints that bring code."""
     from transformers import AutoConfig
 
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.is_file():
         raise KangarooError(f"{what} folder {folder} has no config.json; it should hold a Hugging Face checkpoint.")
     raw = _read_object(path, "a model's configuration")
@@ -235,29 +235,35 @@ def parse_config(values: Mapping[str, Any], path: Path | str = "config.json") ->
         output_bias=attention_bias and not qkv_bias,
         mlp_bias=bool(values.get("mlp_bias", False)),
         rope=_rope_config(values, path),
-        eos_token_ids=_end_tokens(values),
+        eos_token_ids=_end_tokens(values, path),
         dtype=DTYPES.get(dtype, torch.float32),
     )
 
 
-def _end_tokens(values: Mapping[str, Any]) -> tuple[int, ...]:
+def _end_tokens(values: Mapping[str, Any], path: Path | str) -> tuple[int, ...]:
     eos = values.get("eos_token_id")
-    return () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    tokens = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if not all(is_whole(token) for token in tokens):
+        raise KangarooError(f"{path}: eos_token_id is {eos!r}; it must be a token id or a list of them.")
+    return tokens
 
 
 def add_generation_config(config: LlamaConfig, folder: Path) -> LlamaConfig:
     """Add the end tokens of ``folder/generation_config.json``, where there is one.
 
-    Some checkpoints name the end of a turn there alone, so what either of the two files names ends a text.
+    Some checkpoints name the end of a turn there alone, so what either of the two files names ends a text. Where
+    ``config.json`` names none, transformers' default for the architecture holds only if this file names none either.
 
     Raises:
-        KangarooError: a file that is no JSON object.
+        KangarooError: a file that is no JSON object, or that names something else than tokens.
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
         return config
     values = _read_object(path, "generation settings")
-    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *_end_tokens(values)))))
+    further = _end_tokens(values, path)
+    own = () if further and "eos_token_id" not in _read_object(folder / CONFIG, "a model") else config.eos_token_ids
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*own, *further))))
 
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:

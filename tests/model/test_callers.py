@@ -59,11 +59,55 @@ def test_the_tokenizer_may_name_the_end(folder):
     assert written == text[: text.index(text[3]) + 1]
 
 
+@pytest.mark.parametrize("first", ["config.json", "generation_config.json"])
+def test_ends_without_a_row_in_the_model_are_never_written(folder, first):
+    """A tokenizer may have more tokens than the model, such as one to pad with; min_new_tokens bars what there is."""
+    write(folder / first, eos_token_id=[67, 100_000])
+    kangaroo = load(folder)
+    kangaroo.tokenizer.add_special_tokens({"eos_token": "[PAD]"})
+    assert kangaroo.tokenizer.eos_token_id >= 67
+    wanted = kangaroo.generate(PROMPT, max_new_tokens=20, plain=True).tokens
+    for plain in (True, False):
+        written = kangaroo.generate(PROMPT, max_new_tokens=20, plain=plain, min_new_tokens=5, stop=["[PAD]"])
+        assert written.tokens == wanted
+
+
+def test_an_end_that_no_file_names_ends_nothing(folder):
+    """transformers' class of configurations has a default, token 2; its own generation would not stop there."""
+    text = generate(folder).tokens
+    values = json.loads((folder / "config.json").read_text())
+    for name in ("eos_token_id", "pad_token_id"):
+        values.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(values))
+    other = next(token for token in range(67) if token not in text)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert load(folder).target.config.eos_token_ids == (2,)  # nothing is named anywhere
+    write(folder / "generation_config.json", eos_token_id=other)
+    assert load(folder).target.config.eos_token_ids == (other,)
+
+
+@pytest.mark.parametrize("end", ["128009", [[2]], [2, None], 1.5, True, {}])
+def test_an_end_that_is_no_token(folder, end):
+    write(folder / "generation_config.json", eos_token_id=end)
+    with pytest.raises(KangarooError, match=r"generation_config\.json: eos_token_id is .* a token id or a list"):
+        load(folder)
+
+
 @pytest.mark.parametrize("content", ["no JSON", "[]", "3"])
 def test_a_damaged_generation_config(folder, content):
     (folder / "generation_config.json").write_text(content)
     with pytest.raises(KangarooError, match=r"generation_config\.json"):
         load(folder)
+
+
+def test_a_truncation_that_the_tokenizer_asks_for(folder):
+    """It is lifted as the tokenizer is loaded: the first texts of several threads would each change the tokenizer."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = load(folder).tokenizer
+    assert tokenizer.backend_tokenizer.truncation is None
+    assert len(tokenizer("class")["input_ids"]) == 5
 
 
 def test_numpys_numbers_are_numbers(folder):
