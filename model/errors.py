@@ -1,5 +1,8 @@
 """The error for what goes wrong through no fault of the code, and how it quotes a library's."""
 
+FULL = ("allocate memory", "out of memory", "not enough memory")
+"""How PyTorch and CUDA say that memory is full. A fault in memory, "illegal memory access", is another thing."""
+
 
 class KangarooError(ValueError):
     """A user's mistake: a file, a checkpoint or a setting that cannot be used.
@@ -10,6 +13,14 @@ class KangarooError(ValueError):
 
 class TooLongError(KangarooError):
     """A prompt that the model's context does not hold."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory is full. PyTorch raises a ``RuntimeError`` then, on a CPU and on a GPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in FULL)
 
 
 def reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .drafters.protocol import Drafter
-from .errors import KangarooError
+from .errors import KangarooError, is_out_of_memory
 from .loop.device import device_steps
 from .loop.graphs import GraphRunner
 from .loop.host import kangaroo_steps, plain_steps
@@ -79,8 +79,8 @@ class Memory:
         kept = self._kept(kangaroo.drafter if request.max_drafts else None, request)
         try:
             return self._begin(kangaroo, request, outcome, kept)
-        except RuntimeError as error:  # PyTorch's kind for a full memory, on a CPU and on a GPU
-            if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             if not kangaroo.forget_idle() and not kept:
                 raise

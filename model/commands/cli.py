@@ -13,7 +13,7 @@ import typer
 
 from kangaroo_kernels import __version__
 
-from ..errors import KangarooError
+from ..errors import KangarooError, is_out_of_memory, reason
 from . import (
     calibrate,
     chat,
@@ -53,10 +53,10 @@ def main() -> None:
         app()
     except (KangarooError, OSError) as error:
         refuse(str(error))
-    except RuntimeError as error:  # PyTorch raises it when memory is full, on a CPU and on a GPU
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-        refuse(f"there is not enough memory for this; PyTorch says: {str(error).splitlines()[0]}")
+        refuse(f"there is not enough memory for this ({reason(error)}).")
 
 
 def refuse(sentence: str) -> None:

@@ -22,8 +22,8 @@ from .parameters import Asked, check_model, read_parameters
 from .refused import RefusedError
 from .transport import EventStream, GoneError, check_key, read_json, reply, while_connected
 
-SPARE_THREADS = 4
-"""For tokenizing, beside a thread for each text's steps."""
+TOKENIZING_THREADS = 4
+"""Beside a thread for each text's steps, so that texts go on while long prompts come in."""
 
 CLIENT_GONE = 499
 """The status of a response that nobody reads; nginx's number."""
@@ -42,14 +42,17 @@ def make_app(desk: Desk, key: str | None = None) -> FastAPI:
     @asynccontextmanager
     async def threads(app: FastAPI) -> AsyncIterator[None]:
         """A step waits for its turn in a thread, so every session needs one."""
-        with ThreadPoolExecutor(desk.pool.parallel + SPARE_THREADS) as executor:
-            asyncio.get_running_loop().set_default_executor(executor)
+        with ThreadPoolExecutor(desk.pool.parallel) as steps, ThreadPoolExecutor(TOKENIZING_THREADS) as tokenizing:
+            asyncio.get_running_loop().set_default_executor(steps)
+            app.state.tokenizing = tokenizing
             yield
 
     app = FastAPI(title="Kangaroo", lifespan=threads, openapi_url=None)
 
     @app.get("/health")
     async def health() -> Response:
+        if desk.gpu_lost:
+            return reply({"status": "the GPU has failed; start the server again"}, 503)
         return reply({"status": "closing"}, 503) if desk.pool.closed else reply({"status": "ok"})
 
     @app.get("/metrics")
@@ -84,7 +87,8 @@ def make_app(desk: Desk, key: str | None = None) -> FastAPI:
 async def answer(desk: Desk, http: HTTPRequest, chat: bool) -> Response:
     """Answer a request for a text, whole or as a stream."""
     asked = read_parameters(await read_json(http), desk.kangaroo.name, chat, desk.context)
-    request = await asyncio.to_thread(desk.resolve, asked)
+    desk.admit()
+    request = await asyncio.get_running_loop().run_in_executor(http.app.state.tokenizing, desk.resolve, asked)
     form = Answer(chat, desk.kangaroo.name, request, desk.kangaroo.tokenizer)
     if asked.stream:
         return EventStream(events(desk, asked, request, form))

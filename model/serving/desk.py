@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
-from ..errors import KangarooError, TooLongError
+from ..errors import KangarooError, TooLongError, is_out_of_memory
 from ..kangaroo import Kangaroo
 from ..request import Request
 from ..results import Progress
@@ -27,12 +27,28 @@ class Desk:
         parallel: how many texts grow side by side.
         queue: how many requests may wait for one of them to end.
         context: the most tokens of a text, prompt included.
+
+    Attributes:
+        gpu_lost: whether the GPU has failed; nothing runs on it before the server is started again.
     """
 
     def __init__(self, kangaroo: Kangaroo, parallel: int, queue: int, context: int) -> None:
         self.kangaroo, self.context = kangaroo, context
         self.pool = Pool(kangaroo, parallel, queue, context)
+        self.gpu_lost = False
         self.metrics = Metrics(self.pool)
+
+    def admit(self) -> None:
+        """Refuse a request that would find the queue full, before its prompt is worked on.
+
+        Raises:
+            RefusedError: the queue is full, or the server shuts down.
+        """
+        try:
+            self.pool.check_room()
+        except RefusedError:
+            self.metrics.requests.labels(BUSY).inc()
+            raise
 
     def resolve(self, asked: Asked) -> Request:
         """What was asked for, against the model; it ends where the context does.
@@ -87,6 +103,7 @@ class Desk:
             raise
         except Exception as error:
             outcome = ERROR
+            self.gpu_lost = self.gpu_lost or ("CUDA error" in str(error) and not is_out_of_memory(error))
             LOG.exception("a text ended with an error")
             raise failed(error) from error
         finally:
@@ -111,6 +128,6 @@ def failed(error: Exception) -> RefusedError:
     """What a client is told of an error that ended its text."""
     if isinstance(error, KangarooError):
         return RefusedError(str(error), status=500)
-    if isinstance(error, MemoryError | RuntimeError) and "memory" in f"{type(error).__name__} {error}".lower():
+    if is_out_of_memory(error):
         return RefusedError("there is not enough memory for this text; ask for a shorter one.", status=500)
     return RefusedError("the text ended with an error that the server's log has.", status=500)

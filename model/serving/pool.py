@@ -74,14 +74,15 @@ class Pool:
             if not waiting.done():
                 waiting.set_exception(closing())
 
-    async def _take(self, tokens: Sequence[int]) -> Session:
+    def check_room(self) -> None:
+        """Whether a text that comes now is written or may wait.
+
+        Raises:
+            RefusedError: the queue is full, or the server shuts down.
+        """
         if self.closed:
             raise closing()
-        if self.free:
-            session = choose(self.free, tokens)
-            self.free.remove(session)
-            return session
-        if self.waiting >= self.queue:
+        if not self.free and self.waiting >= self.queue:
             seconds = max(1, math.ceil(self._seconds * (self.waiting + 1) / self.parallel))
             raise RefusedError(
                 f"the server is busy: {self.parallel} texts are being written and {self.waiting} wait; try again in "
@@ -90,6 +91,13 @@ class Pool:
                 code="queue_full",
                 retry_after=seconds,
             )
+
+    async def _take(self, tokens: Sequence[int]) -> Session:
+        self.check_room()
+        if self.free:
+            session = choose(self.free, tokens)
+            self.free.remove(session)
+            return session
         turn: asyncio.Future[Session] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:

@@ -359,3 +359,20 @@ def test_options_are_repeated_for_each_file() -> None:
         *("--model", "m", "--data", "a", "--data", "b", "--data", "c"),
         *("--out", "o", "--held-out", "h", "--data", "d", "--data", "e"),
     ]
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_full_memory_is_no_fault_in_memory(run: Run, pair: Pair, monkeypatch: pytest.MonkeyPatch, full: bool) -> None:
+    """The one gets a sentence, the other keeps its traceback."""
+    error = RuntimeError("CUDA out of memory." if full else "CUDA error: an illegal memory access was encountered")
+
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Kangaroo, "progress", failing)
+    if full:
+        outcome = run(*generate_arguments(pair, "--prompt", "class"))
+        assert outcome.code == 2 and "there is not enough memory for this (CUDA out of memory)" in outcome.err
+    else:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            run(*generate_arguments(pair, "--prompt", "class"))

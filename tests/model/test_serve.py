@@ -203,6 +203,7 @@ REFUSALS: list[tuple[tuple[bool, ...], dict[str, Any], str | None, str]] = [
     (BOTH, {"ignore_eos": 1}, "ignore_eos", "it must be True or False"),
     (BOTH, {"stop": [7]}, "stop", "it must be a text or a list of texts"),
     (BOTH, {"stop": ""}, "stop", "stop"),
+    (BOTH, {"stop": [f"{number}!" for number in range(65)]}, "stop", "stop has 65 texts; give at most 64"),
     (BOTH, {"logit_bias": {"A": 1}}, "logit_bias", "logit_bias has the key 'A'; its keys must be token ids"),
     (BOTH, {"logit_bias": {" 1_0 ": 1}}, "logit_bias", "logit_bias has the key ' 1_0 '"),
     (BOTH, {"logit_bias": {"67": 1}}, "logit_bias", "logit_bias's token 67 is not a whole number from 0 to 66"),

@@ -190,6 +190,7 @@ def test_a_client_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
         (KangarooError("the logits are not finite."), "the logits are not finite."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory for this text"),
         (ZeroDivisionError("secret"), "the text ended with an error that the server's log has"),
+        (RuntimeError("the device memory is damaged"), "the text ended with an error that the server's log has"),
     ],
 )
 def test_errors_of_a_step(error: Exception, sentence: str, kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +219,73 @@ def test_errors_of_a_step(error: Exception, sentence: str, kangaroo: Kangaroo, m
         left[0] = 100
         assert client.completions.create(**asked).choices[0].text == right
         assert server.metrics()['kangaroo_requests_total{outcome="error"}'] == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (ZeroDivisionError("secret"), False),
+    ],
+)
+def test_a_gpu_that_is_lost_is_no_healthy_server(
+    error: Exception, lost: bool, kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every later text would fail, so whoever watches the server is told to start it again."""
+
+    def failing(*arguments: Any) -> Any:
+        raise error
+
+    with served(kangaroo, parallel=1) as server, server.client() as client:
+        monkeypatch.setattr(host_module, "verify", failing)
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(model=kangaroo.name, prompt="ABC", temperature=0)
+        connection = http.client.HTTPConnection(*server.address)
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        assert response.status == (503 if lost else 200)
+        assert ("the GPU has failed" in json.loads(response.read())["status"]) == lost
+        connection.close()
+
+
+def test_a_full_queue_is_told_before_the_prompt_is_read(
+    kangaroo: Kangaroo, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(kangaroo, parallel=1, queue=0) as server:
+        gate.shut()
+        first = send(server, stream=False, max_tokens=4)
+        until(gate.inside.is_set)
+        monkeypatch.setattr(server.desk, "resolve", lambda asked: pytest.fail("it was tokenized"))
+        with send(server, stream=True) as second, status_of(second) as refused:
+            assert refused.status == 503
+        assert server.metrics()['kangaroo_requests_total{outcome="busy"}'] == 1
+        gate.open.set()
+        with first, status_of(first) as response:
+            assert response.status == 200
+
+
+def test_prompts_that_are_tokenized_hold_no_text_up(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are threads for, and more, are being tokenized while a text is written to its end."""
+    with served(kangaroo, parallel=1, queue=32) as server:
+        resolve, free = server.desk.resolve, threading.Event()
+
+        def slow(asked: Any) -> Any:
+            request = resolve(asked)
+            if asked.settings.max_new_tokens == 5:
+                assert free.wait(60)
+            return request
+
+        monkeypatch.setattr(server.desk, "resolve", slow)
+        written = send(server, stream=True, max_tokens=300)
+        until(lambda: server.desk.pool.running == 1)
+        clients = [send(server, stream=False, max_tokens=5) for _ in range(12)]
+        with written, status_of(written) as response:
+            assert "[DONE]" in response.read().decode()
+        free.set()
+        for client in clients:
+            with client, status_of(client) as response:
+                assert response.status == 200
 
 
 # ---- the end
