@@ -73,11 +73,19 @@ def _default_operations() -> str:
 
 def _devices() -> dict[str, str]:
     capability = torch.backends.cpu.get_cpu_capability()
-    devices = {"cpu": f"{platform.machine()}, {os.cpu_count()} cores, {capability}"}
+    devices = {"cpu": f"{_processor()}, {os.cpu_count()} cores, {capability}"}
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         devices[f"cuda:{index}"] = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
     return devices
+
+
+def _processor() -> str:
+    """The processor's name as Linux gives it; elsewhere, or where it has none, its architecture."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _available(layout: Layout) -> bool:
