@@ -235,6 +235,7 @@ def test_a_timeout_ends_the_text_behind_a_step(kangaroo):
         ({"logit_bias": [3]}, r"logit_bias is \[3\]; it must be a mapping"),
         ({"logit_bias": {"3": 1.0}}, "logit_bias has '3': 1.0"),
         ({"logit_bias": {3: float("nan")}}, "logit_bias has 3: nan"),
+        ({"logit_bias": {3: 1e31}}, r"logit_bias has 3: 1e\+31; .* from -1e\+30 to 1e\+30"),
         ({"logit_bias": {67: 1.0}}, "logit_bias's token 67 is not a whole number from 0 to 66"),
         ({"ignore_eos": 1}, "ignore_eos is 1; it must be True or False"),
         ({"plain": "no"}, "plain is 'no'; it must be True or False"),
