@@ -26,7 +26,8 @@ WIDEST_HEAD = 128
 ``attention`` has 8 warps, which sum in another order, so the two would differ in bits."""
 
 WIDEST_GROUP = 32
-"""The most query heads that share a key-value head for which it does: those of two rows fill a tile of attention."""
+"""The most query heads a key-value head for which the kernel of ``draft_loop`` runs on a GPU: those of an adapter's two
+rows fill a tile of attention."""
 
 MAX_CHILDREN = 4
 """The most candidates behind a tree's row that a drafter ranks, and the most rows that a tree grows by at once."""

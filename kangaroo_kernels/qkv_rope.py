@@ -32,7 +32,10 @@ from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipp
 
 @triton.jit
 def rounded(values, like_ptr):
-    """Values in an element type. What overflows float16 is NaN, as in the reference, so that no row goes past it."""
+    """Values in the type of ``like_ptr``'s elements. What overflows float16 is NaN, as in the reference.
+
+    An infinite key could give a score of minus infinity, and its position would pass unseen.
+    """
     result = values.to(like_ptr.dtype.element_ty)
     if like_ptr.dtype.element_ty == tl.float16:
         result = tl.where(tl.abs(result) == float("inf"), float("nan"), result).to(tl.float16)

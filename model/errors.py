@@ -1,7 +1,7 @@
-"""The error for what goes wrong through no fault of the code, and how it quotes a library's."""
+"""The error for what goes wrong through no fault of the code, and how a library's errors are read and quoted."""
 
-FULL = ("allocate memory", "out of memory", "not enough memory")
-"""How PyTorch and CUDA say that memory is full. A fault in memory, "illegal memory access", is another thing."""
+FULL = ("allocate memory", "out of memory", "not enough memory", "alloc_failed", "bad_alloc")
+"""How PyTorch, CUDA and its libraries say that memory is full. An "illegal memory access" is another thing."""
 
 
 class KangarooError(ValueError):
@@ -17,10 +17,8 @@ class TooLongError(KangarooError):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory is full. PyTorch raises a ``RuntimeError`` then, on a CPU and on a GPU."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
     said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in said for words in FULL)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in said for words in FULL))
 
 
 def reason(error: Exception) -> str:

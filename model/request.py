@@ -25,7 +25,7 @@ MOST_LOGPROBS = 20
 """The most likely tokens whose log-probabilities a request may ask for; OpenAI's limit."""
 
 MOST_BIAS = 1e30
-"""Of a token's logit. Divided by a temperature it is still a float32."""
+"""Of a token's logit, either way: temperatures and penalties in use leave it a float32."""
 
 AUTO = "auto"
 """The ``draft_confidence_threshold`` that finds itself."""
@@ -47,7 +47,7 @@ class Settings:
         seed: of the sampling noise; the same seed gives the same text, with Kangaroo and without. None draws one for
             every text, and ``Generation.seed`` says which.
         repetition_penalty: above 1 it makes tokens that the prompt or the new text holds less likely, below 1 more.
-        logit_bias: what is added to the logits of tokens, by token id.
+        logit_bias: what is added to the logits of tokens, by token id; from -1e30 to 1e30.
         num_speculative_tokens: the most drafts a step, 1 to 15; None takes the drafter's default.
         draft_confidence_threshold: drafting stops below it, 0 to 1. ``auto`` finds threshold and draft length while the
             text is written, by what steps take and how many drafts stand, and drafts nothing where that is faster;

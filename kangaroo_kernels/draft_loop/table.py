@@ -44,8 +44,9 @@ POLLS = 1 << 20
 """How often a waiting program reads the counter before it takes another program for lost. This lasts about a second,
 while a stage takes microseconds."""
 
-ADAPTER_ROWS = 2
-"""The most rows of a pass: the one before the newest token, which the adapter may have missed, and the newest."""
+MOST_PASS_ROWS = 2
+"""The most rows of a pass: the one before the newest token, which the adapter may have missed, and the newest. A pass
+of the target has one, and shares the bound."""
 
 SPARE_SHARED = 4096
 """Bytes of shared memory that a program takes beside its tiles: for reductions, and for the system."""
@@ -238,10 +239,10 @@ class DraftLoop:
                 f"with heads of at most {WIDEST_HEAD}. Draft step by step instead."
             )
         for each in shapes:
-            if ADAPTER_ROWS * each.group > each.tile[0]:
+            if MOST_PASS_ROWS * each.group > each.tile[0]:
                 raise refuse(
                     f"{each.group} query heads share a key-value head; this kernel takes at most "
-                    f"{each.tile[0] // ADAPTER_ROWS} of {x.dtype}. Draft step by step instead."
+                    f"{each.tile[0] // MOST_PASS_ROWS} of {x.dtype}. Draft step by step instead."
                 )
         vocab_size = len(model.embedding if model.vocabulary is None else model.vocabulary.tokens)
         self.head = matrix_of("the head", x, model.norm, model.head, (vocab_size, K))

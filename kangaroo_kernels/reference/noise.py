@@ -18,8 +18,9 @@ from kangaroo_kernels.contract import MAX_ROWS
 ROUNDS = 10
 BLOCK = 8
 """Positions whose noise is made at a time: about as many as a step looks at."""
-KEPT = 32
-"""Blocks that are kept: those of ten texts that are sampled side by side, three each."""
+KEPT = 20
+"""Blocks that are kept, each of 32 bytes a token of the vocabulary: those of ten texts that take turns, two each (of
+five with rejection sampling, which has two streams)."""
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF

@@ -50,7 +50,7 @@ def cached(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def overflow_as_nan(rows: Tensor) -> Tensor:
-    """The same rows, NaN in infinity's place.
+    """Put NaN in the place of infinity, in place.
 
     A query or key of infinity can give a score of minus infinity, and a position would pass unseen.
     """

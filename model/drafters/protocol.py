@@ -36,7 +36,8 @@ class Draft:
     Attributes:
         tokens: ``[k]`` int64; k may be 0.
         hidden: ``[k + 1, hidden]``: what layer ``first_layer`` reads for the newest token and for every draft (their
-            embeddings where ``first_layer`` is 0).
+            embeddings where ``first_layer`` is 0). Where a draft's values overflow, the loop corrects the newest
+            token's row in place, so a drafter that keeps these rows gives a view of them.
         distributions: ``[k, V]`` float32, what each token was drawn from, which rejection sampling needs; None means
             that the drafter is certain of each.
         confidences: of each token, what was held against the threshold; None where the drafter has none.

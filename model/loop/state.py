@@ -18,7 +18,7 @@ class TextState:
     Attributes:
         tokens: prompt and committed tokens.
         cache: the target's keys and values; rows below ``n - 1`` are valid in every layer.
-        memory: what ``Drafter.new_memory`` made; the drafter alone reads and writes it.
+        memory: what ``Drafter.new_memory`` made; the drafter's own.
         final: ``[m, hidden]``, the last layer's output of the latest prefill or verification, on the loop led by the
             host.
         copied: what ``on_device`` has copied so far, and how many tokens that are.

@@ -41,7 +41,7 @@ def make_app(desk: Desk, key: str | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def threads(app: FastAPI) -> AsyncIterator[None]:
-        """A step waits for its turn in a thread, so every session needs one."""
+        """A step waits for its turn in a thread, so every session needs one. Tokenizing must not take it."""
         with ThreadPoolExecutor(desk.pool.parallel) as steps, ThreadPoolExecutor(TOKENIZING_THREADS) as tokenizing:
             asyncio.get_running_loop().set_default_executor(steps)
             app.state.tokenizing = tokenizing

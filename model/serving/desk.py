@@ -6,6 +6,8 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
+import torch
+
 from ..errors import KangarooError, TooLongError, is_out_of_memory
 from ..kangaroo import Kangaroo
 from ..request import Request
@@ -29,7 +31,7 @@ class Desk:
         context: the most tokens of a text, prompt included.
 
     Attributes:
-        gpu_lost: whether the GPU has failed; nothing runs on it before the server is started again.
+        gpu_lost: whether the GPU has failed; then no text can be written before the server is started again.
     """
 
     def __init__(self, kangaroo: Kangaroo, parallel: int, queue: int, context: int) -> None:
@@ -103,7 +105,7 @@ class Desk:
             raise
         except Exception as error:
             outcome = ERROR
-            self.gpu_lost = self.gpu_lost or ("CUDA error" in str(error) and not is_out_of_memory(error))
+            self.gpu_lost = await asyncio.to_thread(is_lost, self.kangaroo.target.device)
             LOG.exception("a text ended with an error")
             raise failed(error) from error
         finally:
@@ -122,6 +124,17 @@ class Desk:
         if text.outcome.finish_reason is None:
             await asyncio.to_thread(text.close)
         self.metrics.count(len(request.tokens), text.outcome.stats)
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a GPU answers no more: after a fault in a kernel, such as an illegal access, every call fails."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def failed(error: Exception) -> RefusedError:

@@ -51,8 +51,8 @@ OUR_NAMES = {
 TOKEN_ID = re.compile("0|[1-9][0-9]{0,17}")
 """A whole number as JSON has it; int() takes more: spaces, underscores, a sign, digits of other scripts."""
 
-MOST_STOPS = 64
-"""Texts that end a text; each is looked for after every token. OpenAI takes four."""
+MOST_STOP_TEXTS = 64
+"""The most texts that may end a text; each is looked for after every token. OpenAI takes four."""
 
 COMPLETION_TOKENS = 16
 """How many tokens a completion has that names no limit, as in OpenAI's API."""
@@ -278,6 +278,6 @@ def _stops(stops: Any) -> list[str]:
     texts = [stops] if isinstance(stops, str) else stops
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise wrong("stop", f"stop is {stops!r}; it must be a text or a list of texts.")
-    if len(texts) > MOST_STOPS:
-        raise wrong("stop", f"stop has {len(texts)} texts; give at most {MOST_STOPS}.")
+    if len(texts) > MOST_STOP_TEXTS:
+        raise wrong("stop", f"stop has {len(texts)} texts; give at most {MOST_STOP_TEXTS}.")
     return texts

@@ -75,7 +75,7 @@ class Pool:
                 waiting.set_exception(closing())
 
     def check_room(self) -> None:
-        """Whether a text that comes now is written or may wait.
+        """Raise unless a text that comes now is written or may wait.
 
         Raises:
             RefusedError: the queue is full, or the server shuts down.

@@ -653,6 +653,8 @@ def test_what_cannot_be_drafted_is_refused_before_the_weights(
     refuse(lambda: Kangaroo.from_pretrained(pair.target, adapter, device="cpu", draft_tree=4), "deep state")
     halves = {"dtype": "float16", "kv_dtype": "float16"}
     refuse(lambda: pair.load(device="cpu", draft_tree=4, **halves), "leave kv_dtype or draft_tree out")
+    monkeypatch.setattr("kangaroo_kernels.model.load.resolve_device", lambda _: torch.device("cuda"))
+    refuse(lambda: pair.load(persistent=True), "persistent=True drafts in float16 or bfloat16", "torch.float32")
 
 
 @pytest.mark.parametrize("plain", [False, True])

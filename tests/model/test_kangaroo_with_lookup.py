@@ -361,7 +361,7 @@ def test_on_a_gpu_graphs_change_nothing(pair, sampling):
 
 
 @pytest.mark.parametrize("tree", [None, 6], ids=["chain", "tree"])
-def test_a_looked_up_token_that_overflows(pair, tree):
+def test_a_looked_up_token_that_overflows(pair, tree, monkeypatch):
     """It spoils the newest token's row beside it; that one then goes through alone, as in plain decoding."""
     kangaroo = pair.load(device="cpu", prompt_lookup=True, draft_tree=tree)
     whole = kangaroo.generate(REPEATING, max_new_tokens=40, plain=True).tokens
@@ -372,10 +372,14 @@ def test_a_looked_up_token_that_overflows(pair, tree):
         return Match(torch.full((most,), never), torch.tensor([15 if int(length) % 3 else 0]))
 
     kangaroo.target.backend = replace(kangaroo.target.backend, look_up=look_up)
+    said, embed = [], kangaroo.target.embed
+    monkeypatch.setattr(kangaroo.target, "embed", lambda tokens: (said.extend(tokens), embed(tokens))[1])
     session = kangaroo.session()
     for _ in range(2):
+        said.clear()
         found = session.generate(REPEATING, max_new_tokens=40, draft_confidence_threshold=0.0)
         assert found.tokens == whole
+        assert never in said  # it was drafted
     memory = session.memory.drafter_memory
     assert memory.cache.keys[0][:, : memory.length].isfinite().all()  # nor does it spoil the adapter
     assert all(rows.isfinite().all() for rows in memory.missed)

@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import pytest
 import serve_load
+import torch
 from conftest import Pair
 from serving import Served, served
 
@@ -25,8 +26,11 @@ from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.commands import cli, serve
 from kangaroo_kernels.model.loop import host as host_module
 from kangaroo_kernels.model.loop.state import Written
+from kangaroo_kernels.model.serving import desk as desk_module
 from kangaroo_kernels.model.serving import server as server_module
 from kangaroo_kernels.model.serving import transport
+from kangaroo_kernels.model.serving.app import TOKENIZING_THREADS
+from kangaroo_kernels.model.serving.desk import is_lost
 from kangaroo_kernels.model.serving.pool import choose
 from kangaroo_kernels.model.serving.server import bind, reaches_out, url_of
 
@@ -190,6 +194,10 @@ def test_a_client_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
         (KangarooError("the logits are not finite."), "the logits are not finite."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory for this text"),
         (ZeroDivisionError("secret"), "the text ended with an error that the server's log has"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+            "there is not enough memory",
+        ),
         (RuntimeError("the device memory is damaged"), "the text ended with an error that the server's log has"),
     ],
 )
@@ -221,24 +229,29 @@ def test_errors_of_a_step(error: Exception, sentence: str, kangaroo: Kangaroo, m
         assert server.metrics()['kangaroo_requests_total{outcome="error"}'] == 3
 
 
-@pytest.mark.parametrize(
-    ("error", "lost"),
-    [
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
-        (RuntimeError("CUDA error: out of memory"), False),
-        (ZeroDivisionError("secret"), False),
-    ],
-)
+def test_a_gpu_that_fails_is_waited_for_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", failing)
+    assert is_lost(torch.device("cuda"))
+    assert not is_lost(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert not is_lost(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("lost", [True, False])
 def test_a_gpu_that_is_lost_is_no_healthy_server(
-    error: Exception, lost: bool, kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch
+    lost: bool, kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every later text would fail, so whoever watches the server is told to start it again."""
 
     def failing(*arguments: Any) -> Any:
-        raise error
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 
     with served(kangaroo, parallel=1) as server, server.client() as client:
         monkeypatch.setattr(host_module, "verify", failing)
+        monkeypatch.setattr(desk_module, "is_lost", lambda device: lost)
         with pytest.raises(openai.InternalServerError):
             client.completions.create(model=kangaroo.name, prompt="ABC", temperature=0)
         connection = http.client.HTTPConnection(*server.address)
@@ -265,21 +278,27 @@ def test_a_full_queue_is_told_before_the_prompt_is_read(
             assert response.status == 200
 
 
-def test_prompts_that_are_tokenized_hold_no_text_up(kangaroo: Kangaroo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_are_tokenized_hold_no_text_up(
+    kangaroo: Kangaroo, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As many as there are threads for, and more, are being tokenized while a text is written to its end."""
     with served(kangaroo, parallel=1, queue=32) as server:
-        resolve, free = server.desk.resolve, threading.Event()
+        resolve, free, entered = server.desk.resolve, threading.Event(), []
 
         def slow(asked: Any) -> Any:
             request = resolve(asked)
             if asked.settings.max_new_tokens == 5:
+                entered.append(asked)
                 assert free.wait(60)
             return request
 
         monkeypatch.setattr(server.desk, "resolve", slow)
-        written = send(server, stream=True, max_tokens=300)
-        until(lambda: server.desk.pool.running == 1)
+        gate.shut()
+        written = send(server, stream=True, max_tokens=30)
+        until(gate.inside.is_set)
         clients = [send(server, stream=False, max_tokens=5) for _ in range(12)]
+        until(lambda: len(entered) == TOKENIZING_THREADS)
+        gate.open.set()
         with written, status_of(written) as response:
             assert "[DONE]" in response.read().decode()
         free.set()
