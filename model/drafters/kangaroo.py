@@ -189,8 +189,9 @@ class KangarooDrafter(Drafter):
         if len(rows) > MAX_ROWS:
             self.adapter.append(rows[:-1], memory.cache, seen, None if states is None else states[:-1])
             rows, seen, states = row, last - 1, None if states is None else states[-1:]
+        output = self.adapter.run(rows, memory.cache, seen, states)[-1:]
         memory.missed, memory.length = [], last
-        return self.adapter.run(rows, memory.cache, seen, states)[-1:]
+        return output
 
     def guess(
         self, hidden: Tensor, chooser: "Chooser", position: int, drafted: Sequence[int] = ()
