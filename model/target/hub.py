@@ -115,7 +115,7 @@ def _download(name: str, what: str, files: list[str] | None = None) -> Path:
     except Exception as error:  # the hub, its HTTP client and the file system raise their own kinds
         try:
             return Path(snapshot_download(name, local_files_only=True))
-        except Exception:
+        except (OSError, ValueError):  # no earlier download; why the hub failed says more
             raise KangarooError(
                 f"{what} {name!r} is not a folder, and the hub does not provide it ({reason(error)})."
             ) from error
