@@ -38,6 +38,10 @@ CANDIDATES = 8
 LEAST_SHARE = 0.02
 """The share below which a candidate is not worth its row."""
 
+LEAST_DOUBT = 1e-6
+"""A trained confidence takes no token for less likely than this, or for likelier than one minus this, so that the logit
+of its probability is finite."""
+
 NO_TOKEN = -1
 """Stands where there is no token: in a tree's rows of padding, and at the end of the list of stop tokens."""
 
@@ -67,7 +71,8 @@ class Top1(NamedTuple):
 
     Attributes:
         token: ``[M]`` int64.
-        confidence: ``[M]`` float32, the most likely token's softmax probability; NaN where the row holds a NaN.
+        confidence: ``[M]`` float32, the most likely token's softmax probability, or the trained confidence where the
+            head has one; NaN where the row holds a NaN.
     """
 
     token: Tensor
@@ -277,6 +282,21 @@ class DraftVocabulary(NamedTuple):
         """Logits ``[M, R]`` as those of the whole vocabulary, ``[M, V]`` of the same dtype: -inf for the others."""
         whole = logits.new_full((len(logits), self.size), float("-inf"))
         return whole.index_copy_(1, self.tokens.long(), logits)
+
+
+class TrainedConfidence(NamedTuple):
+    """What makes a drafting head's confidence of its input row x and of p, the most likely token's probability.
+
+    It is ``sigmoid(scale * logit(p) + dot(weight, x / sqrt(mean(x^2) + eps)) + bias)``, with p kept ``LEAST_DOUBT``
+    away from 0 and 1, and takes p's place wherever the confidence is reported or compared.
+
+    Attributes:
+        weight: ``[K]`` float32; the head's norm weight is already a factor of it.
+        scale_bias: ``[2]`` float32, the scale and the bias.
+    """
+
+    weight: Tensor
+    scale_bias: Tensor
 
 
 class Record(NamedTuple):

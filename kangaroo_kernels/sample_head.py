@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Top1
+from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Top1, TrainedConfidence
 from kangaroo_kernels.launch_config import LaunchConfig, launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.ancestors import places_of
@@ -39,6 +39,7 @@ from kangaroo_kernels.shared.filters import (
 from kangaroo_kernels.shared.head import (
     TileResults,
     check_head,
+    check_trained,
     check_vocabulary,
     confidence_from,
     exponential_sum,
@@ -57,7 +58,7 @@ from kangaroo_kernels.shared.launch import (
     weight_and_bias,
 )
 from kangaroo_kernels.shared.noise import gumbel_of, gumbel_tile
-from kangaroo_kernels.shared.operands import Found, Groups, Linear, Looked, Matrix, Noise, Norm, TileParts
+from kangaroo_kernels.shared.operands import Found, Groups, Linear, Looked, Matrix, Noise, Norm, TileParts, Trained
 from kangaroo_kernels.shared.tiles import BLOCK_M, add_bias, norm_project, skipped
 
 NUMBERS = ["position_ptr", "seed_ptr", "active_ptr", "temperature_ptr", "tokens_ptr", "ancestors_ptr"]  # lie anywhere
@@ -156,6 +157,7 @@ def sample_head_kernel(
         "threshold_ptr",
         "top_k_ptr",
         "top_p_ptr",
+        "scale_bias_ptr",
     ],
 )
 def filtered_sample_kernel(
@@ -175,6 +177,12 @@ def filtered_sample_kernel(
     embedded_ptr,  # [M, K] or None
     tokens_ptr,  # [V] int32 or None
     ancestors_ptr,  # [M] int32 or None
+    x_ptr,  # [M, K], as the five below, or None without a trained confidence
+    trained_ptr,  # [K] float32
+    scale_bias_ptr,  # [2] float32
+    x_row_stride,
+    x_cols,
+    eps,
     stream,
     temperature_ptr,  # [1] float32
     top_k_ptr,  # [1] int64 or None
@@ -212,7 +220,8 @@ def filtered_sample_kernel(
         score = tl.maximum(score, best)
     embedding = Matrix(embedding_ptr, None, K, embedding_row_stride)
     embedded = Matrix(embedded_ptr, None, K, embedded_row_stride)
-    found = Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded, tokens_ptr)
+    trained = None if x_ptr is None else Trained(x_ptr, trained_ptr, scale_bias_ptr, x_row_stride, x_cols, eps)
+    found = Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded, tokens_ptr, trained)
     finish_row(row, token, confidence_from(total), found)
 
 
@@ -275,6 +284,7 @@ def sample_head(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     vocabulary: DraftVocabulary | None = None,
+    trained: TrainedConfidence | None = None,
     ancestors: Tensor | None = None,
     threshold: float | Tensor | None = None,
     active: Tensor | None = None,
@@ -293,6 +303,7 @@ def sample_head(
     sure = active if sure is None else sure
     out = check_head("sample_head", x, out, threshold, sure, embedding, embedded)
     tokens = check_vocabulary("sample_head", matrix, vocabulary, embedding)
+    operands = check_trained("sample_head", x, trained, eps)
     rows, vocab_size = x.shape[0], matrix.shape[0]
     top_k, top_p = real_filter(top_k, vocab_size), real_filter(top_p, 1.0)
     filtered = top_k is not None or top_p is not None
@@ -306,7 +317,7 @@ def sample_head(
     noise = where, key, active, None if filtered else tokens, None if filtered else ancestors, stream, degrees
     launch(config, x, norm_weight, (matrix, bias), logits, results, noise, eps)
     if results is not None:
-        return merge_tiles(results, out, active, threshold, embedding, embedded, sure, tokens)
+        return merge_tiles(results, out, active, threshold, embedding, embedded, sure, tokens, operands)
     groups = group(cast(Tensor, logits), active, degrees, with_sums=True, with_masses=top_k is None)
     filtered_sample_kernel[(rows,)](
         logits,
@@ -322,6 +333,7 @@ def sample_head(
         embedded,
         tokens,
         ancestors,
+        *operands,
         stream,
         degrees,
         None if top_k is None else device_count(top_k, x.device),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.contract import DraftVocabulary, Top1
+from kangaroo_kernels.contract import DraftVocabulary, Top1, TrainedConfidence
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.shared.cache_keys import stable_key
@@ -19,6 +19,7 @@ from kangaroo_kernels.shared.chain import fetch_ahead, follow
 from kangaroo_kernels.shared.head import (
     TileResults,
     check_head,
+    check_trained,
     check_vocabulary,
     exponential_sum,
     first_best,
@@ -92,6 +93,7 @@ def top1_head(
     *,
     eps: float,
     vocabulary: DraftVocabulary | None = None,
+    trained: TrainedConfidence | None = None,
     threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
@@ -106,6 +108,7 @@ def top1_head(
     sure = active if sure is None else sure
     out = check_head("top1_head", x, out, threshold, sure, embedding, embedded)
     tokens = check_vocabulary("top1_head", matrix, vocabulary, embedding)
+    operands = check_trained("top1_head", x, trained, eps)
     config = launch_config("top1_head", matrix.shape[0], matrix.shape[1], x)
     tiles = TileResults(x.shape[0], triton.cdiv(matrix.shape[0], config.block_n), x.device, sampled=False)
     top1_head_kernel[(tiles.tiles,)](
@@ -128,4 +131,4 @@ def top1_head(
         num_stages=config.num_stages,
         **launch_options(x),
     )
-    return merge_tiles(tiles, out, active, threshold, embedding, embedded, sure, tokens)
+    return merge_tiles(tiles, out, active, threshold, embedding, embedded, sure, tokens, operands)

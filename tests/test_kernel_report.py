@@ -34,7 +34,10 @@ PERSISTENT, MERGE = "draft_loop_kernel", "attention_merge_kernel"
 STREAMING = {"qkv_rope_kernel", "linear_residual_kernel", "gate_up_kernel", "top1_head_kernel", "sample_head_kernel"}
 
 SOME_ROWS = "sampling draft head, 8192 rows", "sampling draft loop, 8192 rows"
-DRAFTING = ("draft step", "sampling draft head", "draft loop", "sampling draft loop", *SOME_ROWS)
+DRAFTING = (
+    *("draft step", "sampling draft head", "draft loop", "sampling draft loop", "draft head, trained confidence"),
+    *SOME_ROWS,
+)
 RUNS = {
     "bfloat16": ("--variants", "--rows", "1", "--rows", "16"),
     "float16 and float32": ("--dtype", "float16", "--dtype", "float32"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from kangaroo_kernels.cards import cards_of
-from kangaroo_kernels.contract import AttentionBlock, DraftModel, DraftVocabulary, Layer, Mlp
+from kangaroo_kernels.contract import AttentionBlock, DraftModel, DraftVocabulary, Layer, Mlp, TrainedConfidence
 from kangaroo_kernels.draft_loop import DraftLoop
 from kangaroo_kernels.launch_config import launch_config
 from kangaroo_kernels.operation import EPS, OPERATIONS
@@ -111,16 +111,20 @@ def head(
     filters: tuple[str, ...] = (),
     drafting: bool = False,
     rows: int | None = None,
+    trained: bool = False,
 ) -> Calls:
     """A head, with the ``filters``, of so many ``rows``, or of all.
 
-    That of a drafting step is also given the flag, which it may lower, and where the next step begins.
+    That of a drafting step is also given the flag, which it may lower, and where the next step begins; it may have a
+    ``trained`` confidence.
     """
-    more = {"temperature": empty(1)} if op == "sample_head" else {}
+    more: dict[str, Any] = {"temperature": empty(1)} if op == "sample_head" else {}
     more |= {name: empty(1, dtype=torch.int64 if name == "top_k" else torch.float32) for name in filters}
     if drafting:
         table = empty(shape.vocab_size, shape.hidden, dtype=settings.dtype)
         more |= {"threshold": empty(1), "embedding": table, "embedded": table[:1], **DRAFTING}
+    if trained:
+        more["trained"] = TrainedConfidence(empty(shape.hidden), empty(2))
     whole = call(shape, settings, op, "head", **more)
     if rows is None:
         yield whole
@@ -205,6 +209,7 @@ def draft_loop(
 
 BOTH = "top_k", "top_p"
 SOME_ROWS = partial(head, drafting=True, rows=8192)
+TRAINED = partial(head, drafting=True, trained=True)
 
 STEPS = (
     Step("layer", layer),
@@ -224,6 +229,8 @@ STEPS = (
     Step("draft step, short text", draft_step, length=SHORT_TEXT, drafting=True, variant=True),
     Step("sampling draft head", partial(head, drafting=True), drafting=True, variant=True),
     Step("filtered draft head", partial(head, filters=BOTH, drafting=True), drafting=True, variant=True),
+    Step("draft head, trained confidence", partial(TRAINED, op="top1_head"), drafting=True, variant=True),
+    Step("filtered draft head, trained confidence", partial(TRAINED, filters=BOTH), drafting=True, variant=True),
     Step("draft loop", draft_loop, drafting=True, variant=True),
     Step("draft loop, 4 layers", partial(draft_loop, layers=4, most=15), drafting=True, variant=True),
     Step("draft loop, adapter with an MLP", partial(draft_loop, mlp=True), drafting=True, variant=True),

@@ -267,6 +267,7 @@ def draft_loop_kernel(
                                 Matrix(embedding_ptr, None, K, K),
                                 Matrix(newest_ptr, None, K, K),
                                 tokens_ptr,
+                                None,
                             ),
                         )
 

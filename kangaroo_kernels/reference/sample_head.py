@@ -7,11 +7,11 @@ Bytes moved: the head, ``V * K`` elements, once.
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Top1
+from kangaroo_kernels.contract import TARGET_STREAM, DraftVocabulary, Top1, TrainedConfidence
 from kangaroo_kernels.packed_weight import Weight
 from kangaroo_kernels.reference.ancestors import depths
 from kangaroo_kernels.reference.noise import gumbel_rows
-from kangaroo_kernels.reference.top1_head import confidence_of, finish_step, lm_head, token_of
+from kangaroo_kernels.reference.top1_head import confidence_of, finish_step, lm_head, token_of, trained_confidence
 from kangaroo_kernels.shared.checks import SEEDS, check_ancestors, check_count, check_sampling
 
 
@@ -48,6 +48,7 @@ def sample_head(
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
     vocabulary: DraftVocabulary | None = None,
+    trained: TrainedConfidence | None = None,
     ancestors: Tensor | None = None,
     threshold: float | Tensor | None = None,
     active: Tensor | None = None,
@@ -75,7 +76,7 @@ def sample_head(
             choose among the weight's rows.
         ancestors: ``[M]`` int32, for rows that are a whole tree (``reference/ancestors.py``), the root first: siblings
             are followed by tokens at one position, which share its noise.
-        threshold, active, sure, embedding, embedded, out: as for ``top1_head``.
+        trained, threshold, active, sure, embedding, embedded, out: as for ``top1_head``.
 
     Raises:
         ValueError: a number out of these bounds; numbers that lie on the device are not checked.
@@ -95,5 +96,5 @@ def sample_head(
         noise = noise.index_select(1, vocabulary.tokens)
     row = filter_logits(logits, temperature, top_k, top_p).add_(noise).argmax(dim=-1)
     verdict = active if sure is None else sure
-    found = Top1(token_of(row, vocabulary), confidence_of(logits))
+    found = Top1(token_of(row, vocabulary), trained_confidence(x, confidence_of(logits), trained, eps))
     return finish_step(found, threshold, verdict, embedding, embedded, out)

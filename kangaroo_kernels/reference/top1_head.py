@@ -6,7 +6,7 @@ Ties go to the lowest index, as with ``torch.argmax``. Bytes moved: the head, ``
 import torch
 from torch import Tensor
 
-from kangaroo_kernels.contract import DraftVocabulary, Top1
+from kangaroo_kernels.contract import LEAST_DOUBT, DraftVocabulary, Top1, TrainedConfidence
 from kangaroo_kernels.packed_weight import Weight, out_features
 from kangaroo_kernels.reference.rms_norm import norm_linear
 
@@ -24,6 +24,22 @@ def lm_head(x: Tensor, norm_weight: Tensor, weight: Weight, *, eps: float, activ
 def confidence_of(logits: Tensor) -> Tensor:
     """The top-1 softmax probability of each row: ``[M, V]`` to ``[M]`` float32."""
     return torch.softmax(logits, dim=-1).amax(dim=-1)
+
+
+def trained_confidence(x: Tensor, probability: Tensor, trained: TrainedConfidence | None, eps: float) -> Tensor:
+    """The confidence of heads that were trained to have one: ``[M]`` float32.
+
+    Args:
+        x: ``[M, K]``, the head's input.
+        probability: ``[M]`` float32, the top-1 probability of each row; without a trained confidence the result.
+        trained: what the confidence is made of.
+        eps: of the head's norm.
+    """
+    if trained is None:
+        return probability
+    wide, (scale, bias) = x.float(), trained.scale_bias
+    seen = (wide @ trained.weight) * torch.rsqrt(wide.square().mean(dim=-1) + eps)
+    return torch.sigmoid(scale * torch.logit(probability, LEAST_DOUBT) + seen + bias)
 
 
 def token_of(row: Tensor, vocabulary: DraftVocabulary | None) -> Tensor:
@@ -56,6 +72,7 @@ def top1_head(
     *,
     eps: float,
     vocabulary: DraftVocabulary | None = None,
+    trained: TrainedConfidence | None = None,
     threshold: float | Tensor | None = None,
     active: Tensor | None = None,
     sure: Tensor | None = None,
@@ -71,6 +88,7 @@ def top1_head(
         weight: ``[V, K]``, or ``[R, K]`` with a vocabulary of R tokens.
         eps: of the norm.
         vocabulary: the tokens of the weight's rows, where these are not all; the confidence is that among them.
+        trained: takes the place of the softmax's probability as the confidence, also beside the threshold.
         threshold: for a drafting step, M = 1: ``sure`` says whether the confidence reaches it; a number, or ``[1]``
             float32 for captured work that serves every threshold.
         active: ``[1]`` int32; where it is 0 nothing is done, and the result is whatever ``out`` holds.
@@ -82,5 +100,6 @@ def top1_head(
     if active is not None and not active:
         return Top1.empty(len(x), x.device) if out is None else out
     logits = lm_head(x, norm_weight, weight, eps=eps)
-    found = Top1(token_of(logits.argmax(dim=-1), vocabulary), confidence_of(logits))
+    confidence = trained_confidence(x, confidence_of(logits), trained, eps)
+    found = Top1(token_of(logits.argmax(dim=-1), vocabulary), confidence)
     return finish_step(found, threshold, active if sure is None else sure, embedding, embedded, out)

@@ -10,15 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kangaroo_kernels.contract import DraftVocabulary, Top1
+from kangaroo_kernels.contract import LEAST_DOUBT, DraftVocabulary, Top1, TrainedConfidence
 from kangaroo_kernels.shared.cache_keys import stable_key
 from kangaroo_kernels.shared.chain import follow
 from kangaroo_kernels.shared.launch import device_number, launch_options
-from kangaroo_kernels.shared.operands import Found, Matrix, TileParts
+from kangaroo_kernels.shared.operands import Found, Matrix, TileParts, Trained
 from kangaroo_kernels.shared.tiles import CHUNK, skipped
 
 NO_INDEX = tl.constexpr(2**31 - 1)
 """Above every index of a head's row, so that it loses against each."""
+
+DOUBT = tl.constexpr(LEAST_DOUBT)
 
 MERGE_WARPS = 4
 """Warps of the merge: as many as ``draft_loop`` has, since the order of its sum depends on them."""
@@ -53,11 +55,30 @@ def confidence_from(total):
 
 
 @triton.jit
-def finish_row(row, token, confidence, found):
+def trained_confidence(row, probability, trained):
+    """The trained confidence of ``row``; NaN where its probability or a number of its input is NaN."""
+    squares, products = tl.zeros((CHUNK,), dtype=tl.float32), tl.zeros((CHUNK,), dtype=tl.float32)
+    for first in range(0, trained.cols, CHUNK):
+        offs = first + tl.arange(0, CHUNK)
+        there = offs < trained.cols
+        wide = tl.load(trained.x_ptr + row * trained.row_stride + offs, mask=there, other=0.0).to(tl.float32)
+        squares += wide * wide
+        products += wide * tl.load(trained.weight_ptr + offs, mask=there, other=0.0)
+    seen = tl.sum(products, axis=0) / tl.sqrt(tl.sum(squares, axis=0) / trained.cols + trained.eps)
+    inside = tl.where(probability < DOUBT, DOUBT, tl.where(probability > 1.0 - DOUBT, 1.0 - DOUBT, probability))
+    scale, bias = tl.load(trained.scale_bias_ptr), tl.load(trained.scale_bias_ptr + 1)
+    return 1.0 / (1.0 + tl.exp(-(scale * (tl.log(inside) - tl.log(1.0 - inside)) + seen + bias)))
+
+
+@triton.jit
+def finish_row(row, token, probability, found):
     """Write what a head found, and whether it is sure; fetch the token's embedding for the next step.
 
     ``token`` is the number of the head's row that won; the best row with the lowest number has the lowest token.
     """
+    confidence = probability
+    if found.trained is not None:
+        confidence = trained_confidence(row, probability, found.trained)
     if found.tokens_ptr is not None:
         token = tl.load(found.tokens_ptr + token)
     tl.store(found.token_ptr + row, token.to(tl.int64))
@@ -107,6 +128,7 @@ def merge_row(row, parts, found):
         "sure_ptr",
         "threshold_ptr",
         "tokens_ptr",
+        "scale_bias_ptr",
     ]
 )
 def merge_tiles_kernel(
@@ -122,6 +144,12 @@ def merge_tiles_kernel(
     embedding_ptr,  # [V, K] or None
     embedded_ptr,  # [M, K] or None
     tokens_ptr,  # [V] int32 or None
+    x_ptr,  # [M, K], as the five below, or None without a trained confidence
+    trained_ptr,  # [K] float32
+    scale_bias_ptr,  # [2] float32
+    x_row_stride,
+    x_cols,
+    eps,
     TILES,
     embedding_row_stride,
     embedded_row_stride,
@@ -134,10 +162,11 @@ def merge_tiles_kernel(
         return
     embedding = Matrix(embedding_ptr, None, K, embedding_row_stride)
     embedded = Matrix(embedded_ptr, None, K, embedded_row_stride)
+    trained = None if x_ptr is None else Trained(x_ptr, trained_ptr, scale_bias_ptr, x_row_stride, x_cols, eps)
     merge_row(
         tl.program_id(0),
         TileParts(score_ptr, index_ptr, largest_ptr, sum_ptr, TILES),
-        Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded, tokens_ptr),
+        Found(token_ptr, confidence_ptr, sure_ptr, threshold_ptr, embedding, embedded, tokens_ptr, trained),
     )
 
 
@@ -212,6 +241,24 @@ def check_vocabulary(
     return tokens.contiguous()
 
 
+TrainedOperands = tuple[Tensor, Tensor, Tensor, int, int, float] | tuple[None, None, None, None, None, None]
+"""What a merge is given for a trained confidence: input, weight, scale and bias, row stride, K, eps."""
+
+
+def check_trained(op: str, x: Tensor, trained: TrainedConfidence | None, eps: float) -> TrainedOperands:
+    """The operands of a trained confidence, or so many None; raises where it does not fit ``x`` ``[M, K]``."""
+    if trained is None:
+        return None, None, None, None, None, None
+    for name, given, size in zip(trained._fields, trained, (x.shape[1], 2), strict=True):
+        fits = given.shape == (size,) and given.is_contiguous()
+        if not fits or (given.dtype, given.device) != (torch.float32, x.device):
+            raise ValueError(
+                f"{op}: the trained confidence's {name} is {list(given.shape)} {given.dtype} on {given.device}; "
+                f"it must be [{size}] torch.float32 on {x.device}, contiguous."
+            )
+    return x, *trained, x.stride(0), x.shape[1], eps
+
+
 def merge_tiles(
     tiles: TileResults,
     out: Top1,
@@ -221,6 +268,7 @@ def merge_tiles(
     embedded: Tensor | None,
     sure: Tensor | None,
     tokens: Tensor | None,
+    trained: TrainedOperands,
 ) -> Top1:
     """Launch the merge."""
     merge_tiles_kernel[(tiles.rows,)](
@@ -236,6 +284,7 @@ def merge_tiles(
         embedding,
         embedded,
         tokens,
+        *trained,
         tiles.tiles,
         0 if embedding is None else embedding.stride(0),
         0 if embedded is None else embedded.stride(0),

@@ -218,6 +218,28 @@ class Looked(NamedTuple):
     count: tl.tensor
 
 
+class Trained(NamedTuple):
+    """What a trained confidence is made of, beside the probability.
+
+    Its input is no ``Matrix``: Triton 3.6 loses a bundle that is two bundles deep.
+
+    Attributes:
+        x_ptr: the head's input, ``[M, K]`` of the model's dtype.
+        weight_ptr: ``[K]`` float32.
+        scale_bias_ptr: ``[2]`` float32.
+        row_stride: from row to row of x.
+        cols: K.
+        eps: of the head's norm.
+    """
+
+    x_ptr: tl.tensor
+    weight_ptr: tl.tensor
+    scale_bias_ptr: tl.tensor
+    row_stride: tl.tensor
+    cols: tl.tensor
+    eps: tl.tensor
+
+
 class Found(NamedTuple):
     """Where the result of a head goes, and what a drafting step does with it.
 
@@ -229,6 +251,7 @@ class Found(NamedTuple):
         embedding: ``[V, K]``; its pointer is None where no further step needs an embedding.
         embedded: ``[M, K]``, where the tokens' embeddings go; its pointer is None where that of ``embedding`` is.
         tokens_ptr: ``[V]`` int32, the token of each of the head's rows; None where a row's number is its token.
+        trained: what the confidence is made of; None where it is the probability itself.
     """
 
     token_ptr: tl.tensor
@@ -238,6 +261,7 @@ class Found(NamedTuple):
     embedding: Matrix
     embedded: Matrix
     tokens_ptr: tl.tensor | None
+    trained: Trained | None
 
 
 class Noise(NamedTuple):

@@ -327,7 +327,7 @@ def test_tiles_are_merged(device, count, winners, sampled):
         (tiles.indices, indices),
     ):
         mine.copy_(theirs)
-    out = merge_tiles(tiles, poisoned_top1(rows, device), *[None] * 6)
+    out = merge_tiles(tiles, poisoned_top1(rows, device), *[None] * 6, [None] * 6)
     wanted = by_formula(scores, indices, largest, sums)
     assert torch.equal(out.token.cpu(), wanted.token)
     assert out.token.tolist() == indices[:, winners[0]].tolist()
@@ -343,10 +343,10 @@ def test_merged_tiles_may_be_empty_or_nan(device, place):
     tiles.largest.fill_(-INFINITY)[:, place] = 2.0
     tiles.sums.zero_()[:, place] = 4.0
     tiles.indices.copy_(torch.arange(count))
-    out = merge_tiles(tiles, poisoned_top1(1, device), *[None] * 6)
+    out = merge_tiles(tiles, poisoned_top1(1, device), *[None] * 6, [None] * 6)
     assert (out.token.tolist(), out.confidence.tolist()) == ([place], [0.25])
     tiles.largest[:, place], tiles.sums[:, place] = INFINITY, NAN
-    out = merge_tiles(tiles, poisoned_top1(1, device), *[None] * 6)
+    out = merge_tiles(tiles, poisoned_top1(1, device), *[None] * 6, [None] * 6)
     assert out.token.tolist() == [place]
     assert out.confidence.isnan().all()
 
