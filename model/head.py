@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from kangaroo_kernels.contract import DraftVocabulary
+from kangaroo_kernels.contract import DraftVocabulary, TrainedConfidence
 from kangaroo_kernels.packed_weight import Weight
-from kangaroo_kernels.reference.top1_head import lm_head
+from kangaroo_kernels.reference.top1_head import confidence_of, lm_head, trained_confidence
 
 
 class Head(NamedTuple):
@@ -17,16 +17,22 @@ class Head(NamedTuple):
         weight: ``[V, hidden]``, or ``[R, hidden]`` with a vocabulary of R tokens.
         eps: of the norm.
         vocabulary: the tokens of the weight's rows, on its device; None where it has all.
+        trained: what its confidence is made of, where that was trained; None for the softmax's.
     """
 
     norm: Tensor
     weight: Weight
     eps: float
     vocabulary: DraftVocabulary | None = None
+    trained: TrainedConfidence | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """By the reference: ``[M, hidden]`` to ``[M, V]`` float32, -inf for a token without a row."""
         return self.whole_rows(lm_head(hidden, self.norm, self.weight, eps=self.eps))
+
+    def confidence(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """How sure the head is of the drafts behind ``hidden`` ``[M, hidden]``, whose rows gave ``logits``: ``[M]``."""
+        return trained_confidence(hidden, confidence_of(logits), self.trained, self.eps)
 
     def whole_rows(self, logits: Tensor) -> Tensor:
         """Logits of the weight's rows, ``[M, R]``, as those of all tokens: ``[M, V]``, -inf for one without a row."""

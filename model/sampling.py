@@ -184,7 +184,7 @@ class Chooser:
     def draft(
         self, hidden: Tensor, head: Head, position: int | Tensor, *, drafted: Sequence[int] = (), **step: Any
     ) -> Top1:
-        """The drafter's token at ``position`` and its un-tempered top-1 probability, ``[1]`` each.
+        """The drafter's token at ``position`` and the head's confidence, which is un-tempered, ``[1]`` each.
 
         ``drafted`` are the tokens behind the text so far; ``step`` goes to the head's operation.
         """
@@ -193,7 +193,7 @@ class Chooser:
         assert isinstance(position, int), KNOWN_POSITIONS
         logits = self.logits(hidden, head)
         token = self._pick_from(head.whole_rows(logits), position, self.draft_stream, drafted)
-        return Top1(token, confidence_of(logits))
+        return Top1(token, head.confidence(hidden, logits))
 
     def logits(self, hidden: Tensor, head: Head) -> Tensor:
         """What the weight's rows give: ``[M, V]`` or ``[M, R]`` float32, with the bits of the backend's heads."""
@@ -257,7 +257,7 @@ class Chooser:
     ) -> Top1:
         numbers, operations = self.numbers, self.backend.for_rows(len(hidden))
         given = hidden, head.norm, head.weight
-        step |= {"eps": head.eps, "vocabulary": head.vocabulary}
+        step |= {"eps": head.eps, "vocabulary": head.vocabulary, "trained": head.trained}
         if self.sampling.greedy:
             return operations.top1_head(*given, **step)
         return operations.sample_head(
@@ -289,7 +289,7 @@ class Chooser:
         filtered = self.sampling.filter(self.shaped(finite, drafted))
         token = (filtered + self.noise(DRAFT_STREAM, position, filtered)).argmax(dim=-1)
         filtered[0, token] = filtered[0, token].clamp(min=torch.finfo(filtered.dtype).min)
-        return Top1(token, confidence_of(logits)), torch.softmax(filtered, dim=-1)
+        return Top1(token, head.confidence(hidden, logits)), torch.softmax(filtered, dim=-1)
 
     def target_or_draft(
         self, hidden: Tensor, head: Head, position: int, draft: Tensor, draft_distribution: Tensor

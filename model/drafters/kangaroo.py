@@ -90,8 +90,9 @@ class KangarooDrafter(Drafter):
         target: the model.
         adapter: trained for it.
         persistent: on the kernels, draft in one launch (``draft_loop``) instead of kernel by kernel. The references
-            still draft step by step, and so do an adapter with a deep state, a request with top-k or top-p, which need
-            a row of logits, one with a threshold of ``auto``, and one whose loop the host leads (``Settings``).
+            still draft step by step, and so do an adapter with a deep state or a trained confidence, a request with
+            top-k or top-p, which need a row of logits, one with a threshold of ``auto``, and one whose loop the host
+            leads (``Settings``).
 
     Raises:
         KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU.
@@ -247,9 +248,10 @@ class KangarooDrafter(Drafter):
         return iteration.max_drafts
 
     def _in_one_launch(self, iteration: "Iteration") -> bool:
-        sampling = iteration.chooser.sampling
+        sampling, adapter = iteration.chooser.sampling, self.adapter
         step_by_step = iteration.auto or sampling.top_k is not None or sampling.top_p is not None
-        return self.persistent and self.adapter.state is None and not step_by_step
+        plain = adapter.state is None and adapter.head.trained is None
+        return self.persistent and plain and not step_by_step
 
     def _loop(self, iteration: "Iteration") -> PreparedLoop:
         def prepare() -> PreparedLoop:
