@@ -1,4 +1,4 @@
-"""``linear_residual`` in Triton: the output or down projection plus the residual stream.
+"""``linear_residual`` in Triton: the output or down projection plus the residual stream, or a projection alone.
 
 A program owns ``BLOCK_N`` columns of the output. Bytes moved: ``N * K`` elements of weight, once.
 """
@@ -26,10 +26,11 @@ def linear_residual_tile(tile, x, w, residual, out, BLOCK_N: tl.constexpr):
         acc = add_bias(acc, w.bias_ptr, cols, w.rows)
     rows = tl.arange(0, BLOCK_M)
     mask = (rows[:, None] < out.rows) & (cols[None, :] < out.cols)
-    residual_ptrs = residual.ptr + rows[:, None] * residual.row_stride + cols[None, :]
-    stream = tl.load(residual_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-    values = acc + stream.to(tl.float32)
-    tl.store(out.ptr + rows[:, None] * out.row_stride + cols[None, :], values.to(out.ptr.dtype.element_ty), mask=mask)
+    if residual.ptr is not None:
+        residual_ptrs = residual.ptr + rows[:, None] * residual.row_stride + cols[None, :]
+        stream = tl.load(residual_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+        acc = acc + stream.to(tl.float32)
+    tl.store(out.ptr + rows[:, None] * out.row_stride + cols[None, :], acc.to(out.ptr.dtype.element_ty), mask=mask)
 
 
 @stable_key
@@ -38,7 +39,7 @@ def linear_residual_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N, K]
     bias_ptr,  # [N] or None
-    residual_ptr,  # [M, N]
+    residual_ptr,  # [M, N] or None
     out_ptr,  # [M, N], may be the residual itself
     active_ptr,  # [1] int32 or None
     M,
@@ -69,7 +70,7 @@ def linear_residual_kernel(
 def linear_residual(
     x: Tensor,
     weight: Weight,
-    residual: Tensor,
+    residual: Tensor | None,
     *,
     active: Tensor | None = None,
     out: Tensor | None = None,
@@ -79,7 +80,8 @@ def linear_residual(
     check_operands("linear_residual", x, None, matrix, active)
     x = aligned_rows(x)
     shape = (x.shape[0], matrix.shape[0])
-    check_out("linear_residual", residual, shape, x, name="residual")
+    if residual is not None:
+        check_out("linear_residual", residual, shape, x, name="residual")
     out = check_out("linear_residual", out, shape, x)
     config = launch_config("linear_residual", matrix.shape[0], matrix.shape[1], x)
     linear_residual_kernel[(triton.cdiv(matrix.shape[0], config.block_n),)](
@@ -94,7 +96,7 @@ def linear_residual(
         matrix.shape[1],
         x.stride(0),
         matrix.stride(0),
-        residual.stride(0),
+        0 if residual is None else residual.stride(0),
         out.stride(0),
         BLOCK_N=config.block_n,
         num_warps=config.num_warps,

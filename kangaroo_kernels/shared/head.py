@@ -201,11 +201,15 @@ def check_head(
     if (embedding is None) != (embedded is None):
         raise ValueError(f"{op}: give both embedding and embedded, or neither.")
     for name, table in (("embedding", embedding), ("embedded", embedded)):
-        if table is not None and (table.shape[1] != x.shape[1] or table.stride(1) != 1 or table.dtype != x.dtype):
+        if table is not None and (table.stride(1) != 1 or table.dtype != x.dtype):
             raise ValueError(
-                f"{op}: {name} is {list(table.shape)} {table.dtype}; "
-                f"it must be [.., {x.shape[1]}] {x.dtype} with contiguous rows."
+                f"{op}: {name} is {list(table.shape)} {table.dtype}; it must be {x.dtype} with contiguous rows."
             )
+    if embedding is not None and embedded is not None and embedding.shape[1] != embedded.shape[1]:
+        raise ValueError(
+            f"{op}: embedding has rows of {embedding.shape[1]} numbers, embedded of {embedded.shape[1]}; they must "
+            "agree."
+        )
     if embedded is not None and embedded.shape[0] != rows:
         raise ValueError(f"{op}: embedded has {embedded.shape[0]} rows, x {rows}; they must agree.")
     return check_top1(op, out, rows, x.device)

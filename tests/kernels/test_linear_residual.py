@@ -53,6 +53,20 @@ def test_the_residual_is_left_alone():
     assert out.data_ptr() != residual.data_ptr()
 
 
+@BOTH
+@pytest.mark.parametrize("outputs", [1, 33])
+def test_without_a_residual_the_projection_stays(outputs, operation, device):
+    x, weight, residual, bias = inputs(5, 72, outputs, torch.float32, device)
+    packed, nothing = PackedWeight(weight, bias, Layout.ROWS), torch.zeros_like(residual)
+    out = poisoned(5, outputs, x)
+    assert operation(x, packed, None, out=out.inner) is out.inner
+    check(out.inner, x, weight, nothing, bias)
+    assert out.frame_is_untouched()
+    assert same_bits(operation(x, packed, None), operation(x, packed, nothing))
+    skipped = operation(x, packed, None, active=torch.zeros(1, dtype=torch.int32, device=device))
+    assert (skipped.shape, skipped.dtype) == (residual.shape, x.dtype)
+
+
 # ---- the kernel
 
 
