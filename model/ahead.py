@@ -28,13 +28,15 @@ from kangaroo_kernels.contract import (
 
 from .backend import triton_backend
 from .drafters.adapter import Adapter
+from .drafters.adapter_weights import load_adapter
+from .drafters.block import BlockDrafter
 from .drafters.kangaroo import KangarooDrafter
 from .drafters.kangaroo_with_lookup import MATCHES, USUAL
 from .drafters.make import make_drafter
 from .drafters.prompt_lookup import LEAST_MATCH, PromptLookup
 from .drafters.protocol import Drafter
 from .drafters.tree import TreeDrafter
-from .drafters.ways import Way, choose_way
+from .drafters.ways import CHAINS, Way, choose_way
 from .errors import KangarooError
 from .load import open_pair, resolve_dtype
 from .loop.graphs import GraphRunner
@@ -46,7 +48,7 @@ from .sampling import Chooser, Sampling
 from .target.cache import Branches
 from .target.config import LlamaConfig
 from .target.llama import Llama
-from .target.weights import load_adapter, load_target
+from .target.weights import load_target
 
 META, GPU = torch.device("meta"), torch.device("cuda")
 OLDEST, CHAINS_FROM = 80, 90
@@ -122,8 +124,7 @@ def blank_pair(
         target = blank_target(replace(config, num_hidden_layers=1), precision)
         return target, PromptLookup(target)
     target = blank_target(replace(config, num_hidden_layers=settings.exit_layer + 1), precision)
-    size = settings.deep_state_size
-    weights = load_adapter(None, settings.llama, META, precision, target.backend.layout, deep_state_size=size)
+    weights = load_adapter(None, settings.llama, META, precision, target.backend.layout, parts=settings.parts)
     return target, make_drafter(target, Adapter(settings, weights, target), way)
 
 
@@ -139,9 +140,11 @@ def blank_target(config: LlamaConfig, dtype: torch.dtype) -> Llama:
 def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
     """Everything that decoding on a GPU launches, plain and drafted, on both loops; for use within ``compile_for``.
 
-    An adapter drafts chains, and alone and beside prompt lookup, whatever its own way is: a caller may ask for it.
+    An adapter drafts chains, and alone and beside prompt lookup, whatever its own way is: a caller may ask for it. One
+    with a block drafts blocks alone.
     """
-    chains = KangarooDrafter(target, drafter.adapter) if isinstance(drafter, KangarooDrafter) else drafter
+    chains = make_drafter(target, drafter.adapter, CHAINS) if isinstance(drafter, KangarooDrafter) else drafter
+    blocks = isinstance(chains, BlockDrafter)
     for length in (*LENGTHS, target.config.context_length):
         yield Work("led by the host", partial(lead_by_host, target, chains, length))
         if isinstance(drafter, TreeDrafter):
@@ -150,7 +153,7 @@ def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
                 make_drafter(target, drafter.adapter, Way(drafter.draft_tree, lookup)) for lookup in (False, True)
             )
             yield Work("trees, lookup", partial(iterate, target, tree_beside, Sampling(), TREE_ROUNDS, length))
-        if isinstance(drafter, KangarooDrafter):
+        if isinstance(drafter, KangarooDrafter) and not blocks:
             beside = make_drafter(target, drafter.adapter, Way(prompt_lookup=True))
             for drafts in DRAFTS:
                 yield Work(f"{drafts} drafts, lookup", partial(iterate, target, beside, Sampling(), drafts, length))
@@ -168,7 +171,7 @@ def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
 
 def in_one_launch(drafter: Drafter) -> KangarooDrafter | None:
     """The drafter with ``persistent=True``; None where it has no adapter, or ``draft_loop`` cannot take it."""
-    if not isinstance(drafter, KangarooDrafter):
+    if not isinstance(drafter, KangarooDrafter) or isinstance(drafter, BlockDrafter):
         return None
     heads = drafter.target.config.head_dim, drafter.adapter.config.llama.head_dim
     if drafter.target.dtype == torch.float32 or max(heads) > WIDEST_HEAD:
@@ -231,6 +234,8 @@ def lead_by_host(target: Llama, drafter: Drafter, length: int) -> None:
         states = None if drafter.adapter.state is None else hidden
         for work in (drafter.adapter.append, drafter.adapter.run):
             work(hidden, text.memory.cache, len(TEXT) - 1, states)
+        if isinstance(drafter, BlockDrafter):
+            drafter.correct(hidden[:1], hidden[:1])
         for chooser in choosers_of(target):
             drafter.guess(hidden[:1], chooser, len(TEXT))
             chooser.logits(hidden[:1], drafter.adapter.head)

@@ -10,7 +10,7 @@ from kangaroo_kernels.reference.attention import rows_are_alike
 from .backend import load_backend
 from .drafters.adapter import Adapter, AdapterConfig, load_adapter_config
 from .drafters.kangaroo import check_persistent
-from .drafters.ways import Way, check_tree, choose_way
+from .drafters.ways import Way, check_way, choose_way
 from .errors import KangarooError
 from .loop.threads import own_state
 from .named import find_pair
@@ -104,8 +104,8 @@ def load_pair(
     keys_and_values = resolve_kv_dtype(kv_dtype, precision, kept, config)
     # what can fail quickly comes before the weights
     way = choose_way(None if trained is None else trained.way, draft_tree, prompt_lookup, persistent=persistent)
-    if trained is not None and way.draft_tree:
-        check_tree(trained.deep_state_size > 0, keys_and_values == kept)
+    if trained is not None:
+        check_way(trained.parts, way, keys_and_values == kept)
     if trained is not None and persistent and where.type == "cuda":
         check_persistent(kept, config, trained.llama)
     tokenizer = checkpoint.tokenizer()

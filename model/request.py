@@ -296,7 +296,7 @@ def _drafting(settings: Settings, drafter: Drafter) -> _Drafting:
             "give a number from 0 to 1."
         )
     own = drafter.num_speculative_tokens if drafts is None else drafts
-    return _Drafting(own, float(threshold), (drafts or MAX_SPECULATIVE_TOKENS) if auto else 0)
+    return _Drafting(own, float(threshold), drafter.rows(drafts or MAX_SPECULATIVE_TOKENS) if auto else 0)
 
 
 def find_stops(settings: Settings, config: LlamaConfig, tokenizer: Any) -> frozenset[int]:

@@ -197,7 +197,8 @@ class Chooser:
 
     def logits(self, hidden: Tensor, head: Head) -> Tensor:
         """What the weight's rows give: ``[M, V]`` or ``[M, R]`` float32, with the bits of the backend's heads."""
-        return self.backend.for_rows(len(hidden)).lm_head(hidden, head.norm, head.weight, eps=head.eps)
+        narrowed = head.narrow(hidden, self.backend)
+        return self.backend.for_rows(len(hidden)).lm_head(narrowed, head.norm, head.weight, eps=head.eps)
 
     def shaped(self, logits: Tensor, drafted: Sequence[int]) -> Tensor:
         """Every row of ``[M, V]`` shaped for its place: the last row is that after all of ``drafted``."""
@@ -256,7 +257,7 @@ class Chooser:
         **step: Any,
     ) -> Top1:
         numbers, operations = self.numbers, self.backend.for_rows(len(hidden))
-        given = hidden, head.norm, head.weight
+        given = head.narrow(hidden, self.backend, step.get("active")), head.norm, head.weight
         step |= {"eps": head.eps, "vocabulary": head.vocabulary, "trained": head.trained}
         if self.sampling.greedy:
             return operations.top1_head(*given, **step)

@@ -78,6 +78,9 @@ def make_adapter(
     copy_layer: int | None = None,
     mlp: bool = False,
     deep_state_size: int = 0,
+    draft_head_rank: int = 0,
+    draft_block: int = 0,
+    trained_confidence: bool = False,
     std: float = 0.25,
     seed: int = 1,
     **config: Any,
@@ -90,6 +93,9 @@ def make_adapter(
             the target now and then; None draws everything at random.
         mlp: whether it has that layer's MLP, too.
         deep_state_size: the inner size of a SwiGLU over its deep state, drawn at random; 0 leaves it away.
+        draft_head_rank: of a head of its own, the best factors of the target's; 0 leaves it away.
+        draft_block: the most drafts of a block, whose places and correction are drawn at random; 0 leaves it away.
+        trained_confidence: whether it has one, drawn at random.
         std: of the random matrices.
         config: further entries of ``config.json``, such as ``num_speculative_tokens``; they win.
     """
@@ -105,15 +111,31 @@ def make_adapter(
         for name, tensor in adapter.items():
             noise = torch.randn(tensor.shape, generator=generator)
             adapter[name] = (1 + 0.2 * noise if "norm" in name else std * noise).to(tensor.dtype)
+    hidden, dtype = len(adapter["norm.weight"]), adapter["norm.weight"].dtype
     if deep_state_size:
-        hidden, dtype = len(adapter["norm.weight"]), adapter["norm.weight"].dtype
         shapes = {"gate": (deep_state_size, hidden), "up": (deep_state_size, hidden), "down": (hidden, deep_state_size)}
         for name, shape in shapes.items():
             adapter[f"state_mlp.{name}_proj.weight"] = (std * torch.randn(shape, generator=generator)).to(dtype)
         adapter["state_layernorm.weight"] = (1 + 0.2 * torch.randn(hidden, generator=generator)).to(dtype)
         config["deep_state_size"] = deep_state_size
+    if draft_head_rank:
+        head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"]).float()
+        left, values, right = torch.linalg.svd(head * adapter["norm.weight"].float(), full_matrices=False)
+        adapter["draft_head.up.weight"] = (left * values)[:, :draft_head_rank].to(dtype)
+        adapter["draft_head.down.weight"] = right[:draft_head_rank].to(dtype)
+        adapter["norm.weight"] = torch.ones(draft_head_rank, dtype=dtype)
+        config["draft_head_rank"] = draft_head_rank
+    if draft_block:
+        for name, shape in {"places": (draft_block - 1, hidden), "correction.weight": (hidden, hidden)}.items():
+            adapter[f"block.{name}"] = (std * torch.randn(shape, generator=generator)).to(dtype)
+        config["draft_block"] = draft_block
+    if trained_confidence:
+        width = len(adapter["norm.weight"])
+        adapter["confidence.weight"] = (std * torch.randn(1, width + 1, generator=generator)).to(dtype)
+        adapter["confidence.bias"] = (std * torch.randn(1, generator=generator)).to(dtype)
+        config["trained_confidence"] = True
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.clone() for name, tensor in adapter.items()}, folder / "model.safetensors")
+    save_file({name: tensor.clone().contiguous() for name, tensor in adapter.items()}, folder / "model.safetensors")
     values = json.loads((target / "config.json").read_text())
     values.pop("architectures", None)
     values["num_hidden_layers"] = 1

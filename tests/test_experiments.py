@@ -13,6 +13,7 @@ import typer
 from conftest import Pair
 from typer.testing import CliRunner
 
+from kangaroo_kernels.model.drafters.parts import Parts
 from kangaroo_kernels.model.evaluation.plan import find_shapes
 from kangaroo_kernels.model.evaluation.statistics import Row
 
@@ -87,26 +88,33 @@ def test_adapters_are_trained_and_compared(run: Any, tmp_path: Path, monkeypatch
     code, exits, drew = run("exits", *more)
     assert (code, drew, [each["category"] for each in exits["rows"]]) == (0, True, ["exit 1", "exit 2"])
     code, forms, drew = run("forms", *more)
-    assert (code, drew, len(forms["rows"])) == (0, True, 5)
+    assert (code, drew, len(forms["rows"])) == (0, True, 8)
     configs = [json.loads(file.read_text()) for file in sorted((tmp_path / "out" / "forms").glob("*/config.json"))]
     found = [
-        (each.get("draft_vocab_size"), each.get("deep_state_size"), each["mlp"], each["num_key_value_heads"])
+        {
+            name: each[name]
+            for name in ("draft_vocab_size", *Parts._fields, "mlp", "num_key_value_heads")
+            if each.get(name) and (name, each[name]) != ("num_key_value_heads", 2)
+        }
         for each in configs
     ]
     assert found == [
-        (None, 48, False, 2),
-        (16, None, False, 2),
-        (None, None, True, 2),
-        (None, None, False, 2),
-        (None, None, False, 4),
+        {"deep_state_size": 48},
+        {"draft_head_rank": 12},
+        {"draft_vocab_size": 16},
+        {"trained_confidence": True},
+        {"mlp": True},
+        {},
+        {"draft_block": 4},
+        {"num_key_value_heads": 4},
     ]
     assert {each["exit_layer"] for each in configs} == {2}
-    assert trained == [2, 1, 1, 1, 1, 1]  # the exits in one run
+    assert trained == [2, *[1] * 8]  # the exits in one run
     code, ablation, drew = run("ablation", *more)
     assert (code, drew, len(ablation["rows"])) == (0, True, 10)
     assert all(each["identical"] == each["texts"] and each["num_draft_tokens"] for each in ablation["rows"])
     (tmp_path / "out" / "exits.json").unlink()
-    assert run("exits", *more)[0] == 0 and len(trained) == 6
+    assert run("exits", *more)[0] == 0 and len(trained) == 9
     data.write_text(data.read_text()[1:])
     assert run("exits", *more)[0] == 2  # the record is of other data
 

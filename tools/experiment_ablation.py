@@ -21,6 +21,7 @@ from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.contract import DraftVocabulary, Mlp
 from kangaroo_kernels.model.commands.show import training_bars
 from kangaroo_kernels.model.drafters.adapter import AdapterConfig
+from kangaroo_kernels.model.drafters.adapter_weights import BlockWeights, load_adapter
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.drafters.protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
 from kangaroo_kernels.model.evaluation.plan import find_shapes
@@ -30,7 +31,6 @@ from kangaroo_kernels.model.load import resolve_device, resolve_dtype
 from kangaroo_kernels.model.target.cache import KVCache, Place
 from kangaroo_kernels.model.target.config import LlamaConfig
 from kangaroo_kernels.model.target.llama import DecoderLayer, Llama
-from kangaroo_kernels.model.target.weights import load_adapter
 from kangaroo_kernels.model.training.adapter_module import AdapterBlock, TrainableAdapter, apply_swiglu, swiglu
 from kangaroo_kernels.model.training.draft_vocabulary import count_tokens, draft_tokens
 from kangaroo_kernels.model.training.losses import in_chunks
@@ -98,8 +98,14 @@ class Network(TrainableAdapter):
         blocks = [MlpBlock(config) if part == MLP else AdapterBlock(shape_of(part, config)) for part in form.parts]
         self.layers = nn.ModuleList(blocks)
 
-    def forward(self, exit_hidden: Tensor, final: Tensor | None = None, passes: int = 1) -> list[Tensor]:
-        """As ``TrainableAdapter.forward`` without a deep state."""
+    def forward(
+        self,
+        exit_hidden: Tensor,
+        final: Tensor | None = None,
+        passes: int = 1,
+        embedded: Tensor | None = None,
+    ) -> list[Tensor]:
+        """As ``TrainableAdapter.forward`` of the paper's form."""
         hidden, length = exit_hidden, exit_hidden.shape[1]
         for layer in self.layers:
             hidden, _ = layer(hidden, self.cos[:length], self.sin[:length])
@@ -244,6 +250,7 @@ class TrialAdapter:
     """
 
     state: Mlp | None = None
+    block: BlockWeights | None = None
 
     def __init__(self, file: Path, target: Llama) -> None:
         with safe_open(file, "pt") as opened:

@@ -42,6 +42,9 @@ def forms(shape: ModelShape) -> dict[str, dict[str, Any]]:
         **({"key-value heads of its own": {"num_attention_heads": shape.heads}} if grouped else {}),
         "a deep state": {"deep_state_size": shape.hidden},
         "a quarter of the vocabulary": {"draft_vocabulary": shape.vocab_size // 4},
+        "a head of a low rank": {"draft_head_rank": shape.hidden // 4},
+        "blocks of four": {"draft_block": 4},
+        "a trained confidence": {"trained_confidence": True},
     }
 
 

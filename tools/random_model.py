@@ -13,6 +13,7 @@ from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.contract import Mlp
 from kangaroo_kernels.model.backend import REFERENCES, Backend, load_backend
 from kangaroo_kernels.model.drafters.adapter import Adapter, AdapterConfig
+from kangaroo_kernels.model.drafters.adapter_weights import AdapterWeights
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.drafters.make import make_drafter
 from kangaroo_kernels.model.drafters.protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
@@ -20,7 +21,6 @@ from kangaroo_kernels.model.drafters.ways import Way
 from kangaroo_kernels.model.target.config import LlamaConfig, RopeConfig
 from kangaroo_kernels.model.target.llama import Llama
 from kangaroo_kernels.model.target.weights import (
-    AdapterWeights,
     AttentionWeights,
     LayerWeights,
     TargetWeights,

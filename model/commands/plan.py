@@ -40,6 +40,12 @@ def plan(
     deep_state_size: Annotated[
         int | None, typer.Option(help="Of the adapter's deep state; by default its own, or none.")
     ] = None,
+    draft_head_rank: Annotated[
+        int | None, typer.Option(help="Of a draft head of two factors; by default the adapter's own, or none.")
+    ] = None,
+    draft_block: Annotated[
+        int | None, typer.Option(help="Drafts that the adapter makes in one pass; by default its own, or one by one.")
+    ] = None,
     profile: Annotated[
         Path | None,
         typer.Option(help="How often drafts are right: JSON of 'eval' or of 'generate --compare'; else the paper's."),
@@ -74,7 +80,7 @@ def plan(
         raise KangarooError(f"{profile} is no JSON; give what kangaroo eval or --compare --json printed.") from error
     rates = PAPER if profile is None else read_profile(report, str(profile))
     shape, form, trained = find_shapes(model, adapter, exit_layer)
-    form = form.with_parts(intermediate_size, draft_vocabulary, deep_state_size)
+    form = form.with_parts(intermediate_size, draft_vocabulary, deep_state_size, draft_head_rank, draft_block)
     planned = Plan(shape, find_machine(card), rates, form, tensor_parallel, length)
     depth = max(1, shape.layers // 16) if trained is None else trained.exit_layer
     depth = depth if exit_layer is None else exit_layer

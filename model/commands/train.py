@@ -99,6 +99,28 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = None,
+    draft_head_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Train a head of two factors of this rank, too; without, the model's head drafts, as in the paper.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    draft_block: Annotated[
+        int | None,
+        typer.Option(
+            help="Draft this many tokens in one pass, 2 to 15; without, one by one, as in the paper.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    trained_confidence: Annotated[
+        bool,
+        typer.Option(
+            "--trained-confidence",
+            help="Train what is held against the threshold; without, it is the draft's probability, as in the paper.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
     unrolled_drafts: Annotated[
         int,
         typer.Option(help="How many drafts in a row a deep state learns for.", rich_help_panel=TRAINING),
@@ -163,6 +185,9 @@ def train(
         num_attention_heads=num_attention_heads,
         intermediate_size=intermediate_size,
         deep_state_size=deep_state_size,
+        draft_head_rank=draft_head_rank,
+        draft_block=draft_block,
+        trained_confidence=trained_confidence,
         unrolled_drafts=unrolled_drafts,
         learning_rate=learning_rate,
         total_variation=total_variation,

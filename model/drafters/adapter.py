@@ -4,8 +4,8 @@
 configuration says ``"mlp": true``, a layer's SwiGLU follows the attention. With a **deep state** its input is
 ``h + swiglu(rms_norm(s))``, where s is the target's last layer's output at the position before; for a position behind a
 draft, which the target has not seen yet, the adapter's own output stands in (as EAGLE feeds back features, arXiv
-2401.15077). The folder holds a ``config.json`` (a one-layer Llama configuration with an added ``exit_layer``) and the
-weights.
+2401.15077). ``parts.py`` has all that an adapter may have besides. The folder holds a ``config.json`` (a one-layer
+Llama configuration with an added ``exit_layer``) and the weights.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,8 @@ from ..target.cache import KVCache, Place
 from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, load_config_values, parse_config
 from ..target.llama import DecoderLayer, Llama
-from ..target.weights import AdapterWeights, load_adapter
+from .adapter_weights import AdapterWeights, BlockWeights, load_adapter
+from .parts import PAPER_PARTS, Parts, read_parts
 from .protocol import PAPER_DRAFT_CONFIDENCE_THRESHOLD, PAPER_NUM_SPECULATIVE_TOKENS
 from .vocabulary import read_draft_vocabulary
 from .ways import CHAINS, Way, read_way
@@ -41,7 +42,7 @@ class AdapterConfig:
         draft_confidence_threshold: the confidence below which drafting should stop.
         calibrated: whether both were measured for this pair (``kangaroo calibrate --write``).
         vocabulary: the tokens that it may draft; None means all.
-        deep_state_size: the inner size of the SwiGLU over the deep state; 0 where it has none.
+        parts: what it has besides its layer.
         way: how it drafts unless a caller says otherwise.
     """
 
@@ -51,15 +52,18 @@ class AdapterConfig:
     draft_confidence_threshold: float
     calibrated: bool = False
     vocabulary: DraftVocabulary | None = None
-    deep_state_size: int = 0
+    parts: Parts = PAPER_PARTS
     way: Way = CHAINS
 
     @property
     def parameters(self) -> int:
-        """Of the adapter alone; it shares the target's head."""
-        hidden, size = self.llama.hidden_size, self.deep_state_size
+        """Of the adapter alone; unless it has one of its own, it shares the target's head."""
+        hidden, (size, rank, block, trained) = self.llama.hidden_size, self.parts
         state = hidden + 3 * hidden * size if size else 0
-        return self.llama.attention_parameters + self.llama.mlp_parameters + hidden + state
+        head = rank * (1 + hidden + self.llama.vocab_size) if rank else hidden
+        places = (block - 1) * hidden + hidden * hidden if block else 0
+        confidence = (rank or hidden) + 2 if trained else 0
+        return self.llama.attention_parameters + self.llama.mlp_parameters + state + head + places + confidence
 
 
 def _number(values: dict[str, Any], name: str, default: float, low: float, high: float, path: Path) -> float:
@@ -108,11 +112,8 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
     if not isinstance(calibrated, bool):
         raise KangarooError(f"{path}: calibrated is {calibrated!r}; it must be true or false.")
     vocabulary = read_draft_vocabulary(folder, values, config.vocab_size)
-    deep_state_size = values.get("deep_state_size", 0)
-    if not is_whole(deep_state_size) or deep_state_size < 0:
-        raise KangarooError(f"{path}: deep_state_size is {deep_state_size!r}; it must be a whole number, 0 for none.")
-    way = read_way(values, path)
-    return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary, deep_state_size, way)
+    parts, way = read_parts(values, config.hidden_size, path), read_way(values, path)
+    return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary, parts, way)
 
 
 def check_exit_layer(exit_layer: int, target: LlamaConfig) -> None:
@@ -127,13 +128,15 @@ class DraftNetwork(Protocol):
 
     Attributes:
         config: its shape and its defaults.
-        head: its norm and the target's head, or the rows of it that it may draft.
+        head: its norm and the target's head, or one of its own, or the rows that it may draft.
         state: the SwiGLU over the deep state; None where it has none.
+        block: what drafts several tokens in one pass; None where it has none.
     """
 
     config: AdapterConfig
     head: Head
     state: Mlp | None
+    block: BlockWeights | None
 
     def new_cache(self) -> KVCache:
         """An empty cache for its layers."""
@@ -172,12 +175,13 @@ class Adapter:
     """A loaded adapter: the ``DraftNetwork`` of one layer that its folder holds."""
 
     def __init__(self, config: AdapterConfig, weights: AdapterWeights, target: Llama) -> None:
-        self.config, self.target, self.state = config, target, weights.state
-        rows, vocabulary = target.weights.head, config.vocabulary
+        self.config, self.target, self.state, self.block = config, target, weights.state, weights.block
+        down, rows = weights.factors or (None, target.weights.head)
+        vocabulary = config.vocabulary
         if vocabulary is not None:
             vocabulary = DraftVocabulary(vocabulary.tokens.to(target.device), vocabulary.size)
             rows = rows.select(vocabulary.tokens)
-        self.head = Head(weights.norm, rows, config.llama.rms_norm_eps, vocabulary)
+        self.head = Head(weights.norm, rows, config.llama.rms_norm_eps, vocabulary, down, weights.confidence)
         self.layer = DecoderLayer(config.llama, weights.layer, target.backend)
 
     @classmethod
@@ -196,7 +200,7 @@ class Adapter:
             target.backend.layout,
             str(folder),
             target.weights.rounded_to,
-            config.deep_state_size,
+            config.parts,
         )
         return cls(config, weights, target)
 

@@ -90,9 +90,9 @@ class KangarooDrafter(Drafter):
         target: the model.
         adapter: trained for it.
         persistent: on the kernels, draft in one launch (``draft_loop``) instead of kernel by kernel. The references
-            still draft step by step, and so do an adapter with a deep state or a trained confidence, a request with
-            top-k or top-p, which need a row of logits, one with a threshold of ``auto``, and one whose loop the host
-            leads (``Settings``).
+            still draft step by step, and so do an adapter with a deep state, a head of its own or a trained confidence,
+            a request with top-k or top-p, which need a row of logits, one with a threshold of ``auto``, and one whose
+            loop the host leads (``Settings``).
 
     Raises:
         KangarooError: ``persistent`` for a model that ``draft_loop`` cannot take on a GPU.
@@ -178,19 +178,19 @@ class KangarooDrafter(Drafter):
         )
 
     def run_adapter(self, memory: AdapterMemory, row: Tensor, own: Tensor | None = None) -> Tensor:
-        """The adapter's output for a row of the exit layer, ``[1, hidden]``, behind the rows that it missed.
+        """The adapter's output for a row of the exit layer, or for several, behind the rows that it missed.
 
-        ``own`` is its output for the row before, where that is a draft's. Many missed rows, as after a long passage of
-        looked-up tokens, are a prefill: of them, later rows read keys and values alone.
+        ``[rows, hidden]`` both. ``own`` is its output for the row before, where that is a draft's. Many missed rows, as
+        after a long passage of looked-up tokens, are a prefill: of them, later rows read keys and values alone.
         """
-        rows, seen = torch.cat((*memory.missed, row)), memory.length
+        rows, seen, asked = torch.cat((*memory.missed, row)), memory.length, len(row)
         last, states = seen + len(rows), own
         if own is None and memory.states is not None:
             states = memory.states[seen:last]
         if len(rows) > MAX_ROWS:
-            self.adapter.append(rows[:-1], memory.cache, seen, None if states is None else states[:-1])
-            rows, seen, states = row, last - 1, None if states is None else states[-1:]
-        output = self.adapter.run(rows, memory.cache, seen, states)[-1:]
+            self.adapter.append(rows[:-asked], memory.cache, seen, None if states is None else states[:-asked])
+            rows, seen, states = row, last - asked, None if states is None else states[-asked:]
+        output = self.adapter.run(rows, memory.cache, seen, states)[-asked:]
         memory.missed, memory.length = [], last
         return output
 
@@ -250,7 +250,7 @@ class KangarooDrafter(Drafter):
     def _in_one_launch(self, iteration: "Iteration") -> bool:
         sampling, adapter = iteration.chooser.sampling, self.adapter
         step_by_step = iteration.auto or sampling.top_k is not None or sampling.top_p is not None
-        plain = adapter.state is None and adapter.head.trained is None
+        plain = adapter.state is None and adapter.head.down is None and adapter.head.trained is None
         return self.persistent and plain and not step_by_step
 
     def _loop(self, iteration: "Iteration") -> PreparedLoop:

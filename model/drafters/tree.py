@@ -27,7 +27,7 @@ from .adapter import DraftNetwork
 from .growth import parents_of, widths
 from .kangaroo import AdapterMemory, KangarooDrafter
 from .protocol import Draft, Stage
-from .ways import check_tree
+from .ways import Way, check_way
 
 if TYPE_CHECKING:
     from ..loop.iteration import Iteration
@@ -44,7 +44,7 @@ class TreeDrafter(KangarooDrafter):
         rows: the most drafts of a tree, 1 to 15.
 
     Raises:
-        KangarooError: another number of drafts, an adapter with a deep state, or a float16 cache beside float32
+        KangarooError: another number of drafts, an adapter that cannot draft trees, or a float16 cache beside float32
             arithmetic.
     """
 
@@ -53,7 +53,7 @@ class TreeDrafter(KangarooDrafter):
             raise KangarooError(
                 f"draft_tree is {rows!r}; it must be a whole number from 1 to {MAX_SPECULATIVE_TOKENS}."
             )
-        check_tree(adapter.state is not None, target.kv_dtype == target.dtype)
+        check_way(adapter.config.parts, Way(rows), target.kv_dtype == target.dtype)
         super().__init__(target, adapter)
         self.draft_tree, self.auto = rows, False
 
@@ -220,7 +220,8 @@ class Growth:
             rows = buffers.hidden(-1, 1)
             hidden = adapter.run(rows, cache, buffers.position(-1), reach=self.reach, active=active)[-1:]
         backend, head = self.target.backend, adapter.head
-        logits = backend.lm_head(hidden, head.norm, head.weight, eps=head.eps, active=active)
+        narrowed = head.narrow(hidden, backend, active)
+        logits = backend.lm_head(narrowed, head.norm, head.weight, eps=head.eps, active=active)
         greedy = self.iteration.chooser.sampling.greedy
         self.ranked = backend.rank(
             logits,

@@ -8,6 +8,7 @@ from kangaroo_kernels.contract import MAX_SPECULATIVE_TOKENS
 
 from ..errors import KangarooError
 from ..number import is_whole
+from .parts import Parts
 
 
 class Way(NamedTuple):
@@ -45,13 +46,23 @@ def read_way(values: Mapping[str, Any], path: Path) -> Way:
     return Way(tree, lookup)
 
 
-def check_tree(deep_state: bool, alike: bool) -> None:
-    """Raise unless an adapter, with a deep state or without, can draft trees.
+def check_way(parts: Parts, way: Way, alike: bool) -> None:
+    """Raise unless an adapter with these parts can draft that way.
 
     ``alike`` says whether keys and values are kept in the dtype in which the model computes.
     """
-    if deep_state:
+    if parts.draft_block and way != CHAINS:
+        asked = "draft_tree" if way.draft_tree else "prompt_lookup"
+        raise KangarooError(f"the adapter drafts blocks, and these alone; leave {asked} out.")
+    if not way.draft_tree:
+        return
+    if parts.deep_state_size:
         raise KangarooError("the adapter has a deep state, which is fed along a chain; leave draft_tree out.")
+    if parts.trained_confidence:
+        raise KangarooError(
+            "the adapter's trained confidence is that of the likeliest token alone, and a tree has others; leave "
+            "draft_tree out."
+        )
     if not alike:
         raise KangarooError(
             "in a float16 cache a tree's rows have other bits than plain decoding's; leave kv_dtype or draft_tree out."

@@ -8,15 +8,18 @@ a draft takes and ``r`` the rows that stand for it (more than 1 in a tree),
     tokens a step = 1 + sum a(i)
     seconds a step = s * sum d(i) * (shallow layers, adapter, the adapter's head) + (shallow layers)
                      + (other layers and head over 1 + r * sum d(i) rows)
+
+A block takes one draft step, and beyond it the adapter's head for every draft but the first.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kangaroo_kernels.workloads import LARGER_MODELS, MODELS, ModelShape, workloads
 
 from ..drafters.adapter import AdapterConfig, load_adapter_config
+from ..drafters.parts import PAPER_PARTS, Parts
 from ..drafters.vocabulary import check_size
 from ..errors import KangarooError
 from ..load import open_model
@@ -37,25 +40,28 @@ class AdapterForm(NamedTuple):
     Attributes:
         shape: of a model with the adapter's layer alone: ``inner`` is 0 where it has no MLP, and ``vocab_size`` counts
             the rows of its head.
-        deep_state_size: the inner size of a SwiGLU over the target's last layer's output; 0 where it has none.
+        parts: what it has besides its layer.
     """
 
     shape: ModelShape
-    deep_state_size: int = 0
+    parts: Parts = PAPER_PARTS
 
     def with_parts(
         self,
         intermediate_size: int | None = None,
         draft_vocabulary: int | None = None,
         deep_state_size: int | None = None,
+        draft_head_rank: int | None = None,
+        draft_block: int | None = None,
     ) -> "AdapterForm":
         """The form with some parts replaced; None keeps them.
 
         Raises:
             KangarooError: a size that no adapter of this model can have.
         """
-        shape = self.shape
-        for name, size in (("intermediate_size", intermediate_size), ("deep_state_size", deep_state_size)):
+        shape, given = self.shape, {"deep_state_size": deep_state_size}
+        given |= {"draft_head_rank": draft_head_rank, "draft_block": draft_block}
+        for name, size in {"intermediate_size": intermediate_size, **given}.items():
             if size is not None and size < 1:
                 raise KangarooError(f"{name} is {size}; it must be a whole number of at least 1.")
         if intermediate_size is not None:
@@ -63,17 +69,23 @@ class AdapterForm(NamedTuple):
         if draft_vocabulary is not None:
             check_size(draft_vocabulary, shape.vocab_size, "draft_vocabulary")
             shape = shape._replace(vocab_size=draft_vocabulary)
-        return AdapterForm(shape, self.deep_state_size if deep_state_size is None else deep_state_size)
+        sizes: dict[str, Any] = {name: size for name, size in given.items() if size is not None}
+        parts = self.parts._replace(**sizes)
+        return AdapterForm(shape, parts.check(shape.hidden))
 
     def describe(self, target: ModelShape) -> str:
         """The form in a sentence."""
         mlp = f"attention and an MLP of {self.shape.inner:,}" if self.shape.inner else "attention alone"
         heads, theirs = self.shape.heads, target.heads
         of_its_own = "" if (heads, self.shape.kv_heads) == (theirs, target.kv_heads) else " with heads of its own"
-        deep = f", with a deep state of {self.deep_state_size:,}" if self.deep_state_size else ""
+        size, rank, block, _ = self.parts
+        deep = f", with a deep state of {size:,}" if size else ""
         rows = self.shape.vocab_size
-        head = "the target's head" if rows == target.vocab_size else f"{rows:,} rows of the target's head"
-        return f"The adapter is {mlp}{of_its_own}{deep}, and drafts with {head}."
+        head = f"a head of rank {rank:,}" if rank else "the target's head"
+        if rows < target.vocab_size:
+            head = f"{rows:,} rows of {head}"
+        pace = f", {block} in a pass" if block else ""
+        return f"The adapter is {mlp}{of_its_own}{deep}, and drafts{pace} with {head}."
 
 
 def paper_form(target: ModelShape) -> AdapterForm:
@@ -170,7 +182,7 @@ class Plan:
     def bytes_per_card(self) -> float:
         """Of weights, and of keys and values, that each card holds."""
         held = self.layers(self.shape.layers) + self.head * 2  # at most: many models tie their embeddings
-        own_rows = self.adapter.shape.vocab_size < self.shape.vocab_size
+        own_rows = self.adapter.shape.vocab_size < self.shape.vocab_size or self.adapter.parts.draft_head_rank
         held += self.draft(0) if own_rows else self._own
         return held.size / self.cards
 
@@ -202,14 +214,26 @@ class Plan:
 
     def draft(self, exit_layer: int) -> Work:
         """A draft step behind so many layers: these, the adapter and its head."""
-        return self.layers(exit_layer) + self._own + self._head(self.adapter.shape)
+        return self.layers(exit_layer) + self._own + self._choice
 
     @property
     def _own(self) -> Work:
         """The adapter's layer and its deep state."""
-        shape, size = self.adapter
-        layer = self._layer(shape)
-        return layer + Work(2, self.itemsize * 3 * shape.hidden * size, 1) if size else layer
+        shape, parts = self.adapter
+        return self._layer(shape) + self._matrices(2, 3 * parts.deep_state_size)
+
+    @property
+    def _choice(self) -> Work:
+        """What each draft takes of the adapter's head; in a block, the correction by the draft before, too."""
+        shape, parts = self.adapter
+        narrow = self._matrices(1, parts.draft_head_rank)
+        head = self._head(shape._replace(hidden=parts.draft_head_rank or shape.hidden))
+        return narrow + head + self._matrices(1, shape.hidden if parts.draft_block else 0)
+
+    def _matrices(self, operations: int, rows: int) -> Work:
+        """So many operations that read so many rows of the hidden size; nothing where there are none."""
+        size = self.itemsize * rows * self.adapter.shape.hidden
+        return Work(operations, size, 1) if rows else Work(0, 0, 0)
 
     def seconds(self, work: Work, rows: float = 1.0) -> float:
         """Of a pass of ``rows`` that does such work."""
@@ -226,12 +250,16 @@ class Plan:
         """
         if not 1 <= exit_layer < self.shape.layers:
             raise KangarooError(f"exit_layer is {exit_layer}; {self.shape.name} allows 1 to {self.shape.layers - 1}.")
-        accepted, made = self.profile.first(most)
+        block = self.adapter.parts.draft_block
+        accepted, made = self.profile.first(min(most, block or most))
         tokens, places = 1 + sum(accepted), sum(made)
         drafts, steps = places * self.profile.rows_per_draft, places * self.profile.steps_per_draft
+        choices = 0.0
+        if block:  # its first draft takes the step, each later one its own choice
+            steps, choices = made[0], places - made[0]
         plain, draft = self.seconds(self.plain), self.seconds(self.draft(exit_layer))
         verify = self.seconds(self.layers(self.shape.layers - exit_layer) + self.head, rows=1 + drafts)
-        step = steps * draft + self.seconds(self.layers(exit_layer)) + verify
+        step = steps * draft + choices * self.seconds(self._choice) + self.seconds(self.layers(exit_layer)) + verify
         return Prediction(
             plain_tokens_per_second=1 / plain,
             kangaroo_tokens_per_second=tokens / step,
@@ -319,7 +347,7 @@ def find_shapes(model: str, adapter: str | None = None, exit_layer: int | None =
     folder = find_folder(drafter, "adapter")
     trained = load_adapter_config(folder, config, exit_layer)
     rows = config.vocab_size if trained.vocabulary is None else len(trained.vocabulary.tokens)
-    form = AdapterForm(shape_of(trained.llama, "adapter")._replace(vocab_size=rows), trained.deep_state_size)
+    form = AdapterForm(shape_of(trained.llama, "adapter")._replace(vocab_size=rows), trained.parts)
     return Found(shape, form, trained)
 
 

@@ -16,7 +16,7 @@ from ..errors import KangarooError
 from ..target.checkpoint import read_tensors
 from ..target.config import LlamaConfig, load_config_values, parse_config
 from ..target.hub import find_folder
-from .stock_llama import assisted_settings, refuse_deep_state
+from .stock_llama import assisted_settings, refuse_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,7 +80,7 @@ def assistant(model: Any, adapter: str | Path, exit_layer: int | None = None) ->
     target = model_config(model)
     folder = find_folder(adapter, "adapter")
     found = load_adapter_config(folder, target, exit_layer)
-    refuse_deep_state(found, folder)
+    refuse_parts(found, folder)
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = found.exit_layer + 1
     with torch.device("meta"):  # only a frame: each of its modules is replaced
@@ -126,7 +126,7 @@ def _load_adapter(folder: Path, found: AdapterConfig, model: Any) -> tuple[Adapt
     tensors = {
         name: tensor.to(device, model.dtype)
         for name, tensor in read_tensors(folder)
-        if not name.endswith("rotary_emb.inv_freq")
+        if not name.endswith("rotary_emb.inv_freq") and not name.startswith("confidence.")
     }
     try:
         nn.ModuleDict({"layers": nn.ModuleList([layer]), "norm": norm}).load_state_dict(tensors, assign=True)

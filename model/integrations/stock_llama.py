@@ -79,7 +79,7 @@ def check_exportable(pair: Pair) -> None:
         KangarooError: they do not.
     """
     target, adapter = pair.target_config, pair.adapter_config.llama
-    refuse_deep_state(pair.adapter_config, pair.adapter)
+    refuse_parts(pair.adapter_config, pair.adapter)
     for name, ours, theirs in (
         ("head_dim", adapter.head_dim, target.head_dim),
         ("rms_norm_eps", _as_float32(adapter.rms_norm_eps), _as_float32(target.rms_norm_eps)),
@@ -92,9 +92,21 @@ def check_exportable(pair: Pair) -> None:
             )
 
 
-def refuse_deep_state(adapter: AdapterConfig, folder: Path) -> None:
-    """Raise for an adapter that reads the target's last layer: a drafter that is a model of its own never sees it."""
-    if adapter.deep_state_size:
+def refuse_parts(adapter: AdapterConfig, folder: Path) -> None:
+    """Raise for an adapter whose parts a drafter that is a model of its own cannot have.
+
+    A trained confidence is left out: other engines hold the softmax's probability against their threshold.
+    """
+    parts = adapter.parts
+    if parts.draft_head_rank or parts.draft_block:
+        part, option = ("head of two factors", "--draft-head-rank")
+        if parts.draft_block:
+            part, option = ("block", "--draft-block")
+        raise KangarooError(
+            f"{folder}: the adapter has a {part}, for which a stock Llama has no place. Train one without {option} "
+            "for other engines."
+        )
+    if parts.deep_state_size:
         raise KangarooError(
             f"{folder}: the adapter has a deep state, which is the target's last layer's output; a drafter outside of "
             "the target cannot have it. Train one without --deep-state-size for other engines."

@@ -35,7 +35,7 @@ class Iteration:
 
     Attributes:
         longest: the most drafts that may follow each other.
-        max_drafts: R, the most drafts; of a tree more than ``longest``.
+        max_drafts: R, the most drafts (``Drafter.rows``); a tree's may be more than ``longest``, a block's fewer.
         auto: whether how much is drafted changes from iteration to iteration (``pace.py``).
         buffers: the device memory.
         chooser: picks tokens, its numbers read from the buffers.
@@ -54,7 +54,7 @@ class Iteration:
         self.auto = drafter is not None and request.auto_on_device
         self.first_layer = 0 if drafter is None else drafter.first_layer
         tree = drafter is not None and drafter.draft_tree > 0
-        self.max_drafts = drafter.rows(self.longest) if drafter is not None and tree else self.longest
+        self.max_drafts = 0 if drafter is None else drafter.rows(self.longest)
         name = "plain" if drafter is None else f"{self.max_drafts} drafts"
         if tree:
             name = f"tree of {name}, {self.longest} behind each other"

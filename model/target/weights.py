@@ -23,7 +23,7 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 STORED_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class _Places:
+class Places:
     """Where each tensor of a checkpoint goes: a slice of a packed matrix, perhaps reordered for RoPE."""
 
     def __init__(
@@ -114,16 +114,7 @@ class TargetWeights:
     rounded_to: torch.dtype | None = None
 
 
-@dataclass(frozen=True)
-class AdapterWeights:
-    """The adapter's layer, its own final norm, and the SwiGLU over its deep state, if it has one."""
-
-    layer: LayerWeights
-    norm: Tensor
-    state: Mlp | None = None
-
-
-class _Unpacked:
+class Unpacked:
     """A block's matrices while they are being filled; ``packed`` packs one and lets the original go."""
 
     def __init__(self, layout: Layout | None) -> None:
@@ -132,28 +123,32 @@ class _Unpacked:
         self.vectors: dict[str, Tensor] = {}
 
     def packed(self, name: str) -> PackedWeight:
+        """One of them, packed."""
         return PackedWeight(*self.matrices.pop(name), self.layout)
 
 
-def _layer_places(places: _Places, config: LlamaConfig, prefix: str, layout: Layout | None) -> _Unpacked:
-    block = _Unpacked(layout)
+def layer_places(places: Places, config: LlamaConfig, prefix: str, layout: Layout | None) -> Unpacked:
+    """Places for a layer's tensors, whose names begin with ``prefix``; ``finish_layer`` makes a layer of them."""
+    block = Unpacked(layout)
     _attention_places(places, config, prefix, block)
     if config.has_mlp:
         names = f"{prefix}post_attention_layernorm.weight", f"{prefix}mlp"
-        _mlp_places(places, config, config.intermediate_size, *names, block)
+        mlp_places(places, config, config.intermediate_size, *names, block)
     return block
 
 
-def _finish_layer(block: _Unpacked) -> LayerWeights:
+def finish_layer(block: Unpacked) -> LayerWeights:
+    """A layer whose places were filled."""
     attention = AttentionWeights(block.vectors["norm"], block.packed("qkv"), block.packed("output"))
-    return LayerWeights(attention, _finish_mlp(block) if "mlp_norm" in block.vectors else None)
+    return LayerWeights(attention, finish_mlp(block) if "mlp_norm" in block.vectors else None)
 
 
-def _finish_mlp(block: _Unpacked) -> Mlp:
+def finish_mlp(block: Unpacked) -> Mlp:
+    """An MLP whose places were filled."""
     return Mlp(block.vectors["mlp_norm"], block.packed("gate_up"), block.packed("down"))
 
 
-def _attention_places(places: _Places, config: LlamaConfig, prefix: str, block: _Unpacked) -> None:
+def _attention_places(places: Places, config: LlamaConfig, prefix: str, block: Unpacked) -> None:
     hidden, head_dim = config.hidden_size, config.head_dim
     q_rows, kv_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
@@ -171,7 +166,8 @@ def _attention_places(places: _Places, config: LlamaConfig, prefix: str, block: 
     block.vectors["norm"] = places.pack({norm: (hidden,)})
 
 
-def _mlp_places(places: _Places, config: LlamaConfig, inner: int, norm: str, mlp: str, block: _Unpacked) -> None:
+def mlp_places(places: Places, config: LlamaConfig, inner: int, norm: str, mlp: str, block: Unpacked) -> None:
+    """Places in ``block`` for an MLP's tensors and those of its norm, by the names of both."""
     hidden, name = config.hidden_size, f"{mlp}.{{}}_proj.{{}}"
 
     def pack(parts: Mapping[str, int], columns: int) -> tuple[Tensor, Tensor | None]:
@@ -212,7 +208,7 @@ def load_target(
     Raises:
         KangarooError: files or tensors missing, of another shape, or not finite.
     """
-    places = _Places(device, dtype, rounded_to, adjacent_pairs)
+    places = Places(device, dtype, rounded_to, adjacent_pairs)
     shape = (config.vocab_size, config.hidden_size)
     head = embedding = places.pack({"model.embed_tokens.weight": shape})
     tied = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -221,37 +217,9 @@ def load_target(
         tied = {}
     norm = places.pack({"model.norm.weight": (config.hidden_size,)})
     numbers = range(config.num_hidden_layers)
-    blocks = [_layer_places(places, config, f"model.layers.{number}.", layout) for number in numbers]
+    blocks = [layer_places(places, config, f"model.layers.{number}.", layout) for number in numbers]
     if tensors is not None:
         places.fill(tensors, tied, source)
     places.slots.clear()
-    layers = [_finish_layer(block) for block in blocks]
+    layers = [finish_layer(block) for block in blocks]
     return TargetWeights(embedding, layers, norm, PackedWeight(head, layout=layout), rounded_to)
-
-
-def load_adapter(
-    tensors: NamedTensors | None,
-    config: LlamaConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    layout: Layout | None = None,
-    source: str = "the adapter",
-    rounded_to: torch.dtype | None = None,
-    deep_state_size: int = 0,
-) -> AdapterWeights:
-    """Load an adapter's tensors, ours or the paper's authors' (same names); arguments as for ``load_target``.
-
-    ``deep_state_size`` is the inner size of the SwiGLU over its deep state; 0 means that it has none.
-
-    Raises:
-        KangarooError: as for ``load_target``.
-    """
-    places = _Places(device, dtype, rounded_to)
-    norm = places.pack({"norm.weight": (config.hidden_size,)})
-    block, state = _layer_places(places, config, "layers.0.", layout), _Unpacked(layout)
-    if deep_state_size:
-        _mlp_places(places, config, deep_state_size, "state_layernorm.weight", "state_mlp", state)
-    if tensors is not None:
-        places.fill(tensors, {}, source)
-    places.slots.clear()
-    return AdapterWeights(_finish_layer(block), norm, _finish_mlp(state) if deep_state_size else None)

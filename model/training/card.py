@@ -68,7 +68,14 @@ def write_card(settings: TrainingSettings, report: dict[str, Any]) -> None:
 def describe(settings: TrainingSettings) -> str:
     """The adapter's form in words."""
     form = f"a layer with an MLP of {inner}" if (inner := settings.intermediate_size) else "one layer of attention"
-    return f"{form} and a deep state of {size}," if (size := settings.deep_state_size) else form
+    size, rank, block, trained = settings.parts
+    more = [
+        *([f"a deep state of {size}"] if size else []),
+        *([f"a head of rank {rank}"] if rank else []),
+        *([f"blocks of {block} drafts"] if block else []),
+        *(["a trained confidence"] if trained else []),
+    ]
+    return f"{form}, with {' and '.join(more)}," if more else form
 
 
 def draw_curve(file: Path, curve: list[dict[str, float]]) -> bool:

@@ -99,6 +99,7 @@ def read_plan(settings: TrainingSettings, corpus: Corpus | None = None) -> Plan:
     check_exit_layer(settings.exit_layer, target.config)
     values = adapter_config_values(target.values, settings)
     config = parse_adapter_config(values)
+    settings.parts.check(config.hidden_size)
     heads = settings.num_attention_heads
     if heads is not None and config.hidden_size % heads:
         raise KangarooError(
@@ -111,11 +112,7 @@ def read_plan(settings: TrainingSettings, corpus: Corpus | None = None) -> Plan:
     if settings.draft_vocabulary is not None:
         check_draft_vocabulary(settings.draft_vocabulary, target)
     saved = read_state(settings)
-    weights = (
-        None
-        if settings.start_from is None
-        else read_weights(settings.start_from, config, settings.deep_state_size or 0)
-    )
+    weights = None if settings.start_from is None else read_weights(settings.start_from, config, settings.parts)
     corpus = corpus or read_corpus(settings, target.tokenizer, target.ends)
     fingerprint = zlib.crc32(settings.fingerprint().encode())
     for window in corpus.windows:

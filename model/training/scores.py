@@ -29,11 +29,12 @@ class Judged(NamedTuple):
     confidences: list[float]
 
 
-def expected_acceptance_length(windows: list[list[Judged]]) -> float:
+def expected_acceptance_length(windows: list[list[Judged]], most: int = PAPER_NUM_SPECULATIVE_TOKENS) -> float:
     """The mean acceptance length of greedy decoding that writes these windows, at the paper's draft settings.
 
     Args:
         windows: the choices as the first draft of a step, as the second, and so on; later drafts are as the last.
+        most: drafts a step.
 
     A step drafts until the first unsure draft, which still counts, and keeps the drafts up to the first wrong one.
     """
@@ -42,7 +43,7 @@ def expected_acceptance_length(windows: list[list[Judged]]) -> float:
         at, length = 0, len(passes[0].agrees)
         while at < length:
             taken = 0
-            while taken < PAPER_NUM_SPECULATIVE_TOKENS and at + taken < length:
+            while taken < most and at + taken < length:
                 judged = passes[min(taken, len(passes) - 1)]
                 if not judged.agrees[at + taken]:
                     break
@@ -72,11 +73,33 @@ class Judge:
         teacher = self.teacher
         (lesson,) = teacher.lessons([window.tokens])
         exit_hidden, final = lesson.exit_hidden[None, :, self.exit_place].float(), lesson.final[None].float()
+        embedded = teacher.embed(window.tokens)[None].float() if self.adapter.parts.draft_block else None
         with autocast(teacher.device):
-            passes = self.adapter(exit_hidden, final, drafts)
+            passes = self.adapter(exit_hidden, final, drafts, embedded)
         places = window.learned.nonzero()[:, 0].to(teacher.device)
         guesses, normed = [each[0, places].float() for each in passes], teacher.normed(lesson.final[places]).float()
-        return _judge(teacher.head.float(), guesses, normed, self.tokens)
+        return self._choices(guesses, normed)
+
+    def _choices(self, passes: list[Tensor], normed: Tensor) -> list[Judged]:
+        """Whether each pass's guesses and the target rank the same token first, and the drafter's confidences.
+
+        The inputs of both heads: ``[P, hidden]`` each, or ``[P, r]`` for a drafter with a head of rank r. All is
+        float32: bf16's logits are equal so often that a share of the agreement would be chance.
+        """
+        head, own_head = self.teacher.head.float(), self.adapter.own_head
+        drafting = head if own_head is None else own_head
+        own = drafting if self.tokens is None else drafting[self.tokens]
+        wanted = torch.cat([F.linear(normed[part], head).argmax(-1) for part in in_chunks(normed)])
+        judged = []
+        for guesses in passes:
+            agrees, confidences = list[bool](), list[float]()
+            for part in in_chunks(guesses):
+                probability, choice = F.linear(guesses[part], own).softmax(-1).max(-1)
+                choice = choice if self.tokens is None else self.tokens[choice]
+                agrees += (choice == wanted[part]).tolist()
+                confidences += self.adapter.confidences(guesses[part], probability).tolist()
+            judged.append(Judged(agrees, confidences))
+        return judged
 
 
 def score(
@@ -86,7 +109,10 @@ def score(
 
     After the deadline no more windows are looked at; one of each always is.
     """
-    drafts = PAPER_NUM_SPECULATIVE_TOKENS if judge.adapter.has_state else 1
+    parts, most = judge.adapter.parts, PAPER_NUM_SPECULATIVE_TOKENS
+    if parts.draft_block:
+        most = min(most, parts.draft_block)
+    drafts = most if parts.deep_state_size or parts.draft_block else 1
     judged: dict[bool, list[list[Judged]]] = {True: [], False: []}
     total = len(held_out) + len(learned)
     for known, windows in ((False, held_out), (True, learned)):
@@ -98,7 +124,7 @@ def score(
     return {
         "agreement": _agreement(judged[False]),
         "agreement_on_learned_windows": _agreement(judged[True]),
-        "expected_acceptance_length": round(expected_acceptance_length(judged[False]), 3),
+        "expected_acceptance_length": round(expected_acceptance_length(judged[False], most), 3),
     }
 
 
@@ -106,26 +132,6 @@ def _agreement(windows: list[list[Judged]]) -> float:
     """The share of first drafts that are right."""
     right, count = (sum(of(passes[0].agrees) for passes in windows) for of in (sum, len))
     return round(right / count, 4)
-
-
-def _judge(head: Tensor, passes: list[Tensor], normed: Tensor, tokens: Tensor | None) -> list[Judged]:
-    """Whether each pass's guesses and the target rank the same token first, and the guesses' probabilities.
-
-    ``[P, hidden]`` each, the inputs of the head. A guess is one of ``tokens``, if they are given. All is float32:
-    bf16's logits are equal so often that a share of the agreement would be chance.
-    """
-    own = head if tokens is None else head[tokens]
-    wanted = torch.cat([F.linear(normed[part], head).argmax(-1) for part in in_chunks(normed)])
-    judged = []
-    for guesses in passes:
-        agrees, confidences = list[bool](), list[float]()
-        for part in in_chunks(guesses):
-            probability, choice = F.linear(guesses[part], own).softmax(-1).max(-1)
-            choice = choice if tokens is None else tokens[choice]
-            agrees += (choice == wanted[part]).tolist()
-            confidences += probability.tolist()
-        judged.append(Judged(agrees, confidences))
-    return judged
 
 
 def decode_held_out(

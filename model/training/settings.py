@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..drafters.parts import LEAST_BLOCK, Parts
 from ..errors import KangarooError
 from ..evaluation.deadline import deadline_of
 
@@ -40,6 +41,11 @@ class TrainingSettings:
         intermediate_size: of a SwiGLU behind the adapter's attention; None leaves it away, as in the paper.
         deep_state_size: the inner size of a SwiGLU over the target's last layer's output at the position before; None
             leaves it away, as in the paper.
+        draft_head_rank: the rank of a head of two factors that is trained with the adapter; None takes the target's
+            head, as in the paper.
+        draft_block: how many drafts the adapter makes in one pass; None makes them one by one, as in the paper.
+        trained_confidence: whether to train what is held against the threshold; False takes the softmax's probability,
+            as in the paper.
         unrolled_drafts: how many drafts in a row an adapter with a deep state learns for.
         learning_rate: of Muon (matrices) and AdamW (norms) at its height; it warms up over 2 % of the run and falls to
             zero in a straight line.
@@ -71,6 +77,9 @@ class TrainingSettings:
     num_attention_heads: int | None = None
     intermediate_size: int | None = None
     deep_state_size: int | None = None
+    draft_head_rank: int | None = None
+    draft_block: int | None = None
+    trained_confidence: bool = False
     unrolled_drafts: int = 2
     learning_rate: float = 2e-2
     total_variation: float = 0.0
@@ -92,6 +101,8 @@ class TrainingSettings:
             ("num_attention_heads", 1),
             ("intermediate_size", 1),
             ("deep_state_size", 1),
+            ("draft_head_rank", 1),
+            ("draft_block", LEAST_BLOCK),
             ("unrolled_drafts", 1),
             ("vocabulary", 1),
             ("draft_vocabulary", 1),
@@ -104,6 +115,8 @@ class TrainingSettings:
                 "num_attention_heads",
                 "intermediate_size",
                 "deep_state_size",
+                "draft_head_rank",
+                "draft_block",
                 "draft_vocabulary",
             )
             if not (optional and value is None) and (not isinstance(value, int) or value < low):
@@ -117,6 +130,12 @@ class TrainingSettings:
             raise KangarooError("tensorboard is not installed; pip install tensorboard, or leave --tensorboard out.")
         if not self.data:
             raise KangarooError("no data files were given; give at least one.")
+
+    @property
+    def parts(self) -> Parts:
+        """What the adapter has besides its layer."""
+        sizes = self.deep_state_size or 0, self.draft_head_rank or 0, self.draft_block or 0
+        return Parts(*sizes, self.trained_confidence)
 
     @property
     def last_step(self) -> float:

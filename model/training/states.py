@@ -26,7 +26,8 @@ class Batch(NamedTuple):
     """Some windows' lessons side by side.
 
     Attributes:
-        exit_hidden: ``[B, T, E, hidden]`` bf16, shorter windows padded at their end.
+        tokens: ``[B, T]`` int64, shorter windows padded at their end.
+        exit_hidden: ``[B, T, E, hidden]`` bf16, likewise.
         final: ``[B, T, hidden]`` bf16, the last layer's output, likewise.
         places: ``[P]`` int64, the learned positions among the ``B * T``.
         normed: ``[P, hidden]`` bf16, what the target's head reads at them.
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
         halves: which of the P are every window's first, third, ... one, and which are the others.
     """
 
+    tokens: Tensor
     exit_hidden: Tensor
     final: Tensor
     places: Tensor
@@ -146,10 +148,12 @@ class Lessons:
         exit_hidden = pad_sequence([lesson.exit_hidden for lesson in lessons], batch_first=True)
         final = pad_sequence([lesson.final for lesson in lessons], batch_first=True)
         width, device = exit_hidden.shape[1], exit_hidden.device
+        tokens = pad_sequence([self.windows[index].tokens for index in indices], batch_first=True)
+        tokens = tokens.to(device, non_blocking=True)
         learned = [self.windows[index].learned.nonzero()[:, 0] for index in indices]
         odd = torch.cat([torch.arange(len(at)) % 2 for at in learned])
         halves = [(odd == rest).nonzero()[:, 0].to(device, non_blocking=True) for rest in (0, 1)]
         flat = torch.cat([row * width + at for row, at in enumerate(learned)]).to(device, non_blocking=True)
         log_total = pad_sequence([lesson.log_total for lesson in lessons], batch_first=True).flatten()[flat]
         normed = self.teacher.normed(final.flatten(0, 1)[flat])
-        return Batch(exit_hidden, final, flat, normed, log_total, (halves[0], halves[1]))
+        return Batch(tokens, exit_hidden, final, flat, normed, log_total, (halves[0], halves[1]))

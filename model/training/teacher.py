@@ -84,6 +84,12 @@ class Teacher:
         return weight
 
     @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The embeddings of tokens: ``[...]`` to ``[..., hidden]``."""
+        embedded: Tensor = self.model.get_input_embeddings()(tokens.to(self.device))
+        return embedded
+
+    @torch.no_grad()
     def normed(self, final: Tensor) -> Tensor:
         """The input of the head: ``[..., hidden]`` bf16, of the last layer's output."""
         normed: Tensor = self.model.model.norm(final).bfloat16()

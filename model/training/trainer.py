@@ -60,17 +60,27 @@ class AdapterTraining:
         self.exit = teacher.exit_layers.index(settings.exit_layer)
         windows = plan.corpus.windows
         torch.manual_seed(settings.seed)
-        size = settings.deep_state_size or 0
-        self.adapter = TrainableAdapter(plan.config, settings.sequence_length, size).to(teacher.device)
-        self.passes = settings.unrolled_drafts if size else 1
+        parts = settings.parts
+        self.adapter = TrainableAdapter(plan.config, settings.sequence_length, parts).to(teacher.device)
+        self.passes = parts.draft_block or (settings.unrolled_drafts if parts.deep_state_size else 1)
+        norm = teacher.model.model.norm
+        if parts.draft_head_rank:
+            self.adapter.factorize(teacher.head, norm.weight)
+        elif plan.weights is None:
+            self.adapter.norm.load_state_dict(norm.state_dict())
         if plan.weights is not None:
             self.adapter.load_state_dict(plan.weights, strict=False)  # without an MLP's, it begins as nothing
-        else:
-            self.adapter.norm.load_state_dict(teacher.model.model.norm.state_dict())
-        matrices = [parameter for parameter in self.adapter.parameters() if parameter.ndim == 2]
-        self.optimizers = Optimizers(self.adapter, matrices, (settings.learning_rate, settings.learning_rate))
+        rates = settings.learning_rate, settings.learning_rate
+        self.optimizers = Optimizers(self.adapter, self.adapter.matrices, rates)
         counts = count_tokens(windows, len(teacher.head))
-        self.loss = DraftLoss(teacher.head, counts, settings.vocabulary, settings.total_variation)
+        self.loss = DraftLoss(
+            teacher.head,
+            counts,
+            settings.vocabulary,
+            settings.total_variation,
+            self.adapter.own_head,
+            self.adapter.confidence,
+        )
         self.drafted = None
         if settings.draft_vocabulary is not None:
             self.drafted = draft_tokens(counts, settings.draft_vocabulary, plan.target)
@@ -124,8 +134,10 @@ class AdapterTraining:
 
         The first draft of a step learns on all positions, each later one on half of them, since all cost the same.
         """
+        shown = batch.exit_hidden[:, :, self.exit].float(), batch.final.float(), self.passes
+        embedded = self.teacher.embed(batch.tokens).float() if self.settings.draft_block else None
         with autocast(self.teacher.device):
-            passes = self.adapter(batch.exit_hidden[:, :, self.exit].float(), batch.final.float(), self.passes)
+            passes = self.adapter(*shown, embedded)
         falling = [LATER_WEIGHT**later for later in range(self.passes)]
         weights = [weight / sum(falling) for weight in falling]
         total, rows, gradients = torch.zeros((), device=self.teacher.device), list[Tensor](), list[Tensor]()
@@ -133,10 +145,10 @@ class AdapterTraining:
             chosen, share = (batch.halves[later % 2], 0.5) if later else (slice(None), 1.0)
             rows.append(guesses.flatten(0, 1)[batch.places[chosen]])
             told = batch.normed[chosen], batch.log_total[chosen]
-            loss, gradient = self.loss.backward(rows[-1], *told, generator)
             part = weight * len(rows[-1]) / (share * positions)
-            gradients.append(gradient * part)
-            total += loss * part
+            loss, gradient = self.loss.backward(rows[-1], *told, generator, part)
+            gradients.append(gradient)
+            total += loss
         torch.autograd.backward(rows, gradients)
         return total
 

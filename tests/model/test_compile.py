@@ -71,7 +71,20 @@ def deep_adapter(folder, target):
     return make_adapter(folder / "deep", target, exit_layer=2, copy_layer=2, deep_state_size=20)
 
 
-@pytest.mark.parametrize(("make", "loads"), [(tree_adapter, TREES + LOADS), (deep_adapter, LOADS[1:3] + LOADS[4:])])
+def block_adapter(folder, target):
+    """Has a head of a low rank and a trained confidence besides."""
+    parts = {"draft_block": 15, "draft_head_rank": 20, "trained_confidence": True}
+    return make_adapter(folder / "block", target, exit_layer=2, copy_layer=2, **parts)
+
+
+@pytest.mark.parametrize(
+    ("make", "loads"),
+    [
+        (tree_adapter, TREES + LOADS),
+        (deep_adapter, LOADS[1:3] + LOADS[4:]),
+        (block_adapter, [(True, {}), (False, PERSISTENT)]),
+    ],
+)
 def test_a_decode_finds_every_kernel(pair, tmp_path, make, loads):
     """Of the model only config.json is there when its kernels are compiled, and no weight of the adapter."""
     target = tmp_path / "target"

@@ -1,5 +1,6 @@
 """Adapters whose confidence was trained: it says how long to draft on every loop, and nothing of the text."""
 
+import json
 from typing import Any
 
 import pytest
@@ -8,14 +9,17 @@ from drafters import on_the_device
 from no_host_reads import no_host_reads
 from pairs import make_adapter, make_target
 
-from kangaroo_kernels import Kangaroo
+from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.contract import TrainedConfidence
 from kangaroo_kernels.model.backend import REFERENCES, triton_backend
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
+from kangaroo_kernels.model.drafters.parts import Parts
 from kangaroo_kernels.model.head import Head
 from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.sampling import Chooser, Sampling
 from kangaroo_kernels.model.shaping import Shaping
+from kangaroo_kernels.model.target.checkpoint import read_tensors
+from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
 from kangaroo_kernels.reference.top1_head import trained_confidence
 
 SIZES = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 40, "layers": 3, "heads": 2, "kv_heads": 1}
@@ -115,3 +119,56 @@ def test_every_draft_has_it(device, backend, way):
     assert torch.equal(ours.token, plain.token)
     torch.testing.assert_close(ours.confidence, trained_confidence(hidden, plain.confidence, trained, 1e-5))
     assert abs(float(ours.confidence) - float(plain.confidence)) > 0.01
+
+
+@pytest.mark.parametrize("rank", [0, 16])
+@torch.inference_mode()
+def test_it_is_read_from_the_adapter_as_it_was_trained(folders, rank, tmp_path):
+    """The runtime's confidence is the trained module's, whatever the head."""
+    parts = {"draft_head_rank": rank, "trained_confidence": True}
+    adapter = make_adapter(tmp_path / "adapter", folders[0], exit_layer=1, copy_layer=1, **parts)
+    kangaroo = Kangaroo.from_pretrained(folders[0], adapter, device="cpu")
+    drafter, text = kangaroo.drafter, [*PROMPT, 1, 2]
+    module = TrainableAdapter(drafter.adapter.config.llama, 64, Parts(**parts))
+    module.load_state_dict(dict(read_tensors(adapter)))
+    exit_hidden, cache = kangaroo._run_all(text, 1), drafter.adapter.new_cache()
+    cache.reserve(len(text))
+    hidden, logits = drafter.adapter.run(exit_hidden, cache, 0), kangaroo.draft_logits(text)
+    probabilities = logits.softmax(-1).amax(-1)
+    wanted = module.confidences(module(exit_hidden[None])[0][0], probabilities)
+    chooser = Chooser(Sampling())
+    ours = torch.cat([chooser.draft(row, drafter.adapter.head, 0).confidence for row in hidden.split(1)])
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)
+    assert (ours - probabilities).abs().max() > 0.05
+    assert drafter.adapter.config.parameters == sum(each.numel() for each in module.parameters())
+
+
+def test_trees_refuse_it_and_other_engines_leave_it_out(folders, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from kangaroo_kernels.model.integrations.assistant import assistant
+    from kangaroo_kernels.model.integrations.export import export_drafter
+
+    trained, plain = (
+        make_adapter(tmp_path / name, folders[0], exit_layer=1, copy_layer=1, trained_confidence=name == "trained")
+        for name in ("trained", "plain")
+    )
+    with pytest.raises(KangarooError, match="trained confidence is that of the likeliest token alone"):
+        Kangaroo.from_pretrained(folders[0], trained, device="cpu", draft_tree=4)
+    for each in (trained, plain):
+        export_drafter(folders[0], each, tmp_path / f"{each.name} drafter")
+    one, other = (dict(read_tensors(tmp_path / f"{each.name} drafter")) for each in (trained, plain))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    model = AutoModelForCausalLM.from_pretrained(folders[0])
+    found = [assistant(model, each)(torch.tensor([PROMPT])).logits for each in (trained, plain)]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("said", [1, "yes", None])
+def test_what_config_json_must_say(folders, tmp_path, said):
+    adapter = make_adapter(tmp_path / "adapter", folders[0], exit_layer=1, trained_confidence=True)
+    values = json.loads((adapter / "config.json").read_text())
+    (adapter / "config.json").write_text(json.dumps(values | {"trained_confidence": said}))
+    with pytest.raises(KangarooError, match=r"trained_confidence is .*; it must be true or false"):
+        Kangaroo.from_pretrained(folders[0], adapter, device="cpu")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kangaroo_kernels import Kangaroo, KangarooError, Session
 from kangaroo_kernels.model.drafters.kangaroo import AdapterMemory
+from kangaroo_kernels.model.drafters.parts import Parts
 from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.target.checkpoint import read_tensors
 from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
@@ -121,7 +122,7 @@ def test_what_stood_in_is_replaced(host, right, gamma):
 @torch.inference_mode()
 def test_training_unrolls_what_the_runtime_drafts(host, folders):
     """The drafts of a step, one after the other, are the passes of the trained module."""
-    module = TrainableAdapter(host.drafter.adapter.config.llama, 64, 20)
+    module = TrainableAdapter(host.drafter.adapter.config.llama, 64, Parts(20))
     module.load_state_dict(dict(read_tensors(folders[1])))
     plain = PROMPT + host.generate(PROMPT, max_new_tokens=20, plain=True).tokens
     prompt = plain[:10]

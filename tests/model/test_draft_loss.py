@@ -60,3 +60,63 @@ def test_the_sample_stands_for_all_joined_tokens(monkeypatch: pytest.MonkeyPatch
     share = (VOCABULARY - 11) / VOCABULARY
     wanted = 11 / VOCABULARY * math.log(VOCABULARY) - share * math.log(share)
     assert float(uniform) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("known", [20, VOCABULARY])
+def test_a_head_of_its_own_gets_its_gradient(known: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of tokens told apart and of joined ones alike, weighted and added to what is there."""
+    monkeypatch.setattr(losses, "CHUNK", {"cpu": 5})
+    monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
+    monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.arange(high)[: size[0]])
+    head, _, final, log_total = states()
+    own, guesses = torch.nn.Parameter(torch.randn(VOCABULARY, 7)), torch.randn(POSITIONS, 7)
+    loss = DraftLoss(head, torch.arange(VOCABULARY), known, 0.3, own)
+    found = [loss.backward(guesses, final.float(), log_total, torch.Generator(), weight) for weight in (0.5, 1.0)]
+    target, guess = (final.float() @ head.T).softmax(-1), (guesses.requires_grad_() @ own.T).softmax(-1)
+    split = VOCABULARY - known
+    if split:
+        target, guess = (torch.cat((p[:, split:], p[:, :split].sum(-1, keepdim=True)), -1) for p in (target, guess))
+    cross_entropy = -(target * guess.log()).sum(-1)
+    wanted = (0.7 * cross_entropy + 0.3 * (target - guess).abs().sum(-1) / 2).mean()
+    gradients = torch.autograd.grad(wanted, (guesses, own))
+    for weight, (value, gradient) in zip((0.5, 1.0), found, strict=True):
+        torch.testing.assert_close(value, weight * wanted.detach(), atol=0.0, rtol=1e-5)
+        torch.testing.assert_close(gradient, weight * gradients[0], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(own.grad, 1.5 * gradients[1], atol=1e-6, rtol=1e-4)
+
+
+def test_the_confidence_learns_whether_a_guess_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient is that of the cross-entropy; the drafter's own loss and gradient know nothing of it."""
+    monkeypatch.setattr(losses, "CHUNK", {"cpu": 5})
+    monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
+    head, guesses, final, log_total = states()
+    final = (final.float() + guesses) / 2  # half of the guesses are right
+    log_total = (final @ head.T).logsumexp(-1)
+    given = guesses, final, log_total, torch.Generator()
+    confidence = torch.nn.Linear(HIDDEN + 1, 1)
+    counts = torch.arange(VOCABULARY)
+    without = DraftLoss(head, counts, VOCABULARY, 0.0).backward(*given)
+    found = DraftLoss(head, counts, VOCABULARY, 0.0, confidence=confidence).backward(*given)
+    assert all(torch.equal(*each) for each in zip(without, found, strict=True))
+    probabilities = (guesses @ head.T).softmax(-1)
+    right = (probabilities.argmax(-1) == (final @ head.T).argmax(-1)).float()
+    assert 3 < right.sum() < POSITIONS - 3
+    told = confidence(torch.cat((guesses, probabilities.amax(-1).logit(eps=1e-6)[:, None]), dim=-1))[:, 0]
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(told, right)
+    for parameter, gradient in zip(
+        confidence.parameters(), torch.autograd.grad(wanted, [*confidence.parameters()]), strict=True
+    ):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_where_others_outweigh_what_is_known_no_guess_is_right() -> None:
+    """The target's likeliest token may be among the joined ones, of which only the sum is known."""
+    confidence = torch.nn.Linear(2 + 1, 1)
+    torch.nn.init.zeros_(confidence.weight)
+    torch.nn.init.constant_(confidence.bias, 1.0)
+    loss = DraftLoss(torch.zeros(9, 2), torch.arange(9), 3, 0.0, confidence=confidence)
+    logits = torch.tensor([[2.0, 1.0, 0.0]] * 3)
+    target = torch.tensor([[0.6, 0.1, 0.0], [0.2, 0.1, 0.0], [0.1, 0.6, 0.0]])
+    sure, unsure = math.log1p(math.exp(-1.0)), math.log1p(math.exp(1.0))
+    wanted = torch.tensor([sure, unsure, unsure])
+    torch.testing.assert_close(loss.doubt(torch.zeros(3, 2), logits, target).detach(), wanted)

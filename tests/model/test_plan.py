@@ -163,6 +163,12 @@ def test_the_form_of_an_adapter(demo: Found, pair: Pair, tmp_path: Path) -> None
     assert Plan(shape, CPU, form=deep).bytes_per_card - Plan(shape, CPU).bytes_per_card == 2 * 3 * 4096 * 1024
     rows = Plan(shape, CPU, form=paper.with_parts(None, 8192))
     assert rows.bytes_per_card - Plan(shape, CPU).bytes_per_card == 2 * 4096 * 8192  # they are gathered
+    factors, block = paper.with_parts(draft_head_rank=512), paper.with_parts(draft_block=4)
+    narrow, first = Plan(shape, CPU, form=factors), Plan(shape, CPU, form=block)
+    assert plain_draft.size - narrow.draft(2).size == 2 * (4096 * 128256 - 512 * (4096 + 128256))
+    assert narrow.draft(2).operations - plain_draft.operations == 1
+    assert narrow.bytes_per_card - Plan(shape, CPU).bytes_per_card == 2 * 512 * (4096 + 128256)
+    assert first.draft(2).size - plain_draft.size == 2 * 4096 * 4096  # the correction
     assert (demo.form.shape.heads, demo.form.shape.kv_heads, demo.form.shape.inner) == (8, 8, 0)
 
     folder = shutil.copytree(pair.adapter, tmp_path / "adapter")
@@ -172,11 +178,29 @@ def test_the_form_of_an_adapter(demo: Found, pair: Pair, tmp_path: Path) -> None
     )
     write_draft_vocabulary(folder, torch.arange(10))
     found = find_shapes(str(pair.target), str(folder))
-    assert (found.form.shape.inner, found.form.shape.vocab_size, found.form.deep_state_size) == (24, 10, 9)
+    assert (found.form.shape.inner, found.form.shape.vocab_size, found.form.parts.deep_state_size) == (24, 10, 9)
     assert found.adapter is not None and found.adapter.exit_layer == config["exit_layer"]
     assert (
         "an MLP of 24" in (said := found.form.describe(found.shape)) and "10 rows" in said and "deep state of 9" in said
     )
+
+
+def test_a_block_takes_one_draft_step() -> None:
+    """And its head for each further draft; drafts beyond its places are not made."""
+    shape, paper, _ = find_shapes("Vicuna-7B")
+    chain, block = Plan(shape, CPU), Plan(shape, CPU, form=paper.with_parts(draft_block=4))
+    one, four = (Plan(shape, CPU, form=paper.with_parts(draft_block=4)).predict(2, most) for most in (1, 4))
+    assert block.predict(2, 6) == four
+    step = [plan.predict(2, 1).break_even_tokens_per_step * plan.seconds(plan.plain) for plan in (chain, block)]
+    correction = CPU.seconds_per_operation + 2 * 4096 * 4096 / CPU.bandwidth
+    assert step[1] - step[0] == pytest.approx(correction)
+    grown = (four.break_even_tokens_per_step - one.break_even_tokens_per_step) * block.seconds(block.plain)
+    rows = block.layers(shape.layers - 2) + block.head
+    verified = block.seconds(rows, 1 + four.drafts_per_step) - block.seconds(rows, 1 + one.drafts_per_step)
+    head = block.seconds(block.head) + correction
+    assert grown - verified == pytest.approx((four.drafts_per_step - 1) * head)
+    assert "4 in a pass" in block.adapter.describe(shape)
+    assert "head of rank 64" in paper.with_parts(draft_head_rank=64).describe(shape)
 
 
 def test_a_profile_gives_back_what_it_was_read_from():
@@ -303,6 +327,9 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys):
         (("--card", "H100", "--draft-vocabulary", 32000), "draft_vocabulary is 32000"),
         (("--card", "H100", "--intermediate-size", 0), "intermediate_size is 0"),
         (("--card", "H100", "--deep-state-size", 0), "deep_state_size is 0"),
+        (("--card", "H100", "--draft-head-rank", 9999), "draft_head_rank is 9999; it must be a whole number from 1 to"),
+        (("--card", "H100", "--draft-block", 1), "draft_block is 1"),
+        (("--card", "H100", "--draft-block", 4, "--deep-state-size", 8), "exclude each other"),
     ],
 )
 def test_what_it_refuses(arguments, said, monkeypatch, capsys):

@@ -15,11 +15,11 @@ from torch import Tensor
 from kangaroo_kernels import Kangaroo
 from kangaroo_kernels.contract import ACCEPT_STREAM, DRAFT_STREAM, TARGET_STREAM, DraftVocabulary
 from kangaroo_kernels.model.drafters.adapter import Adapter
+from kangaroo_kernels.model.drafters.adapter_weights import AdapterWeights
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.head import Head
 from kangaroo_kernels.model.rejection import reject
 from kangaroo_kernels.model.sampling import Chooser, Sampling
-from kangaroo_kernels.model.target.weights import AdapterWeights
 from kangaroo_kernels.reference.noise import gumbel_rows, uniform
 
 CPU = torch.device("cpu")

@@ -26,6 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo, KangarooError
+from kangaroo_kernels.model.drafters.adapter import parse_adapter_config
+from kangaroo_kernels.model.drafters.parts import Parts
 from kangaroo_kernels.model.text import load_tokenizer
 from kangaroo_kernels.model.training import card, states, trainer
 from kangaroo_kernels.model.training import settings as settings_module
@@ -109,16 +111,26 @@ def test_an_adapter_of_qwen2_is_a_layer_of_llamas(text: Path, tmp_path: Path) ->
     assert drafted.tokens == plain.tokens and drafted.stats.drafted
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_attention_heads": 6, "intermediate_size": 40}, {"deep_state_size": 30}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"num_attention_heads": 6, "intermediate_size": 40},
+        {"deep_state_size": 30},
+        {"draft_head_rank": 20, "deep_state_size": 30},
+        {"draft_block": 3, "draft_head_rank": 20},
+        {"trained_confidence": True, "draft_head_rank": 20},
+    ],
+)
 def test_the_runtime_runs_what_was_trained(shape: dict[str, int], target: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     train_adapter(settings(target, text, out, **shape))
     kangaroo = Kangaroo.from_pretrained(target, out)
     config = kangaroo.drafter.adapter.config.llama
-    size = shape.get("deep_state_size", 0)
+    parts = kangaroo.drafter.adapter.config.parts
     asked = {"num_attention_heads": 4, "intermediate_size": 0, "head_dim": 12} | shape
-    assert {name: getattr(config, name, size) for name in asked} == asked
-    adapter = TrainableAdapter(config, 32, size)
+    assert {name: getattr(parts, name, getattr(config, name, None)) for name in asked} == asked
+    adapter = TrainableAdapter(config, 32, parts)
     adapter.load_state_dict(load_file(out / "model.safetensors"))
     teacher = Teacher(target, torch.device("cpu"), exit_layers=[2])
     tokens = torch.randint(67, (32,), generator=torch.Generator().manual_seed(3))
@@ -126,7 +138,8 @@ def test_the_runtime_runs_what_was_trained(shape: dict[str, int], target: Path, 
         patch.setattr(Tensor, "bfloat16", Tensor.float)  # lessons without their rounding
         patch.setattr(teacher_module, "autocast", lambda _: nullcontext())
         (lesson,) = teacher.lessons([tokens])
-        wanted = adapter(lesson.exit_hidden[None, :, 0], lesson.final[None])[0][0] @ teacher.head.T
+        head = adapter.draft_head["up"].weight if parts.draft_head_rank else teacher.head
+        wanted = adapter(lesson.exit_hidden[None, :, 0], lesson.final[None])[0][0] @ head.T
         targets = teacher.normed(lesson.final) @ teacher.head.T
     ours = kangaroo.logits(tokens.tolist())
     torch.testing.assert_close(kangaroo.draft_logits(tokens.tolist()), wanted, atol=1e-4, rtol=1e-4)
@@ -209,24 +222,59 @@ def test_a_warm_start_begins_with_the_weights(target: Path, text: Path, tmp_path
         train_adapter(first)
 
 
-@pytest.mark.parametrize("more", ["intermediate_size", "deep_state_size"])
-def test_an_adapter_of_attention_alone_gets_more(more: str, target: Path, text: Path, tmp_path: Path) -> None:
-    """Its function is the same at first, and every part of the MLP or the deep state learns."""
+@pytest.mark.parametrize(
+    ("more", "size", "another", "parts"),
+    [
+        ("intermediate_size", 40, 8, ("mlp.", "post_attention")),
+        ("deep_state_size", 40, 8, ("state_",)),
+        ("draft_block", 4, 3, ("block.",)),
+        ("trained_confidence", True, False, ("confidence.",)),
+    ],
+)
+def test_an_adapter_of_attention_alone_gets_more(
+    more: str, size: int, another: int, parts: tuple[str, ...], target: Path, text: Path, tmp_path: Path
+) -> None:
+    """Its first draft is the same at first, and every tensor of what is new learns."""
     first = settings(target, text, tmp_path / "a")
     train_adapter(first)
-    grown = replace(first, out=tmp_path / "b", start_from=str(first.out), **{more: 40})
+    grown = replace(first, out=tmp_path / "b", start_from=str(first.out), **{more: size})
     train_adapter(replace(grown, steps=1, learning_rate=1e-9))
     one, other = (Kangaroo.from_pretrained(target, out).draft_logits([5, 6, 7, 8]) for out in (first.out, grown.out))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
     longer = replace(grown, out=tmp_path / "c")
     train_adapter(longer)
     one, other = (load_file(out / "model.safetensors") for out in (grown.out, longer.out))
-    learning = [name for name in one if "mlp" in name or "post_attention" in name or "state" in name]
-    assert len(learning) == 4
+    learning = [name for name in one if any(part in name for part in parts)]
+    assert len(learning) == (4 if "size" in more else 2)
     for name in learning:
         assert not torch.allclose(one[name], other[name], atol=1e-4), name
     with pytest.raises(KangarooError, match="--" + more.replace("_", "-")):
-        train_adapter(replace(grown, out=tmp_path / "d", start_from=str(longer.out), **{more: 8}))
+        train_adapter(replace(grown, out=tmp_path / "d", start_from=str(longer.out), **{more: another}))
+
+
+def test_a_head_of_its_own_begins_as_the_best_factors(target: Path, text: Path, tmp_path: Path) -> None:
+    """And both of them learn; an adapter that had none is a beginning for the rest."""
+    head, norm = torch.randn(67, 12), 1 + 0.1 * torch.randn(12)
+    config = parse_adapter_config({**json.loads((target / "config.json").read_text()), "hidden_size": 12})
+    adapter = TrainableAdapter(config, 8, Parts(draft_head_rank=7))
+    adapter.factorize(head, norm)
+    left, values, right = torch.linalg.svd(head * norm)
+    wanted = left[:, :7] * values[:7] @ right[:7]
+    factors = (adapter.draft_head[name].weight for name in ("up", "down"))
+    torch.testing.assert_close(torch.matmul(*factors).detach(), wanted, atol=1e-4, rtol=1e-4)
+    first = settings(target, text, tmp_path / "a")
+    train_adapter(first)
+    grown = replace(first, out=tmp_path / "b", start_from=str(first.out), draft_head_rank=20)
+    train_adapter(replace(grown, steps=1, learning_rate=1e-9))
+    longer = replace(grown, out=tmp_path / "c")
+    train_adapter(longer)
+    before, one, other = (load_file(run.out / "model.safetensors") for run in (first, grown, longer))
+    assert {name for name in one if name not in before} == {"draft_head.down.weight", "draft_head.up.weight"}
+    assert (one["norm.weight"] == 1).all() and not torch.equal(one["norm.weight"], other["norm.weight"])
+    for name in one:
+        assert not torch.allclose(one[name], other[name], atol=1e-4), name
+        if name in before and name != "norm.weight":
+            torch.testing.assert_close(one[name], before[name])
 
 
 def test_exit_layers_side_by_side_learn_as_alone(target: Path, text: Path, tmp_path: Path) -> None:
