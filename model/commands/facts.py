@@ -104,7 +104,7 @@ class Footprint:
     Attributes:
         dtype: the one that the weights are rounded to.
         exit_layer: how many of ``layers`` run before the adapter; None without one, as is every field about drafting.
-        adapter_parameters: of the adapter alone; it shares the target's head.
+        adapter_parameters: of the adapter alone; unless it has one of its own, it shares the target's head.
         plain_step_bytes: all layers and the head.
         draft_vocab_size: how many tokens the adapter may draft, and rows its head has; None where it has all.
         draft_step_bytes: the first ``exit_layer`` layers, adapter and its head.
@@ -166,12 +166,13 @@ def footprint(
         own_size = _weight_size(trained.llama.dtype, loaded, where)
         kv_bytes += _kv_values(trained.llama) * kv_size
         drafted = None if trained.vocabulary is None else len(trained.vocabulary.tokens)
-        rows = (drafted or config.vocab_size) * config.hidden_size
+        rows, rank = drafted or config.vocab_size, trained.parts.draft_head_rank
+        shared, unread = (0, (config.vocab_size - rows) * rank) if rank else (rows * config.hidden_size, 0)
         drafter = {
             "exit_layer": trained.exit_layer,
             "adapter_parameters": own,
             "draft_vocab_size": drafted,
-            "draft_step_bytes": (shallow + rows) * size + own * own_size,
+            "draft_step_bytes": (shallow + shared) * size + (own - unread) * own_size,
             "verify_pass_bytes": (layers - shallow + head) * size,
             "drafting": _drafting(trained),
         }
@@ -201,7 +202,9 @@ def _weight_size(stored: torch.dtype, rounded_to: torch.dtype, device: torch.dev
 
 
 def _drafting(adapter: AdapterConfig) -> str:
-    limits = f"up to {adapter.num_speculative_tokens} drafts, threshold {adapter.draft_confidence_threshold:g}"
+    drafts, block = adapter.num_speculative_tokens, adapter.parts.draft_block
+    most = f"{min(drafts, block)} drafts in one pass" if block else f"{drafts} drafts"
+    limits = f"up to {most}, threshold {adapter.draft_confidence_threshold:g}"
     limits = f"auto where the host leads the loop (a CPU), else {limits}" if adapter.calibrated else limits
     return limits if adapter.way == CHAINS else f"{adapter.way}; {limits}"
 

@@ -81,6 +81,20 @@ def test_a_draft_vocabulary_makes_a_draft_step_cheaper(pair: Pair, tmp_path: Pat
     assert cost.verify_pass_bytes == whole.verify_pass_bytes
 
 
+def test_the_parts_of_an_adapter_count(pair: Pair, tmp_path: Path) -> None:
+    """A head of its own is read in the place of the target's, and only the rows of the tokens that it drafts."""
+    parts = {"draft_head_rank": 12, "draft_block": 4, "trained_confidence": True}
+    adapter = make_adapter(tmp_path / "a", pair.target, exit_layer=2, **parts)
+    few = with_vocabulary(adapter, tmp_path / "b", range(20))
+    cost, cheaper = (footprint(pair.target, each) for each in (adapter, few))
+    own = sum(tensor.numel() for tensor in load_file(adapter / "model.safetensors").values())
+    assert cost.adapter_parameters == cheaper.adapter_parameters == own
+    shallow = footprint(pair.target, pair.adapter).plain_step_bytes - cost.verify_pass_bytes
+    assert cost.draft_step_bytes == shallow + 4 * own
+    assert cost.draft_step_bytes - cheaper.draft_step_bytes == 4 * (67 - 20) * 12
+    assert cost.drafting == "up to 4 drafts in one pass, threshold 0.6"
+
+
 def test_without_an_adapter_and_with_mistakes(pair: Pair) -> None:
     cost = footprint(pair.target)
     assert (cost.dtype, cost.device) == ("float32", "cuda" if torch.cuda.is_available() else "cpu")
