@@ -170,13 +170,19 @@ def calibrate(
             report(stage, len(done), len(tries), f"{done[-1][1]['mean_acceptance_length']:.2f} tokens a step")
         return best_first(done)
 
-    first = measured("calibrating", plan.chains, prompts)
+    first = measured("calibrating", [tried for tried in plan.chains if drafts_so_many(kangaroo, tried)], prompts)
     if first:
         first += measured("other ways", plan.beside(first[0][0], kangaroo), prompts)
         first = best_first(first)
     finals = measured("the best again", [tried for tried, _ in first[: plan.finalists]], prompts * 3)
     again = [tried for tried, _ in finals]
     return [row for _, row in finals + [one for one in first if one[0] not in again]]
+
+
+def drafts_so_many(kangaroo: Kangaroo, tried: Tried) -> bool:
+    """Whether a chain may be as long as the setting says; a block has no more drafts than places."""
+    drafter = drafting(kangaroo, tried).drafter
+    return drafter is not None and drafter.rows(tried.length) == tried.length
 
 
 def best_first(measured: list[tuple[Tried, Row]]) -> list[tuple[Tried, Row]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import Pair
+from pairs import make_adapter
 
 from kangaroo_kernels import Kangaroo, KangarooError
 from kangaroo_kernels.model.commands import cli
@@ -40,6 +41,16 @@ def test_the_best_are_measured_again_and_it_ends_in_time(pair: Pair) -> None:
         speeds = [row["mean_speedup"] for row in part]
         assert speeds == sorted(speeds, reverse=True)
     assert not calibrate(kangaroo, ["ABCabc"], plan, deadline=time.perf_counter() - 1)
+
+
+def test_a_block_is_tried_with_the_drafts_that_it_has(pair: Pair, tmp_path: Path) -> None:
+    """And in no other way than its own."""
+    adapter = make_adapter(tmp_path / "block", pair.target, exit_layer=2, draft_block=3)
+    kangaroo = Kangaroo.from_pretrained(pair.target, adapter, device="cpu")
+    plan = Calibration(lengths=(2, 3, 4), thresholds=(0.1,), trees=(4,), max_new_tokens=8, finalists=1)
+    rows = calibrate(kangaroo, ["ABC"], plan)
+    assert sorted(row["num_speculative_tokens"] for row in rows) == [2, 3]
+    assert not any(row["draft_tree"] or row["prompt_lookup"] for row in rows)
 
 
 def test_both_ways_are_warm_before_they_are_timed(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
