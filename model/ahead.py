@@ -170,10 +170,12 @@ def decode_works(target: Llama, drafter: Drafter) -> Iterator[Work]:
 
 
 def in_one_launch(drafter: Drafter) -> KangarooDrafter | None:
-    """The drafter with ``persistent=True``; None where it has no adapter, or ``draft_loop`` cannot take it."""
+    """The drafter with ``persistent=True``; None where it has no adapter, or one that ``draft_loop`` does not take."""
     if not isinstance(drafter, KangarooDrafter) or isinstance(drafter, BlockDrafter):
         return None
-    heads = drafter.target.config.head_dim, drafter.adapter.config.llama.head_dim
+    parts, heads = drafter.adapter.config.parts, (drafter.target.config.head_dim, drafter.adapter.config.llama.head_dim)
+    if parts.draft_head_rank or parts.trained_confidence:  # which draft step by step
+        return None
     if drafter.target.dtype == torch.float32 or max(heads) > WIDEST_HEAD:
         return None
     return KangarooDrafter(drafter.target, drafter.adapter, persistent=True)

@@ -295,8 +295,10 @@ def _drafting(settings: Settings, drafter: Drafter) -> _Drafting:
             "draft_confidence_threshold is 'auto', which finds the length of chains, and this drafter drafts trees; "
             "give a number from 0 to 1."
         )
-    own = drafter.num_speculative_tokens if drafts is None else drafts
-    return _Drafting(own, float(threshold), drafter.rows(drafts or MAX_SPECULATIVE_TOKENS) if auto else 0)
+    own, most = drafter.num_speculative_tokens if drafts is None else drafts, drafts or MAX_SPECULATIVE_TOKENS
+    if not drafter.draft_tree:  # a block has no more drafts than places
+        own, most = drafter.rows(own), drafter.rows(most)
+    return _Drafting(own, float(threshold), most if auto else 0)
 
 
 def find_stops(settings: Settings, config: LlamaConfig, tokenizer: Any) -> frozenset[int]:

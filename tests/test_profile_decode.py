@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 from gguf_files import write_gguf
 from iteration_profile import Event, Profile, StageRun, by_order, by_ranges, stage_bytes, stage_rows
 from pairs import make_adapter, make_target
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from kangaroo_kernels import Kangaroo, KangarooError
@@ -180,3 +181,19 @@ def test_on_a_gpu(pair, graphs, plain, persistent):
         assert iteration[-1].events[0].name == "commit_kernel"
         assert any(event.name == "qkv_rope_kernel" for stage in iteration for event in stage.events)
         assert any(event.name == "draft_loop_kernel" for stage in iteration for event in stage.events) == persistent
+
+
+def test_a_block_reads_its_layer_once_and_the_head_for_every_draft(pair, tmp_path):
+    folder = make_adapter(tmp_path / "block", pair.target, exit_layer=2, draft_block=4, draft_head_rank=12)
+    moved = stage_bytes(Kangaroo.from_pretrained(pair.target, folder, device="cpu"), 0)
+    own = {name: tensor.numel() for name, tensor in load_file(folder / "model.safetensors").items()}
+    layer = sum(size for name, size in own.items() if name.startswith("layers.0.self_attn"))
+    choice = sum(size for name, size in own.items() if name.startswith("draft_head") or "correction" in name)
+    shallow, block, step = (f"kangaroo/draft/{name}" for name in ("shallow", "block", "step"))
+    assert (moved[block], moved[step]) == (4 * layer, 4 * choice)
+    stages = [StageRun(name, 1.0) for name in (shallow, block, shallow)]
+    commits = [
+        Commit([1, 2], accepted=1, drafted=drafted, draft_steps=1, agreed=1, stopped=False) for drafted in (3, 2)
+    ]
+    rows = stage_rows(Profile([stages] * 2, commits, 9, {}, graphs=False), moved)
+    assert [row["bytes_moved"] for row in rows[:2]] == [2 * moved[shallow], moved[block] + 2.5 * moved[step]]

@@ -24,7 +24,7 @@ from kangaroo_kernels.model.target.config import LlamaConfig
 from kangaroo_kernels.model.target.llama import DecoderLayer
 
 PREFIX = "kangaroo/"
-SHALLOW, STEP = PREFIX + "draft/shallow", PREFIX + "draft/step"
+SHALLOW, STEP, BLOCK = (PREFIX + "draft/" + name for name in ("shallow", "step", "block"))
 
 
 class Event(NamedTuple):
@@ -196,7 +196,10 @@ def profile_iterations(kangaroo: Kangaroo, prompt: Sequence[int], count: int, **
 
 
 def stage_bytes(kangaroo: Kangaroo, length: int) -> dict[str, int]:
-    """Bytes that a run of each stage must read: every weight once, and the KV cache of a text of ``length`` tokens."""
+    """Bytes that a run of each stage must read: every weight once, and the KV cache of a text of ``length`` tokens.
+
+    Of a block, those of the adapter's layer and, as a step, what each draft takes besides.
+    """
     target = kangaroo.target
     size = target.weights.embedding.element_size()
 
@@ -212,7 +215,9 @@ def stage_bytes(kangaroo: Kangaroo, length: int) -> dict[str, int]:
         adapter, exit_layer = kangaroo.drafter.adapter, kangaroo.drafter.first_layer
         assert isinstance(adapter, Adapter)
         found[SHALLOW] = sum(layers[:exit_layer])
-        found[STEP] = layer_bytes(adapter.layer, adapter.config.llama) + adapter.head.weight.nbytes
+        own, down, block = layer_bytes(adapter.layer, adapter.config.llama), adapter.head.down, adapter.block
+        choice = adapter.head.weight.nbytes + (down.nbytes if down else 0)
+        found |= {STEP: own + choice} if block is None else {BLOCK: own, STEP: choice + block.correction.nbytes}
     return found | {PREFIX + "verify": sum(layers[exit_layer:]) + head}
 
 
@@ -227,8 +232,12 @@ def stage_rows(profiled: Profile, bytes_of: dict[str, int]) -> list[dict[str, An
     count = len(profiled.iterations)
     drafted = sum(commit.drafted for commit in profiled.commits) / count
     made = {SHALLOW: drafted + 1, STEP: drafted}  # the shallow layers run on the newest token and on every draft
+    if BLOCK in bytes_of:
+        made[SHALLOW] = 2.0  # on the newest token, and on all drafts at once
     moved = {name: size * made.get(name, 1.0) for name, size in bytes_of.items()}
-    if SHALLOW in moved:
+    if BLOCK in bytes_of:
+        moved[BLOCK] += moved.pop(STEP)
+    elif SHALLOW in moved:
         moved[PREFIX + "draft"] = moved[SHALLOW] + moved[STEP]  # all of a step's drafts may be one stage
     everything = [stage for iteration in profiled.iterations for stage in iteration]
     stages: dict[str, list[StageRun]] = {}

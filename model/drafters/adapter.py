@@ -113,6 +113,8 @@ def load_adapter_config(folder: Path, target: LlamaConfig, exit_layer: int | Non
         raise KangarooError(f"{path}: calibrated is {calibrated!r}; it must be true or false.")
     vocabulary = read_draft_vocabulary(folder, values, config.vocab_size)
     parts, way = read_parts(values, config.hidden_size, path), read_way(values, path)
+    if parts.draft_block and way != CHAINS:
+        raise KangarooError(f"{path}: an adapter that drafts blocks drafts nothing else; drop the entries of {way}.")
     return AdapterConfig(config, exit_layer, int(gamma), float(eta), calibrated, vocabulary, parts, way)
 
 

@@ -100,7 +100,7 @@ class BlockDrafter(KangarooDrafter):
         yield Stage("kangaroo/draft/shallow", partial(self.shallow_drafts, iteration, reach))
 
     def embedded(self, iteration: "Iteration") -> Tensor:
-        """``[R, hidden]``: the drafts' embeddings; those of drafts that were not made are old, and finite."""
+        """``[R, hidden]``: the drafts' embeddings; those of drafts that were not made are old."""
         shape = iteration.max_drafts, self.target.config.hidden_size
         return iteration.runner.buffer(f"{shape[0]} drafts: embedded", shape, self.target.dtype)
 
@@ -135,6 +135,8 @@ class BlockDrafter(KangarooDrafter):
         """The shallow layers on all drafts, if there are any; the adapter sees them in the places' stead."""
         buffers, last = iteration.buffers, iteration.max_drafts + 1
         rows, position, active = buffers.hidden(1, last), buffers.position(1), buffers.present(1)
+        made = buffers.flags[: iteration.max_drafts, None] > 0
+        embedded = torch.where(made, self.embedded(iteration), 0.0)  # an old one may overflow where it stands now
         where = iteration.text.cache, position, 0, self.first_layer
-        self.target.run(self.embedded(iteration), *where, reach=reach, active=active, out=rows)
+        self.target.run(embedded, *where, reach=reach, active=active, out=rows)
         self.adapter.append(rows, iteration.text.memory.cache, position, active=active)

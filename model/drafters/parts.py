@@ -60,11 +60,6 @@ class Parts(NamedTuple):
             )
         return self
 
-    @property
-    def others(self) -> list[str]:
-        """The names of those that it has."""
-        return [name for name, value in self._asdict().items() if value]
-
 
 PAPER_PARTS = Parts()
 

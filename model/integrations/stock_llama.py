@@ -99,9 +99,8 @@ def refuse_parts(adapter: AdapterConfig, folder: Path) -> None:
     """
     parts = adapter.parts
     if parts.draft_head_rank or parts.draft_block:
-        part, option = ("head of two factors", "--draft-head-rank")
-        if parts.draft_block:
-            part, option = ("block", "--draft-block")
+        heads = "head of two factors", "--draft-head-rank"
+        part, option = heads if parts.draft_head_rank else ("block", "--draft-block")
         raise KangarooError(
             f"{folder}: the adapter has a {part}, for which a stock Llama has no place. Train one without {option} "
             "for other engines."

@@ -110,8 +110,7 @@ class Buffers:
     def draft_within(self, limits: Limits) -> None:
         """Let the iterations that are launched from now on draft within limits; neither host nor device waits."""
         most, threshold = limits
-        rows = len(self.thresholds)
-        values = [threshold] * min(most, rows) + [NEVER] * (rows - most)
+        values = [threshold] * most + [NEVER] * (len(self.thresholds) - most)
         on_gpu = self.thresholds.device.type == "cuda"
         self.thresholds.copy_(torch.tensor(values, dtype=torch.float32, pin_memory=on_gpu), non_blocking=True)
 

@@ -81,7 +81,7 @@ class AdapterBlock(nn.Module):
         return hidden, seen
 
 
-class Places(nn.Module):
+class TrainableBlock(nn.Module):
     """What drafts a block besides the layer; the correction begins as zero."""
 
     def __init__(self, hidden: int, drafts: int) -> None:
@@ -118,7 +118,7 @@ class TrainableAdapter(nn.Module):
             down, up = nn.Linear(hidden, width, bias=False), nn.Linear(width, config.vocab_size, bias=False)
             self.draft_head = nn.ModuleDict({"down": down, "up": up})
         if parts.draft_block:
-            self.block = Places(hidden, parts.draft_block)
+            self.block = TrainableBlock(hidden, parts.draft_block)
         self.confidence = nn.Linear(width + 1, 1) if parts.trained_confidence else None
         if self.confidence is not None:
             nn.init.zeros_(self.confidence.bias)
@@ -142,7 +142,7 @@ class TrainableAdapter(nn.Module):
     @torch.no_grad()
     def factorize(self, head: Tensor, norm: Tensor) -> None:
         """Let a head of its own begin as the best factors of a head ``[V, hidden]`` behind a norm ``[hidden]``."""
-        scaled = head.float() * norm.float()
+        scaled = head.float() * norm.to(head.device, torch.float32)
         directions = torch.linalg.eigh(scaled.T @ scaled).eigenvectors[:, -self.parts.draft_head_rank :]
         self.get_parameter("draft_head.down.weight").copy_(directions.T)
         self.get_parameter("draft_head.up.weight").copy_(scaled @ directions)
@@ -232,7 +232,7 @@ def adapter_config_values(target_values: dict[str, Any], settings: TrainingSetti
 def read_weights(name_or_path: str, config: LlamaConfig, parts: Parts) -> dict[str, Tensor]:
     """An adapter's weights by name, float32, for a run to begin with; an MLP's or a part's may be missing.
 
-    Where a head of its own is missing, so is the norm before it.
+    Where a head of its own is missing, the norm is that before the target's.
 
     Raises:
         KangarooError: a folder without weights, or weights that do not fit the adapter that is to be trained.
@@ -254,9 +254,8 @@ def read_weights(name_or_path: str, config: LlamaConfig, parts: Parts) -> dict[s
             "(--intermediate-size, --deep-state-size, --draft-head-rank, --draft-block, --trained-confidence), and "
             "each in the same size."
         )
-    if parts.draft_head_rank and "draft_head.up.weight" not in weights:
-        del weights["norm.weight"]
-        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("confidence.")}
+    if parts.draft_head_rank and "draft_head.up.weight" not in weights:  # a confidence reads the head's input
+        return {name: tensor for name, tensor in weights.items() if not name.startswith("confidence.")}
     return weights
 
 

@@ -47,8 +47,8 @@ class DraftLoss:
         vocabulary: how many tokens are told apart.
         total_variation: the share of the total variation distance; the rest is cross-entropy.
         own: ``[V, r]``, the drafter's head where it has one of its own.
-        confidence: tells from a guess and the logit of its probability whether it is right, where that is learned; the
-            probability is that among the tokens that are told apart.
+        confidence: tells from a guess and the log-odds of its probability whether it is right, where that is learned.
+        drafted: the tokens that may be drafted, among which a guess has its probability; None means all.
     """
 
     def __init__(
@@ -59,12 +59,14 @@ class DraftLoss:
         total_variation: float,
         own: nn.Parameter | None = None,
         confidence: nn.Linear | None = None,
+        drafted: Tensor | None = None,
     ) -> None:
         order = most_frequent(counts, len(counts)).to(head.device)
         self.order, self.vocabulary = order, vocabulary
         self.apart = head[order[:vocabulary]].bfloat16()
         self.joined = head[order[vocabulary:]].bfloat16()
         self.total_variation, self.own, self.confidence = total_variation, own, confidence
+        self.barred = None if drafted is None else ~torch.isin(order[:vocabulary], drafted.to(order.device))
 
     def backward(
         self, guesses: Tensor, normed: Tensor, log_total: Tensor, generator: torch.Generator, weight: float = 1.0
@@ -117,9 +119,6 @@ class DraftLoss:
         given, guess = guess, guess.bfloat16()
         target = (F.linear(normed, self.apart).float() - log_total[:, None]).exp()
         logits = F.linear(guess, apart).float()
-        doubt = torch.zeros_like(log_total)
-        if self.confidence is not None:
-            doubt = self.doubt(given.detach(), logits.detach(), target)
         if len(joined):
             target = torch.cat((target, (1 - target.sum(-1, keepdim=True)).clamp(min=0)), dim=-1)
             rest = F.linear(guess, joined).float().logsumexp(-1, keepdim=True)
@@ -129,17 +128,22 @@ class DraftLoss:
         if self.total_variation:
             distance = (target - log_guess.exp()).abs().sum(-1) / 2
             loss = torch.lerp(loss, distance, self.total_variation)
+        doubt = torch.zeros_like(loss)
+        if self.confidence is not None:
+            doubt = self.doubt(given.detach(), log_guess.detach(), target)
         return loss, doubt
 
-    def doubt(self, guess: Tensor, logits: Tensor, target: Tensor) -> Tensor:
+    def doubt(self, guess: Tensor, log_guess: Tensor, target: Tensor) -> Tensor:
         """The cross-entropy of the confidence in each guess, ``[P]``; a guess is right where the target agrees.
 
-        ``logits`` and ``target``, probabilities, are those of the tokens that are told apart. Of the others only the
-        sum is known: where it exceeds each of them, the target's first token counts as one of the others.
+        ``log_guess`` and ``target`` are over the tokens that are told apart, and perhaps the joined class. Of that only
+        the sum is known: where it exceeds every other one, the target's first token counts as one of the class.
         """
         assert self.confidence is not None
-        likeliest, choice = logits.softmax(-1).max(-1)
+        drafted = log_guess[:, : len(self.apart)]
+        if self.barred is not None:
+            drafted = drafted.masked_fill(self.barred, -torch.inf).log_softmax(-1)
+        likeliest, choice = drafted.exp().max(-1)
         told = torch.cat((guess.float(), log_odds(likeliest)[:, None]), dim=-1)
-        best, wanted = target.max(-1)
-        right = (choice == wanted) & (best > 1 - target.sum(-1))
+        right = choice == target.argmax(-1)
         return F.binary_cross_entropy_with_logits(self.confidence(told)[:, 0], right.float(), reduction="none")

@@ -29,6 +29,12 @@ class Processes:
             share, stopped = float(said[0]), bool(said[1])
         return share, stopped
 
+    def share(self, module: nn.Module) -> None:
+        """Give all processes the first one's parameters: what was computed need not have the same bits everywhere."""
+        if self.count > 1:
+            for parameter in module.parameters():
+                distributed.broadcast(parameter.data, src=0)
+
     def add_up(self, module: nn.Module, loss: Tensor) -> Tensor:
         """Sum the gradients of all processes in place, and return the sum of their losses."""
         if self.count == 1:

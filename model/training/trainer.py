@@ -63,27 +63,27 @@ class AdapterTraining:
         parts = settings.parts
         self.adapter = TrainableAdapter(plan.config, settings.sequence_length, parts).to(teacher.device)
         self.passes = parts.draft_block or (settings.unrolled_drafts if parts.deep_state_size else 1)
-        norm = teacher.model.model.norm
-        if parts.draft_head_rank:
-            self.adapter.factorize(teacher.head, norm.weight)
-        elif plan.weights is None:
-            self.adapter.norm.load_state_dict(norm.state_dict())
-        if plan.weights is not None:
-            self.adapter.load_state_dict(plan.weights, strict=False)  # without an MLP's, it begins as nothing
-        rates = settings.learning_rate, settings.learning_rate
-        self.optimizers = Optimizers(self.adapter, self.adapter.matrices, rates)
+        weights = {"norm.weight": teacher.model.model.norm.weight} | (plan.weights or {})
+        if parts.draft_head_rank and "draft_head.up.weight" not in weights:
+            self.adapter.factorize(teacher.head, weights.pop("norm.weight"))
+        self.adapter.load_state_dict(weights, strict=False)  # without an MLP's, it begins as nothing
+        processes.share(self.adapter)
+        rates, doubt = (settings.learning_rate, settings.learning_rate), self.adapter.confidence
+        apart = [] if doubt is None else doubt.parameters()
+        self.optimizers = Optimizers(self.adapter, self.adapter.matrices, rates, apart=apart)
         counts = count_tokens(windows, len(teacher.head))
+        self.drafted = None
+        if settings.draft_vocabulary is not None:
+            self.drafted = draft_tokens(counts, settings.draft_vocabulary, plan.target)
         self.loss = DraftLoss(
             teacher.head,
             counts,
             settings.vocabulary,
             settings.total_variation,
             self.adapter.own_head,
-            self.adapter.confidence,
+            doubt,
+            self.drafted,
         )
-        self.drafted = None
-        if settings.draft_vocabulary is not None:
-            self.drafted = draft_tokens(counts, settings.draft_vocabulary, plan.target)
         self.step, self.positions, self.elapsed = 0, 0, 0.0
         self.losses: list[float] = []
         self._unread: list[Tensor] = []
@@ -101,7 +101,7 @@ class AdapterTraining:
         count = min(reached(self.step, self.settings.batch_size, self.settings.reuse), len(windows))
         return windows[: count : -(-count // LEARNED_WINDOWS)]
 
-    def parts(self, windows: list[int]) -> list[list[int]]:
+    def micro_batches(self, windows: list[int]) -> list[list[int]]:
         """Those of a step's windows that are this process's own, as many at once as the settings say.
 
         A window has the same owner in every step, which alone asks the target for its lesson.
@@ -120,7 +120,7 @@ class AdapterTraining:
         )
         positions = sum(int(self.plan.corpus.windows[window].learned.sum()) for window in drawn)
         total, sampling = torch.zeros((), device=self.teacher.device), generator.get_state()
-        for part in self.parts(drawn):
+        for part in self.micro_batches(drawn):
             batch = self.lessons.batch(part)
             generator.set_state(sampling)  # all parts see one sample of the joined class
             total += self.learn(batch, positions, generator)

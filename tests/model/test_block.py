@@ -170,6 +170,15 @@ def test_auto_and_rejection_and_a_draft_vocabulary(folders, loop, tmp_path):
     assert 0 < one.stats.accepted < one.stats.drafted
 
 
+def test_auto_stops_where_nothing_is_accepted(folders, tmp_path):
+    """Also where the caller's number is more than a block has: its ladder is that of the places."""
+    wrong = make_adapter(tmp_path / "wrong", folders[0], exit_layer=1, draft_block=PLACES, std=3.0)
+    for most in ({}, {"num_speculative_tokens": 15}):
+        kangaroo = on_the_device(Kangaroo.from_pretrained(folders[0], wrong, device="cpu"))
+        stats = kangaroo.generate(PROMPT, max_new_tokens=400, draft_confidence_threshold="auto", **most).stats
+        assert stats.accepted < 40 < stats.steps_without_drafts
+
+
 def test_it_drafts_blocks_alone(folders, host):
     for way, word in ({"draft_tree": 4}, "draft_tree"), ({"prompt_lookup": True}, "prompt_lookup"):
         with pytest.raises(KangarooError, match=f"drafts blocks, and these alone; leave {word} out"):
@@ -186,6 +195,8 @@ def test_it_drafts_blocks_alone(folders, host):
         ({"draft_block": True}, "draft_block is True"),
         ({"draft_block": 4}, "'block.places' has shape"),
         ({"deep_state_size": 8}, "draft_block and deep_state_size exclude each other"),
+        ({"draft_tree": 8}, "blocks drafts nothing else; drop the entries of trees of 8"),
+        ({"prompt_lookup": True}, "blocks drafts nothing else; drop the entries of chains and lookup"),
     ],
 )
 def test_what_config_json_must_say(folders, tmp_path, said, words):

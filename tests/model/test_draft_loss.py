@@ -85,8 +85,12 @@ def test_a_head_of_its_own_gets_its_gradient(known: int, monkeypatch: pytest.Mon
     torch.testing.assert_close(own.grad, 1.5 * gradients[1], atol=1e-6, rtol=1e-4)
 
 
-def test_the_confidence_learns_whether_a_guess_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its gradient is that of the cross-entropy; the drafter's own loss and gradient know nothing of it."""
+@pytest.mark.parametrize("few", [False, True])
+def test_the_confidence_learns_whether_a_guess_is_right(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient is that of the cross-entropy; the drafter's own loss and gradient know nothing of it.
+
+    With a draft vocabulary the probability is that among its tokens.
+    """
     monkeypatch.setattr(losses, "CHUNK", {"cpu": 5})
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
     head, guesses, final, log_total = states()
@@ -96,9 +100,13 @@ def test_the_confidence_learns_whether_a_guess_is_right(monkeypatch: pytest.Monk
     confidence = torch.nn.Linear(HIDDEN + 1, 1)
     counts = torch.arange(VOCABULARY)
     without = DraftLoss(head, counts, VOCABULARY, 0.0).backward(*given)
-    found = DraftLoss(head, counts, VOCABULARY, 0.0, confidence=confidence).backward(*given)
+    drafted = torch.arange(10, VOCABULARY) if few else None
+    found = DraftLoss(head, counts, VOCABULARY, 0.0, None, confidence, drafted).backward(*given)
     assert all(torch.equal(*each) for each in zip(without, found, strict=True))
-    probabilities = (guesses @ head.T).softmax(-1)
+    logits = guesses @ head.T
+    if few:
+        logits[:, :10] = -math.inf
+    probabilities = logits.softmax(-1)
     right = (probabilities.argmax(-1) == (final @ head.T).argmax(-1)).float()
     assert 3 < right.sum() < POSITIONS - 3
     told = confidence(torch.cat((guesses, probabilities.amax(-1).logit(eps=1e-6)[:, None]), dim=-1))[:, 0]
@@ -115,8 +123,8 @@ def test_where_others_outweigh_what_is_known_no_guess_is_right() -> None:
     torch.nn.init.zeros_(confidence.weight)
     torch.nn.init.constant_(confidence.bias, 1.0)
     loss = DraftLoss(torch.zeros(9, 2), torch.arange(9), 3, 0.0, confidence=confidence)
-    logits = torch.tensor([[2.0, 1.0, 0.0]] * 3)
-    target = torch.tensor([[0.6, 0.1, 0.0], [0.2, 0.1, 0.0], [0.1, 0.6, 0.0]])
+    log_guess = torch.tensor([[0.5, 0.2, 0.1, 0.2]] * 3).log()
+    target = torch.tensor([[0.6, 0.1, 0.0, 0.3], [0.2, 0.1, 0.0, 0.7], [0.1, 0.6, 0.0, 0.3]])
     sure, unsure = math.log1p(math.exp(-1.0)), math.log1p(math.exp(1.0))
     wanted = torch.tensor([sure, unsure, unsure])
-    torch.testing.assert_close(loss.doubt(torch.zeros(3, 2), logits, target).detach(), wanted)
+    torch.testing.assert_close(loss.doubt(torch.zeros(3, 2), log_guess, target).detach(), wanted)

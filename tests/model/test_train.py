@@ -44,6 +44,9 @@ from kangaroo_kernels.model.training.trainer import train_adapter
 TEXT = "the quick brown fox jumps over the lazy dog 0123456789 " * 60
 
 
+EVERY_PART = {"draft_head_rank": 20, "draft_block": 3, "trained_confidence": True}
+
+
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_target(tmp_path_factory.mktemp("target"), max_position_embeddings=64)
@@ -402,7 +405,8 @@ states.Lessons._make = lambda lessons, first: (asked.append(first), make(lessons
 
 def test_two_processes_make_the_steps_of_one(target: Path, text: Path, tmp_path: Path) -> None:
     """torchrun shares a step's windows out, and each window's lesson is asked for by one process alone."""
-    one, two = (settings(target, text, tmp_path / name, batch_size=16, reuse=1, steps=4) for name in ("one", "two"))
+    how = {"batch_size": 16, "reuse": 1, "steps": 4, **EVERY_PART}
+    one, two = (settings(target, text, tmp_path / name, **how) for name in ("one", "two"))
     for run in (one, two):
         code = EXACT + f"report = trainer.train_adapter({run!r})\nprint(sorted(asked), bool(report), flush=True)"
         (tmp_path / "run.py").write_text(code)
@@ -413,6 +417,8 @@ def test_two_processes_make_the_steps_of_one(target: Path, text: Path, tmp_path:
     wanted, got = (state(run.out) for run in (one, two))
     assert got["step"] == wanted["step"] == 4 and got["positions"] == wanted["positions"]
     assert got["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+    for name, tensor in wanted["adapter"].items():
+        torch.testing.assert_close(got["adapter"][name], tensor, rtol=1e-2, atol=1e-2, msg=name)
     assert (one.out / "said").read_text() == "[0, 16, 32, 48] True\n"
     said = sorted((two.out / "said").read_text().splitlines())
     assert said == ["[0, 32] True", "[16, 48] False"]
@@ -436,25 +442,33 @@ def test_each_process_trains_on_its_own_gpu(
     assert teacher.call_args.args[1] == torch.device("cuda:1")
 
 
-@pytest.mark.parametrize(("deep", "positions"), [(None, [3 * 32, 32]), (20, [3 * 32, 3 * 16, 3 * 16, 32, 16, 16])])
+THREE_DRAFTS = [3 * 32, 3 * 16, 3 * 16, 32, 16, 16]
+
+
+@pytest.mark.parametrize(
+    ("more", "positions"),
+    [({}, [3 * 32, 32]), ({"deep_state_size": 20, "unrolled_drafts": 3}, THREE_DRAFTS), (EVERY_PART, THREE_DRAFTS)],
+)
 def test_parts_of_a_batch_make_its_step(
-    deep: int | None,
+    more: dict[str, Any],
     positions: list[int],
     target: Path,
     text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a deep state, a step's second and third draft learn on half of the positions."""
+    """With a deep state or a block, a step's second and third draft learn on half of the positions."""
     monkeypatch.setattr(Tensor, "bfloat16", Tensor.float)
     for module in (teacher_module, trainer):
         monkeypatch.setattr(module, "autocast", lambda _: nullcontext())
-    whole = settings(target, text, tmp_path / "a", steps=4, deep_state_size=deep, unrolled_drafts=3)
+    whole = settings(target, text, tmp_path / "a", steps=4, **more)
     parts = replace(whole, out=tmp_path / "b", micro_batch_size=3)
     train_adapter(whole)
     sizes = calls(trainer.DraftLoss, "backward", lambda _, guesses, *rest: len(guesses), lambda: train_adapter(parts))
     assert sizes == positions * 4
     assert state(parts.out)["losses"] == pytest.approx(state(whole.out)["losses"], rel=1e-4)
+    for name, tensor in state(whole.out)["adapter"].items():
+        torch.testing.assert_close(state(parts.out)["adapter"][name], tensor, rtol=1e-2, atol=1e-3, msg=name)
     assert steps_made(lambda: train_adapter(replace(parts, steps=5, micro_batch_size=1))) == [4]
 
 
