@@ -170,6 +170,20 @@ def test_auto_and_rejection_and_a_draft_vocabulary(folders, loop, tmp_path):
     assert 0 < one.stats.accepted < one.stats.drafted
 
 
+def test_drafts_that_were_not_made_are_run_as_zeros(resident, monkeypatch):
+    """An earlier iteration's embedding might overflow where it stands now, and spoil the rows beside it."""
+    session, prompt, seen = resident.session(), [*PROMPT, 6, 1, 8], []
+    session.generate(prompt, max_new_tokens=12, num_speculative_tokens=4, draft_confidence_threshold=0.0)
+    run = resident.target.run
+    monkeypatch.setattr(
+        resident.target, "run", lambda rows, *at, **how: (seen.append(rows.clone()), run(rows, *at, **how))[1]
+    )
+    session.generate(prompt, max_new_tokens=12, num_speculative_tokens=4, draft_confidence_threshold=1.0)
+    drafted = [rows for rows in seen if len(rows) == 4]
+    assert len(drafted) > 4
+    assert all(rows[0].any() and not rows[1:].any() for rows in drafted)
+
+
 def test_auto_stops_where_nothing_is_accepted(folders, tmp_path):
     """Also where the caller's number is more than a block has: its ladder is that of the places."""
     wrong = make_adapter(tmp_path / "wrong", folders[0], exit_layer=1, draft_block=PLACES, std=3.0)
