@@ -272,12 +272,29 @@ def test_a_head_of_its_own_begins_as_the_best_factors(target: Path, text: Path, 
     longer = replace(grown, out=tmp_path / "c")
     train_adapter(longer)
     before, one, other = (load_file(run.out / "model.safetensors") for run in (first, grown, longer))
+    left, values, right = torch.linalg.svd(
+        load_file(target / "model.safetensors")["lm_head.weight"] * before["norm.weight"]
+    )
+    wanted = left[:, :20] * values[:20] @ right[:20]  # behind the norm that was learned, not behind the target's
+    product = one["draft_head.up.weight"] @ one["draft_head.down.weight"]
+    torch.testing.assert_close(product, wanted, atol=1e-4, rtol=1e-4)
     assert {name for name in one if name not in before} == {"draft_head.down.weight", "draft_head.up.weight"}
     assert (one["norm.weight"] == 1).all() and not torch.equal(one["norm.weight"], other["norm.weight"])
     for name in one:
         assert not torch.allclose(one[name], other[name], atol=1e-4), name
         if name in before and name != "norm.weight":
             torch.testing.assert_close(one[name], before[name])
+
+
+def test_a_trained_confidence_changes_nothing_of_the_adapter(target: Path, text: Path, tmp_path: Path) -> None:
+    """It learns from the adapter's guesses, and has no share of what their gradients are clipped to."""
+    plain = settings(target, text, tmp_path / "a")
+    trained = replace(plain, out=tmp_path / "b", trained_confidence=True)
+    for run in (plain, trained):
+        train_adapter(run)
+    one, other = (load_file(run.out / "model.safetensors") for run in (plain, trained))
+    assert {*other} - {*one} == {"confidence.weight", "confidence.bias"}
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 def test_exit_layers_side_by_side_learn_as_alone(target: Path, text: Path, tmp_path: Path) -> None:
