@@ -36,7 +36,6 @@ STREAMING = {"qkv_rope_kernel", "linear_residual_kernel", "gate_up_kernel", "top
 SOME_ROWS = "sampling draft head, 8192 rows", "sampling draft loop, 8192 rows"
 DRAFTING = (
     *("draft step", "sampling draft head", "draft loop", "sampling draft loop", "draft head, trained confidence"),
-    "draft head, low rank",
     *SOME_ROWS,
 )
 RUNS = {

@@ -137,16 +137,6 @@ def head(
     )
 
 
-def low_rank_head(shape: ModelShape, settings: Settings) -> Calls:
-    """A draft head of two factors, of an eighth of the rank that the target's may have."""
-    rank, count, dtype = shape.hidden // 8, settings.rows, settings.dtype
-    x, down = empty(count, shape.hidden, dtype=dtype), empty(rank, shape.hidden, dtype=dtype)
-    yield Call("linear_residual", "draft head", (x, down, None), DRAFTING, down.nbytes)
-    (whole,) = head(shape._replace(hidden=rank), settings, "top1_head", drafting=True)
-    table = empty(shape.vocab_size, shape.hidden, dtype=dtype)
-    yield whole._replace(kwargs=whole.kwargs | {"embedding": table, "embedded": table[:1]})
-
-
 def some_tokens(shape: ModelShape, rows: int) -> DraftVocabulary:
     """The tokens of a head of so many rows."""
     return DraftVocabulary(empty(rows, dtype=torch.int32), shape.vocab_size)
@@ -241,7 +231,6 @@ STEPS = (
     Step("filtered draft head", partial(head, filters=BOTH, drafting=True), drafting=True, variant=True),
     Step("draft head, trained confidence", partial(TRAINED, op="top1_head"), drafting=True, variant=True),
     Step("filtered draft head, trained confidence", partial(TRAINED, filters=BOTH), drafting=True, variant=True),
-    Step("draft head, low rank", low_rank_head, drafting=True, variant=True),
     Step("draft loop", draft_loop, drafting=True, variant=True),
     Step("draft loop, 4 layers", partial(draft_loop, layers=4, most=15), drafting=True, variant=True),
     Step("draft loop, adapter with an MLP", partial(draft_loop, mlp=True), drafting=True, variant=True),

@@ -115,7 +115,7 @@ class BlockDrafter(KangarooDrafter):
         output = adapter.run(rows, cache, buffers.position(0), reach=reach, active=active)
         if iteration.auto:
             buffers.forbid()
-        buffers.draft_steps.copy_(active)
+        buffers.draft_steps.copy_(active * (buffers.limit - buffers.length > 1))  # else there is no room for a draft
         embedded = self.embedded(iteration)
         for place, row in enumerate(output.split(1)):
             active = buffers.drafting(place)

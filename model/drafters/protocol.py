@@ -245,7 +245,7 @@ class Drafter:
         was.
 
         ``buffers.draft_steps`` says how often the drafter ran its network: as often as there are drafts
-        (``AS_DRAFTED``), unless the drafter leaves another number there; where no draft counts, none of its steps does.
+        (``AS_DRAFTED``), unless the drafter leaves another number there.
         """
         raise NotImplementedError
 

@@ -113,5 +113,5 @@ def read_record(record: list[int], draft_steps: int, length: int, tree: bool) ->
     head = Record(*record[:RECORD_HEAD])
     tokens, most = record[RECORD_HEAD:][: head.reached - head.before], length - head.before - 1
     agreed, drafted = min(head.agreed, most), head.drafted if tree else min(head.drafted, most)
-    steps = drafted if draft_steps == AS_DRAFTED else min(draft_steps, drafted)
+    steps = drafted if draft_steps == AS_DRAFTED else draft_steps
     return Commit(tokens, min(agreed, len(tokens)), drafted, steps, agreed, bool(head.stopped))
