@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
+from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.shared import launch as launch_module
 
 ASKS = {
@@ -87,3 +88,16 @@ def no_host_reads() -> Iterator[None]:
         patch.setattr(launch_module, "_kept_count", for_a_while)
         patch.setattr(launch_module, "_kept_number", for_a_while)
         yield
+
+
+def iterations_ask_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every iteration run within ``no_host_reads``; on a GPU a captured graph refuses by itself."""
+    if torch.cuda.is_available():
+        return
+    run = Iteration.run
+
+    def forbidding(iteration: Iteration, reach: int) -> None:
+        with no_host_reads():
+            run(iteration, reach)
+
+    monkeypatch.setattr(Iteration, "run", forbidding)

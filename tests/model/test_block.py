@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from drafters import on_the_device, with_drafter
-from no_host_reads import no_host_reads
+from no_host_reads import iterations_ask_nothing
 from pairs import make_adapter, make_target, with_vocabulary
 from torch import Tensor
 
@@ -16,7 +16,6 @@ from kangaroo_kernels import Kangaroo, KangarooError, Session
 from kangaroo_kernels.contract import Top1
 from kangaroo_kernels.model.drafters.block import BlockDrafter
 from kangaroo_kernels.model.drafters.parts import Parts
-from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.sampling import Chooser
 from kangaroo_kernels.model.target.checkpoint import read_tensors
 from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
@@ -78,14 +77,7 @@ def test_the_kernels_draft_alike(folders, sampling, device, monkeypatch):
         Kangaroo.from_pretrained(*folders, device=device, dtype="float32", **how)
         for how in ({"kernels": "reference"}, {"kernels": "triton"}, {"kernels": "triton", "persistent": True})
     )
-    if not torch.cuda.is_available():
-        run = Iteration.run
-
-        def forbidding(iteration: Iteration, reach: int) -> None:
-            with no_host_reads():
-                run(iteration, reach)
-
-        monkeypatch.setattr(Iteration, "run", forbidding)
+    iterations_ask_nothing(monkeypatch)
     for prompt in (PROMPT, [9]):
         assert [counts(each, prompt, **settings) for each in kernels] == [counts(host, prompt, **settings)] * 2
 
@@ -126,7 +118,7 @@ def test_training_unrolls_what_the_runtime_drafts(host, folders):
         assert token == int(logits.argmax())
         assert confidence == pytest.approx(float(logits.softmax(-1).max()), abs=2e-5)
     one, other = (each[0, len(PROMPT) + 1] for each in passes[:2])
-    assert not torch.allclose(one, other, atol=0.1)  # what is compared depends on the place
+    assert (one - other).abs().max() > 0.1, "what is compared depends on the place"
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from drafters import on_the_device
-from no_host_reads import no_host_reads
+from no_host_reads import iterations_ask_nothing
 from pairs import make_adapter, make_target
 
 from kangaroo_kernels import Kangaroo, KangarooError
@@ -15,7 +15,6 @@ from kangaroo_kernels.model.backend import REFERENCES, triton_backend
 from kangaroo_kernels.model.drafters.kangaroo import KangarooDrafter
 from kangaroo_kernels.model.drafters.parts import Parts
 from kangaroo_kernels.model.head import Head
-from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.sampling import Chooser, Sampling
 from kangaroo_kernels.model.shaping import Shaping
 from kangaroo_kernels.model.target.checkpoint import read_tensors
@@ -70,14 +69,7 @@ def test_the_kernels_draft_alike(folders, device, monkeypatch):
         opened(folders, device=device, **how)
         for how in ({"kernels": "reference"}, {"kernels": "triton"}, {"kernels": "triton", "persistent": True})
     )
-    if not torch.cuda.is_available():
-        run = Iteration.run
-
-        def forbidding(iteration: Iteration, reach: int) -> None:
-            with no_host_reads():
-                run(iteration, reach)
-
-        monkeypatch.setattr(Iteration, "run", forbidding)
+    iterations_ask_nothing(monkeypatch)
     monkeypatch.setattr(KangarooDrafter, "draft_all", None)
     wanted = counts(host, **settings)
     assert [counts(each, **settings) for each in kernels] == [wanted] * 2

@@ -5,14 +5,13 @@ from typing import Any
 import pytest
 import torch
 from drafters import Scripted, on_the_device, right_until, with_drafter
-from no_host_reads import no_host_reads
+from no_host_reads import iterations_ask_nothing
 from pairs import make_adapter, make_target
 from torch import Tensor
 
 from kangaroo_kernels import Kangaroo, KangarooError, Session
 from kangaroo_kernels.model.drafters.kangaroo import AdapterMemory
 from kangaroo_kernels.model.drafters.parts import Parts
-from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.target.checkpoint import read_tensors
 from kangaroo_kernels.model.training.adapter_module import TrainableAdapter
 
@@ -65,14 +64,7 @@ def test_the_kernels_draft_alike(folders, device, monkeypatch):
         Kangaroo.from_pretrained(*folders, device=device, dtype="float32", **how)
         for how in ({"kernels": "reference"}, {"kernels": "triton"}, {"kernels": "triton", "persistent": True})
     )
-    if not torch.cuda.is_available():
-        run = Iteration.run
-
-        def forbidding(iteration: Iteration, reach: int) -> None:
-            with no_host_reads():
-                run(iteration, reach)
-
-        monkeypatch.setattr(Iteration, "run", forbidding)
+    iterations_ask_nothing(monkeypatch)
     for prompt in (PROMPT, [9]):
         assert [counts(each, prompt, **settings) for each in kernels] == [counts(host, prompt, **settings)] * 2
 

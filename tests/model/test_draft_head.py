@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from drafters import on_the_device
-from no_host_reads import no_host_reads
+from no_host_reads import iterations_ask_nothing
 from pairs import make_adapter, make_target, with_vocabulary
 
 from kangaroo_kernels import Kangaroo, KangarooError
-from kangaroo_kernels.model.loop.iteration import Iteration
 from kangaroo_kernels.model.target.checkpoint import read_tensors
 
 SIZES = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 40, "layers": 3, "heads": 2, "kv_heads": 1}
@@ -86,14 +85,7 @@ def test_the_kernels_draft_alike(folders, way, device, monkeypatch):
         Kangaroo.from_pretrained(*folders, device=device, dtype="float32", kernels=name, **way)
         for name in ("reference", "triton")
     )
-    if not torch.cuda.is_available():
-        run = Iteration.run
-
-        def forbidding(iteration: Iteration, reach: int) -> None:
-            with no_host_reads():
-                run(iteration, reach)
-
-        monkeypatch.setattr(Iteration, "run", forbidding)
+    iterations_ask_nothing(monkeypatch)
     for prompt in (PROMPT, [9]):
         assert steps(kernels, prompt, **settings) == steps(host, prompt, **settings) != []
 
