@@ -28,7 +28,7 @@ class Commit:
         accepted: how many of ``tokens`` were drafted; the others are the target's own.
         drafted: how many were drafted in this step; 0 in plain decoding.
         draft_steps: how often the drafter ran its network for them: once for each draft of a chain, once for each round
-            of a tree, never for looked-up tokens and in plain decoding.
+            of a tree, once for a block, never for looked-up tokens and in plain decoding.
         agreed: how many drafted tokens the target agreed with, also beyond a stop token or the limit.
         stopped: whether the last token is a stop token.
         logprobs: of each of ``tokens``; None where they were not asked for.

@@ -287,7 +287,7 @@ class Plan:
             self.adapter.describe(self.shape),
             f"A weight takes {self.itemsize} bytes, and so does each number of {self.length} tokens' keys and values.",
         ]
-        if not self.profile.of_chains:
+        if not self.profile.of_chains and not self.adapter.parts.draft_block:
             said.append(
                 f"A place's draft takes {self.profile.steps_per_draft:.2f} draft steps and "
                 f"{self.profile.rows_per_draft:.2f} rows, as in the profile of {len(self.profile.accepted)} places; "

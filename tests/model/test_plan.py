@@ -200,6 +200,8 @@ def test_a_block_takes_one_draft_step() -> None:
     head = block.seconds(block.head) + correction
     assert grown - verified == pytest.approx((four.drafts_per_step - 1) * head)
     assert "4 in a pass" in block.adapter.describe(shape)
+    measured = Plan(shape, CPU, Profile.of([0.5, 0.25], 1.6, "a block", 1.0), block.form)
+    assert not any("draft steps" in each for each in measured.assumptions())  # its steps are the plan's own
     assert "head of rank 64" in paper.with_parts(draft_head_rank=64).describe(shape)
 
 
